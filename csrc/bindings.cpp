@@ -1,0 +1,467 @@
+// vitfast._native: the only file that knows pybind11. One `bind_<op>` section per op.
+//
+// Tensors arrive as addresses (uintptr_t), sizes and strides in elements; the Python side has
+// checked them and keeps them alive. Kernels run without the GIL.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/attention.h"
+#include "common/pages.h"
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+#include "cpu/linear_backward.h"
+#include "cpu/norm.h"
+#include "cpu/patchify.h"
+#include "cpu/weights.h"
+
+namespace py = pybind11;
+using namespace vitfast;
+
+namespace {
+
+using Release = py::call_guard<py::gil_scoped_release>;
+
+// ---- isa and build facts ------------------------------------------------------------------------
+
+py::dict build_info() {
+  py::dict info;
+#if defined(__clang__)
+  info["compiler"] = std::string("Clang ") + __clang_version__;
+#elif defined(__GNUC__)
+  info["compiler"] = std::string("GCC ") + __VERSION__;
+#elif defined(_MSC_VER)
+  info["compiler"] = "MSVC " + std::to_string(_MSC_VER);
+#endif
+#if defined(VITFAST_X86)
+  info["isas"] = std::vector<std::string>{"baseline", "avx2", "avx512", "avx512_bf16"};
+#else
+  info["isas"] = std::vector<std::string>{"baseline"};
+#endif
+#if defined(_OPENMP)
+  info["openmp"] = _OPENMP;
+#else
+  info["openmp"] = py::none();
+#endif
+  info["cuda"] = false;
+  return info;
+}
+
+void bind_isa(py::module_& m) {
+  m.def("best_isa", [] { return static_cast<int>(best_isa()); },
+        "Highest instruction set of this CPU and build, as an index into ISA_LEVELS.");
+  m.def("selected_isa", [] { return static_cast<int>(selected_isa()); },
+        "Instruction set that kernels run with.");
+  m.def(
+      "select_isa",
+      [](int level) {
+        if (level < 0) throw std::invalid_argument("instruction set levels start at 0");
+        select_isa(static_cast<Isa>(level));
+      },
+      py::arg("level"), "Lower the instruction set; ValueError above best_isa().");
+  m.def("build_info", &build_info, "Compiler, instruction sets, OpenMP version, CUDA or not.");
+}
+
+// ---- norm ---------------------------------------------------------------------------------------
+
+using RowsArg = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t>>;
+using ChannelsArg = std::optional<std::tuple<uintptr_t, int>>;
+
+void require(bool condition, const char* message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+DType float_dtype(int code) {
+  require(code == static_cast<int>(DType::f32) || code == static_cast<int>(DType::bf16),
+          "norm: dtype code must be that of float32 or bfloat16");
+  return static_cast<DType>(code);
+}
+
+Rows rows(const RowsArg& arg) {
+  if (!arg) return {};
+  const auto& [address, dtype, outer, inner] = *arg;
+  require(address != 0, "norm: null address");
+  return {reinterpret_cast<void*>(address), float_dtype(dtype), outer, inner};
+}
+
+Channels channels(const ChannelsArg& arg) {
+  if (!arg) return {};
+  const auto& [address, dtype] = *arg;
+  require(address != 0, "norm: null address");
+  return {reinterpret_cast<void*>(address), float_dtype(dtype)};
+}
+
+NormKind norm_kind(int kind) {
+  require(kind >= 0 && kind <= 2, "norm: kind must be 0 (layer), 1 (rms) or 2 (none)");
+  return static_cast<NormKind>(kind);
+}
+
+void check_norm_sizes(int64_t B, int64_t N, int64_t C, int threads) {
+  require(B > 0 && N > 0 && C > 0, "norm: sizes must be positive");
+  require(threads > 0, "norm: threads must be positive");
+}
+
+void norm_forward_checked(int kind, int64_t B, int64_t N, int64_t C, const RowsArg& x,
+                          const RowsArg& branch, const RowsArg& residual, const RowsArg& normed,
+                          const ChannelsArg& gamma, const ChannelsArg& weight,
+                          const ChannelsArg& bias, uintptr_t drop_scale, float eps,
+                          uintptr_t stats, int threads) {
+  check_norm_sizes(B, N, C, threads);
+  const NormForward a = {norm_kind(kind),
+                         B,
+                         N,
+                         C,
+                         rows(x),
+                         rows(branch),
+                         rows(residual),
+                         rows(normed),
+                         channels(gamma),
+                         channels(weight),
+                         channels(bias),
+                         reinterpret_cast<const float*>(drop_scale),
+                         eps,
+                         reinterpret_cast<float*>(stats),
+                         threads};
+  const bool add = a.branch.ptr != nullptr;
+  require(a.x.ptr != nullptr, "norm_forward: x is missing");
+  require(add == (a.residual.ptr != nullptr), "norm_forward: residual goes with branch");
+  require((a.kind == NormKind::none) == (a.normed.ptr == nullptr),
+          "norm_forward: normed goes with a kind of norm");
+  require(add || a.kind != NormKind::none, "norm_forward: nothing to do");
+  require(!add || a.residual.dtype == DType::f32 ||
+              (a.x.dtype == DType::bf16 && a.branch.dtype == DType::bf16),
+          "norm_forward: residual must have the promoted dtype of x and branch");
+  norm_forward(a);
+}
+
+void norm_backward_checked(int kind, int64_t B, int64_t N, int64_t C, const RowsArg& grad_normed,
+                           const RowsArg& grad_residual, const RowsArg& residual,
+                           const RowsArg& branch, const RowsArg& dx, const RowsArg& dbranch,
+                           const ChannelsArg& gamma, const ChannelsArg& weight,
+                           const ChannelsArg& dgamma, const ChannelsArg& dweight,
+                           const ChannelsArg& dbias, uintptr_t drop_scale, float eps,
+                           uintptr_t stats, int threads) {
+  check_norm_sizes(B, N, C, threads);
+  const NormBackward a = {norm_kind(kind),
+                          B,
+                          N,
+                          C,
+                          rows(grad_normed),
+                          rows(grad_residual),
+                          rows(residual),
+                          rows(branch),
+                          rows(dx),
+                          rows(dbranch),
+                          channels(gamma),
+                          channels(weight),
+                          channels(dgamma),
+                          channels(dweight),
+                          channels(dbias),
+                          reinterpret_cast<const float*>(drop_scale),
+                          eps,
+                          reinterpret_cast<const float*>(stats),
+                          threads};
+  const bool norm = a.kind != NormKind::none;
+  require(norm == (a.grad_normed.ptr != nullptr) && norm == (a.residual.ptr != nullptr),
+          "norm_backward: grad_normed and residual go with a kind of norm");
+  require(norm || a.grad_residual.ptr != nullptr, "norm_backward: no incoming gradient");
+  require(norm || (a.dweight.ptr == nullptr && a.dbias.ptr == nullptr),
+          "norm_backward: dweight and dbias go with a kind of norm");
+  require(a.dgamma.ptr == nullptr || a.branch.ptr != nullptr,
+          "norm_backward: dgamma needs the branch");
+  norm_backward(a);
+}
+
+void bind_norm(py::module_& m) {
+  m.def("norm_forward", &norm_forward_checked, Release(),
+        "See csrc/cpu/norm.h. Rows are (address, dtype, outer stride, inner stride), channel "
+        "vectors (address, dtype); None where absent, 0 for an absent address.");
+  m.def("norm_backward", &norm_backward_checked, Release(), "See csrc/cpu/norm.h.");
+}
+
+// ---- attention ----------------------------------------------------------------------------------
+
+using AttnView = std::tuple<uintptr_t, int64_t, int64_t, int64_t, int64_t>;  // sb, sn, sh, sd
+using AttnAddend = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t, int64_t>>;
+// dtype, (B, H, Nq, Nk, D), scale, causal, q, k, v, mask, bias
+using AttnProblem = std::tuple<int, std::array<int64_t, 5>, float, bool, AttnView, AttnView,
+                               AttnView, AttnAddend, AttnAddend>;
+// norm, eps, (q_weight, q_bias, k_weight, k_bias), rope, (rope_sb, rope_sh, rope_sn), prefix, half
+using AttnFour = std::array<uintptr_t, 4>;
+using AttnQk = std::optional<
+    std::tuple<int, float, AttnFour, uintptr_t, std::array<int64_t, 3>, int64_t, bool>>;
+
+const float* floats(uintptr_t address) { return reinterpret_cast<const float*>(address); }
+float* mutable_floats(uintptr_t address) { return reinterpret_cast<float*>(address); }
+
+AttnTensor attn_tensor(const AttnView& v) {
+  const auto& [address, sb, sn, sh, sd] = v;
+  require(address != 0, "attention: null address");
+  require(sb >= 0 && sn >= 0 && sh >= 0 && sd >= 0, "attention: negative stride");
+  return {reinterpret_cast<void*>(address), sb, sn, sh, sd};
+}
+
+AttnTensor attn_gradient(const AttnView& v) {
+  require(std::get<4>(v) == 1, "attention: the last stride of a gradient must be 1");
+  return attn_tensor(v);
+}
+
+AttnAdd attn_addend(const AttnAddend& a) {
+  if (!a) return {};
+  const auto& [address, dtype, sb, sh, sq, sk] = *a;
+  require(address != 0, "attention: null address of mask or bias");
+  require(dtype == 0 || dtype == 1 || dtype == 3, "attention: unknown dtype of mask or bias");
+  require(sb >= 0 && sh >= 0 && sq >= 0 && sk >= 0, "attention: negative stride");
+  return {reinterpret_cast<const void*>(address), dtype, sb, sh, sq, sk};
+}
+
+AttnPrologue attn_prologue(const AttnQk& arg, const AttnArgs& a) {
+  if (!arg) return {};
+  const auto& [norm, eps, affine, rope, strides, prefix, half] = *arg;
+  const auto& [qw, qb, kw, kb] = affine;
+  const auto& [sb, sh, sn] = strides;
+  require(norm >= 0 && norm <= 2, "attention: unknown q/k norm");
+  require(norm == 0 || eps > 0, "attention: eps must be positive");
+  require(norm != 0 || (qw | qb | kw | kb) == 0, "attention: norm weights without a norm");
+  require(norm != 2 || (qb | kb) == 0, "attention: an RMS norm has no bias");
+  require(rope == 0 || a.D % 2 == 0, "attention: rope needs an even head dim");
+  require(rope == 0 || a.Nq == a.Nk, "attention: rope needs as many queries as keys");
+  require(prefix >= 0 && prefix <= a.Nq, "attention: rope prefix out of range");
+  require(sb >= 0 && sh >= 0 && sn >= 0, "attention: negative stride of rope");
+  return {norm, eps, floats(qw), floats(qb), floats(kw), floats(kb), floats(rope), sb, sh, sn,
+          prefix, half};
+}
+
+AttnArgs attn_args(const AttnProblem& problem, const AttnQk& prologue, const AttnView& out,
+                   uintptr_t lse, int threads) {
+  const auto& [dtype, sizes, scale, causal, q, k, v, mask, bias] = problem;
+  require(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16),
+          "attention: dtype must be float32 or bfloat16");
+  require(threads > 0, "attention: threads must be positive");
+  for (const int64_t size : sizes) require(size > 0, "attention: sizes must be positive");
+  AttnArgs a{};
+  a.dtype = static_cast<DType>(dtype);
+  a.B = sizes[0];
+  a.H = sizes[1];
+  a.Nq = sizes[2];
+  a.Nk = sizes[3];
+  a.D = sizes[4];
+  require(a.D <= 256, "attention: head dim must be at most 256");
+  a.scale = scale;
+  a.causal = causal;
+  a.q = attn_tensor(q);
+  a.k = attn_tensor(k);
+  a.v = attn_tensor(v);
+  a.out = attn_tensor(out);
+  a.lse = mutable_floats(lse);
+  a.mask = attn_addend(mask);
+  a.bias = attn_addend(bias);
+  a.pro = attn_prologue(prologue, a);
+  a.threads = threads;
+  return a;
+}
+
+void attention_forward_checked(const AttnProblem& problem, const AttnQk& prologue,
+                               const AttnView& out, uintptr_t lse, int threads) {
+  attention_forward(attn_args(problem, prologue, out, lse, threads));
+}
+
+void attention_backward_checked(const AttnProblem& problem, const AttnQk& prologue,
+                                const AttnView& out, uintptr_t lse, const AttnView& dout,
+                                const AttnView& dq, const AttnView& dk, const AttnView& dv,
+                                uintptr_t dbias, const AttnFour& daffine, int threads) {
+  const AttnArgs a = attn_args(problem, prologue, out, lse, threads);
+  require(lse != 0, "attention_backward: lse is missing");
+  require(dbias == 0 || a.bias.ptr != nullptr, "attention_backward: dbias without a bias");
+  const AttnGrads g = {attn_tensor(dout),
+                       attn_gradient(dq),
+                       attn_gradient(dk),
+                       attn_gradient(dv),
+                       mutable_floats(dbias),
+                       a.Nq * a.Nk,
+                       a.Nk,
+                       1,
+                       mutable_floats(daffine[0]),
+                       mutable_floats(daffine[1]),
+                       mutable_floats(daffine[2]),
+                       mutable_floats(daffine[3])};
+  attention_backward(a, g);
+}
+
+void bind_attention(py::module_& m) {
+  m.def("attention_forward", &attention_forward_checked, Release(),
+        "See csrc/cpu/attention.h. Tensors are (address, strides of B, N, H, D), mask and bias "
+        "(address, dtype, strides of B, H, Nq, Nk); None where absent, 0 for an absent address.");
+  m.def("attention_backward", &attention_backward_checked, Release(),
+        "See csrc/cpu/attention.h. dbias is [H, Nq, Nk], contiguous.");
+}
+
+// ---- linear_act ---------------------------------------------------------------------------------
+
+using GemmRowsArg = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>>;
+
+DType gemm_dtype(int code) {
+  require(code == static_cast<int>(DType::f32) || code == static_cast<int>(DType::bf16),
+          "gemm: dtype code must be that of float32 or bfloat16");
+  return static_cast<DType>(code);
+}
+
+GemmRows gemm_rows(const GemmRowsArg& arg, int64_t m) {
+  if (!arg) return {};
+  const auto& [address, dtype, rows, outer, inner] = *arg;
+  require(address != 0, "gemm: null address");
+  require(rows > 0 && m % rows == 0, "gemm: rows must come in whole groups");
+  return {reinterpret_cast<void*>(address), gemm_dtype(dtype), rows, outer, inner};
+}
+
+GemmVector gemm_vector(const ChannelsArg& arg) {
+  if (!arg) return {};
+  const auto& [address, dtype] = *arg;
+  require(address != 0, "gemm: null address");
+  return {reinterpret_cast<const void*>(address), gemm_dtype(dtype)};
+}
+
+Act gemm_act(int act) {
+  require(act >= 0 && act <= static_cast<int>(Act::sigmoid), "gemm: unknown activation");
+  return static_cast<Act>(act);
+}
+
+void gemm_checked(const std::array<int64_t, 3>& sizes, int compute, const GemmRowsArg& a,
+                  bool a_transposed, uintptr_t b, bool gated, const ChannelsArg& bias,
+                  const ChannelsArg& gate_bias, int act, const GemmRowsArg& z,
+                  const GemmRowsArg& gate_z, const ChannelsArg& gamma, const GemmRowsArg& residual,
+                  const GemmRowsArg& out, int threads) {
+  const auto [m, n, k] = sizes;
+  require(m > 0 && n > 0 && k > 0, "gemm: sizes must be positive");
+  require(threads > 0, "gemm: threads must be positive");
+  require(b != 0, "gemm: null address");
+  Gemm g{};
+  g.m = m;
+  g.n = n;
+  g.k = k;
+  g.compute = gemm_dtype(compute);
+  g.a = gemm_rows(a, a_transposed ? 1 : m);
+  g.a_transposed = a_transposed;
+  g.b = reinterpret_cast<const void*>(b);
+  g.gated = gated;
+  g.bias = gemm_vector(bias);
+  g.gate_bias = gemm_vector(gate_bias);
+  g.act = gemm_act(act);
+  g.z = gemm_rows(z, m);
+  g.gate_z = gemm_rows(gate_z, m);
+  g.gamma = gemm_vector(gamma);
+  g.residual = gemm_rows(residual, m);
+  g.out = gemm_rows(out, m);
+  g.threads = threads;
+  require(g.a.ptr != nullptr && g.out.ptr != nullptr, "gemm: a or out is missing");
+  require(g.a.dtype == g.compute, "gemm: a must have the dtype of the products");
+  require(gated || (g.gate_bias.ptr == nullptr && g.gate_z.ptr == nullptr),
+          "gemm: gate_bias and gate_z go with a gate");
+  gemm(g);
+}
+
+void gemm_pack_checked(int64_t n, int64_t k, int compute, uintptr_t b, uintptr_t gate_b, int dtype,
+                       int64_t n_stride, int64_t k_stride, uintptr_t packed, int threads) {
+  require(n > 0 && k > 0, "gemm_pack: sizes must be positive");
+  require(b != 0 && packed != 0, "gemm_pack: null address");
+  require(threads > 0, "gemm_pack: threads must be positive");
+  gemm_pack({n, k, gemm_dtype(compute), reinterpret_cast<const void*>(b),
+             reinterpret_cast<const void*>(gate_b), gemm_dtype(dtype), n_stride, k_stride,
+             reinterpret_cast<void*>(packed), threads});
+}
+
+void linear_backward_checked(int64_t m, int64_t n, int act, const GemmRowsArg& grad,
+                             const GemmRowsArg& z, const GemmRowsArg& gate_z, const GemmRowsArg& dz,
+                             const GemmRowsArg& dgate_z, uintptr_t dbias, uintptr_t dgate_bias,
+                             int threads) {
+  require(m > 0 && n > 0, "linear_backward: sizes must be positive");
+  require(threads > 0, "linear_backward: threads must be positive");
+  const LinearBackward a = {m,
+                            n,
+                            gemm_act(act),
+                            gemm_rows(grad, m),
+                            gemm_rows(z, m),
+                            gemm_rows(gate_z, m),
+                            gemm_rows(dz, m),
+                            gemm_rows(dgate_z, m),
+                            mutable_floats(dbias),
+                            mutable_floats(dgate_bias),
+                            threads};
+  require(a.grad.ptr != nullptr, "linear_backward: grad is missing");
+  require(a.z.ptr != nullptr || (a.act == Act::none && a.gate_z.ptr == nullptr),
+          "linear_backward: z goes with an activation or a gate");
+  require((a.gate_z.ptr == nullptr) == (a.dgate_z.ptr == nullptr),
+          "linear_backward: dgate_z goes with gate_z");
+  require(a.gate_z.ptr != nullptr || a.dgate_bias == nullptr,
+          "linear_backward: dgate_bias goes with gate_z");
+  linear_backward(a);
+}
+
+void bind_linear_act(py::module_& m) {
+  m.def("gemm", &gemm_checked, Release(),
+        "See csrc/cpu/gemm.h. Rows are (address, dtype, rows of a group, outer stride, inner "
+        "stride), vectors (address, dtype); None where absent.");
+  m.def("gemm_pack", &gemm_pack_checked, Release(), "See csrc/cpu/gemm.h.");
+  m.def(
+      "gemm_packed_bytes",
+      [](int64_t n, int64_t k, int compute, bool gated) {
+        return gemm_packed_bytes(n, k, gemm_dtype(compute), gated);
+      },
+      "Size of what gemm_pack writes.");
+  m.def("gemm_format", &gemm_format, "Tells packings of different instruction sets apart.");
+  m.def("linear_backward", &linear_backward_checked, Release(), "See csrc/cpu/linear_backward.h.");
+  m.def(
+      "fingerprint",
+      [](uintptr_t weight, int64_t item_bytes, int64_t rows, int64_t columns, int64_t row_stride,
+         int64_t column_stride) {
+        require(item_bytes == 2 || item_bytes == 4, "fingerprint: items have 2 or 4 bytes");
+        return fingerprint({reinterpret_cast<const void*>(weight), item_bytes, rows, columns,
+                            row_stride, column_stride});
+      },
+      "See csrc/cpu/weights.h.");
+  m.def(
+      "advise_large_pages",
+      [](uintptr_t begin, int64_t bytes) {
+        advise_large_pages(reinterpret_cast<void*>(begin), bytes);
+      },
+      "See csrc/common/pages.h.");
+}
+
+// ---- patch_embed --------------------------------------------------------------------------------
+
+void patchify_checked(uintptr_t image, int dtype, const std::array<int64_t, 4>& strides,
+                      const std::array<int64_t, 5>& sizes, uintptr_t scale, uintptr_t shift,
+                      int64_t first, int64_t count, uintptr_t out, int out_dtype, int threads) {
+  require(image != 0 && out != 0, "patchify: null address");
+  require(dtype == 0 || dtype == 1 || dtype == 3, "patchify: unknown dtype of image");
+  for (const int64_t size : sizes) require(size > 0, "patchify: sizes must be positive");
+  require(first >= 0 && count >= 0, "patchify: negative row");
+  require(threads > 0, "patchify: threads must be positive");
+  patchify({reinterpret_cast<const void*>(image), static_cast<DType>(dtype), strides[0], strides[1],
+            strides[2], strides[3], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4],
+            floats(scale), floats(shift), first, count, reinterpret_cast<void*>(out),
+            gemm_dtype(out_dtype), threads});
+}
+
+void bind_patch_embed(py::module_& m) {
+  m.def("patchify", &patchify_checked, Release(),
+        "See csrc/cpu/patchify.h. Strides of B, C, H, W; sizes are channels, grid, patch.");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
+  m.doc() = "Native kernels of vitfast";
+  bind_isa(m);
+  bind_attention(m);
+  bind_linear_act(m);
+  bind_norm(m);
+  bind_patch_embed(m);
+}

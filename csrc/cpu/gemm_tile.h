@@ -1,0 +1,100 @@
+// The inner loop of gemm: one tile of the product, its sums in registers.
+#pragma once
+#include "simd.h"
+
+namespace vitfast {
+namespace VITFAST_ISA {
+namespace {
+
+// A tile is kTileRows x kPanel: as many sums as registers hold beside two vectors of B and one of A.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 14;
+#else
+constexpr int kTileRows = 6;
+#endif
+constexpr int kPanel = 2 * kLanes;
+
+// One step of the loop takes 4 bytes of a row of A and 4 of each column of B: a float, or a pair of
+// bfloat16 where the CPU multiplies those. Elsewhere bfloat16 is widened to float beforehand.
+constexpr int64_t kStepBytes = 4;
+// Steps between two additions to the total: few enough for exact sums, and for a stretch of a panel
+// to stay in the L1 cache.
+constexpr int64_t kBlockSteps = 128;
+
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+struct Floats {
+  static vf multiply_add(const char* a, const char* b, vf sum) {
+    float value;
+    std::memcpy(&value, a, sizeof value);
+    return fma(splat(value), load(reinterpret_cast<const float*>(b)), sum);
+  }
+};
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+struct Pairs {
+  static vf multiply_add(const char* a, const char* b, vf sum) {
+    int32_t pair;
+    std::memcpy(&pair, a, sizeof pair);
+    return reinterpret_cast<vf>(_mm512_dpbf16_ps(
+        reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair)),
+        reinterpret_cast<__m512bh>(_mm512_loadu_si512(b))));
+  }
+};
+#else
+using Pairs = Floats;  // never chosen
+#endif
+
+// What the caches should fetch while a tile is computed: a stretch of the next block of B.
+struct Ahead {
+  const char* at;
+  int64_t lines;
+};
+
+// total[kPanel per row] = (first ? 0 : total) + A B over `steps`.
+template <class Multiply, int Rows>
+void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* total, bool first,
+          Ahead ahead) {
+  vf sum[Rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = zero();
+  for (int64_t s = 0; s < steps; ++s) {
+    if ((s & 7) == 0 && ahead.lines > 0) {
+      __builtin_prefetch(ahead.at, 0, 2);
+      ahead.at += 64;
+      --ahead.lines;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+      sum[i][0] = Multiply::multiply_add(a + i * a_stride, b, sum[i][0]);
+      sum[i][1] = Multiply::multiply_add(a + i * a_stride, b + kLanes * kStepBytes, sum[i][1]);
+    }
+    a += kStepBytes;
+    b += kPanel * kStepBytes;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < Rows; ++i) {
+    for (int j = 0; j < 2; ++j) {
+      float* const t = total + i * kPanel + j * kLanes;
+      store(t, first ? sum[i][j] : load(t) + sum[i][j]);
+    }
+  }
+}
+
+using Tile = void (*)(int64_t, const char*, int64_t, const char*, float*, bool, Ahead);
+
+template <class Multiply, int Rows>
+Tile tile_of(int64_t rows) {
+  if constexpr (Rows == 1) {
+    return tile<Multiply, 1>;
+  } else {
+    return rows == Rows ? tile<Multiply, Rows> : tile_of<Multiply, Rows - 1>(rows);
+  }
+}
+
+}  // namespace
+}  // namespace VITFAST_ISA
+}  // namespace vitfast

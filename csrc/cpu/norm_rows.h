@@ -1,0 +1,164 @@
+// What the forward and the backward of the norms share: loops over a row, statistics, layout.
+#pragma once
+#include "norm.h"
+#include "../common/parallel.h"
+#include "../common/scratch.h"
+#include "simd.h"
+
+#define VITFAST_INLINE __attribute__((always_inline))
+
+namespace vitfast {
+namespace VITFAST_ISA {
+namespace {
+
+// A whole vector, or the n lanes left at the end of a row.
+struct Whole {};
+struct Part {
+  int n;
+};
+template <class T>
+inline vf load(const T* p, Whole) {
+  return load(p);
+}
+template <class T>
+inline vf load(const T* p, Part s) {
+  return load_n(p, s.n);
+}
+template <class T>
+inline void store(T* p, vf v, Part s) {
+  store_n(p, v, s.n);
+}
+inline void store(float* p, vf v, Whole) { store(p, v); }
+// Stores, and gives back the value as it was rounded; `past` goes past the caches.
+inline vf put(float* p, vf v, Whole, bool past) {
+  if (past)
+    stream(p, v);
+  else
+    store(p, v);
+  return v;
+}
+inline vf put(bf16_t* p, vf v, Whole, bool past) {
+  const vh h = to_bf16(v);
+  if (past)
+    stream(p, h);
+  else
+    store(p, h);
+  return from_bf16(h);
+}
+inline vf put(float* p, vf v, Part s, bool) {
+  store_n(p, v, s.n);
+  return v;
+}
+inline vf put(bf16_t* p, vf v, Part s, bool) {
+  store_n(p, v, s.n);
+  return from_bf16(to_bf16(v));
+}
+inline vf keep(vf v, Whole) { return v; }
+inline vf keep(vf v, Part s) {
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  return select(lane < s.n, v, zero());
+}
+
+// f(c, slot, span) over a row; slots 0 to 3 let sums run in independent accumulators.
+template <class F>
+inline void over(int64_t C, const F& f) {
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes) {
+    f(c, 0, Whole{});
+    f(c + kLanes, 1, Whole{});
+    f(c + 2 * kLanes, 2, Whole{});
+    f(c + 3 * kLanes, 3, Whole{});
+  }
+  for (; c + kLanes <= C; c += kLanes) f(c, 0, Whole{});
+  if (c < C) f(c, 0, Part{static_cast<int>(C - c)});
+}
+
+// Sums of a row: float in 4 vectors of lanes, double where these come together, so that the error of
+// a row's mean and deviation is that of one rounding.
+struct Sums {
+  vf v[4] = {};
+  double total() const { return sum_lanes((v[0] + v[1]) + (v[2] + v[3])); }
+};
+
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline char* at(const Rows& r, int64_t b, int64_t n) {
+  return static_cast<char*>(r.ptr) + (b * r.outer + n * r.inner) * size_of(r.dtype);
+}
+
+template <class T>
+inline const float* widen(const T* from, float* to, int64_t C) {
+  over(C, [&](int64_t c, int, auto span) VITFAST_INLINE { store(to + c, load(from + c, span), span); });
+  return to;
+}
+// A row or [C] vector as floats: where it lies, or converted into `scratch`.
+inline const float* floats(const void* p, DType dtype, float* scratch, int64_t C) {
+  return dtype == DType::f32 ? static_cast<const float*>(p)
+                             : widen(static_cast<const bf16_t*>(p), scratch, C);
+}
+inline const float* floats(const Channels& v, float* scratch, int64_t C, float absent) {
+  if (v.ptr != nullptr) return floats(v.ptr, v.dtype, scratch, C);
+  for (int64_t c = 0; c < C; ++c) scratch[c] = absent;
+  return scratch;
+}
+
+// scale = drop * gamma, the factor of the branch in one sample.
+inline const float* sample_scale(const float* gamma, float drop, float* scale, int64_t C) {
+  over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
+    store(scale + c, gamma != nullptr ? load(gamma + c, span) * drop : splat(drop), span);
+  });
+  return scale;
+}
+
+inline double row_sum(const float* row, int64_t C, bool square) {
+  Sums sums;
+  over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
+    const vf v = load(row + c, span);
+    sums.v[slot] = square ? fma(v, v, sums.v[slot]) : sums.v[slot] + v;
+  });
+  return sums.total();
+}
+
+struct Moments {
+  float mean, rstd;
+  float shift;  // -(true mean - mean) * rstd: what rounding took from the mean, for outputs
+};
+
+// From the row and its sum (rms: its sum of squares). The second pass also sums the deviations:
+// they are exact where the mean is far from zero, and correct both the mean and the variance.
+inline Moments moments(const float* row, int64_t C, double sum, bool rms, double eps) {
+  const double n = static_cast<double>(C);
+  if (rms) return {0.f, static_cast<float>(1. / __builtin_sqrt(sum / n + eps)), 0.f};
+  const vf mean = splat(static_cast<float>(sum / n));
+  Sums first, second;
+  over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
+    const vf d = keep(load(row + c, span) - mean, span);
+    first.v[slot] = first.v[slot] + d;
+    second.v[slot] = fma(d, d, second.v[slot]);
+  });
+  const double delta = first.total() / n;
+  double var = second.total() / n - delta * delta;
+  var = var < 0. ? 0. : var;  // a NaN stays
+  const double rstd = 1. / __builtin_sqrt(var + eps);
+  return {mean[0], static_cast<float>(rstd), static_cast<float>(-delta * rstd)};
+}
+
+// Two threads pay from about 16k elements on.
+inline int team_size(int64_t elements, int threads) {
+  const int64_t useful = 1 + elements / 16384;
+  return useful < threads ? static_cast<int>(useful) : threads;
+}
+
+// Stores past the caches pay where a call touches more than they hold, and need aligned rows.
+inline bool past_cache(const Rows& out, int64_t call_bytes) {
+  const int64_t vector = kLanes * size_of(out.dtype);
+  const auto misaligned = [&](int64_t v) { return v % vector != 0; };
+  return out.ptr != nullptr && call_bytes >= (int64_t{32} << 20) &&
+         !misaligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(out.ptr))) &&
+         !misaligned(out.outer * size_of(out.dtype)) && !misaligned(out.inner * size_of(out.dtype));
+}
+
+}  // namespace
+}  // namespace VITFAST_ISA
+}  // namespace vitfast
