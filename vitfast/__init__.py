@@ -1,0 +1,44 @@
+"""vitfast: fused kernels for timm's vision transformers, weights and outputs unchanged.
+
+    import timm, vitfast
+    model = timm.create_model("vit_base_patch16_224", pretrained=True).eval()
+    print(vitfast.swap(model))
+
+Importing this package imports neither torch nor timm; attributes load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitfast import layers, ops
+    from vitfast.settings import settings
+    from vitfast.swap import SwapReport, create_model, restore, swap
+
+__version__ = "0.1.0"
+
+__all__ = ["SwapReport", "__version__", "create_model", "layers", "ops", "restore", "settings", "swap"]
+
+_HOME = {
+    "SwapReport": "vitfast.swap",
+    "create_model": "vitfast.swap",
+    "restore": "vitfast.swap",
+    "settings": "vitfast.settings",
+    "swap": "vitfast.swap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("layers", "ops"):
+        return importlib.import_module(f"vitfast.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,53 @@
+"""The ops. Each is a folder with the same rooms; adding one is a folder, a name and an import here.
+
+The functions are imported eagerly, so that they, and not the packages of the same name, are what
+`vitfast.ops.<name>` means; importing this package registers every op before anything is traced.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from vitfast.ops.add_norm.api import add_norm
+from vitfast.ops.attention.api import attention
+from vitfast.ops.layer_norm.api import layer_norm
+from vitfast.ops.linear_act.api import linear_act
+from vitfast.ops.patch_embed.api import patch_embed
+from vitfast.ops.residual_add.api import residual_add
+from vitfast.ops.rms_norm.api import rms_norm
+
+if TYPE_CHECKING:
+    from vitfast.ops.spec import OpSpec
+
+NAMES = (
+    "layer_norm",
+    "rms_norm",
+    "add_norm",
+    "residual_add",
+    "attention",
+    "linear_act",
+    "patch_embed",
+)
+
+__all__ = [
+    "add_norm",
+    "attention",
+    "layer_norm",
+    "linear_act",
+    "patch_embed",
+    "residual_add",
+    "rms_norm",
+    "spec_of",
+    "specs",
+]
+
+
+def spec_of(name: str) -> OpSpec:
+    """The OpSpec of one op."""
+    return importlib.import_module(f"vitfast.ops.{name}.spec").SPEC
+
+
+def specs() -> list[OpSpec]:
+    """Every OpSpec, in the order of `NAMES`."""
+    return [spec_of(name) for name in NAMES]

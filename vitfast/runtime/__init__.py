@@ -1,0 +1,1 @@
+"""Plumbing that knows no formula: devices, the native extension, op registration, dispatch."""

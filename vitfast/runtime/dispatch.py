@@ -1,0 +1,99 @@
+"""Which backend runs a call: the first that can, in the op's order, or the one asked for by name.
+
+A backend's `can_run` gives the list of reasons against; the same list serves the automatic choice
+(quietly), a request by name (raised) and `vitfast info`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vitfast.errors import BackendUnavailableError, InputValueError
+from vitfast.settings import logger, settings
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    Args:
+        name: "cpu", "vendor", "triton", "cuda" or "reference".
+        forward: takes the op's arguments, gives its outputs.
+        can_run: takes the same arguments, gives the reasons against; empty means yes.
+        backward: takes the backward op's arguments; None for an inference-only backend.
+        available: takes nothing, gives the reasons why it could never run on this machine.
+    """
+
+    name: str
+    forward: Callable[..., Any]
+    can_run: Callable[..., list[str]]
+    backward: Callable[..., Any] | None = None
+    available: Callable[[], list[str]] = list
+
+
+class Dispatcher:
+    """The backends of one op, in order of preference; the last is the reference."""
+
+    def __init__(self, op: str, backends: Sequence[Backend]) -> None:
+        self.op = op
+        self.backends = {b.name: b for b in backends}
+        self.picked: str | None = None
+        """The backend of the latest call, for reports."""
+        self._logged: set[str] = set()
+
+    def pick(self, name: str, *args: Any, needs_backward: bool = False) -> Backend:
+        """The backend for a call with these arguments.
+
+        Raises:
+            InputValueError: no backend has this name.
+            BackendUnavailableError: the backend asked for cannot run; lists the reasons.
+        """
+        if name == "auto":
+            name = "reference" if settings.disable else settings.backend
+        if name != "auto":
+            return self._named(name, args, needs_backward)
+        for backend in self.backends.values():
+            if needs_backward and backend.backward is None:
+                continue
+            if not backend.can_run(*args):
+                self._log(backend.name)
+                return backend
+        raise BackendUnavailableError(self.explain(args, needs_backward))
+
+    def _named(self, name: str, args: Sequence[Any], needs_backward: bool) -> Backend:
+        backend = self.backends.get(name)
+        if backend is None:
+            raise InputValueError(
+                f"{self.op}: no backend {name!r}; it has {', '.join(self.backends)}"
+            )
+        why = self.reasons(backend, args, needs_backward)
+        if why:
+            raise BackendUnavailableError(
+                f"{self.op}: backend {name!r} was asked for and cannot run:\n  - "
+                + "\n  - ".join(why)
+            )
+        self._log(name)
+        return backend
+
+    @staticmethod
+    def reasons(backend: Backend, args: Sequence[Any], needs_backward: bool) -> list[str]:
+        why = list(backend.can_run(*args))
+        if needs_backward and backend.backward is None:
+            why.append("it has no backward")
+        return why
+
+    def explain(self, args: Sequence[Any], needs_backward: bool = False) -> str:
+        """Every backend with its reasons, one a line."""
+        lines = [f"{self.op}: no backend can run this call"]
+        for backend in self.backends.values():
+            why = self.reasons(backend, args, needs_backward) or ["can run"]
+            lines += [f"  {backend.name}: {reason}" for reason in why]
+        return "\n".join(lines)
+
+    def _log(self, name: str) -> None:
+        self.picked = name
+        if name not in self._logged:
+            self._logged.add(name)
+            logger.info("%s: using backend %s", self.op, name)

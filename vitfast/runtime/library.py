@@ -1,0 +1,116 @@
+"""The `vitfast` torch.library namespace: one registered op per public call.
+
+`define` registers schema, implementation, fake kernel and autograd in one go. It writes out what
+torch.library.register_autograd would do, because that lists the schema's arguments again and again
+in every recorded call; the figures are in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vitfast.errors import NotTwiceDifferentiableError
+
+_LIBRARY = torch.library.Library("vitfast", "DEF")
+
+
+def define(
+    name: str,
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Register `vitfast::<name>` for every device and return its op handle.
+
+    Args:
+        schema: arguments and returns, e.g. "(Tensor x, float eps) -> Tensor"; no defaults, nothing
+            keyword-only, no lists of tensors, nothing mutated.
+        fake: shapes, dtypes and true strides of the outputs, from fake inputs.
+        setup_context, backward: as torch.library.register_autograd. Without a backward the op
+            refuses to be differentiated (it is somebody's backward itself).
+    """
+    qualified = f"vitfast::{name}"
+    _LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=_LIBRARY)
+    op = getattr(torch.ops.vitfast, name).default
+    _LIBRARY.impl(
+        name, _autograd_kernel(op, setup_context, backward), "Autograd", with_keyset=True
+    )
+    return op
+
+
+def _autograd_kernel(
+    op: torch._ops.OpOverload,
+    setup_context: Callable[..., None] | None,
+    backward: Callable[..., Any] | None,
+) -> Callable[..., Any]:
+    """The op under the Autograd key: recorded if an argument requires grad, else passed on."""
+
+    def below(keyset: torch._C.DispatchKeySet, args: tuple[Any, ...]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def record(ctx: Any, *args: Any) -> Any:
+        *args, keyset = args
+        result = below(keyset, args)
+        if setup_context is not None:
+            setup_context(ctx=ctx, inputs=tuple(args), output=result)
+        return result
+
+    def differentiate(ctx: Any, *grads: Any) -> Any:
+        if backward is None:
+            raise NotTwiceDifferentiableError(
+                f"{op.name()}: gradients of gradients are not implemented; "
+                "use vitfast.restore(model), or settings.disable = True"
+            )
+        result = backward(ctx, *grads)
+        return (*result, None) if isinstance(result, tuple) else (result, None)
+
+    function = type(
+        f"Recorded_{op._opname}",
+        (torch.autograd.Function,),
+        {"forward": staticmethod(record), "backward": staticmethod(differentiate)},
+    )
+
+    def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keyset)
+        return below(keyset, args)
+
+    return kernel
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will record a call with these tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype autocast would lower a matrix product to on this device; None when it is off."""
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return None
+
+
+def autocast_args(
+    device: torch.device, tensors: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """Cast as `torch.autocast` would for a matrix product: floating tensors below float64."""
+    dtype = autocast_dtype(device)
+    if dtype is None:
+        return list(tensors)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]

@@ -1,0 +1,90 @@
+"""Finding the compiled extension `vitfast._native`, or saying why there is none.
+
+The extension knows no torch: it takes addresses, sizes and strides. `torch` is imported first, so
+that the extension resolves its OpenMP library to the copy that torch already loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+
+from vitfast.errors import BackendUnavailableError
+from vitfast.settings import ISA_LEVELS, settings
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
+"""The numbers of `DType` in csrc/common/dtype.h."""
+_LARGE = 4 << 20
+"""From about here on the C library gives freed memory back, and new memory costs a page fault for
+every 4 KiB: more time than a kernel takes to fill it."""
+
+
+@functools.cache
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        module = importlib.import_module("vitfast._native")
+    except ImportError as error:
+        try:
+            from vitfast._build_info import NATIVE_STATUS  # written by setup.py
+        except ImportError:
+            NATIVE_STATUS = "vitfast is used from a source tree that was not built"
+        if NATIVE_STATUS == "built":
+            return None, f"native extension failed to load: {error}"
+        return None, f"native extension not built: {NATIVE_STATUS}"
+    return module, ""
+
+
+def reasons() -> list[str]:
+    """Why native kernels cannot run; empty when they can."""
+    module, why = _load()
+    if settings.disable:
+        return ["VITFAST_DISABLE is set"]
+    return [] if module is not None else [why]
+
+
+_applied_isa: str | None = None
+
+
+def native() -> ModuleType:
+    """The extension, set to the instruction set that `settings.cpu_isa` allows.
+
+    Raises:
+        BackendUnavailableError: the extension is missing, or the CPU lacks the set asked for.
+    """
+    global _applied_isa
+    module, why = _load()
+    if module is None:
+        raise BackendUnavailableError(why)
+    if settings.cpu_isa != _applied_isa:
+        wanted = settings.cpu_isa or ISA_LEVELS[module.best_isa()]
+        if ISA_LEVELS.index(wanted) > module.best_isa():
+            raise BackendUnavailableError(
+                f"cpu_isa={wanted!r} asked for, but this CPU and build offer at most "
+                f"{ISA_LEVELS[module.best_isa()]!r}; VITFAST_CPU_ISA can only lower it"
+            )
+        module.select_isa(ISA_LEVELS.index(wanted))
+        _applied_isa = settings.cpu_isa
+    return module
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return ISA_LEVELS[native().selected_isa()]
+
+
+def threads() -> int:
+    return torch.get_num_threads()
+
+
+def empty(
+    shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+) -> torch.Tensor:
+    """torch.empty, with large pages for a large CPU tensor (see csrc/common/pages.h)."""
+    t = torch.empty(shape, dtype=dtype, device=device)
+    if t.nbytes >= _LARGE and t.is_cpu and _load()[0] is not None:
+        native().advise_large_pages(t.data_ptr(), t.nbytes)
+    return t
