@@ -1,0 +1,331 @@
+"""Matrix products on csrc/cpu/gemm.h, for ops and for the inference path of layers.
+
+`linear` is what a layer calls without autograd; where it runs several row chunks through one weight,
+`prepare` once and `apply` for each. They check nothing: shapes are the caller's promise. Where the
+native kernel cannot or should not run, they go through the op `linear_act`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vitfast.ops._weights import CACHE, CACHE_ROWS, Packed, cacheable, clear_weight_cache, pack
+from vitfast.runtime import native
+from vitfast.runtime.native import DTYPE_CODES
+from vitfast.settings import settings
+
+__all__ = ["apply", "clear_weight_cache", "linear", "prepare"]
+
+ACTS = {
+    "none": 0,
+    "relu": 1,
+    "gelu": 2,
+    "gelu_tanh": 3,
+    "quick_gelu": 4,
+    "silu": 5,
+    "sigmoid": 6,
+}
+"""The numbers of `Act` in csrc/cpu/activation_kinds.h."""
+DTYPES = (torch.float32, torch.bfloat16)
+_LARGE = 32 << 20
+"""Allocations above this come fresh from the system each time (see csrc/common/pages.h)."""
+
+Rows = tuple[int, int, int, int, int]
+
+
+def has_tiles() -> bool:
+    """Whether this CPU multiplies bfloat16 tiles (AMX): oneDNN's bfloat16 is then far ahead."""
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(probe is not None and probe())
+
+
+HAS_TILES = has_tiles()
+
+
+def reasons(x: torch.Tensor, *others: torch.Tensor | None) -> list[str]:
+    """Why the native kernel cannot take these tensors; empty when it can."""
+    why = native.reasons()
+    if x.device.type != "cpu":
+        why.append(f"tensors are on {x.device}, not on the CPU")
+    for dtype in {t.dtype for t in (x, *others) if t is not None}:
+        if dtype not in DTYPES:
+            why.append(f"{dtype} is not implemented, float32 and bfloat16 are")
+    return why
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer ready to run: its weight packed, or where that is not to be, as it is."""
+
+    packed: Packed | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    gate: str
+    gate_weight: torch.Tensor | None
+    gate_bias: torch.Tensor | None
+    dtype: torch.dtype
+
+    @property
+    def width(self) -> int:
+        return self.weight.shape[0] // 2 if self.gate else self.weight.shape[0]
+
+
+def prepare(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    *,
+    gate: str | None = None,
+    gate_weight: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+    cache: bool = True,
+) -> Linear:
+    """Pack a weight for products with `rows` rows in all, in this dtype.
+
+    Args:
+        weight, bias, gate, gate_weight, gate_bias: as for `vitfast.ops.linear_act`; float32
+            weights serve bfloat16 products.
+        cache: keep the packing for later calls, below `CACHE_ROWS` rows. Not for weights that
+            an optimizer is about to change.
+    """
+    packed = None
+    if (
+        settings.backend in ("auto", "cpu")
+        and not (HAS_TILES and dtype == torch.bfloat16)
+        and weight.numel()
+        and rows
+        and not reasons(weight, bias, gate_weight, gate_bias)
+        and dtype in DTYPES
+    ):
+        packed = pack_linear(weight, gate_weight, gate or "", dtype, rows, cache=cache)
+    return Linear(packed, weight, bias, gate or "", gate_weight, gate_bias, dtype)
+
+
+def pack_linear(
+    weight: torch.Tensor,
+    gate_weight: torch.Tensor | None,
+    gate: str,
+    dtype: torch.dtype,
+    rows: int,
+    *,
+    cache: bool,
+) -> Packed:
+    weights = (weight,) if gate_weight is None else (gate_weight, weight)
+    if cache and rows < CACHE_ROWS and cacheable(weights):
+        return CACHE.get(weights, dtype, gate)
+    return pack(weights, dtype, gate)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    act: str = "none",
+    *,
+    residual: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    gate: str | None = None,
+    gate_weight: torch.Tensor | None = None,
+    gate_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual + gamma * act(x W^T + bias), without autograd; see `apply`."""
+    layer = prepare(
+        weight,
+        bias,
+        x.numel() // weight.shape[1] if weight.shape[1] else 0,
+        x.dtype,
+        gate=gate,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+    )
+    return apply(layer, x, act, residual=residual, gamma=gamma, out_dtype=out_dtype, out=out)
+
+
+def apply(
+    layer: Linear,
+    x: torch.Tensor,
+    act: str = "none",
+    *,
+    residual: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """residual + gamma * act(x W^T + bias), in one pass over memory.
+
+    Args:
+        x: [..., K], dtype of the layer, any strides.
+        residual: [..., N], float32 or bfloat16.
+        gamma: [N], float32 or bfloat16.
+        out_dtype: by default the residual's, or x's.
+        out: [..., N] to write to, with contiguous rows; may be the residual itself.
+    """
+    if out is None:
+        dtype = out_dtype or (x if residual is None else residual).dtype
+        out = empty((*x.shape[:-1], layer.width), dtype)
+    if layer.packed is None or not x.numel():
+        return out.copy_(_through_op(layer, x, act, residual, gamma))
+    product(
+        layer.packed,
+        x,
+        out,
+        biases(layer.bias, layer.gate, layer.gate_weight, layer.gate_bias),
+        act,
+        gamma=gamma,
+        residual=residual,
+    )
+    return out
+
+
+def _through_op(
+    layer: Linear,
+    x: torch.Tensor,
+    act: str,
+    residual: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+) -> torch.Tensor:
+    y = torch.ops.vitfast.linear_act(
+        x,
+        layer.weight,
+        layer.bias,
+        layer.gate_weight,
+        layer.gate_bias,
+        act,
+        layer.gate,
+        False,
+        "auto",
+    )[0]
+    if gamma is not None:
+        y = y * gamma
+    return y if residual is None else residual + y
+
+
+def product(
+    packed: Packed,
+    x: torch.Tensor,
+    out: torch.Tensor,
+    bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    act: str = "none",
+    *,
+    z: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    gamma: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """The native call. `bias` and `z` (sums before the activation) are for both halves of a gate."""
+    x = dense_rows(x)
+    residual = None if residual is None else dense_rows(residual)
+    gamma = None if gamma is None else gamma.contiguous()
+    native.native().gemm(
+        (x.numel() // packed.k, packed.n, packed.k),
+        DTYPE_CODES[packed.dtype],
+        rows_of(x),
+        False,
+        packed.data.data_ptr(),
+        packed.gated,
+        _vector(bias[0]),
+        _vector(bias[1]),
+        ACTS[act],
+        None if z[0] is None else rows_of(z[0]),
+        None if z[1] is None else rows_of(z[1]),
+        _vector(gamma),
+        None if residual is None else rows_of(residual),
+        rows_of(out),
+        native.threads(),
+    )
+
+
+def transposed_product(
+    packed: Packed, x: torch.Tensor, out: torch.Tensor, *, accumulate: bool
+) -> None:
+    """out[I, n] (+)= x^T B for x [k, I] with contiguous rows; a float32 `out` may accumulate."""
+    total = rows_of(out)
+    native.native().gemm(
+        (x.shape[1], packed.n, packed.k),
+        DTYPE_CODES[packed.dtype],
+        (x.data_ptr(), DTYPE_CODES[x.dtype], 1, 0, x.stride(0)),
+        True,
+        packed.data.data_ptr(),
+        False,
+        None,
+        None,
+        0,
+        None,
+        None,
+        None,
+        total if accumulate else None,
+        total,
+        native.threads(),
+    )
+
+
+def biases(
+    bias: torch.Tensor | None,
+    gate: str,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The biases of the half that passes through the activation, and of the other one."""
+    bias = None if bias is None else bias.contiguous()
+    if gate_weight is not None:
+        return (None if gate_bias is None else gate_bias.contiguous()), bias
+    if gate and bias is not None:
+        first, second = bias.chunk(2)
+        return (first, second) if gate == "first" else (second, first)
+    return bias, None
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """torch.empty on the CPU, with large pages for a large tensor."""
+    t = torch.empty(shape, dtype=dtype)
+    if t.nbytes > _LARGE and not native.reasons():
+        native.native().advise_large_pages(t.data_ptr(), t.nbytes)
+    return t
+
+
+def rows_of(t: torch.Tensor) -> Rows:
+    """Address, dtype, rows in a group, stride of groups, stride of rows; t from `dense_rows`."""
+    code = DTYPE_CODES[t.dtype]
+    if t.is_contiguous():
+        width = t.shape[-1]
+        return t.data_ptr(), code, max(t.numel() // width, 1), 0, width
+    rows, inner, outer = 1, 0, 0
+    for size, stride in reversed(_outer_dims(t)):
+        if rows == 1:
+            rows, inner = size, stride
+        elif stride == rows * inner:
+            rows *= size
+        else:
+            outer = stride
+            break
+    return t.data_ptr(), code, rows, outer, inner
+
+
+def dense_rows(t: torch.Tensor) -> torch.Tensor:
+    """The tensor where `rows_of` can describe it, else a contiguous copy."""
+    if t.is_contiguous() or (t.stride(-1) == 1 and _groups(t) <= 2):
+        return t
+    return t.contiguous()
+
+
+def _outer_dims(t: torch.Tensor) -> list[tuple[int, int]]:
+    dims = zip(t.shape[:-1], t.stride()[:-1], strict=True)
+    return [(size, stride) for size, stride in dims if size != 1]
+
+
+def _groups(t: torch.Tensor) -> int:
+    """How many dimensions the outer ones are, once those that run together are one."""
+    count, previous = 0, None
+    for size, stride in _outer_dims(t):
+        if previous is None or previous != size * stride:
+            count += 1
+        previous = stride
+    return count
+
+
+def _vector(t: torch.Tensor | None) -> tuple[int, int] | None:
+    return None if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])

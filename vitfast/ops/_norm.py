@@ -1,0 +1,292 @@
+"""What layer_norm, rms_norm, add_norm and residual_add share: calls into csrc/cpu/norm.h, and fakes.
+
+`forward` is also what layers call in inference, without the dispatcher: it checks nothing beyond
+what memory safety of its own outputs needs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vitfast.errors import InputValueError
+from vitfast.runtime import native
+from vitfast.runtime.native import DTYPE_CODES
+
+LAYER, RMS, NONE = 0, 1, 2
+"""The numbers of `NormKind` in csrc/cpu/norm.h."""
+KINDS = {"layer": LAYER, "rms": RMS}
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def reasons(
+    x: torch.Tensor, *others: torch.Tensor | None, out_dtype: torch.dtype | None = None
+) -> list[str]:
+    """Why the native kernels cannot take these tensors; empty when they can."""
+    why = native.reasons()
+    if x.device.type != "cpu":
+        why.append(f"tensors are on {x.device}, not on the CPU")
+    for dtype in {t.dtype for t in (x, *others) if t is not None} | {out_dtype or x.dtype}:
+        if dtype not in DTYPES:
+            why.append(f"{dtype} is not implemented, float32 and bfloat16 are")
+    return why
+
+
+def forward(
+    kind: int,
+    x: torch.Tensor,
+    *,
+    branch: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    drop_scale: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    out_dtype: torch.dtype | None = None,
+    save_stats: bool = False,
+    residual_out: torch.Tensor | None = None,
+    normed_out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """residual = x + drop_scale * gamma * branch, then its norm, in one pass over memory.
+
+    Args:
+        kind: LAYER, RMS, or NONE for the residual alone.
+        x, branch: [..., C], float32 or bfloat16 each. Without a branch x itself is normalised.
+        gamma, weight, bias: [C], float32 or bfloat16 each.
+        drop_scale: [B], broadcast over all but the first dimension.
+        out_dtype: dtype of the normed tensor; the residual's by default.
+        residual_out, normed_out: tensors of x's shape to write to, such as row slices of larger
+            ones; their last dimension must be contiguous. The residual may go exactly over x or
+            branch, the normed tensor over any of the three.
+
+    Returns:
+        residual (None without a branch), normed (None with kind NONE), and statistics
+        [rows, 2] in float32, mean and 1 / sqrt(var + eps) (None unless save_stats).
+    """
+    shape = x.shape
+    device = x.device
+    residual = normed = stats = None
+    if branch is not None:
+        residual = residual_out
+        if residual is None:
+            dtype = residual_dtype(x, branch, gamma)
+            residual = native.empty(shape, dtype, device)
+    if kind != NONE:
+        normed = normed_out
+        if normed is None:
+            dtype = out_dtype or (x if residual is None else residual).dtype
+            normed = native.empty(shape, dtype, device)
+    numel = x.numel()
+    if save_stats:
+        stats = torch.empty((math.prod(shape[:-1]), 2), dtype=torch.float32, device=device)
+    if numel == 0:
+        return residual, normed, stats
+    c = shape[-1]
+    b = shape[0] if len(shape) > 1 else 1
+    nc = numel // b
+    # The names keep contiguous copies alive until the kernel has run.
+    x, branch = _dense(x), _dense(branch)
+    gamma, weight, bias = _vector(gamma), _vector(weight), _vector(bias)
+    drop_scale = _float_vector(drop_scale)
+    native.native().norm_forward(
+        kind,
+        b,
+        nc // c,
+        c,
+        _rows(x, nc, c),
+        _rows(branch, nc, c),
+        _out_rows(residual, shape, nc, c),
+        _out_rows(normed, shape, nc, c),
+        _channels(gamma),
+        _channels(weight),
+        _channels(bias),
+        0 if drop_scale is None else drop_scale.data_ptr(),
+        eps,
+        0 if stats is None else stats.data_ptr(),
+        native.threads(),
+    )
+    return residual, normed, stats
+
+
+def backward(
+    kind: int,
+    grad_normed: torch.Tensor | None,
+    residual: torch.Tensor,
+    stats: torch.Tensor | None,
+    *,
+    grad_residual: torch.Tensor | None = None,
+    branch: torch.Tensor | None = None,
+    gamma: torch.Tensor | None = None,
+    drop_scale: torch.Tensor | None = None,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    x_dtype: torch.dtype | None = None,
+    x_wanted: bool = True,
+    branch_dtype: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `forward` for x, branch, gamma, weight and bias, in one pass over memory.
+
+    Args:
+        residual: what was normalised: the residual, or x itself without a branch. With kind NONE
+            only its shape counts.
+        stats: of the forward; None or empty: computed again.
+        branch: given where gamma's gradient is wanted.
+        x_dtype: dtype of x's gradient; residual's by default.
+        branch_dtype: dtype of the branch's gradient; None where none is wanted.
+
+    Returns:
+        dx, dbranch, dgamma, dweight, dbias; empty where absent or not wanted.
+    """
+    shape = residual.shape
+    if grad_normed is None:
+        kind = NONE
+    dx = _empty(residual, shape, (x_dtype or residual.dtype) if x_wanted else None)
+    dbranch = _empty(residual, shape, branch_dtype)
+    dgamma = _empty(residual, shape[-1:], gamma.dtype if branch is not None else None)
+    dweight = _empty(residual, shape[-1:], None if weight is None else weight.dtype)
+    dbias = _empty(residual, shape[-1:], None if bias is None else bias.dtype)
+    outputs = dx, dbranch, dgamma, dweight, dbias
+    numel = residual.numel()
+    if numel == 0:
+        return dx, dbranch, *(t.zero_() for t in outputs[2:])
+    c = shape[-1]
+    b = shape[0] if len(shape) > 1 else 1
+    nc = numel // b
+    if kind == NONE:
+        dweight.zero_()
+        dbias.zero_()
+        residual = weight = None
+    grad_normed, grad_residual = _dense(grad_normed), _dense(grad_residual)
+    residual, branch = _dense(residual), _dense(branch)
+    gamma, weight = _vector(gamma), _vector(weight)
+    drop_scale = _float_vector(drop_scale)
+    wanted = kind != NONE
+    native.native().norm_backward(
+        kind,
+        b,
+        nc // c,
+        c,
+        _rows(grad_normed, nc, c),
+        _rows(grad_residual, nc, c),
+        _rows(residual, nc, c),
+        _rows(branch, nc, c),
+        _rows(dx, nc, c) if x_wanted else None,
+        _rows(dbranch, nc, c) if branch_dtype is not None else None,
+        _channels(gamma),
+        _channels(weight),
+        _channels(dgamma) if branch is not None else None,
+        _channels(dweight) if wanted and weight is not None else None,
+        _channels(dbias) if wanted and bias is not None else None,
+        0 if drop_scale is None else drop_scale.data_ptr(),
+        eps,
+        0 if stats is None else stats.data_ptr(),
+        native.threads(),
+    )
+    return outputs
+
+
+def residual_dtype(
+    x: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None
+) -> torch.dtype:
+    """The dtype that torch gives x + gamma * branch."""
+    dtype = x.dtype
+    if branch.dtype != dtype:
+        dtype = torch.promote_types(dtype, branch.dtype)
+    if gamma is not None and gamma.dtype != dtype:
+        dtype = torch.promote_types(dtype, gamma.dtype)
+    return dtype
+
+
+def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor itself where its rows can be addressed by two strides, else a contiguous copy."""
+    return t if t is None or t.is_contiguous() or _addressable(t) else t.contiguous()
+
+
+def _addressable(t: torch.Tensor) -> bool:
+    """Whether C is contiguous, and dimensions 1 to -2 are one dimension with one stride."""
+    shape, strides = t.shape, t.stride()
+    if t.ndim < 2 or (strides[-1] != 1 and shape[-1] != 1):
+        return False
+    return all(
+        shape[i] == 1 or strides[i] == strides[i + 1] * shape[i + 1] for i in range(1, t.ndim - 2)
+    )
+
+
+def _rows(t: torch.Tensor | None, nc: int, c: int) -> tuple[int, int, int, int] | None:
+    if t is None:
+        return None
+    if t.is_contiguous():
+        return t.data_ptr(), DTYPE_CODES[t.dtype], nc, c
+    return t.data_ptr(), DTYPE_CODES[t.dtype], t.stride(0), t.stride(-2)
+
+
+def _out_rows(
+    t: torch.Tensor | None, shape: torch.Size, nc: int, c: int
+) -> tuple[int, int, int, int] | None:
+    if t is not None and (t.shape != shape or not (t.is_contiguous() or _addressable(t))):
+        raise InputValueError(
+            f"output of shape {tuple(t.shape)} and strides {t.stride()}: expected shape"
+            f" {tuple(shape)} with a contiguous last dimension"
+        )
+    return _rows(t, nc, c)
+
+
+def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def _float_vector(t: torch.Tensor | None) -> torch.Tensor | None:
+    return t if t is None else t.to(torch.float32).contiguous()
+
+
+def _channels(t: torch.Tensor | None) -> tuple[int, int] | None:
+    return None if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
+
+
+def _empty(like: torch.Tensor, shape: torch.Size, dtype: torch.dtype | None) -> torch.Tensor:
+    return absent(like) if dtype is None else native.empty(shape, dtype, like.device)
+
+
+def absent(like: torch.Tensor) -> torch.Tensor:
+    """What an op returns in place of a tensor that is not there."""
+    return torch.empty(0, dtype=torch.float32, device=like.device)
+
+
+def present(*pairs: tuple[torch.Tensor | None, torch.Tensor]) -> list[torch.Tensor | None]:
+    """Of (input, gradient) pairs the gradients, None where the input was absent."""
+    return [None if t is None else grad for t, grad in pairs]
+
+
+def fake_stats(x: torch.Tensor, save_stats: bool) -> torch.Tensor:
+    if not save_stats:
+        return absent(x)
+    return torch.empty((math.prod(x.shape[:-1]), 2), dtype=torch.float32, device=x.device)
+
+
+def fake(
+    x: torch.Tensor, out_dtype: torch.dtype | None, save_stats: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Outputs of layer_norm and rms_norm: contiguous, and the statistics."""
+    return x.new_empty(x.shape, dtype=out_dtype or x.dtype), fake_stats(x, save_stats)
+
+
+def backward_fake(
+    x: torch.Tensor, *vectors: torch.Tensor | None, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of x (its dtype by default) and of [C] vectors, contiguous."""
+    return x.new_empty(x.shape, dtype=dtype or x.dtype), *(
+        absent(x) if v is None else v.new_empty(v.shape) for v in vectors
+    )
+
+
+def reference_stats(kind: int, x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The statistics that `forward` saves, in plain PyTorch."""
+    rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_zeros(math.prod(x.shape[:-1]), 1)
+    rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+    if kind == RMS:
+        mean, var = torch.zeros_like(rows[:, 0]), rows.square().mean(-1)
+    else:
+        mean, var = rows.mean(-1), rows.var(-1, correction=0)
+    return torch.stack((mean, torch.rsqrt(var + eps)), -1).float()

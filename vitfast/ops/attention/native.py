@@ -1,0 +1,214 @@
+"""Attention on the kernels of csrc/cpu/attention_forward.cpp and attention_backward.cpp."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from vitfast.ops.attention import vendor
+from vitfast.ops.attention.reference import Call
+from vitfast.runtime.dispatch import Backend
+from vitfast.runtime.native import DTYPE_CODES, native, reasons, threads
+
+_NORMS = {"": 0, None: 0, "layer": 1, "rms": 2}
+_MASK_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 3}
+_MAX_HEAD_DIM = 256
+
+
+def can_run(call: Call) -> list[str]:
+    why = reasons()
+    q = call.q
+    if q.device.type != "cpu":
+        why.append(f"q is on {q.device}; the kernels run on the CPU")
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        why.append(f"q has dtype {q.dtype}; the kernels take float32 and bfloat16")
+    if q.shape[-1] > _MAX_HEAD_DIM:
+        why.append(f"head dim {q.shape[-1]} is above {_MAX_HEAD_DIM}")
+    if call.mask_grad:
+        why.append("mask requires grad; the kernels have a gradient for bias only")
+    if call.rope_grad:
+        why.append("rope requires grad; the kernels have no gradient for it")
+    if call.rope is not None and call.rope.dtype == torch.float64:
+        why.append("rope is float64; the kernels turn by float32 angles")
+    return why
+
+
+def forward_direct(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    is_causal: bool = False,
+    qk_norm: str | None = None,
+    q_norm_weight: torch.Tensor | None = None,
+    q_norm_bias: torch.Tensor | None = None,
+    k_norm_weight: torch.Tensor | None = None,
+    k_norm_bias: torch.Tensor | None = None,
+    qk_norm_eps: float = 1e-6,
+    rope: torch.Tensor | None = None,
+    rope_prefix: int = 0,
+    rope_half: bool = False,
+    out: torch.Tensor | None = None,
+    lse: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The kernel without the op around it, for layers in inference that checked their inputs once.
+
+    Takes what `vitfast.ops.attention` takes, unpacked and where `can_run` has no reason against.
+    Not recorded by autograd, invisible to torch.compile.
+
+    Args:
+        out: [B, Nq, H, D], dtype of q, any strides: written and returned; else a new tensor.
+        lse: [B, H, Nq], float32, contiguous: gets the log-sum-exp of the scores.
+    """
+    if out is None:
+        out = q.new_empty(q.shape)
+    if out.numel() == 0 or k.shape[1] == 0:
+        return out.zero_()
+    keep: list[torch.Tensor] = []  # converted tensors have to outlive the call
+    native().attention_forward(
+        _problem(keep, q, k, v, scale, mask, bias, is_causal),
+        _prologue(
+            keep, qk_norm, q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, qk_norm_eps,
+            rope, rope_prefix, rope_half,
+        ),
+        _view(out),
+        0 if lse is None else lse.data_ptr(),
+        threads(),
+    )  # fmt: skip
+    return out
+
+
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k, v = call.split()
+    batch, queries, heads, _ = q.shape
+    lse = q.new_empty((batch, heads, queries) if call.save_lse else 0, dtype=torch.float32)
+    out = forward_direct(
+        q,
+        k,
+        v,
+        scale=call.scale,
+        mask=call.mask,
+        bias=call.bias,
+        is_causal=call.is_causal,
+        qk_norm=call.qk_norm,
+        q_norm_weight=call.q_norm_weight,
+        q_norm_bias=call.q_norm_bias,
+        k_norm_weight=call.k_norm_weight,
+        k_norm_bias=call.k_norm_bias,
+        qk_norm_eps=call.qk_norm_eps,
+        rope=call.rope,
+        rope_prefix=call.rope_prefix,
+        rope_half=call.rope_half,
+        lse=lse if call.save_lse else None,
+    )
+    return out, lse
+
+
+def backward(
+    grad: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    if lse[0, 0, 0] == math.inf and bool((lse == math.inf).all()):
+        # The forward ran on the vendor backend (settings changed in between): nothing was saved.
+        return vendor.backward(grad, call, out, lse)
+    q, k, v = call.split()
+    grads = {n: q.new_empty(0) for n in vendor.INPUTS}
+    if call.k is None:
+        grads["q"] = q.new_empty(call.q.shape)
+        dq, dk, dv = grads["q"].unbind(2)
+    else:
+        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+        grads |= {"q": dq, "k": dk, "v": dv}
+    f32 = torch.float32  # gradients that are sums over tokens or the batch
+    affine = {n: getattr(call, n) for n in vendor.INPUTS if "_norm_" in n}
+    for name in ("bias", *affine):
+        if vendor.wants_gradient(call, name):
+            grads[name] = q.new_empty(getattr(call, name).shape, dtype=f32)
+    keep: list[torch.Tensor] = []
+    native().attention_backward(
+        _problem(keep, q, k, v, call.scale, call.mask, call.bias, call.is_causal),
+        _prologue(
+            keep, call.qk_norm, *affine.values(), call.qk_norm_eps,
+            call.rope, call.rope_prefix, call.rope_half,
+        ),
+        _view(out),
+        lse.data_ptr(),
+        _view(grad),
+        _view(dq),
+        _view(dk),
+        _view(dv),
+        _address(grads["bias"]),
+        tuple(_address(grads[n]) for n in affine),
+        threads(),
+    )  # fmt: skip
+    for name in ("bias", *affine):
+        if vendor.wants_gradient(call, name):
+            grads[name] = grads[name].to(getattr(call, name).dtype)
+    return tuple(grads.values())
+
+
+def _problem(keep, q, k, v, scale, mask, bias, is_causal):
+    batch, queries, heads, dim = q.shape
+    keys = k.shape[1]
+    size = (batch, heads, queries, keys)
+    return (
+        DTYPE_CODES[q.dtype],
+        (batch, heads, queries, keys, dim),
+        scale,
+        is_causal,
+        _view(q),
+        _view(k),
+        _view(v),
+        _addend(keep, mask, size),
+        _addend(keep, bias, size),
+    )
+
+
+def _view(t):
+    """Address and element strides of a [B, N, H, D] tensor."""
+    return (t.data_ptr(), *t.stride())
+
+
+def _addend(keep, t, size):
+    """Address, dtype and strides of a mask or bias, broadcast to [B, H, Nq, Nk] by strides of 0."""
+    if t is None:
+        return None
+    if t.dtype not in _MASK_CODES:
+        t = t.float()
+    keep.append(t)
+    return (t.data_ptr(), _MASK_CODES[t.dtype], *t.expand(size).stride())
+
+
+def _prologue(keep, norm, qw, qb, kw, kb, eps, rope, prefix, half):
+    """What happens to q and k on their way in; None for nothing."""
+    if not norm and rope is None:
+        return None
+    affine = tuple(_address(_float32(keep, t)) for t in (qw, qb, kw, kb))
+    if rope is None:
+        return (_NORMS[norm], eps, affine, 0, (0, 0, 0), 0, False)
+    rope = rope.float()
+    if rope.stride(-1) != 1:
+        rope = rope.contiguous()
+    keep.append(rope)
+    # [N', 2D], [H, N', 2D] and [B, H, N', 2D]: what is missing or 1 has a stride of 0.
+    strides = [0 if n == 1 else s for n, s in zip(rope.shape[:-1], rope.stride(), strict=False)]
+    strides = [0] * (3 - len(strides)) + strides
+    return (_NORMS[norm], eps, affine, rope.data_ptr(), strides, prefix, half)
+
+
+def _float32(keep, t):
+    if t is None:
+        return None
+    t = t.float().contiguous()
+    keep.append(t)
+    return t
+
+
+def _address(t):
+    return 0 if t is None or t.numel() == 0 else t.data_ptr()
+
+
+BACKEND = Backend("cpu", forward, can_run, backward, reasons)

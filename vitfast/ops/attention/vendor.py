@@ -1,0 +1,107 @@
+"""Attention on torch's scaled_dot_product_attention, with the prologue in torch ops."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from vitfast.ops.attention.reference import Call, causal_keep, prologue
+from vitfast.ops.autodiff import gradients
+from vitfast.runtime.dispatch import Backend
+
+INPUTS = (
+    "q",
+    "k",
+    "v",
+    "mask",
+    "bias",
+    "q_norm_weight",
+    "q_norm_bias",
+    "k_norm_weight",
+    "k_norm_bias",
+    "rope",
+)
+"""Differentiable inputs, in the order of the outputs of `vitfast::attention_backward`."""
+
+
+def wants_gradient(call: Call, name: str) -> bool:
+    """Whether the backward op computes the gradient of this input."""
+    return getattr(call, name) is not None and getattr(call, f"{name}_grad", True)
+
+
+def differentiate(
+    function: Callable[[Call], torch.Tensor], grad: torch.Tensor, call: Call
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of function(call) for `INPUTS`, through autograd; empty where not wanted."""
+    names = [n for n in INPUTS if wants_gradient(call, n)]
+    found = gradients(
+        lambda *leaves: function(call._replace(**dict(zip(names, leaves, strict=True)))),
+        [getattr(call, n) for n in names],
+        (grad,),
+    )
+    by_name = dict(zip(names, found, strict=True))
+    return tuple(by_name[n] if n in by_name else call.q.new_empty(0) for n in INPUTS)
+
+
+def compute(call: Call) -> torch.Tensor:
+    """out [B, Nq, H, D] by differentiable torch ops."""
+    q, k, v = prologue(call)
+    mask = _merged_mask(call, q, k)
+    # On a GPU torch picks the kernel itself. Its mask gradient and its fully masked rows differ by
+    # kernel (cuDNN's gives NaN there), so none may be forced from here.
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=call.is_causal and mask is None, scale=call.scale
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _merged_mask(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
+    """Mask, bias and causality as the one attn_mask that SDPA takes; None without the first two.
+
+    A float mask keeps its precision: SDPA takes float32 beside a lower-precision q, and rounding
+    float32's most negative number to bfloat16 would turn it into -inf.
+    """
+    given = [t for t in (call.mask, call.bias) if t is not None]
+    keep = [t for t in given if t.dtype == torch.bool]
+    terms = [t for t in given if t.dtype != torch.bool]
+    if not given:
+        return None
+    if call.is_causal:
+        keep.append(causal_keep(q, k))
+    seen = keep[0] & keep[1] if len(keep) == 2 else keep[0] if keep else None
+    if not terms:
+        return seen
+    if len(terms) == 2 or terms[0].dtype != q.dtype:
+        terms = [t.to(torch.promote_types(q.dtype, torch.float32)) for t in terms]
+    total = terms[0] + terms[1] if len(terms) == 2 else terms[0]
+    return total if seen is None else total.masked_fill(~seen, float("-inf"))
+
+
+def can_run(call: Call) -> list[str]:
+    masked = call.mask is not None and call.mask.dtype != torch.bool
+    if call.save_lse and masked and not (call.mask_grad or call.bias_grad):
+        # Its log-sum-exp of a row masked by finfo.min (NaFlexViT) cannot tell one key from many,
+        # and the backward then weighs every key by 1. With a mask gradient it keeps the weights.
+        return ["a float mask: SDPA's flash backward is wrong where the mask drowns the scores"]
+    return []
+
+
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """out, and a log-sum-exp of +inf: SDPA keeps its own to itself, see native.backward."""
+    out = compute(call)
+    if not call.save_lse:
+        return out, out.new_empty(0, dtype=torch.float32)
+    batch, queries, heads, _ = out.shape
+    return out, out.new_full((batch, heads, queries), float("inf"), dtype=torch.float32)
+
+
+def backward(
+    grad: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Recomputes the forward under autograd, so that torch picks the backward that fits it."""
+    return differentiate(compute, grad, call)
+
+
+BACKEND = Backend("vendor", forward, can_run, backward)

@@ -1,0 +1,30 @@
+"""LayerNorm over the last dimension, in plain PyTorch: the definition."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def layer_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance (Ba et al. 2016)."""
+    # One dtype for all, float32 or better: sums over rows in the backward are as good as the
+    # statistics, whatever the dtypes are.
+    dtype = torch.float32
+    for t in (x, weight, bias):
+        dtype = dtype if t is None else torch.promote_types(dtype, t.dtype)
+    y = F.layer_norm(
+        x.to(dtype),
+        x.shape[-1:],
+        None if weight is None else weight.to(dtype),
+        None if bias is None else bias.to(dtype),
+        eps,
+    )
+    return y.to(out_dtype or x.dtype)
