@@ -1,0 +1,86 @@
+"""Transformers, and ConvNeXt, whose blocks are not implemented yet.
+
+Their plain parts (LayerNorm, Mlp, LayerScale, PatchEmbed) are the ones that other families swap.
+"""
+
+from vitfast.families._family import Family, Gap, attentions, blocks
+
+_BLOCKS = {
+    "cait": ("LayerScaleBlock", "LayerScaleBlockClassAttn"),
+    "coat": ("SerialBlock", "ParallelBlock"),
+    "convit": ("Block",),
+    "convnext": ("ConvNeXtBlock",),
+    "crossvit": ("MultiScaleBlock", "CrossAttentionBlock"),
+    "davit": ("SpatialBlock", "ChannelBlock"),
+    "deepseek_vit": ("DeepseekVitBlock",),
+    "edgenext": ("ConvBlock", "SplitTransposeBlock"),
+    "efficientformer": ("MetaBlock1d", "MetaBlock2d"),
+    "efficientvit_msra": ("EfficientVitBlock",),
+    "focalnet": ("FocalNetBlock",),
+    "gcvit": ("GlobalContextVitBlock",),
+    "gemma4_vit": ("Gemma4Block",),
+    "hiera": ("HieraBlock",),
+    "hieradet_sam2": ("MultiScaleBlock",),
+    "inception_next": ("MetaNeXtBlock",),
+    "levit": ("LevitBlock",),
+    "maxxvit": (
+        "TransformerBlock2d",
+        "ConvNeXtBlock",
+        "PartitionAttentionCl",
+        "ParallelPartitionAttention",
+        "PartitionAttention2d",
+    ),
+    "metaformer": ("MetaFormerBlock",),
+    "mlp_mixer": ("MixerBlock", "ResBlock", "SpatialGatingBlock"),
+    "mobilevit": ("MobileVitBlock", "LinearTransformerBlock", "MobileVitV2Block"),
+    "mvitv2": ("MultiScaleBlock",),
+    "nextvit": ("NextConvBlock", "NextTransformerBlock"),
+    "pvt_v2": ("Block",),
+    "swin_transformer": ("SwinTransformerBlock",),
+    "swin_transformer_v2": ("SwinTransformerV2Block",),
+    "swin_transformer_v2_cr": ("SwinTransformerV2CrBlock",),
+    "tiny_vit": ("TinyVitBlock",),
+    "tnt": ("Block",),
+    "twins": ("Block",),
+    "vision_transformer_sam": ("Block",),
+    "visformer": ("Block",),
+    "vitamin": ("MbConvLNBlock",),
+    "volo": ("Transformer", "Outlooker", "ClassBlock"),
+    "xcit": ("XCABlock", "ClassAttentionBlock"),
+}
+_ATTENTIONS = {
+    "cait": ("ClassAttn", "TalkingHeadAttn"),
+    "crossvit": ("CrossAttention",),
+    "davit": ("WindowAttention", "ChannelAttention", "ChannelAttentionV2"),
+    "gcvit": ("WindowAttentionGlobal",),
+    "gemma4_vit": ("Gemma4Attention",),
+    "hiera": ("MaskUnitAttention",),
+    "hieradet_sam2": ("MultiScaleAttention",),
+    "maxxvit": ("Attention2d", "AttentionCl"),
+    "mvitv2": ("MultiScaleAttention", "MultiScaleAttentionPoolFirst"),
+    "nest": ("Attention",),
+    "pvt_v2": ("Attention",),
+    "swin_transformer": ("WindowAttention",),
+    "swin_transformer_v2": ("WindowAttention",),
+    "swin_transformer_v2_cr": ("WindowMultiHeadAttention",),
+    "tiny_vit": ("Attention",),
+    "vision_transformer_sam": ("Attention",),
+    "volo": ("Attention", "OutlookAttention", "ClassAttention"),
+    "xcit": ("XCA",),
+}
+_NCHW_NORMS = ("LayerNorm2d", "LayerNorm2dFp32", "RmsNorm2d", "SimpleNorm2d")
+
+FAMILY = Family(
+    name="other",
+    models=(),
+    sample="",
+    gaps=(
+        *(gap for file, names in _BLOCKS.items() for gap in blocks(f"timm.models.{file}", *names)),
+        *(
+            gap
+            for file, names in _ATTENTIONS.items()
+            for gap in attentions(f"timm.models.{file}", *names)
+        ),
+        *(Gap(f"timm.layers.{name}", "norm over NCHW: not implemented yet") for name in _NCHW_NORMS),
+    ),
+)

@@ -1,0 +1,40 @@
+"""Drop-in layers: each subclasses one timm class and overrides `forward` only.
+
+Constructors, parameters and `state_dict` are timm's. `vitfast.swap` puts them into a model; they can
+also be built directly, and given to timm's own factories (`block_fn=vitfast.layers.Block`). What a
+layer cannot do fused runs timm's forward.
+"""
+
+from vitfast.layers._base import Layer
+from vitfast.layers.attention import Attention, AttentionRope
+from vitfast.layers.beit import Attention as BeitAttention
+from vitfast.layers.beit import Block as BeitBlock
+from vitfast.layers.block import Block
+from vitfast.layers.eva import EvaAttention, EvaBlock
+from vitfast.layers.layer_scale import LayerScale
+from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
+from vitfast.layers.norm import LayerNorm, RmsNorm
+from vitfast.layers.patch_embed import PatchEmbed
+from vitfast.layers.relpos import RelPosAttention, RelPosBlock
+from vitfast.layers.torch_norm import LayerNorm as TorchLayerNorm
+
+__all__ = [
+    "Attention",
+    "AttentionRope",
+    "BeitAttention",
+    "BeitBlock",
+    "Block",
+    "EvaAttention",
+    "EvaBlock",
+    "GluMlp",
+    "Layer",
+    "LayerNorm",
+    "LayerScale",
+    "Mlp",
+    "PatchEmbed",
+    "RelPosAttention",
+    "RelPosBlock",
+    "RmsNorm",
+    "SwiGLU",
+    "TorchLayerNorm",
+]

@@ -1,0 +1,146 @@
+"""How the attention layers read their weights, and the one computation behind all of them.
+
+timm's attention modules differ in how they hold the qkv weights and in what they add to the scores;
+each has a plan function that fills an `Attention`, and `attend` does the rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vitfast import ops
+from vitfast.layers import _guard, _norm
+from vitfast.layers._guard import Children, Linear, Unfit, Unsupported
+from vitfast.layers._norm import Norm
+
+
+class Attention(NamedTuple):
+    """What an attention module holds.
+
+    qkv: one packed projection [3 A, C], or three [A, C]. q_norm, k_norm: norms over the head dim.
+    prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: heads
+    of q that share one of k and v (grouped-query attention).
+    """
+
+    heads: int
+    qkv: tuple[Linear, ...]
+    proj: Linear
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    norm: Norm | None = None
+    prefix: int = 0
+    rope_half: bool = False
+    kv_groups: int = 1
+
+
+PLANS: dict[type[nn.Module], Callable[[nn.Module], Attention]] = {}
+"""The plan function of each attention class, timm's and the drop-in."""
+
+
+def child(children: Children, name: str) -> Attention:
+    """What a child holds that must be a known attention module."""
+    module = children[name]
+    plan = PLANS.get(type(module))
+    if plan is None:
+        raise Unsupported(f"attention {type(module).__name__} is not implemented")
+    _guard.check_bare(module, name)
+    return plan(module)
+
+
+def common(module: nn.Module, qkv: tuple[Linear, ...]) -> Attention:
+    """The parts that all attention modules have alike."""
+    children = module._modules
+    if children.get("gate") is not None:
+        raise Unsupported("gated attention is not implemented")
+    if not module.fused_attn:
+        raise Unfit("fused_attn is off")
+    _guard.check_no_dropout(children, "attn_drop", module.training)
+    _guard.check_no_dropout(children, "proj_drop")
+    q_norm, k_norm = (_norm.optional_child(children, n) for n in ("q_norm", "k_norm"))
+    if (q_norm and (q_norm.kind, q_norm.eps)) != (k_norm and (k_norm.kind, k_norm.eps)):
+        raise Unsupported("q_norm and k_norm differ in kind or eps")
+    return Attention(
+        heads=module.num_heads,
+        qkv=qkv,
+        proj=_guard.linear(children, "proj"),
+        q_norm=q_norm,
+        k_norm=k_norm,
+        norm=_norm.optional_child(children, "norm"),
+    )
+
+
+def check_width(plan: Attention) -> Attention:
+    """For modules whose forward takes it that heads * head dim is the width of the input."""
+    weight = plan.qkv[0].weight
+    if weight.shape[0] != weight.shape[1] * 3 // len(plan.qkv):
+        raise Unsupported("its heads together are not as wide as its input")
+    return plan
+
+
+def dense_bias(bias: torch.Tensor | None, heads: int) -> dict[str, torch.Tensor | None]:
+    """A position bias as an argument of `attend`: `bias` where it has a value for every head."""
+    if bias is None:
+        return {}
+    per_head = bias.ndim in (3, 4) and bias.shape[-3] == heads and bias.shape[:-3] in ((), (1,))
+    return {"bias" if per_head else "mask": bias}
+
+
+def packed_bias(module: nn.Module) -> torch.Tensor | None:
+    """The bias of EVA's and BEiT's qkv: learned for q and v, a buffer of zeros for k."""
+    q_bias = _guard.optional_parameter(module, "q_bias")
+    if q_bias is None:
+        return None
+    return torch.cat((q_bias, module._buffers["k_bias"], _guard.tensor(module, "v_bias")))
+
+
+def attend(
+    x: torch.Tensor,
+    plan: Attention,
+    *,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    rope: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """What timm's fused forward computes for x [B, N, C], by the differentiable ops."""
+    qkv = split_heads([ops.linear_act(x, *linear) for linear in plan.qkv], plan)
+    out = ops.attention(
+        *qkv, mask=mask, bias=bias, is_causal=is_causal, **prologue(plan, rope)
+    ).flatten(2)
+    if plan.norm is not None:
+        out = _norm.apply(out, plan.norm)
+    return ops.linear_act(out, *plan.proj)
+
+
+def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:
+    """The packed [B, N, 3 A] as [B, N, 3, H, D]; or q, k and v [B, N, A] each as [B, N, H, D]."""
+    if len(projected) == 1:
+        dim = projected[0].shape[-1] // (3 * plan.heads)
+        return [projected[0].unflatten(-1, (3, plan.heads, dim))]
+    dim = projected[0].shape[-1] // plan.heads
+    split = [t.unflatten(-1, (t.shape[-1] // dim, dim)) for t in projected]
+    if plan.kv_groups > 1:
+        split[1:] = [t.repeat_interleave(plan.kv_groups, 2) for t in split[1:]]
+    return split
+
+
+def prologue(plan: Attention, rope: torch.Tensor | None) -> dict[str, object]:
+    """The arguments of `ops.attention` for q/k norm and rotary embedding."""
+    given: dict[str, object] = {}
+    if plan.q_norm is not None:
+        given |= dict(
+            qk_norm=plan.q_norm.kind,
+            q_norm_weight=plan.q_norm.weight,
+            q_norm_bias=plan.q_norm.bias,
+            k_norm_weight=plan.k_norm.weight,
+            k_norm_bias=plan.k_norm.bias,
+            qk_norm_eps=plan.q_norm.eps,
+        )
+    if rope is not None:
+        given |= dict(rope=rope, rope_prefix=plan.prefix, rope_half=plan.rope_half)
+    return given

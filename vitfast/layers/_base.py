@@ -1,0 +1,47 @@
+"""What all drop-in layers share."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, ClassVar
+
+from torch import nn
+
+
+class Layer:
+    """Mixin of a drop-in layer: a subclass of one timm class that overrides `forward` only.
+
+    A module becomes a drop-in by `module.__class__ = layer_class` and timm's own again by
+    `module.__class__ = layer_class.timm_class`: nothing else about it changes.
+    """
+
+    timm_class: ClassVar[type[nn.Module]]
+    role: ClassVar[str] = "part"  # or "attention" or "block": what a strict swap insists on
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.timm_class = next(base for base in cls.__bases__ if issubclass(base, nn.Module))
+
+    @classmethod
+    def plan(cls, module: nn.Module) -> object:
+        """What a fused forward of this module would use.
+
+        Raises:
+            Unfit: it has to run timm's forward as things stand.
+            Unsupported: it always will.
+        """
+        return None
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by `torch.jit.script`, which compiles source code: give it timm's class.
+
+        torch puts what it gets here into the very model it was asked to script, so the model is
+        restored by it.
+        """
+        warnings.warn(
+            "torch.jit.script restores the vitfast layers of the model it is given to timm's "
+            "classes; call vitfast.swap(model) again to use them afterwards",
+            stacklevel=2,
+        )
+        self.__class__ = self.timm_class
+        return self

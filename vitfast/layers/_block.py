@@ -1,0 +1,144 @@
+"""The pre-norm residual block that ViT, EVA, BEiT and RelPos share.
+
+    x = x + drop_path1(gamma1 * attn(norm1(x)))
+    x = x + drop_path2(gamma2 * mlp(norm2(x)))
+
+The residual add of the first line and the norm of the second are one pass over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vitfast import ops
+from vitfast.layers import _attention, _guard, _inference, _mlp, _norm, layer_scale
+from vitfast.layers._attention import Attention
+from vitfast.layers._guard import Children, DropRate
+from vitfast.layers._mlp import Mlp
+from vitfast.layers._norm import Norm
+from vitfast.runtime.library import autocast_dtype
+
+
+class Block(NamedTuple):
+    """What a block holds. gamma: LayerScale [C] or None."""
+
+    norm1: Norm
+    attn: Attention
+    gamma1: torch.Tensor | None
+    drop1: DropRate | None
+    norm2: Norm
+    mlp: Mlp
+    gamma2: torch.Tensor | None
+    drop2: DropRate | None
+
+
+def with_layer_scale(module: nn.Module) -> Block:
+    """A block whose LayerScale are modules `ls1` and `ls2` (ViT, RelPos)."""
+    children = module._modules
+    return _plan(
+        children, layer_scale.child(children, "ls1"), layer_scale.child(children, "ls2")
+    )
+
+
+def with_gammas(module: nn.Module) -> Block:
+    """A block whose LayerScale are parameters `gamma_1` and `gamma_2` (EVA, BEiT)."""
+    return _plan(
+        module._modules,
+        _guard.optional_parameter(module, "gamma_1"),
+        _guard.optional_parameter(module, "gamma_2"),
+    )
+
+
+def _plan(
+    children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None
+) -> Block:
+    return Block(
+        _norm.child(children, "norm1"),
+        _attention.child(children, "attn"),
+        gamma1,
+        _guard.drop_path(children, "drop_path1"),
+        _norm.child(children, "norm2"),
+        _mlp.child(children, "mlp"),
+        gamma2,
+        _guard.drop_path(children, "drop_path2"),
+    )
+
+
+def run(x: torch.Tensor, block: Block, **attention: object) -> torch.Tensor:
+    """The block on x [B, N, C]; keywords as for `_attention.attend`."""
+    out = None
+    if not _needs_ops(x, block, attention):
+        out = _inference.block(x, block, **attention)
+    return _differentiable(x, block, attention) if out is None else out
+
+
+def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, object]) -> bool:
+    """Whether this call is traced, or recorded by autograd, or drops paths."""
+    if torch.compiler.is_compiling() or block.drop1 is not None or block.drop2 is not None:
+        return True
+    return torch.is_grad_enabled() and any(
+        t.requires_grad for t in _tensors((x, block, *attention.values()))
+    )
+
+
+def _tensors(values: tuple) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from _tensors(value)
+
+
+def _differentiable(
+    x: torch.Tensor, block: Block, attention: dict[str, object]
+) -> torch.Tensor:
+    """Through the public ops: autograd, torch.compile and any backend."""
+    operand = operand_dtype(x)
+    branch = _attention.attend(_norm.apply(x, block.norm1, operand), block.attn, **attention)
+    x, normed = ops.add_norm(
+        x,
+        branch,
+        block.norm2.weight,
+        block.norm2.bias,
+        block.norm2.eps,
+        gamma=block.gamma1,
+        drop_scale=_drop_scale(branch, block.gamma1, block.drop1),
+        norm=block.norm2.kind,
+        out_dtype=operand,
+    )
+    branch = _mlp.apply(normed, block.mlp)
+    return ops.residual_add(
+        x,
+        branch,
+        gamma=block.gamma2,
+        drop_scale=_drop_scale(branch, block.gamma2, block.drop2),
+    )
+
+
+def operand_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype in which a norm of x may be written for the matrix product that follows it.
+
+    Under autocast timm rounds a float32 norm's result to the autocast dtype in that product; the
+    norm can do so as well as the product. Any other input would be rounded twice by timm.
+    """
+    return autocast_dtype(x.device) if x.dtype == torch.float32 else None
+
+
+def _drop_scale(
+    branch: torch.Tensor, gamma: torch.Tensor | None, rate: DropRate | None
+) -> torch.Tensor | None:
+    """[B] factors drawn as `timm.layers.drop_path` draws them: shape, dtype and so RNG alike."""
+    if rate is None:
+        return None
+    dtype = branch.dtype if gamma is None else torch.promote_types(branch.dtype, gamma.dtype)
+    shape = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+    factors = branch.new_empty(shape, dtype=dtype).bernoulli_(rate.keep)
+    if rate.keep > 0 and rate.scale_by_keep:
+        factors.div_(rate.keep)
+    return factors.flatten()
+
+

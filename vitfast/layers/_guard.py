@@ -1,0 +1,175 @@
+"""Which children a fused forward may read the weights of, and when it may run at all.
+
+A fused forward reads `child.weight` instead of calling the child, so it is right only while the
+child is exactly what it seems: timm's or torch's own class, no hook on it, no replaced forward, and
+plain tensors for weights. Anything else (LoRA, a quantised linear, pruning, a parametrization, a
+DTensor, a user's hook) makes the layer run timm's forward for that call. The check runs on every
+call, since all of this can change between two calls; it costs about 0.15 us a child.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from timm.layers import DropPath, activations
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from vitfast.settings import settings
+
+PLAIN = (torch.Tensor, nn.Parameter)
+Children = dict[str, nn.Module | None]
+Plan = TypeVar("Plan")
+
+
+class Unfit(Exception):
+    """This call has to run timm's forward; the message says why."""
+
+
+class Unsupported(Unfit):
+    """As Unfit, by an option that the module was built with: no call of it can run fused."""
+
+
+class Linear(NamedTuple):
+    """weight [out, in] and bias [out] of a plain nn.Linear."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class DropRate(NamedTuple):
+    """An active stochastic depth."""
+
+    keep: float
+    scale_by_keep: bool
+
+
+def may_fuse(x: object, *others: object) -> bool:
+    """Whether a layer may leave timm's forward for these inputs, whatever its children are.
+
+    No for FX proxies, fake tensors and other subclasses; for tracing, scripting and export, which
+    want torch's own ops; under functorch transforms and forward-mode AD, whose rules the ops do not
+    have; under a dispatch mode (a FLOP counter, say), which should see what timm would do; with a
+    global module hook, which wants to see every child called; and with `settings.disable`.
+    """
+    if type(x) not in PLAIN or settings.disable or _has_any_global_hook():
+        return False
+    for other in others:
+        if other is not None and type(other) not in PLAIN:
+            return False
+    if torch.compiler.is_compiling():
+        return not torch.compiler.is_exporting()
+    return not (
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def ready(
+    plan: Callable[[nn.Module], Plan], module: nn.Module, x: object, *others: object
+) -> Plan | None:
+    """plan(module), or None where this call of the module has to run timm's forward."""
+    if not may_fuse(x, *others):
+        return None
+    try:
+        return plan(module)
+    except Unfit:
+        return None
+
+
+def records_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def check_bare(module: nn.Module, name: str) -> None:
+    """No hooks, no forward put on the instance (as accelerate does)."""
+    state = module.__dict__
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+    ):
+        raise Unfit(f"{name} has hooks or a replaced forward")
+
+
+def tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    """A parameter that is an ordinary tensor, or None where it was built without."""
+    found = module._parameters.get(name, module)
+    if found is None:
+        return None
+    if type(found) not in PLAIN:
+        raise Unfit(f"{name} of {type(module).__name__} is not a plain parameter")
+    return found
+
+
+def optional_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+    """As `tensor`, for a parameter that may have been set to None before it was ever registered."""
+    return tensor(module, name) if name in module._parameters else getattr(module, name)
+
+
+def linear(children: Children, name: str) -> Linear:
+    """The weights of a child that must be exactly an nn.Linear."""
+    module = children[name]
+    if type(module) is not nn.Linear:
+        raise Unfit(f"{name} is a {type(module).__name__}, not torch.nn.Linear")
+    check_bare(module, name)
+    return Linear(tensor(module, "weight"), tensor(module, "bias"))
+
+
+def check_no_dropout(
+    children: Children, name: str, training: bool | None = None
+) -> None:
+    """A dropout that does nothing now. `training`: what decides, where it is not its own mode."""
+    module = children[name]
+    if type(module) is not nn.Dropout:
+        if type(module) is not nn.Identity:
+            raise Unfit(f"{name} is a {type(module).__name__}, not torch.nn.Dropout")
+    elif module.p and (module.training if training is None else training):
+        raise Unfit(f"{name} drops {module.p} while training")
+    check_bare(module, name)
+
+
+def drop_path(children: Children, name: str) -> DropRate | None:
+    """The stochastic depth that a child would apply now; None if none."""
+    module = children[name]
+    check_bare(module, name)
+    if type(module) is nn.Identity:
+        return None
+    if type(module) is not DropPath:
+        raise Unfit(f"{name} is a {type(module).__name__}, not timm's DropPath")
+    if not module.drop_prob or not module.training:
+        return None
+    return DropRate(1 - module.drop_prob, module.scale_by_keep)
+
+
+_ACTIVATIONS = {
+    activations.GELU: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.QuickGELU: "quick_gelu",
+    activations.Sigmoid: "sigmoid",
+    activations.Swish: "silu",
+    nn.Identity: "none",
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Sigmoid: "sigmoid",
+}
+
+
+def activation(children: Children, name: str) -> str:
+    """The name of an activation by its class: timm's GELU has no `approximate` to look at."""
+    module = children[name]
+    if type(module) is nn.GELU:
+        found = "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    else:
+        found = _ACTIVATIONS.get(type(module), "")
+    if not found:
+        raise Unsupported(f"activation {type(module).__name__} is not implemented")
+    check_bare(module, name)
+    return found

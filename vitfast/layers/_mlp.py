@@ -1,0 +1,76 @@
+"""How the MLP layers read their weights, and the one computation behind all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vitfast import ops
+from vitfast.layers import _guard, _norm
+from vitfast.layers._guard import Children, Linear, Unsupported
+from vitfast.layers._norm import Norm
+
+
+class Mlp(NamedTuple):
+    """What an MLP module holds: fc2(norm(h)), with h one of
+
+    act(fc1(x)); gate None
+    act(gate(x)) * fc1(x); two projections (SwiGLU)
+    act(first half) * second half of fc1(x), or the halves the other way round (GluMlp)
+    """
+
+    fc1: Linear
+    act: str
+    fc2: Linear
+    norm: Norm | None
+    gate: Linear | None = None
+    packed: str | None = None  # which half of a packed fc1 goes through act: "first" or "last"
+
+
+PLANS: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
+"""The plan function of each MLP class, timm's and the drop-in."""
+
+
+def child(children: Children, name: str) -> Mlp:
+    """What a child holds that must be a known MLP."""
+    module = children[name]
+    plan = PLANS.get(type(module))
+    if plan is None:
+        raise Unsupported(f"MLP {type(module).__name__} is not implemented")
+    _guard.check_bare(module, name)
+    return plan(module)
+
+
+def common(module: nn.Module, fc1: str) -> Mlp:
+    """The parts that all MLPs have alike."""
+    children = module._modules
+    if type(children[fc1]) is nn.Conv2d:
+        raise Unsupported("1x1 convolutions for linear layers are not implemented")
+    act = _guard.activation(children, "act")
+    _guard.check_no_dropout(children, "drop1")
+    _guard.check_no_dropout(children, "drop2")
+    return Mlp(
+        fc1=_guard.linear(children, fc1),
+        act=act,
+        fc2=_guard.linear(children, "fc2"),
+        norm=_norm.optional_child(children, "norm"),
+    )
+
+
+def apply(x: torch.Tensor, plan: Mlp) -> torch.Tensor:
+    """What timm's forward computes for x [..., C], by the differentiable ops."""
+    gate_weight, gate_bias = plan.gate or (None, None)
+    hidden = ops.linear_act(
+        x,
+        *plan.fc1,
+        plan.act,
+        gate=plan.packed,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+    )
+    if plan.norm is not None:
+        hidden = _norm.apply(hidden, plan.norm)
+    return ops.linear_act(hidden, *plan.fc2)

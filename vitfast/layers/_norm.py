@@ -1,0 +1,67 @@
+"""How the layers read a norm module's weights, and apply them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from timm import layers as timm_layers
+from torch import nn
+
+from vitfast import ops
+from vitfast.layers import _guard
+from vitfast.layers._guard import Children, Unsupported
+
+KINDS = {
+    nn.LayerNorm: "layer",
+    timm_layers.LayerNorm: "layer",
+    timm_layers.RmsNorm: "rms",
+}
+"""The norms known by exact class; the drop-ins add themselves."""
+
+
+class Norm(NamedTuple):
+    """kind "layer" or "rms"; weight and bias [C] or None."""
+
+    kind: str
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+
+
+def plan(module: nn.Module) -> Norm:
+    """What a norm module holds, its own hooks set aside (whoever called it has run them)."""
+    kind = KINDS.get(type(module))
+    if kind is None:
+        raise Unsupported(f"norm {type(module).__name__} is not implemented")
+    if getattr(module, "_fast_norm", False):
+        raise Unsupported("fast norm was switched on when it was built")
+    if len(module.normalized_shape) != 1:
+        raise Unsupported(f"it normalises over {len(module.normalized_shape)} dimensions")
+    bias = _guard.tensor(module, "bias") if kind == "layer" else None
+    return Norm(kind, _guard.tensor(module, "weight"), bias, module.eps)
+
+
+def child(children: Children, name: str) -> Norm:
+    """What a child holds that must be a LayerNorm or RmsNorm."""
+    module = children[name]
+    _guard.check_bare(module, name)
+    return plan(module)
+
+
+def optional_child(children: Children, name: str) -> Norm | None:
+    """As `child`, or None for an nn.Identity or no module at all."""
+    module = children.get(name)
+    if module is None:
+        return None
+    if type(module) is nn.Identity:
+        _guard.check_bare(module, name)
+        return None
+    return child(children, name)
+
+
+def apply(x: torch.Tensor, norm: Norm, out_dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x [..., C] normalised, by the differentiable ops."""
+    if norm.kind == "rms":
+        return ops.rms_norm(x, norm.weight, norm.eps, out_dtype=out_dtype)
+    return ops.layer_norm(x, norm.weight, norm.bias, norm.eps, out_dtype=out_dtype)

@@ -1,0 +1,72 @@
+"""Drop-ins for timm's Attention and AttentionRope."""
+
+from __future__ import annotations
+
+import torch
+from timm import layers as timm_layers
+from torch import nn
+
+from vitfast.layers import _attention, _guard
+from vitfast.layers._base import Layer
+
+
+def plan_attention(module: nn.Module) -> _attention.Attention:
+    """How timm's `Attention` computes."""
+    return _attention.common(module, (_guard.linear(module._modules, "qkv"),))
+
+
+def plan_attention_rope(module: nn.Module) -> _attention.Attention:
+    """How timm's `AttentionRope` computes."""
+    children = module._modules
+    names = ("qkv",) if children.get("qkv") is not None else ("q_proj", "k_proj", "v_proj")
+    plan = _attention.common(module, tuple(_guard.linear(children, n) for n in names))
+    return plan._replace(
+        prefix=module.num_prefix_tokens,
+        rope_half=getattr(module, "rotate_half", False),
+        kv_groups=getattr(module, "num_kv_groups", 1),  # since timm 1.0.27
+    )
+
+
+class Attention(Layer, timm_layers.Attention):
+    """`timm.layers.Attention` on `vitfast.ops.attention`."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        plan = _guard.ready(plan_attention, self, x, attn_mask)
+        if plan is None or (is_causal and attn_mask is not None):
+            return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
+        return _attention.attend(x, plan, mask=attn_mask, is_causal=is_causal)
+
+
+class AttentionRope(Layer, timm_layers.AttentionRope):
+    """`timm.layers.AttentionRope` on `vitfast.ops.attention`."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention_rope)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        rope: torch.Tensor | None = None,
+        attn_mask: torch.Tensor | None = None,
+        is_causal: bool = False,
+    ) -> torch.Tensor:
+        plan = _guard.ready(plan_attention_rope, self, x, attn_mask, rope)
+        if plan is None or (is_causal and attn_mask is not None):
+            return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
+        return _attention.attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
+
+
+_attention.PLANS |= {
+    timm_layers.Attention: plan_attention,
+    Attention: plan_attention,
+    timm_layers.AttentionRope: plan_attention_rope,
+    AttentionRope: plan_attention_rope,
+}

@@ -1,0 +1,67 @@
+"""Drop-ins for BEiT's attention and block, under the names they bear in `timm.models.beit`."""
+
+from __future__ import annotations
+
+import torch
+from timm.models import beit
+from torch import nn
+
+from vitfast.layers import _attention, _block, _guard
+from vitfast.layers._base import Layer
+
+
+def plan_attention(module: nn.Module) -> _attention.Attention:
+    """How BEiT's `Attention` computes.
+
+    With `qkv_bias_separate` timm adds the bias after the product, which here is one step.
+    """
+    _guard.optional_parameter(module, "relative_position_bias_table")
+    qkv = _guard.linear(module._modules, "qkv")
+    plan = _attention.common(module, (qkv._replace(bias=_attention.packed_bias(module)),))
+    return _attention.check_width(plan)
+
+
+def position_bias(
+    module: nn.Module, shared: torch.Tensor | None
+) -> dict[str, torch.Tensor | None]:
+    """The relative position bias of BEiT's `Attention`, as an argument of `attend`."""
+    table = module.relative_position_bias_table
+    if table is None:
+        return _attention.dense_bias(shared, module.num_heads)
+    # As timm's _get_rel_pos_bias; gathered head by head, which leaves nothing to permute.
+    index = module.relative_position_index
+    bias = table.t().index_select(1, index.flatten()).unflatten(1, index.shape)
+    return _attention.dense_bias(bias if shared is None else bias + shared, module.num_heads)
+
+
+class Attention(Layer, beit.Attention):
+    """`timm.models.beit.Attention` on `vitfast.ops.attention`."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(
+        self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        plan = _guard.ready(plan_attention, self, x, shared_rel_pos_bias)
+        if plan is None:
+            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        return _attention.attend(x, plan, **position_bias(self, shared_rel_pos_bias))
+
+
+class Block(Layer, beit.Block):
+    """`timm.models.beit.Block` with fused norms, residuals and activations."""
+
+    role = "block"
+    plan = staticmethod(_block.with_gammas)
+
+    def forward(
+        self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        plan = _guard.ready(_block.with_gammas, self, x, shared_rel_pos_bias)
+        if plan is None:
+            return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
+        return _block.run(x, plan, **position_bias(self.attn, shared_rel_pos_bias))
+
+
+_attention.PLANS |= {beit.Attention: plan_attention, Attention: plan_attention}

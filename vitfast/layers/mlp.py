@@ -1,0 +1,66 @@
+"""Drop-ins for timm's Mlp, GluMlp and SwiGLU."""
+
+from __future__ import annotations
+
+import torch
+from timm import layers as timm_layers
+from torch import nn
+
+from vitfast.layers import _guard, _mlp
+from vitfast.layers._base import Layer
+
+
+def plan_mlp(module: nn.Module) -> _mlp.Mlp:
+    """How timm's `Mlp` computes."""
+    return _mlp.common(module, "fc1")
+
+
+def plan_glu_mlp(module: nn.Module) -> _mlp.Mlp:
+    """How timm's `GluMlp` computes: both halves from one projection."""
+    packed = "last" if module.gate_last else "first"
+    return _mlp.common(module, "fc1")._replace(packed=packed)
+
+
+def plan_swiglu(module: nn.Module) -> _mlp.Mlp:
+    """How timm's `SwiGLU` computes: gate and value from a projection each."""
+    return _mlp.common(module, "fc1_x")._replace(gate=_guard.linear(module._modules, "fc1_g"))
+
+
+class Mlp(Layer, timm_layers.Mlp):
+    """`timm.layers.Mlp` on `vitfast.ops.linear_act`."""
+
+    plan = staticmethod(plan_mlp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_mlp, self, x)
+        return super().forward(x) if plan is None else _mlp.apply(x, plan)
+
+
+class GluMlp(Layer, timm_layers.GluMlp):
+    """`timm.layers.GluMlp` (SwiGLUPacked, GeGLU) on `vitfast.ops.linear_act`."""
+
+    plan = staticmethod(plan_glu_mlp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_glu_mlp, self, x)
+        return super().forward(x) if plan is None else _mlp.apply(x, plan)
+
+
+class SwiGLU(Layer, timm_layers.SwiGLU):
+    """`timm.layers.SwiGLU` on `vitfast.ops.linear_act`."""
+
+    plan = staticmethod(plan_swiglu)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_swiglu, self, x)
+        return super().forward(x) if plan is None else _mlp.apply(x, plan)
+
+
+_mlp.PLANS |= {
+    timm_layers.Mlp: plan_mlp,
+    Mlp: plan_mlp,
+    timm_layers.GluMlp: plan_glu_mlp,
+    GluMlp: plan_glu_mlp,
+    timm_layers.SwiGLU: plan_swiglu,
+    SwiGLU: plan_swiglu,
+}

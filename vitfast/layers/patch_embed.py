@@ -1,0 +1,67 @@
+"""Drop-in for timm's PatchEmbed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm import layers as timm_layers
+from timm.layers import Format
+from torch import nn
+
+from vitfast import ops
+from vitfast.layers import _guard
+from vitfast.layers._base import Layer
+from vitfast.layers._guard import Unfit, Unsupported
+
+
+class Projection(NamedTuple):
+    """weight [C, Cin, P, P'] and bias [C] of a convolution without overlap."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def plan_projection(module: nn.Module) -> Projection:
+    """What timm's `PatchEmbed` holds."""
+    proj = module._modules["proj"]
+    if type(proj) is not nn.Conv2d:
+        raise Unfit(f"proj is a {type(proj).__name__}, not torch.nn.Conv2d")
+    _guard.check_bare(proj, "proj")
+    plain = proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
+    if not plain or proj.stride != proj.kernel_size:
+        raise Unsupported("its convolution is not one of disjoint patches")
+    return Projection(_guard.tensor(proj, "weight"), _guard.tensor(proj, "bias"))
+
+
+class PatchEmbed(Layer, timm_layers.PatchEmbed):
+    """`timm.layers.PatchEmbed` on `vitfast.ops.patch_embed`. Tokens come out contiguous."""
+
+    plan = staticmethod(plan_projection)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_projection, self, x)
+        if plan is None or not self._accepts(x):
+            return super().forward(x)
+        height, width = plan.weight.shape[-2:]
+        if self.dynamic_img_pad:
+            x = F.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % height))
+        rows, columns = x.shape[-2] // height, x.shape[-1] // width
+        tokens = ops.patch_embed(x[..., : rows * height, : columns * width], *plan)
+        if not self.flatten and self.output_fmt == Format.NHWC:
+            tokens = tokens.unflatten(1, (rows, columns))
+        return self.norm(tokens)
+
+    def _accepts(self, x: torch.Tensor) -> bool:
+        """Whether the op gives what timm would; if not, timm's forward computes it or complains."""
+        if x.ndim != 4 or not x.is_floating_point():
+            return False
+        if not self.flatten and self.output_fmt not in (Format.NHWC, Format.NLC):
+            return False
+        (height, width), (rows, columns) = x.shape[-2:], self.patch_size
+        if self.img_size is None:
+            return height >= rows and width >= columns
+        if self.strict_img_size:
+            return (height, width) == tuple(self.img_size)
+        return self.dynamic_img_pad or height % rows == 0 == width % columns

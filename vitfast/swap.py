@@ -1,0 +1,344 @@
+"""swap, restore, create_model, and the report of what was swapped and what was not.
+
+A module is swapped by giving it the drop-in class (`module.__class__ = ...`): the object, its
+parameters, hooks and place in the model stay. Only exact timm classes are swapped; which become
+what is read from `vitfast.families`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from types import ModuleType
+from typing import Any, TypeVar
+
+import timm
+import torch
+from torch import nn
+
+from vitfast import layers
+from vitfast.errors import InputTypeError, InputValueError, SwapError
+from vitfast.families import gap_table, layer_table
+from vitfast.layers import Layer
+from vitfast.layers._guard import Unfit, Unsupported
+from vitfast.settings import logger
+
+__all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "restore", "swap"]
+
+Model = TypeVar("Model", bound=nn.Module)
+Choice = str | type[nn.Module] | Sequence[str | type[nn.Module]]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A module that runs a drop-in layer.
+
+    Args:
+        path: name in the model, "" for the model itself.
+        timm_class, layer_class: class names as users import them.
+        role: "block", "attention" or "part".
+        note: why it runs timm's forward for now; "" where nothing is in the way.
+    """
+
+    path: str
+    timm_class: str
+    layer_class: str
+    role: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that was left alone, and why."""
+
+    path: str
+    timm_class: str
+    role: str
+    reason: str
+    by_choice: bool = False  # named in `skip`, or not in `only`
+
+
+@dataclass
+class SwapReport:
+    """What `swap` did. Prints as a table; `to_json()` for machines."""
+
+    model: str
+    swapped: list[Swapped] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Modules swapped and skipped; transformer blocks in all, and swapped."""
+        done = sum(entry.role == "block" for entry in self.swapped)
+        left = sum(entry.role == "block" for entry in self.skipped)
+        return {
+            "swapped": len(self.swapped),
+            "skipped": len(self.skipped),
+            "blocks": done + left,
+            "blocks_swapped": done,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "counts": self.counts,
+            "swapped": [asdict(entry) for entry in self.swapped],
+            "skipped": [asdict(entry) for entry in self.skipped],
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def __str__(self) -> str:
+        lines = [self._headline()]
+        if self.swapped:
+            rows = [(e.path, e.timm_class, "-> " + e.layer_class, e.note) for e in self.swapped]
+            lines += ["", "swapped", *_table(rows)]
+        if self.skipped:
+            rows = [(e.path, e.timm_class, e.reason, "") for e in self.skipped]
+            lines += ["", "left to timm", *_table(rows)]
+        return "\n".join(lines)
+
+    def _headline(self) -> str:
+        n = self.counts
+        if not self.swapped and not self.skipped:
+            return f"vitfast: {self.model} holds nothing that vitfast knows; nothing was swapped"
+        blocks = f"{n['blocks_swapped']} of {n['blocks']} transformer blocks swapped"
+        if not n["blocks"]:
+            blocks = "no transformer block that vitfast knows"
+        return f"vitfast: {self.model}: {blocks}, {n['swapped']} modules in all"
+
+
+def swap(
+    model: nn.Module,
+    *,
+    only: Choice | None = None,
+    skip: Choice | None = None,
+    strict: bool = False,
+) -> SwapReport:
+    """Give the modules of a timm model their drop-in classes, in place.
+
+    Weights, `state_dict`, hooks and outputs stay what they are (outputs within the error of timm's
+    own arithmetic). A module that was swapped before stays swapped and is reported so.
+
+    Args:
+        model: any module; compiled, DataParallel and DistributedDataParallel models are swapped
+            inside their wrapper, whose name is left out of the paths.
+        only: swap nothing but these: module paths with shell wildcards ("blocks.*.mlp"), or
+            classes of timm or of `vitfast.layers`. What lies below a match is matched as well.
+        skip: leave these alone, in the same terms; wins over `only`. A block with a skipped child
+            is left alone too, since a swapped block reads its children's weights.
+        strict: raise, and change nothing, where a transformer block or an attention module would
+            have to be left alone for another reason than `only` and `skip`.
+
+    Returns:
+        SwapReport, with every module that was swapped or is known and was not.
+
+    Raises:
+        InputTypeError: the model is no torch.nn.Module, or a choice is no string or class.
+        InputValueError: a choice matches no module of the model.
+        SwapError: `strict`, and something had to be left alone.
+    """
+    model = _unwrapped(model)
+    todo: list[tuple[nn.Module, type[nn.Module]]] = []
+    report = SwapReport(type(model).__name__)
+    chosen = _Selection(model, only, skip)
+    for path, module in model.named_modules():
+        entry = _decide(path, module, chosen)
+        if isinstance(entry, Skipped):
+            if strict and entry.role != "part" and not entry.by_choice:
+                raise SwapError(
+                    f"{path or 'the model'} ({entry.timm_class}) cannot be swapped: {entry.reason}; "
+                    "nothing was changed"
+                )
+            report.skipped.append(entry)
+        elif entry is not None:
+            report.swapped.append(entry)
+            if not isinstance(module, Layer):
+                todo.append((module, layer_table()[type(module)]))
+    for module, layer in todo:
+        module.__class__ = layer
+    logger.info("%s", report)
+    return report
+
+
+def restore(model: Model) -> Model:
+    """Give every swapped module timm's class back: the model computes bitwise what it did.
+
+    Returns:
+        The same model.
+
+    Raises:
+        InputTypeError: the model is no torch.nn.Module.
+    """
+    for module in _unwrapped(model).modules():
+        if type(module) in _layers():
+            module.__class__ = type(module).timm_class
+    return model
+
+
+def create_model(model_name: str, **timm_kwargs: Any) -> nn.Module:
+    """`timm.create_model(model_name, **timm_kwargs)`, swapped.
+
+    Raises:
+        RuntimeError: timm knows no model of this name.
+    """
+    model = timm.create_model(model_name, **timm_kwargs)
+    swap(model)
+    return model
+
+
+def _decide(path: str, module: nn.Module, chosen: _Selection) -> Swapped | Skipped | None:
+    """What becomes of one module; None where vitfast has nothing to say about its class."""
+    kind = type(module)
+    if kind in _layers():
+        why = _unfit(kind, module)
+        return _swapped(path, kind, why)
+    layer, gap = layer_table().get(kind), gap_table().get(kind)
+    if layer is None and gap is None:
+        return _unknown(path, kind)
+    role = layer.role if gap is None else gap.role
+    refusal = chosen.refusal(path)
+    if refusal:
+        return Skipped(path, kind.__name__, role, refusal, by_choice=True)
+    if gap is not None:
+        return Skipped(path, kind.__name__, role, gap.reason)
+    why = _unfit(layer, module)
+    if isinstance(why, Unsupported):
+        return Skipped(path, kind.__name__, role, str(why))
+    return _swapped(path, layer, why)
+
+
+def _swapped(path: str, layer: type[Layer], why: Unfit | None) -> Swapped:
+    note = f"runs timm's forward now: {why}" if why else ""
+    return Swapped(path, layer.timm_class.__name__, _layers()[layer], layer.role, note)
+
+
+def _unfit(layer: type[Layer], module: nn.Module) -> Unfit | None:
+    """Why the layer would run timm's forward for this module, as things stand."""
+    try:
+        layer.plan(module)
+    except Unfit as reason:
+        return reason
+    return None
+
+
+def _unknown(path: str, kind: type[nn.Module]) -> Skipped | None:
+    """A subclass of something known, else None."""
+    for base in kind.__mro__[1:]:
+        known = base if base in _layers() else layer_table().get(base) or gap_table().get(base)
+        if known is not None:
+            what = "overrides forward" if kind.forward is not base.forward else "is not timm's own"
+            return Skipped(path, kind.__name__, known.role, f"subclass of {base.__name__} {what}")
+    return None
+
+
+@functools.cache
+def _layers() -> dict[type[Layer], str]:
+    """Drop-in class -> the name under which users import it."""
+    public = {getattr(layers, name): f"vitfast.layers.{name}" for name in layers.__all__}
+    return {layer: public[layer] for layer in layer_table().values()}
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
+    if not isinstance(model, nn.Module):
+        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+            model = model._orig_mod
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+class _Selection:
+    """Which paths `only` and `skip` leave in play."""
+
+    def __init__(self, model: nn.Module, only: Choice | None, skip: Choice | None) -> None:
+        modules = dict(model.named_modules())
+        self.only = None if only is None else _matched("only", only, modules)
+        self.skip = set() if skip is None else _matched("skip", skip, modules)
+        self.above_skip = {parent for path in self.skip for parent in _parents(path)}
+
+    def refusal(self, path: str) -> str:
+        """Why the user does not want this module swapped; "" where they do."""
+        if path in self.skip:
+            return "named in skip"
+        if self.only is not None and path not in self.only:
+            return "not in only"
+        return "a child of it is named in skip" if path in self.above_skip else ""
+
+
+def _matched(what: str, choice: Choice, modules: dict[str, nn.Module]) -> set[str]:
+    """The paths that match, and those below them."""
+    choices = [choice] if isinstance(choice, (str, type)) else list(choice)
+    found: set[str] = set()
+    for item in choices:
+        if isinstance(item, str):
+            hits = set(fnmatch.filter(modules, item))
+        elif isinstance(item, type):
+            hits = {
+                path
+                for path, module in modules.items()
+                if isinstance(module, item)
+                or issubclass(layer_table().get(type(module), nn.Module), item)
+            }
+        else:
+            raise InputTypeError(f"{what}: expected path patterns or classes, got {item!r}")
+        if not hits:
+            name = item if isinstance(item, str) else item.__name__
+            raise InputValueError(f"{what}: {name!r} matches no module of this model")
+        found |= hits
+    return {path for path in modules if path in found or not found.isdisjoint(_parents(path))}
+
+
+def _parents(path: str) -> Iterator[str]:
+    """The paths of the modules that a module lies in, the model itself ("") left out."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
+
+
+def _table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
+    """Aligned lines, with paths that differ only in their indices as one: blocks.0-11.attn."""
+    groups: dict[tuple[str, ...], list[list[int]]] = {}
+    for path, *rest in rows:
+        key = (_INDEX.sub("{}", path), *rest)
+        groups.setdefault(key, []).append([int(i) for i in _INDEX.findall(path)])
+    lines = []
+    for (template, timm_class, target, note), indices in groups.items():
+        path = template.format(*(_ranges(slot) for slot in zip(*indices, strict=True)))
+        lines.append((path or "(model)", timm_class, target, f"x{len(indices)}", note))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] as "0-2,5"."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1][1:] = [n]
+        else:
+            parts.append([n])
+    return ",".join("-".join(map(str, part)) for part in parts)
+
+
+class _CallableModule(ModuleType):
+    """`vitfast.swap` is this file as well as the function; both ways of calling it work."""
+
+    def __call__(self, model: nn.Module, **kwargs: Any) -> SwapReport:
+        return swap(model, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule
