@@ -1,0 +1,1 @@
+"""Measuring: interleaved medians, this machine's ceilings, peers, tables and JSON records."""

@@ -1,0 +1,76 @@
+"""Peak memory of one contender in a process of its own, where nobody else's pages count.
+
+Run as `python -m vitfast.bench.child JSON`; prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+from vitfast.errors import VitfastError
+
+CALLS = 2
+"""The first call packs weights; the second has them all and works."""
+
+
+class ChildError(VitfastError, RuntimeError):
+    """The child gave no number; the message is its last line."""
+
+
+def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | None:
+    """MB at the peak of inference or training, weights included, over an empty process.
+
+    Args:
+        arguments: model, img_size, batch, dtype, device, train, threads, contender.
+
+    Raises:
+        ChildError: the child failed or took too long.
+    """
+    command = [sys.executable, "-m", "vitfast.bench.child", json.dumps(arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, env=environment
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ChildError(f"no answer in {timeout:.0f} s") from error
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ChildError(lines[-1])
+    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+def measure(arguments: dict[str, Any]) -> float | None:
+    """What the child runs; imports come before the first look at memory, so they do not count."""
+    import torch
+
+    import vitfast.swap  # noqa: F401
+    from vitfast.bench import memory, modules, peers
+
+    torch.set_num_threads(arguments["threads"])
+    device, contender = arguments["device"], arguments["contender"]
+    if contender in ("onnxruntime", "openvino") and importlib.util.find_spec(contender):
+        importlib.import_module(contender)
+    setting = peers.Setting(getattr(torch, arguments["dtype"]), device, arguments["train"])
+    memory.reset_peak(device)
+    before = memory.in_use_mb(device)
+    case = modules.model_case(
+        arguments["model"], arguments["img_size"], arguments["batch"], setting
+    )
+    call = peers.FACTORIES[contender](case.module, case.inputs, setting)
+    del case  # converted models keep what they need of it
+    if not memory.reset_peak(device) or before is None:
+        return None
+    for _ in range(CALLS):
+        call()
+    peak = memory.peak_mb(device)
+    return None if peak is None else peak - before
+
+
+if __name__ == "__main__":
+    print(json.dumps({"peak_mb": measure(json.loads(sys.argv[1]))}))

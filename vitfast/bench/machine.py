@@ -1,0 +1,148 @@
+"""This machine's measured ceilings, the floors that a kernel's time is compared with.
+
+Two numbers a dtype: the best matrix product and the best copy that a vendor library reaches here,
+today, with the threads that torch uses. They are measured once a process, in about a second.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vitfast
+from vitfast.bench import peers
+from vitfast.bench.timer import stopwatch
+from vitfast.ops.spec import Cost
+from vitfast.runtime import device as facts
+from vitfast.runtime import native
+
+GEMM_SHAPES = ((2048, 2048, 2048), (4096, 768, 3072), (4096, 3072, 768))
+"""(M, K, N): a square one, and the two products of a ViT-B MLP at 4096 tokens."""
+CUDA_GEMM_SHAPES = ((8192, 8192, 8192),)
+COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+"""Well past the caches: 256 MiB on CPUs."""
+SECONDS_PER_CASE = 0.3
+
+
+def gemm_gflops(device: str, dtype: torch.dtype) -> float:
+    """The fastest matrix product seen here, in GFLOP/s."""
+    return _gemm_gflops(device, dtype, torch.get_num_threads())
+
+
+def copy_gbs(device: str) -> float:
+    """The fastest copy of a large tensor seen here, bytes read plus bytes written, in GB/s."""
+    return _copy_gbs(device, torch.get_num_threads())
+
+
+def floor_seconds(cost: Cost, device: str, dtype: torch.dtype) -> float:
+    """The time below which this machine cannot do this work: the larger of the two ceilings."""
+    return max(
+        cost.flops / (gemm_gflops(device, dtype) * 1e9), cost.bytes / (copy_gbs(device) * 1e9)
+    )
+
+
+def rate(cost: Cost, seconds: float, device: str, dtype: torch.dtype) -> tuple[float, str]:
+    """What the work comes to, in the unit of the ceiling that binds: GFLOP/s or GB/s."""
+    compute = cost.flops / gemm_gflops(device, dtype)
+    if compute >= cost.bytes / copy_gbs(device):
+        return cost.flops / seconds / 1e9, "GFLOP/s"
+    return cost.bytes / seconds / 1e9, "GB/s"
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """The machine block of a record: hardware, versions, instruction set, commit."""
+    why = native.reasons()
+    return {
+        **facts.machine(),
+        "device": device,
+        "name": device_name(device),
+        "isa": None if why else native.isa(),
+        "native": why[0] if why else "built",
+        "versions": {**facts.versions(), **peers.versions(), "vitfast": vitfast.__version__},
+        "commit": commit(),
+    }
+
+
+def device_name(device: str = "cpu") -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{facts.cpu_model()}, {torch.get_num_threads()} threads"
+
+
+def floors(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """The ceilings as a record keeps them."""
+    return {"gflops": gemm_gflops(device, dtype), "gbs": copy_gbs(device)}
+
+
+@functools.cache
+def commit() -> str | None:
+    """The commit that vitfast runs from, "+" appended where files changed; None if installed."""
+    package = Path(vitfast.__file__).resolve().parent
+    try:
+        top = _git(package, "rev-parse", "--show-toplevel")
+        if Path(top).resolve() / "vitfast" != package:
+            return None  # installed below some other checkout
+        dirty = _git(package, "status", "--porcelain", "--untracked-files=no")
+        return _git(package, "rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=10,
+    )
+    return done.stdout.strip()
+
+
+def _best(call: Callable[[], Any], device: str) -> float:
+    """Seconds of the fastest call: a ceiling is a best case, not a median."""
+    watch = stopwatch(device)
+    call()
+    best = watch(call, 1)[0]
+    end = time.perf_counter() + SECONDS_PER_CASE
+    while time.perf_counter() < end:
+        best = min(best, watch(call, 1)[0])
+    return best
+
+
+@functools.cache
+def _gemm_gflops(device: str, dtype: torch.dtype, threads: int) -> float:
+    best = 0.0
+    shapes = CUDA_GEMM_SHAPES if device.startswith("cuda") else GEMM_SHAPES
+    for m, k, n in shapes:
+        x = torch.randn(m, k, device=device).to(dtype)
+        weight = torch.randn(n, k, device=device).to(dtype)
+        for call in _products(x, weight):
+            best = max(best, 2.0 * m * k * n / _best(call, device) / 1e9)
+    return best
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor) -> list[Callable[[], torch.Tensor]]:
+    """Ways to x @ weight.T: torch's own, and oneDNN with a prepacked weight where it has one."""
+    calls = [lambda: torch.mm(x, weight.t())]
+    if x.device.type == "cpu":
+        try:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, x.shape[0])
+            torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+        except (AttributeError, RuntimeError):
+            return calls  # a torch without oneDNN, or a dtype that it lacks on this CPU
+        calls.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+    return calls
+
+
+@functools.cache
+def _copy_gbs(device: str, threads: int) -> float:
+    source = torch.ones(COPY_BYTES[device.split(":")[0]], dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2.0 * source.numel() / _best(lambda: target.copy_(source), device) / 1e9

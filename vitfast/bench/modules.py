@@ -1,0 +1,241 @@
+"""Timing a module, a transformer block or a whole model, beside its peers."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from vitfast.bench import machine, memory, peers, zoo
+from vitfast.bench.child import ChildError, peak_in_child
+from vitfast.bench.peers import PeerUnavailableError, Setting
+from vitfast.bench.record import Result, Row
+from vitfast.bench.timer import interleave, stopwatch
+from vitfast.errors import InputValueError
+from vitfast.ops.spec import Cost, tensor_bytes
+from vitfast.testing.errors import compare
+from vitfast.testing.inputs import map_tensors, to_float64
+
+REFERENCE_FLOPS = {"cpu": 3e12, "cuda": 3e14}
+"""Above this a float64 run would take longer than the measurement itself, and is left out."""
+TRAIN_WORK = 3.0
+"""A backward pass does two matrix products for each one of the forward."""
+
+Progress = Callable[[str, float], None]
+
+
+@dataclass
+class Case:
+    """A plain timm module, in the mode that the setting asks for, with inputs that suit it."""
+
+    level: str
+    name: str
+    module: nn.Module
+    inputs: tuple[torch.Tensor, ...]
+    setting: Setting
+
+    @property
+    def shape(self) -> str:
+        return "x".join(str(n) for n in self.inputs[0].shape)
+
+    def cost(self) -> Cost:
+        """Matrix products of the whole pass; weights and inputs read once."""
+        work = TRAIN_WORK if self.setting.train else 1.0
+        module = self.module
+        if isinstance(module, Fixed):
+            module = module.with_others(lambda t: t.to("meta"))
+        moved = tensor_bytes(*self.module.parameters(), *self.inputs)
+        return Cost(work * zoo.flops(module, self.name, self.inputs), work * moved)
+
+
+class Fixed(nn.Module):
+    """A block with its other arguments (rotary embedding, relative position bias) held fast."""
+
+    def __init__(self, block: nn.Module, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.block = block
+        self.rest = rest
+        self.kwargs = kwargs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x, *self.rest, **self.kwargs)
+
+    def with_others(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Fixed:
+        """The same block with every tensor among its other arguments changed."""
+        return Fixed(
+            self.block, map_tensors(self.rest, change), map_tensors(self.kwargs, change)
+        ).train(self.training)
+
+
+class _Captured(Exception):
+    """Ends a forward at the block whose arguments it carries."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.arguments = (args, kwargs)
+
+
+def model_case(
+    name: str,
+    img_size: tuple[int, int] | None,
+    batch: int,
+    setting: Setting,
+    seed: int = 0,
+    **timm_kwargs: Any,
+) -> Case:
+    """A whole model on an image of N(0, 1) values.
+
+    Raises:
+        InputValueError: no such model, or a size that it cannot take.
+    """
+    model = zoo.build(name, img_size, device=setting.device, seed=seed, **timm_kwargs)
+    model.train(setting.train)
+    image = _image(model, img_size, batch, setting, seed)
+    return Case("models", name, model, (image,), setting)
+
+
+def block_case(
+    name: str, img_size: tuple[int, int] | None, batch: int, setting: Setting, seed: int = 0
+) -> Case:
+    """The first transformer block of a model, on the tokens that reach it there.
+
+    Raises:
+        InputValueError: no such model, no `blocks` in it, or a size that it cannot take.
+    """
+    model = zoo.build(name, img_size, device=setting.device, seed=seed)
+    blocks = getattr(model, "blocks", None)
+    if not blocks:
+        raise InputValueError(f"{name} has no list of transformer blocks")
+
+    def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Captured(args, kwargs)
+
+    handle = blocks[0].register_forward_pre_hook(capture, with_kwargs=True)
+    image = _image(model, img_size, batch, setting, seed)
+    try:
+        with torch.no_grad(), setting.autocast():
+            zoo.checked_forward(model, name, image)
+    except _Captured as found:
+        (x, *rest), kwargs = found.arguments
+    else:
+        raise InputValueError(f"{name} does not run its blocks one after another")
+    finally:
+        handle.remove()
+    fixed = Fixed(blocks[0], tuple(rest), kwargs).train(setting.train)
+    return Case("blocks", name, fixed, (x.detach(),), setting)
+
+
+def measure(
+    case: Case,
+    wanted: Sequence[str],
+    *,
+    seconds: float = 4.0,
+    with_memory: bool = True,
+    progress: Progress | None = None,
+) -> Row:
+    """Time vitfast and the peers wanted, in turns; judge every output against float64."""
+    say = progress or (lambda text, share: None)
+    setting = case.setting
+    row = Row(
+        case.level, case.name, case.shape, str(setting.dtype).removeprefix("torch."),
+        "train" if setting.train else "infer", setting.device.split(":")[0],
+    )  # fmt: skip
+    say("ceilings of this machine", 0.0)
+    cost = case.cost()
+    judge = None
+    if cost.flops > REFERENCE_FLOPS[setting.device.split(":")[0]]:
+        row.note = "error not measured: the float64 run would take too long"
+    else:
+        say("float64 reference", 0.0)
+        judge = Judge(case)
+    calls = {}
+    for name in (*wanted, "vitfast"):
+        say(f"preparing {name}", 0.0)
+        try:
+            calls[name] = peers.FACTORIES[name](case.module, case.inputs, setting)
+        except PeerUnavailableError as error:
+            row.results[name] = Result(reason=str(error))
+        gc.collect()
+    added = {}
+    if with_memory and case.level == "blocks":
+        added = {name: memory.added_by(call, setting.device) for name, call in calls.items()}
+    timings = interleave(
+        calls,
+        seconds=seconds,
+        watch=stopwatch(setting.device),
+        check=judge,
+        on_progress=lambda share: say(f"timing {case.name}", share),
+    )
+    for name, timing in timings.items():
+        row.results[name] = Result.of(
+            timing,
+            peak_mb=added.get(name),
+            error_over_budget=judge.worst.get(name) if judge else None,
+        )
+    del calls
+    median = timings["vitfast"].median
+    row.rate, row.unit = machine.rate(cost, median, setting.device, setting.dtype)
+    row.floor_share = machine.floor_seconds(cost, setting.device, setting.dtype) / median
+    return row
+
+
+def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: Progress) -> None:
+    """Peak memory of every contender of a model's row, each in a fresh process."""
+    measured = [name for name, result in row.results.items() if result.median_ms is not None]
+    for i, name in enumerate(measured):
+        progress(f"memory of {name}", i / len(measured))
+        try:
+            row.results[name].peak_mb = peak_in_child({**case_arguments, "contender": name})
+        except ChildError as error:
+            row.note = "; ".join(filter(None, [row.note, f"memory of {name}: {error}"]))
+
+
+class Judge:
+    """Error over budget of outputs, the budget being twice what timm itself errs in this dtype.
+
+    For gradients three times, as for ops. `worst` keeps the largest of all looks by name.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.worst: dict[str, float] = {}
+        self.base = _outputs(peers.eager(case.module, case.inputs, case.setting)())
+        self.reference = reference_outputs(case)
+
+    def __call__(self, name: str, output: Any) -> float:
+        errors = [0.0]
+        tensors = zip(_outputs(output), self.base, self.reference, strict=True)
+        for i, (t, base, reference) in enumerate(tensors):
+            factor = 2.0 if i == 0 else 3.0
+            report = compare(t.to(base.dtype), reference, base, factor=factor, name=name)
+            errors.append(math.inf if report.mask_mismatches else report.error_over_budget)
+        self.worst[name] = max(self.worst.get(name, 0.0), *errors)
+        return max(errors)
+
+
+def reference_outputs(case: Case) -> list[torch.Tensor]:
+    """What the module gives in float64 on the same rounded weights and inputs."""
+    module = copy.deepcopy(case.module).double()
+    inputs = tuple(x.double() for x in case.inputs)
+    if isinstance(module, Fixed):
+        module = module.with_others(to_float64)
+    plain = Setting(torch.float32, case.setting.device, case.setting.train)
+    return _outputs(peers.eager(module, inputs, plain)())
+
+
+def _outputs(output: Any) -> list[torch.Tensor]:
+    tensors: Iterable[torch.Tensor] = [output] if isinstance(output, torch.Tensor) else output
+    return [t.detach().clone() for t in tensors]
+
+
+def _image(
+    model: nn.Module, img_size: tuple[int, int] | None, batch: int, setting: Setting, seed: int
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(batch, *zoo.image_shape(model, img_size), generator=generator)
+    return image.to(setting.device)

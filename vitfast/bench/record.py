@@ -1,0 +1,191 @@
+"""Records of measurements: rows, the JSON file around them, and the comparison of two files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from vitfast.bench.timer import Timing
+from vitfast.errors import InputValueError
+
+SCHEMA = 1
+WORSE = 0.10
+"""A ratio that fell by more than this share is a regression."""
+
+
+@dataclass
+class Result:
+    """One contender in one row; `reason` says why there is no time."""
+
+    median_ms: float | None = None
+    q1_ms: float | None = None
+    q3_ms: float | None = None
+    rounds: int = 0
+    peak_mb: float | None = None
+    error_over_budget: float | None = None
+    reason: str = ""
+
+    @classmethod
+    def of(cls, timing: Timing, **more: Any) -> Result:
+        low, high = timing.quartiles
+        return cls(timing.median * 1e3, low * 1e3, high * 1e3, len(timing.samples), **more)
+
+
+@dataclass
+class Row:
+    """One case: what ran, each contender's result, and what vitfast's time comes to.
+
+    Args:
+        level: "ops", "blocks" or "models".
+        passes: "infer" or "train".
+        rate, unit, floor_share: work per second of the vitfast contender, and the floor's time
+            over its own: 1 is the best that this machine does.
+        backend: what vitfast picked, where a single op ran.
+        note: how a number was obtained, or why it is missing.
+    """
+
+    level: str
+    case: str
+    shape: str
+    dtype: str
+    passes: str
+    device: str
+    results: dict[str, Result] = field(default_factory=dict)
+    rate: float | None = None
+    unit: str = ""
+    floor_share: float | None = None
+    backend: str = ""
+    note: str = ""
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return (self.level, self.case, self.shape, self.dtype, self.passes, self.device)
+
+    def ratio(self, peer: str) -> float | None:
+        """How many times faster vitfast is than this peer."""
+        ours, theirs = self.results.get("vitfast"), self.results.get(peer)
+        if ours is None or theirs is None or not ours.median_ms or theirs.median_ms is None:
+            return None
+        return theirs.median_ms / ours.median_ms
+
+    def ratios(self) -> dict[str, float]:
+        found = {peer: self.ratio(peer) for peer in self.results if peer != "vitfast"}
+        return {peer: ratio for peer, ratio in found.items() if ratio is not None}
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "ratios": self.ratios()}
+
+
+def document(rows: Iterable[Row], machine: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What a results file holds."""
+    return {
+        "schema": SCHEMA,
+        "kind": "vitfast bench",
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv[1:],
+        "machine": machine,
+        **more,
+        "rows": [row.as_json() for row in rows],
+    }
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """A path that can be written later, checked before the long work.
+
+    Raises:
+        InputValueError: a directory, no such folder, or a folder without write permission.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise InputValueError(f"{target} is a directory; name a file")
+    if not target.absolute().parent.is_dir():
+        raise InputValueError(f"{target}: there is no folder {target.absolute().parent}")
+    if not os.access(target.absolute().parent, os.W_OK):
+        raise InputValueError(f"{target}: the folder {target.absolute().parent} is not writable")
+    return target
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file whole or not at all: an interrupt leaves what was there before."""
+    target = Path(path).absolute()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """`write_text` of JSON; NaN and infinities become null, which every reader accepts."""
+    write_text(path, json.dumps(_finite(value), indent=1) + "\n")
+
+
+def read(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A results file written by `vitfast bench`.
+
+    Raises:
+        InputValueError: missing, not JSON, or some other file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputValueError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(found, dict) or found.get("kind") != "vitfast bench":
+        raise InputValueError(f"{path} was not written by vitfast bench --json")
+    if found.get("schema") != SCHEMA:
+        raise InputValueError(f"{path} has schema {found.get('schema')}, this is {SCHEMA}")
+    return found
+
+
+@dataclass(frozen=True)
+class Change:
+    """One ratio in two files."""
+
+    key: tuple[str, ...]
+    peer: str
+    before: float
+    after: float
+
+    @property
+    def relative(self) -> float:
+        return self.after / self.before - 1
+
+    @property
+    def worse(self) -> bool:
+        return self.relative < -WORSE
+
+
+def changes(before: dict[str, Any], rows: Iterable[Row]) -> list[Change]:
+    """How the ratios of these rows differ from an earlier file's, where both have them.
+
+    Ratios, not times: both contenders of a ratio met the same machine on the same day.
+    """
+    names = ("level", "case", "shape", "dtype", "passes", "device")
+    old = {tuple(row.get(n) for n in names): row.get("ratios", {}) for row in before["rows"]}
+    return [
+        Change(row.key, peer, old[row.key][peer], ratio)
+        for row in rows
+        if row.key in old
+        for peer, ratio in row.ratios().items()
+        if old[row.key].get(peer)
+    ]
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return value

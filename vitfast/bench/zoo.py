@@ -1,0 +1,162 @@
+"""timm models by name, as commands build them: seeded weights, any image size, clear errors."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from timm.models import is_model
+from torch import nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from vitfast.bench.peers import first_line
+from vitfast.errors import InputValueError
+
+_GAINS = ("gamma", "gamma_1", "gamma_2")
+UNFIT = (AssertionError, ValueError, TypeError, RuntimeError, NotImplementedError)
+"""What timm and torch raise for a size that a model cannot take."""
+
+
+def parse_img_size(text: str) -> tuple[int, int]:
+    """(height, width) out of "224" or "2160x3840".
+
+    Raises:
+        InputValueError: anything else.
+    """
+    found = re.fullmatch(r"([1-9]\d{0,5})(?:x([1-9]\d{0,5}))?", text.strip().lower())
+    if found is None:
+        raise InputValueError(f"--img-size {text}: expected a size such as 224 or 2160x3840")
+    height = int(found[1])
+    return height, int(found[2] or height)
+
+
+def check_name(name: str) -> None:
+    """Raises InputValueError, with the nearest names, for a model that timm does not have."""
+    if is_model(name):
+        return
+    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.6)
+    hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
+    raise InputValueError(f"timm has no model {name!r}{hint}")
+
+
+def build(
+    name: str,
+    img_size: tuple[int, int] | None = None,
+    *,
+    device: str = "cpu",
+    seed: int = 0,
+    pretrained: bool = False,
+    **timm_kwargs: Any,
+) -> nn.Module:
+    """A timm model in eval mode; weights are random and seeded unless `pretrained`.
+
+    Raises:
+        InputValueError: no such model, a size that it cannot be built for, or weights that cannot
+            be fetched.
+    """
+    check_name(name)
+    if pretrained:
+        _stay_offline_without_network()
+    kwargs = dict(timm_kwargs)
+    if img_size is not None:
+        kwargs["img_size"] = img_size
+    torch.manual_seed(seed)
+    with torch.device(device):
+        try:
+            model = _create(name, pretrained, kwargs)
+        except UNFIT as error:
+            if pretrained:
+                raise InputValueError(_no_weights(name, error)) from error
+            raise InputValueError(f"{name} {_sized(img_size)}: {first_line(error)}") from error
+        except Exception as error:  # the hub's client has a family of errors of its own
+            raise InputValueError(_no_weights(name, error)) from error
+    if not pretrained and device != "meta":
+        enliven(model, seed)
+    return model.eval()
+
+
+def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        if "img_size" not in kwargs or "img_size" not in str(error):
+            raise
+        rest = {k: v for k, v in kwargs.items() if k != "img_size"}
+        return timm.create_model(name, pretrained=pretrained, **rest)  # takes any size, as ResNet
+
+
+def _stay_offline_without_network() -> None:
+    """Where the hub is out of reach, use its cache only: its own retries take a minute a file."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # requests or httpx, by the hub's version; either way there is no way out
+        constants.HF_HUB_OFFLINE = True
+
+
+def _no_weights(name: str, error: BaseException) -> str:
+    return (
+        f"the pretrained weights of {name} cannot be fetched (no network?): "
+        f"{type(error).__name__}: {first_line(error)}"
+    )
+
+
+def _sized(img_size: tuple[int, int] | None) -> str:
+    return "at its own size" if img_size is None else f"at {img_size[0]}x{img_size[1]}"
+
+
+@torch.no_grad()
+def enliven(model: nn.Module, seed: int = 0) -> None:
+    """Give random weights effect, in place, as a trained model's have.
+
+    timm starts LayerScale at 1e-5, relative position tables and biases at 0 and norm weights at 1.
+    With those a block hardly changes its input, and a wrong kernel would hardly show.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.numel() == 0 or not bool((parameter == parameter.flatten()[0]).all()):
+            continue
+        if name.rsplit(".", 1)[-1] in _GAINS:
+            values = 0.2 + 0.8 * torch.rand(parameter.shape, generator=generator)
+            parameter.copy_(values)
+        else:
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.02 * noise.to(parameter.device))
+
+
+def image_shape(model: nn.Module, img_size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """[Cin, H, W] that a model expects."""
+    channels, height, width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
+    return (channels, *(img_size or (height, width)))
+
+
+def flops(module: nn.Module, name: str, inputs: Sequence[torch.Tensor]) -> float:
+    """Floating point operations of a forward's matrix products, counted on the meta device.
+
+    Raises:
+        InputValueError: the module cannot take these inputs.
+    """
+    state = [*module.named_parameters(), *module.named_buffers()]
+    meta: Mapping[str, torch.Tensor] = {name: t.detach().to("meta") for name, t in state}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        try:
+            functional_call(module, dict(meta), tuple(x.to("meta") for x in inputs))
+        except UNFIT as error:
+            shape = "x".join(str(n) for n in inputs[0].shape)
+            raise InputValueError(f"{name} on {shape}: {first_line(error)}") from error
+    return float(counter.get_total_flops())
+
+
+def checked_forward(model: nn.Module, name: str, image: torch.Tensor) -> torch.Tensor:
+    """One forward; what timm raises for a size that does not fit becomes an InputValueError."""
+    try:
+        return model(image)
+    except UNFIT as error:
+        height, width = image.shape[-2:]
+        raise InputValueError(f"{name} {_sized((height, width))}: {first_line(error)}") from error

@@ -1,0 +1,77 @@
+"""`vitfast check`: every op, backend and family on this machine, against float64."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from vitfast.errors import InputValueError
+
+if TYPE_CHECKING:
+    from vitfast.bench.verify import Finding
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    add("--op", action="append", metavar="NAME", help="only this op; may be repeated; no models")
+    add("--json", metavar="FILE", help="write the findings too")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from vitfast.bench import machine, record, verify
+    from vitfast.bench.ops import specs
+    from vitfast.bench.progress import progress_bar
+
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputValueError("--device cuda: torch sees no GPU here")
+    if args.json:
+        record.check_writable(args.json)
+    cases = verify.op_cases(specs(args.op))
+    models = [] if args.op else [(f, d) for f in verify.MODELS for d in verify.MODEL_DTYPES]
+    found: list[Finding] = []
+    with progress_bar(len(cases) + len(models)) as show:
+        for i, (spec, sample) in enumerate(cases):
+            show(f"{spec.name} {sample.name}", i)
+            found += verify.check_op(spec, sample, device)
+        for i, (family, dtype) in enumerate(models):
+            show(f"{family}: {verify.MODELS[family]}", len(cases) + i)
+            found += verify.check_model(family, dtype, device)
+    _show(found, machine.device_name(device))
+    if args.json:
+        facts = {"kind": "vitfast check", "machine": machine.describe(device)}
+        record.write_json(args.json, {**facts, "findings": verify.as_json(found)})
+    return int(any(f.state == verify.WRONG for f in found))
+
+
+def _show(found: Sequence[Finding], where: str) -> None:
+    from vitfast.bench import verify
+    from vitfast.cli.table import print_table
+
+    wrong = [f for f in found if f.state == verify.WRONG]
+    if wrong:
+        print_table(
+            "Wrong",
+            ("what", "case", "dtype", "pass", "backend", "reason"),
+            [(f.name, f.case, f.dtype, f.passes, f.backend, f.reason) for f in wrong],
+        )
+    for title, (header, lines) in (
+        (f"Ops on {where}: worst error over budget, 1 is the limit", verify.op_table(found)),
+        ("Swapped models: worst error over budget, 1 is the limit", verify.model_table(found)),
+    ):
+        if lines:
+            print_table(title, header, sorted(lines, key=lambda line: "wrong" not in line))
+    refused = Counter((f.name, f.backend, f.reason) for f in found if f.state == verify.REFUSED)
+    if refused:
+        print_table(
+            "Cannot run here",
+            ("op", "backend", "cases", "reason"),
+            [(op, backend, n, reason) for (op, backend, reason), n in refused.items()],
+        )
+    checked = sum(f.state != verify.REFUSED for f in found)
+    print(f"{checked - len(wrong)} of {checked} checks passed")

@@ -1,0 +1,88 @@
+"""`vitfast demo`: real models on a real photograph, timm beside vitfast, and a report."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vitfast.errors import InputValueError
+
+if TYPE_CHECKING:
+    from vitfast.bench.showcase import Outcome
+
+REPORT = "vitfast-demo.html"
+DTYPES = {"float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--image", metavar="PATH", help="a photograph; one is built in")
+    add("--pretrained", action="store_true", help="trained weights (from the network or cache)")
+    add("--models", metavar="NAME[@SIZE],...", help="timm models; ViT-B/16 at 224 and 1024, "
+        "DINOv2 and DINOv3 ViT-S by default")  # fmt: skip
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="bf16: under autocast")
+    add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
+    add("--output", metavar="PATH", default=REPORT, help=f"file or folder; {REPORT} by default")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from vitfast.bench import html, machine, peers, photo, record, showcase
+    from vitfast.bench.progress import progress_bar
+
+    target = Path(args.output)
+    target = record.check_writable(target / REPORT if target.is_dir() else target)
+    models = showcase.parse_models(args.models)
+    picture, credit = photo.load(args.image)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputValueError("--device cuda: torch sees no GPU here")
+    setting = peers.Setting(getattr(torch, DTYPES[args.dtype]), device)
+    outcomes: list[Outcome] = []
+    with progress_bar(len(models)) as show:
+        show("warming up", 0.0)
+        stage = showcase.Showcase(picture, setting, pretrained=args.pretrained)
+        stage.warm_up()
+        for i, (name, size) in enumerate(models):
+            outcomes.append(stage.run(name, size, lambda text, share, i=i: show(text, i + share)))
+    facts = machine.describe(device)
+    _show(outcomes, facts["name"], credit)
+    record.write_text(target, html.page(outcomes, facts, picture, credit, args.pretrained))
+    print(f"report: {target}")
+    return int(not all(outcome.within_budget for outcome in outcomes))
+
+
+def _show(outcomes: Sequence[Outcome], where: str, credit: str) -> None:
+    from vitfast.bench.report import MISSING, digits, megabytes, milliseconds
+    from vitfast.cli.table import print_table
+
+    print(f"{where}\nphotograph: {credit}\n")
+    print_table(
+        "Swapped",
+        ("model", "modules"),
+        [(o.title, o.swapped_classes()) for o in outcomes],
+    )
+    left = [(o.title, line) for o in outcomes for line in o.skipped_reasons()]
+    if left:
+        print_table("Left to timm", ("model", "modules and reason"), left)
+    print_table(
+        "timm beside vitfast",
+        ("model", "dtype", "timm", "vitfast", "faster", "MB timm", "MB vitfast", "error",
+         "budget", "top-5"),
+        [
+            (o.title, o.dtype, milliseconds(o.timm_ms), milliseconds(o.vitfast_ms),
+             f"{digits(o.ratio)}x", megabytes(o.timm_mb), megabytes(o.vitfast_mb),
+             f"{o.error:.1e}" + ("" if o.within_budget else " OVER"), f"{o.budget:.1e}",
+             MISSING if o.agreement is None else f"{o.agreement} of 5")
+            for o in outcomes
+        ],
+    )  # fmt: skip
+    for text in dict.fromkeys(o.budget_from for o in outcomes):
+        print(f"budget of {', '.join(o.title for o in outcomes if o.budget_from == text)}: {text}")
+    for o in outcomes:
+        if o.labels:
+            names = ", ".join(f"{label} {chance:.0%}" for label, chance in o.labels)
+            print(f"{o.title} sees: {names}")
