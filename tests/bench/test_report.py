@@ -1,0 +1,59 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from vitfast.bench.record import Result, Row
+from vitfast.bench.report import digits, milliseconds, table
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.0305, "30.5 us"),
+        (0.9994, "999 us"),
+        (0.9996, "1.00 ms"),
+        (2.414, "2.41 ms"),
+        (99.96, "100 ms"),
+        (999.4, "999 ms"),
+        (999.6, "1.00 s"),
+        (7400.0, "7.40 s"),
+    ],
+)
+def test_milliseconds(value, text):
+    assert milliseconds(value) == text
+
+
+@pytest.mark.parametrize("value, text", [(1.234, "1.23"), (9.996, "10.0"), (250.4, "250")])
+def test_digits(value, text):
+    assert digits(value) == text
+
+
+def test_table_puts_peers_side_by_side_and_reasons_below():
+    row = Row(
+        "models", "vit_tiny", "1x3x224x224", "float32", "infer", "cpu",
+        {
+            "eager": Result(median_ms=20.0, peak_mb=100.0),
+            "openvino": Result(reason="openvino not installed"),
+            "vitfast": Result(median_ms=10.0, peak_mb=90.0, error_over_budget=0.25),
+        },
+        rate=123.4, unit="GFLOP/s", floor_share=0.5, note="a note",
+    )  # fmt: skip
+    header, (cells,), notes = table([row], ["eager", "openvino"])
+    found = dict(zip(header, cells, strict=True))
+    assert found["eager"] == "20.0 ms (2.00x)"
+    assert found["openvino"] == "-"
+    assert found["vitfast"] == "10.0 ms"
+    assert found["rate"] == "123 GFLOP/s"
+    assert found["of floor"] == "50%"
+    assert (found["MB eager"], found["MB vitfast"]) == ("100", "90")
+    assert found["error/budget"] == "0.25"
+    assert notes == ["openvino: openvino not installed", "vit_tiny: a note"]
+
+
+def test_what_was_not_measured_is_a_dash():
+    row = Row("ops", "x", "1", "float32", "infer", "cpu", {"vitfast": Result(median_ms=1.0)})
+    header, (cells,), _ = table([row], [])
+    found = dict(zip(header, cells, strict=True))
+    assert {found[n] for n in ("rate", "of floor", "MB vitfast", "error/budget")} == {"-"}

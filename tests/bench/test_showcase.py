@@ -1,0 +1,109 @@
+"""The demo's runs: models, budgets, and a clock that is kept to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+
+from vitfast.bench import modules, showcase
+from vitfast.bench.peers import Setting
+from vitfast.bench.showcase import Outcome, Showcase, parse_models
+from vitfast.errors import InputValueError
+from vitfast.swap import SwapReport
+
+
+def quiet(text: str, share: float) -> None:
+    pass
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.effect_noise((90, 70), 60).convert("RGB")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    monkeypatch.setattr(showcase, "SECONDS_A_MODEL", 0.01)
+
+
+def test_the_main_job_is_the_default():
+    assert parse_models(None) == [
+        ("vit_base_patch16_224", (224, 224)),
+        ("vit_small_patch14_dinov2", (518, 518)),
+        ("vit_small_patch16_dinov3", (256, 256)),
+        ("vit_base_patch16_224", (1024, 1024)),
+    ]
+
+
+def test_models_by_name_and_size():
+    assert parse_models("test_vit@64x96, test_vit2") == [
+        ("test_vit", (64, 96)),
+        ("test_vit2", None),
+    ]
+    for text in ("", "xyzzy", "test_vit@", "test_vit@big"):
+        with pytest.raises(InputValueError):
+            parse_models(text)
+
+
+def test_a_run_has_everything(photo):
+    found = Showcase(photo, Setting()).run("test_vit", (64, 64), quiet)
+    assert found.title == "test_vit @ 64"
+    assert found.report.counts["blocks_swapped"] == found.report.counts["blocks"] > 0
+    assert found.timm_ms > 0
+    assert found.vitfast_ms > 0
+    assert 0 < found.error <= found.budget
+    assert found.within_budget
+    assert "float64" in found.budget_from
+    assert found.agreement == 5
+    assert found.labels == []  # random weights have nothing to say
+    assert "Block" in found.swapped_classes()
+    assert found.as_json()["ratio"] == found.ratio
+
+
+def test_a_model_without_classes_has_no_agreement(photo):
+    found = Showcase(photo, Setting()).run("vit_small_patch16_dinov3", (64, 64), quiet)
+    assert found.agreement is None
+    assert found.within_budget
+
+
+def test_a_wrong_output_is_over_budget(photo, monkeypatch):
+    stage = Showcase(photo, Setting())
+    model = modules.model_case("test_vit", (64, 64), 1, Setting())
+    timm = model.module(*model.inputs).detach()
+    found = Outcome("test_vit", 64, 64, "float32", SwapReport("x"))
+    stage._judge(found, model, {"timm": timm, "vitfast": timm + 1e-3})
+    assert not found.within_budget
+    stage._judge(found, model, {"timm": timm, "vitfast": timm.fill_(float("nan"))})
+    assert not found.within_budget
+
+
+def test_without_time_the_budget_comes_from_a_smaller_size(photo):
+    now = [0.0]
+    stage = Showcase(photo, Setting(), seconds=1000.0, clock=lambda: now[0])
+    first = stage.run("test_vit", (64, 64), quiet)
+    now[0] = 999.999
+    second = stage.run("test_vit", (96, 96), quiet)
+    assert "smaller size" in second.budget_from
+    assert second.rounds == 1
+    assert 0 < second.budget < 20 * first.budget
+    assert second.within_budget
+
+
+def test_without_time_or_a_smaller_size_there_is_still_a_budget(photo):
+    found = Showcase(photo, Setting(), seconds=0.0).run("test_vit", (64, 64), quiet)
+    assert "units in the last place" in found.budget_from
+    assert found.within_budget
+
+
+def test_a_size_that_a_model_cannot_take_is_named(photo):
+    with pytest.raises(InputValueError, match="test_vit"):
+        Showcase(photo, Setting()).run("test_vit", (5, 5), quiet)
+
+
+def test_the_photograph_is_what_the_model_sees(photo):
+    stage = Showcase(photo, Setting())
+    model = modules.model_case("test_vit", (64, 64), 1, Setting()).module
+    image = stage._image(model, (64, 96))
+    assert image.shape == (1, 3, 64, 96)
+    assert not torch.equal(image, Showcase(photo.rotate(180), Setting())._image(model, (64, 96)))

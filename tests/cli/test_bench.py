@@ -1,0 +1,144 @@
+"""`vitfast bench`: tables, files, comparisons, and what a user gets wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vitfast.bench import modules
+
+MODEL = ("--model", "test_vit", "--img-size", "64", "--seconds", "0.01", "--no-memory")
+
+
+def test_models(vitfast, tmp_path):
+    path = tmp_path / "out.json"
+    status, out, err = vitfast("bench", "models", *MODEL, "--json", path)
+    assert (status, err) == (0, "")
+    assert "test_vit" in out
+    assert "error/budget" in out
+    found = json.loads(path.read_text())
+    assert found["rows"][0]["results"]["vitfast"]["median_ms"] > 0
+    assert found["rows"][0]["shape"] == "1x3x64x64"
+    assert found["floors"] == {"gflops": 100.0, "gbs": 10.0}
+    assert {"versions", "cpu", "commit"} <= set(found["machine"])
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+def test_blocks_in_training_with_a_peer_that_cannot(vitfast):
+    status, out, _ = vitfast(
+        "bench", "blocks", *MODEL, "--pass", "train", "--batch", 2, "--peers", "eager,openvino"
+    )
+    assert status == 0
+    assert "2x17x64" in out
+    assert "openvino: inference only" in out
+
+
+def test_one_op_of_a_model(vitfast):
+    status, out, _ = vitfast("bench", "ops", *MODEL, "--op", "layer_norm", "--dtype", "bf16")
+    assert status == 0
+    assert "layer_norm test_vit #1" in out
+    assert "bfloat16" in out
+    assert "attention" not in out
+
+
+def test_one_sample_by_name(vitfast):
+    words = ("bench", "ops", "--op", "layer_norm", "--case", "prime_width", "--seconds", "0.01")
+    status, out, _ = vitfast(*words)
+    assert status == 0
+    assert "3x5x13" in out
+
+
+def test_compare_passes_and_fails(vitfast, tmp_path):
+    path = tmp_path / "before.json"
+    assert vitfast("bench", "models", *MODEL, "--json", path)[0] == 0
+    found = json.loads(path.read_text())
+    for ratio, status in ((1e-3, 0), (1e3, 1)):
+        found["rows"][0]["ratios"] = {"eager": ratio}
+        path.write_text(json.dumps(found))
+        got, out, _ = vitfast("bench", "models", *MODEL, "--compare", path)
+        assert got == status
+        assert f"Against {path}" in out
+        assert ("worse" in out) == (status == 1)
+    found["rows"] = []
+    path.write_text(json.dumps(found))
+    got, out, _ = vitfast("bench", "models", *MODEL, "--compare", path)
+    assert got == 0
+    assert "has none of these cases" in out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("models", "--model", "vit_bse_patch16_224"), "did you mean vit_base_patch16_224"),
+        (("models", "--img-size", "big"), "expected a size"),
+        (("models", "--batch", "0"), "expected at least 1"),
+        (("models", "--seconds", "0"), "expected a positive number"),
+        (("models", "--seconds", "nan"), "expected a positive number"),
+        (("models", "--peers", "tensorflow"), "no peer 'tensorflow'"),
+        (("models", "--op", "attention"), "--op and --case go with"),
+        (("models", "--json", "/no/such/folder/x.json"), "there is no folder"),
+        (("models", "--compare", "/no/such/file.json"), "No such file"),
+        (("blocks", "--model", "test_resnet", "--img-size", "64"), "no list of transformer blocks"),
+        (("blocks", "--model", "test_vit", "--img-size", "65"), "65"),
+        (("ops", "--op", "attn"), "no op 'attn'"),
+        (("ops", "--case", "none"), "nothing to time"),
+        (("ops", "--img-size", "64"), "need --model"),
+        (("ops", "--model", "test_vit", "--case", "x"), "leave out --model"),
+        (("all",), "invalid choice"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(vitfast, words, message):
+    status, out, err = vitfast("bench", *words)
+    assert (status, out) == (2, "")
+    assert message in err
+    assert "Traceback" not in err
+    if words != ("all",):
+        assert len(err.splitlines()) == 1
+
+
+@pytest.mark.gpu
+def test_cuda(vitfast):
+    assert vitfast("bench", "models", *MODEL, "--device", "cuda")[0] == 0
+
+
+def test_an_interrupt_leaves_the_old_file(vitfast, tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    path.write_text("old")
+
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(modules, "measure", interrupted)
+    status, _, err = vitfast("bench", "models", *MODEL, "--json", path)
+    assert (status, err) == (130, "vitfast: interrupted\n")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["out.json"]
+
+
+def test_ctrl_c_in_the_middle_of_a_run(tmp_path):
+    path = tmp_path / "out.json"
+    words = ["bench", "models", *MODEL[:-3], "--seconds", "300", "--no-memory", "--json", str(path)]
+    child = subprocess.Popen(
+        [sys.executable, "-c",
+         "import sys, vitfast.bench.timer as t, vitfast.bench.modules as m\n"
+         "def loud(*a, **k): print('timing', flush=True); return t.interleave(*a, **k)\n"
+         "m.interleave = loud\n"
+         "from vitfast.cli.main import main; sys.exit(main(sys.argv[1:]))", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert child.stdout.readline() == "timing\n"
+        time.sleep(0.2)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert child.returncode == 130
+    assert err.endswith("vitfast: interrupted\n")
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,49 @@
+"""What every test gets: no network, and settings, threads and default dtype as it found them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+
+# Before torch loads OpenMP: on a machine with more work than cores, spinning threads would make
+# thousands of tiny parallel regions take minutes.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+from vitfast.settings import settings
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "check: a generic test on a sample tagged 'check'; repeated on every ISA level"
+    )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """vitfast opens no connection: in the whole suite an attempt raises."""
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise AssertionError(f"a connection to {address!r} was attempted")
+        connect(self, address)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", refuse)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def same_state_after() -> Iterator[None]:
+    saved = {k: dict(v) if isinstance(v, dict) else v for k, v in vars(settings).items()}
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    yield
+    vars(settings).update(saved)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)

@@ -1,0 +1,190 @@
+"""`parity`: a swapped module against timm's own, in outputs and all gradients."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitfast.families import layer_table
+from vitfast.swap import swap
+from vitfast.testing.errors import compare
+from vitfast.testing.inputs import map_tensors, to_float64
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # the tensors are tiny
+
+
+def lively(module: nn.Module) -> nn.Module:
+    """The module with no parameter left at 0, 1 or 1e-6, where a wrong use of it would not show."""
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if name.endswith(("gamma", "gamma_1", "gamma_2")):
+                p.uniform_(0.3, 0.9)
+            elif p.ndim < 2:
+                p.add_(torch.randn(p.shape) * 0.2)
+            elif not p.any():
+                p.normal_(std=0.5)
+    return module
+
+
+@contextlib.contextmanager
+def timm_forbidden(monkeypatch: pytest.MonkeyPatch, *classes: type) -> Iterator[None]:
+    """timm's forward of these classes (all that have a drop-in, by default) raises."""
+
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        raise AssertionError(f"timm's {type(self).__name__}.forward ran")
+
+    with monkeypatch.context() as patch:
+        for kind in classes or layer_table():
+            if layer_table()[kind].forward is not kind.forward:
+                patch.setattr(kind, "forward", refuse)
+        yield
+
+
+def run(
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    autocast: torch.dtype | None,
+    grad: bool,
+) -> dict[str, torch.Tensor]:
+    """The output, and the gradients of parameters and floating inputs, by name."""
+    given = map_tensors(
+        {str(i): a for i, a in enumerate(args)} | kwargs,
+        lambda t: t.detach().clone().requires_grad_(grad and t.is_floating_point()),
+    )
+    torch.manual_seed(1)  # drop_path
+    context = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
+    with context, torch.set_grad_enabled(grad):
+        out = module(*(given[str(i)] for i in range(len(args))), **{k: given[k] for k in kwargs})
+    if not grad:
+        return {"output": out}
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    inputs = {n: t for n, t in given.items() if isinstance(t, torch.Tensor) and t.requires_grad}
+    wanted = inputs | {n: p for n, p in module.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(
+        out, list(wanted.values()), weights.to(out.dtype), allow_unused=True
+    )
+    gradients = {n: g for n, g in zip(wanted, found, strict=True) if g is not None}
+    return {"output": out.detach()} | gradients
+
+
+def judge(
+    what: str,
+    actual: torch.Tensor,
+    reference: torch.Tensor,
+    base: torch.Tensor,
+    factor: float,
+    zero: bool = False,
+    where: Callable[[int], str] = str,
+) -> None:
+    """The criterion of vitfast.testing.errors, with the same factor for maximum and rms error.
+
+    Not (d): its noise model wants independent errors, and behind several layers those of a row, or
+    of a weight's column, have one cause. Not (f) for gradients in bfloat16, where timm's own errors
+    come near a twentieth; (e) holds there.
+    """
+    report = compare(actual, reference, base, name=what, factor=factor, rms_factor=factor, zero=zero)
+    low = what.startswith("grad") and actual.dtype != torch.float32
+    wrong = [p for p in report.problems if not p.startswith(("(d)", "(f)") if low else "(d)")]
+    assert not wrong, f"{report}\nworst: {where(report.worst_index[0]) if report.worst_index else ''}"
+
+
+def judge_gradients(
+    actual: dict[str, torch.Tensor],
+    reference: dict[str, torch.Tensor],
+    base: dict[str, torch.Tensor],
+    working: torch.dtype,
+) -> None:
+    """All gradients as one vector, each scaled to an rms of 1.
+
+    A small tensor's own largest error is a matter of luck; the largest of all is not. Gradients that
+    are zero but for rounding (of a bias that softmax cancels, say) are judged alone.
+    """
+    vectors: dict[str, list[torch.Tensor]] = {"actual": [], "reference": [], "base": []}
+    names = []
+    for name, truth in reference.items():
+        rms = truth.square().mean().sqrt()
+        if rms < 1e-12:
+            triple = (actual[name].to(working), truth, base[name].to(working))
+            judge(f"gradient of {name}", *triple, factor=3.0, zero=True)
+            continue
+        names += [name] * truth.numel()
+        for kind, t in zip(vectors, (actual[name], truth, base[name]), strict=True):
+            vectors[kind].append((t.double() / rms).flatten())
+    if names:
+        whole = {kind: torch.cat(parts) for kind, parts in vectors.items()}
+        judge(
+            "gradients",
+            whole["actual"].to(working),
+            whole["reference"],
+            whole["base"].to(working),
+            factor=3.0,
+            where=names.__getitem__,
+        )
+
+
+@pytest.fixture
+def parity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
+    """parity(module, *args, **kwargs): swapped copies of a timm module agree with it.
+
+    Outputs within twice timm's own error, gradients within three times: timm in float64 is the
+    truth, timm in the working dtype the yardstick. Covers training (autograd) and inference.
+
+    Keywords of its own:
+        autocast: dtype; results are compared in it.
+        fused: whether timm's forward must not run at all.
+        backward: whether to compare gradients.
+
+    Returns:
+        the swapped module.
+    """
+
+    def check(
+        module: nn.Module,
+        *args: Any,
+        autocast: torch.dtype | None = None,
+        fused: bool = True,
+        backward: bool = True,
+        **kwargs: Any,
+    ) -> nn.Module:
+        ours = copy.deepcopy(module)
+        swap(ours)
+        truth = copy.deepcopy(module).double()
+        for grad in (True, False) if backward else (False,):
+            reference = run(truth, to_float64(args), to_float64(kwargs), None, grad)
+            base = run(module, args, kwargs, autocast, grad)
+            with timm_forbidden(monkeypatch) if fused else contextlib.nullcontext():
+                actual = run(ours, args, kwargs, autocast, grad)
+            assert actual.keys() == base.keys() == reference.keys()
+            assert {n: t.dtype for n, t in actual.items()} == {n: t.dtype for n, t in base.items()}
+            working = autocast or base["output"].dtype
+            if working == torch.float64:
+                torch.testing.assert_close(actual, base)
+                continue
+            outputs = [results.pop("output") for results in (actual, reference, base)]
+            outputs[0], outputs[2] = outputs[0].to(working), outputs[2].to(working)
+            judge(f"output ({'training' if grad else 'inference'})", *outputs, factor=2.0)
+            judge_gradients(actual, reference, base, working)
+        return ours
+
+    return check
+
+
+@pytest.fixture(name="lively")
+def lively_fixture() -> Callable[[nn.Module], nn.Module]:
+    return lively
+
+
+@pytest.fixture(name="timm_forbidden")
+def timm_forbidden_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    return lambda *classes: timm_forbidden(monkeypatch, *classes)

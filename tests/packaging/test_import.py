@@ -1,0 +1,101 @@
+"""Importing vitfast is cheap, silent and changes nothing for its host."""
+
+from __future__ import annotations
+
+import pytest
+
+GLOBALS = """
+import locale, logging, os, random, sys, warnings
+import numpy as np
+import torch
+
+def globals_of_the_process():
+    tiny = torch.tensor([1e-40])
+    return {
+        "denormals": (tiny * 0.5).item(),
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "threads": torch.get_num_threads(),
+        "interop": torch.get_num_interop_threads(),
+        "grad": torch.is_grad_enabled(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32),
+        "mkldnn": torch.backends.mkldnn.enabled,
+        "sdp": torch.backends.cuda.flash_sdp_enabled(),
+        "torch rng": torch.get_rng_state().sum().item(),
+        "python rng": hash(random.getstate()),
+        "numpy errors": np.geterr(),
+        "root handlers": list(logging.root.handlers),
+        "root level": logging.root.level,
+        "warnings": len(warnings.filters),
+        "environ": dict(os.environ),
+        "path": list(sys.path),
+        "locale": locale.setlocale(locale.LC_ALL),
+    }
+"""
+
+
+def test_import_loads_nothing_heavy_and_prints_nothing(python):
+    result = python(
+        "-c",
+        "import sys, vitfast; print(sorted({'torch', 'timm', 'numpy', 'triton', 'rich'} "
+        "& set(sys.modules)))",
+    )
+    assert (result.stdout, result.stderr) == ("[]\n", "")
+
+
+def test_import_of_ops_touches_no_gpu_and_no_timm(python):
+    result = python(
+        "-c",
+        "import sys, torch, vitfast.ops; "
+        "print(torch.cuda.is_initialized(), 'timm' in sys.modules, 'xformers' in sys.modules)",
+    )
+    assert (result.stdout, result.stderr) == ("False False False\n", "")
+
+
+@pytest.mark.parametrize("module", ["vitfast.ops", "vitfast.swap"])
+def test_import_changes_no_global(python, module):
+    # timm is imported first: what it changes is not vitfast's doing.
+    code = f"""{GLOBALS}
+import timm
+before = globals_of_the_process()
+import importlib
+importlib.import_module({module!r})
+after = globals_of_the_process()
+print([name for name in before if before[name] != after[name]])
+"""
+    assert python("-c", code).stdout == "[]\n"
+
+
+def test_the_probe_of_globals_sees_changes(python):
+    code = f"""{GLOBALS}
+before = globals_of_the_process()
+torch.set_flush_denormal(True)
+torch.set_num_threads(torch.get_num_threads() + 1)
+logging.basicConfig()
+after = globals_of_the_process()
+print([name for name in before if before[name] != after[name]])
+"""
+    assert python("-c", code).stdout == "['denormals', 'threads', 'root handlers']\n"
+
+
+def test_a_native_call_starts_no_thread_for_one_thread(python):
+    code = """
+import os, torch, vitfast
+torch.set_num_threads(1)
+vitfast.ops.layer_norm(torch.randn(64, 256))
+print(len(os.listdir("/proc/self/task")))
+"""
+    baseline = code.replace("vitfast.ops.layer_norm(torch.randn(64, 256))", "vitfast.ops")
+    assert python("-c", code).stdout == python("-c", baseline).stdout
+
+
+def test_swap_stays_a_function_after_its_module_is_imported(python):
+    code = "from vitfast.swap import SwapReport; import vitfast; print(callable(vitfast.swap))"
+    assert python("-c", code).stdout == "True\n"
+
+
+def test_public_names_exist(python):
+    code = "import vitfast; print([n for n in vitfast.__all__ if not hasattr(vitfast, n)])"
+    assert python("-c", code).stdout == "[]\n"
