@@ -52,8 +52,10 @@ def _made(level: str, name: str, size: tuple[int, int], setting: Setting) -> tup
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", _cases())
 @pytest.mark.parametrize("level", ["blocks", "models"])
-def test_module(timed, level: str, case: tuple, provider: str) -> None:
+def test_module(timed, request, level: str, case: tuple, provider: str) -> None:
     name, size, setting = case
+    if (level, provider) == ("models", "compile") and request.config.getoption("--level") == "core":
+        pytest.skip("compiling a whole model takes longer than the rest: --level full")
     made, cost, judge = _made(level, name, size, setting)
     try:
         call = peers.FACTORIES[provider](made.module, made.inputs, setting)

@@ -240,7 +240,7 @@ AttnPrologue attn_prologue(const AttnQk& arg, const AttnArgs& a) {
 }
 
 AttnArgs attn_args(const AttnProblem& problem, const AttnQk& prologue, const AttnView& out,
-                   uintptr_t lse, int threads) {
+                   uintptr_t stats, int threads) {
   const auto& [dtype, sizes, scale, causal, q, k, v, mask, bias] = problem;
   require(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16),
           "attention: dtype must be float32 or bfloat16");
@@ -260,7 +260,7 @@ AttnArgs attn_args(const AttnProblem& problem, const AttnQk& prologue, const Att
   a.k = attn_tensor(k);
   a.v = attn_tensor(v);
   a.out = attn_tensor(out);
-  a.lse = mutable_floats(lse);
+  a.stats = mutable_floats(stats);
   a.mask = attn_addend(mask);
   a.bias = attn_addend(bias);
   a.pro = attn_prologue(prologue, a);
@@ -269,16 +269,16 @@ AttnArgs attn_args(const AttnProblem& problem, const AttnQk& prologue, const Att
 }
 
 void attention_forward_checked(const AttnProblem& problem, const AttnQk& prologue,
-                               const AttnView& out, uintptr_t lse, int threads) {
-  attention_forward(attn_args(problem, prologue, out, lse, threads));
+                               const AttnView& out, uintptr_t stats, int threads) {
+  attention_forward(attn_args(problem, prologue, out, stats, threads));
 }
 
 void attention_backward_checked(const AttnProblem& problem, const AttnQk& prologue,
-                                const AttnView& out, uintptr_t lse, const AttnView& dout,
+                                const AttnView& out, uintptr_t stats, const AttnView& dout,
                                 const AttnView& dq, const AttnView& dk, const AttnView& dv,
                                 uintptr_t dbias, const AttnFour& daffine, int threads) {
-  const AttnArgs a = attn_args(problem, prologue, out, lse, threads);
-  require(lse != 0, "attention_backward: lse is missing");
+  const AttnArgs a = attn_args(problem, prologue, out, stats, threads);
+  require(stats != 0, "attention_backward: stats are missing");
   require(dbias == 0 || a.bias.ptr != nullptr, "attention_backward: dbias without a bias");
   const AttnGrads g = {attn_tensor(dout),
                        attn_gradient(dq),
@@ -333,48 +333,52 @@ Act gemm_act(int act) {
   return static_cast<Act>(act);
 }
 
-void gemm_checked(const std::array<int64_t, 3>& sizes, int compute, const GemmRowsArg& a,
-                  bool a_transposed, uintptr_t b, bool gated, const ChannelsArg& bias,
+// address, address of the gate's, dtype, n, k, stride of n, stride of k
+using GemmBArg = std::tuple<uintptr_t, uintptr_t, int, int64_t, int64_t, int64_t, int64_t>;
+
+GemmB gemm_b(const GemmBArg& arg) {
+  const auto& [b, gate, dtype, n, k, n_stride, k_stride] = arg;
+  require(b != 0, "gemm: null address");
+  require(n > 0 && k > 0, "gemm: sizes must be positive");
+  return {reinterpret_cast<const void*>(b), reinterpret_cast<const void*>(gate),
+          gemm_dtype(dtype),                n,
+          k,                                n_stride,
+          k_stride};
+}
+
+void gemm_checked(int64_t m, int compute, const GemmRowsArg& a, bool a_transposed,
+                  const GemmBArg& b, uintptr_t packed, const ChannelsArg& bias,
                   const ChannelsArg& gate_bias, int act, const GemmRowsArg& z,
                   const GemmRowsArg& gate_z, const ChannelsArg& gamma, const GemmRowsArg& residual,
                   const GemmRowsArg& out, int threads) {
-  const auto [m, n, k] = sizes;
-  require(m > 0 && n > 0 && k > 0, "gemm: sizes must be positive");
+  require(m > 0, "gemm: sizes must be positive");
   require(threads > 0, "gemm: threads must be positive");
-  require(b != 0, "gemm: null address");
-  Gemm g{};
-  g.m = m;
-  g.n = n;
-  g.k = k;
-  g.compute = gemm_dtype(compute);
-  g.a = gemm_rows(a, a_transposed ? 1 : m);
-  g.a_transposed = a_transposed;
-  g.b = reinterpret_cast<const void*>(b);
-  g.gated = gated;
-  g.bias = gemm_vector(bias);
-  g.gate_bias = gemm_vector(gate_bias);
-  g.act = gemm_act(act);
-  g.z = gemm_rows(z, m);
-  g.gate_z = gemm_rows(gate_z, m);
-  g.gamma = gemm_vector(gamma);
-  g.residual = gemm_rows(residual, m);
-  g.out = gemm_rows(out, m);
-  g.threads = threads;
+  const Gemm g = {m,
+                  gemm_dtype(compute),
+                  gemm_rows(a, a_transposed ? 1 : m),
+                  a_transposed,
+                  gemm_b(b),
+                  reinterpret_cast<const void*>(packed),
+                  gemm_vector(bias),
+                  gemm_vector(gate_bias),
+                  gemm_act(act),
+                  gemm_rows(z, m),
+                  gemm_rows(gate_z, m),
+                  gemm_vector(gamma),
+                  gemm_rows(residual, m),
+                  gemm_rows(out, m),
+                  threads};
   require(g.a.ptr != nullptr && g.out.ptr != nullptr, "gemm: a or out is missing");
   require(g.a.dtype == g.compute, "gemm: a must have the dtype of the products");
-  require(gated || (g.gate_bias.ptr == nullptr && g.gate_z.ptr == nullptr),
+  require(g.b.gate != nullptr || (g.gate_bias.ptr == nullptr && g.gate_z.ptr == nullptr),
           "gemm: gate_bias and gate_z go with a gate");
   gemm(g);
 }
 
-void gemm_pack_checked(int64_t n, int64_t k, int compute, uintptr_t b, uintptr_t gate_b, int dtype,
-                       int64_t n_stride, int64_t k_stride, uintptr_t packed, int threads) {
-  require(n > 0 && k > 0, "gemm_pack: sizes must be positive");
-  require(b != 0 && packed != 0, "gemm_pack: null address");
+void gemm_pack_checked(const GemmBArg& b, int compute, uintptr_t packed, int threads) {
+  require(packed != 0, "gemm_pack: null address");
   require(threads > 0, "gemm_pack: threads must be positive");
-  gemm_pack({n, k, gemm_dtype(compute), reinterpret_cast<const void*>(b),
-             reinterpret_cast<const void*>(gate_b), gemm_dtype(dtype), n_stride, k_stride,
-             reinterpret_cast<void*>(packed), threads});
+  gemm_pack(gemm_b(b), gemm_dtype(compute), reinterpret_cast<void*>(packed), threads);
 }
 
 void linear_backward_checked(int64_t m, int64_t n, int act, const GemmRowsArg& grad,
@@ -407,25 +411,23 @@ void linear_backward_checked(int64_t m, int64_t n, int act, const GemmRowsArg& g
 void bind_linear_act(py::module_& m) {
   m.def("gemm", &gemm_checked, Release(),
         "See csrc/cpu/gemm.h. Rows are (address, dtype, rows of a group, outer stride, inner "
-        "stride), vectors (address, dtype); None where absent.");
+        "stride), vectors (address, dtype); None where absent. B is (address, address of the gate's "
+        "or 0, dtype, n, k, stride of n, stride of k).");
   m.def("gemm_pack", &gemm_pack_checked, Release(), "See csrc/cpu/gemm.h.");
   m.def(
       "gemm_packed_bytes",
-      [](int64_t n, int64_t k, int compute, bool gated) {
-        return gemm_packed_bytes(n, k, gemm_dtype(compute), gated);
-      },
+      [](const GemmBArg& b, int compute) { return gemm_packed_bytes(gemm_b(b), gemm_dtype(compute)); },
       "Size of what gemm_pack writes.");
-  m.def("gemm_format", &gemm_format, "Tells packings of different instruction sets apart.");
-  m.def("linear_backward", &linear_backward_checked, Release(), "See csrc/cpu/linear_backward.h.");
   m.def(
       "fingerprint",
       [](uintptr_t weight, int64_t item_bytes, int64_t rows, int64_t columns, int64_t row_stride,
-         int64_t column_stride) {
+         int64_t column_stride, int threads) {
         require(item_bytes == 2 || item_bytes == 4, "fingerprint: items have 2 or 4 bytes");
         return fingerprint({reinterpret_cast<const void*>(weight), item_bytes, rows, columns,
-                            row_stride, column_stride});
+                            row_stride, column_stride, threads});
       },
-      "See csrc/cpu/weights.h.");
+      Release(), "See csrc/cpu/weights.h.");
+  m.def("linear_backward", &linear_backward_checked, Release(), "See csrc/cpu/linear_backward.h.");
   m.def(
       "advise_large_pages",
       [](uintptr_t begin, int64_t bytes) {

@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import timm
-import torch
 from torch import nn
 
 from vitfast import layers
@@ -152,10 +151,8 @@ def swap(
         entry = _decide(path, module, chosen)
         if isinstance(entry, Skipped):
             if strict and entry.role != "part" and not entry.by_choice:
-                raise SwapError(
-                    f"{path or 'the model'} ({entry.timm_class}) cannot be swapped: {entry.reason}; "
-                    "nothing was changed"
-                )
+                what = f"{path or 'the model'} ({entry.timm_class})"
+                raise SwapError(f"{what} cannot be swapped: {entry.reason}; nothing was changed")
             report.skipped.append(entry)
         elif entry is not None:
             report.swapped.append(entry)
@@ -250,7 +247,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     while True:
-        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        if "_orig_mod" in model._modules:  # OptimizedModule; asking for its class loads Dynamo
             model = model._orig_mod
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module

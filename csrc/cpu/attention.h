@@ -41,7 +41,9 @@ struct AttnArgs {
   float scale;
   int causal;  // key j is seen by query i where j <= i
   AttnTensor q, k, v, out;
-  float* lse;  // [B, H, Nq] natural log of the sum of exponentials, or null
+  // [2, B, H, Nq] or null: m and the sum over keys of 2^(x - m), x the scores in powers of two.
+  // Apart, because log-sum-exp loses the sum where |m| is large (a row masked by finfo.min).
+  float* stats;
   AttnAdd mask, bias;
   AttnPrologue pro;
   int threads;

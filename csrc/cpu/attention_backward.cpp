@@ -1,5 +1,5 @@
 // Flash attention, backward: five products per tile of keys x queries, the scores recomputed from
-// the saved log-sum-exp. Floor: 10 B H Nq Nk D flops at the machine's product rate.
+// the saved maximum and sum. Floor: 10 B H Nq Nk D flops at the machine's product rate.
 //
 // One task is a (batch, head) and a range of key superblocks. dK and dV of a superblock accumulate
 // in its task; dQ accumulates over keys in order, one partial per range. The ranges depend on the
@@ -40,17 +40,16 @@ struct Accumulate {
   float* c;
   template <int R, int NV>
   inline void run() const {
-    vf acc[R][NV];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = load(c + r * kBlock + v * kLanes);
-    }
+    // A tile is summed on its own: fewer roundings in a chain than on top of all tiles before.
+    vf acc[R][NV] = {};
     multiply<M, R, NV>(panel, lanes, units, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store(c + r * kBlock + v * kLanes, acc[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        float* at = c + r * kBlock + v * kLanes;
+        store(at, load(at) + acc[r][v]);
+      }
     }
   }
 };
@@ -111,7 +110,7 @@ struct Workspace {
   Elem *over_keys, *over_queries;                       // a tile as operand of a product
   float *p, *ds;                                        // [key][query] tiles
   float *dk, *dv;                                       // [tile][d][key]
-  float *row, *x, *shift, *delta;
+  float *row, *x, *shift, *inverse, *delta;
   typename M::Row* rows;
 
   static int64_t bytes(int64_t D) { return Workspace().carve(nullptr, D); }
@@ -134,6 +133,7 @@ struct Workspace {
     used = take(base, used, row, D);
     used = take(base, used, x, D);
     used = take(base, used, shift, static_cast<int64_t>(kBlock));
+    used = take(base, used, inverse, static_cast<int64_t>(kBlock));
     used = take(base, used, delta, static_cast<int64_t>(kBlock));
     return take(base, used, rows, kBlock * units * M::kPair);
   }
@@ -260,17 +260,20 @@ struct Backward {
     rows = fetch_rows<Row>(dout, q0, count, width, w.rows, w.row, &ld);
     pack_lanes<M>(rows, ld, count, units, w.g_lanes);
     pack_columns(rows, ld, count, D, w.g_columns);
-    const float* lse = a.lse + (b * a.H + h) * a.Nq + q0;
+    const float* shift = a.stats + (b * a.H + h) * a.Nq + q0;
+    const float* sum_of = shift + a.B * a.H * a.Nq;
     for (int64_t m = 0; m < kBlock; ++m) {
       w.delta[m] = 0.f;
-      w.shift[m] = kInf;  // no query, or one whose keys are all masked: P = 0
+      w.shift[m] = 0.f;
+      w.inverse[m] = 0.f;  // no query, or one whose keys are all masked: P = 0
       if (m >= count) continue;
       read_row(dout, q0 + m, w.row);
       read_row(out, q0 + m, w.x);
       double sum = 0;
       for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(w.row[d]) * w.x[d];
       w.delta[m] = static_cast<float>(sum);
-      if (lse[m] != -kInf) w.shift[m] = lse[m] * kLog2e;
+      w.shift[m] = shift[m];
+      if (sum_of[m] != 0.f) w.inverse[m] = 1.f / sum_of[m];
     }
   }
 
@@ -301,7 +304,8 @@ struct Backward {
           store(ds, zero());
           continue;
         }
-        const vf value = probability(M{}, load(p) * splat(c) - load(w.shift + m));
+        const vf value =
+            probability(M{}, load(p) * splat(c) - load(w.shift + m)) * load(w.inverse + m);
         store(p, value);
         store(ds, value * (load(ds) - load(w.delta + m)));
       }

@@ -43,18 +43,17 @@ struct Output {
   const float* alpha;
   template <int R, int NV>
   inline void run() const {
-    vf acc[R][NV];
+    // A tile is summed on its own: fewer roundings in a chain than on top of all tiles before.
+    vf acc[R][NV] = {};
+    multiply<M, R, NV>(panel, lanes, units, acc);
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       const vf scale = load(alpha + v * kLanes);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) acc[r][v] = load(o + r * kBlock + v * kLanes) * scale;
-    }
-    multiply<M, R, NV>(panel, lanes, units, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store(o + r * kBlock + v * kLanes, acc[r][v]);
+      for (int r = 0; r < R; ++r) {
+        float* at = o + r * kBlock + v * kLanes;
+        store(at, fma(load(at), scale, acc[r][v]));
+      }
     }
   }
 };
@@ -188,7 +187,8 @@ void superblock(const AttnArgs& a, int64_t b, int64_t h, int64_t q0, int64_t q1,
       with_prologue(source(a, a.q, b, h), a.pro, b, h, a.pro.q_weight, a.pro.q_bias);
   const Source key = with_prologue(source(a, a.k, b, h), a.pro, b, h, a.pro.k_weight, a.pro.k_bias);
   const Source value = source(a, a.v, b, h);
-  const bool terms = a.mask.ptr || a.bias.ptr || a.causal;
+  // A scale of 0 would turn a maximum of -inf into NaN; as a product of its own it does not.
+  const bool terms = a.mask.ptr || a.bias.ptr || a.causal || a.scale == 0.f;
   const int64_t mask_base = b * a.mask.sb + h * a.mask.sh, bias_base = b * a.bias.sb + h * a.bias.sh;
   // The maximum runs over raw scores, so a negative scale goes into q as a change of sign.
   const bool negate = a.scale < 0;
@@ -261,7 +261,7 @@ void superblock(const AttnArgs& a, int64_t b, int64_t h, int64_t q0, int64_t q1,
     }
   }
 
-  const float natural = terms ? kLn2 : factor * kLn2;
+  const float c = terms ? 1.f : factor;
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
     const float* o = w.o + i * D * kBlock;
@@ -271,11 +271,13 @@ void superblock(const AttnArgs& a, int64_t b, int64_t h, int64_t q0, int64_t q1,
       write_output(a, o, total, static_cast<float*>(a.out.ptr) + offset, count);
     else
       write_output(a, o, total, static_cast<bf16_t*>(a.out.ptr) + offset, count);
-    if (a.lse) {
-      float* lse = a.lse + (b * a.H + h) * a.Nq + first;
+    if (a.stats) {
+      float* shift = a.stats + (b * a.H + h) * a.Nq + first;
+      float* sum = shift + a.B * a.H * a.Nq;
       for (int64_t m = 0; m < count; ++m) {
-        const float l = total[m];
-        lse[m] = l == 0.f ? -kInf : w.max[i * kBlock + m] * natural + __builtin_logf(l);
+        const float top = w.max[i * kBlock + m];
+        shift[m] = (top == -kInf ? 0.f : top) * c;
+        sum[m] = total[m];
       }
     }
   }

@@ -359,6 +359,15 @@ inline float add_at(const AttnAdd& t, int64_t offset) {
   }
 }
 
+// A term in powers of two. float32's lowest number stays finite: it drowns a score, -inf hides it.
+inline vf log2_term(vf x) {
+  return select(x == splat(-kInf), x, vmax(splat(-3.402823466e38f), x * splat(kLog2e)));
+}
+inline float log2_term(float x) {
+  const float y = x * kLog2e;
+  return y < -3.402823466e38f && x != -kInf ? -3.402823466e38f : y;
+}
+
 // S[k][m] += term(q0 + m, k0 + k) * log2(e) for a tile of keys x count queries.
 inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, int64_t k0, int64_t keys,
                      float* s) {
@@ -366,7 +375,7 @@ inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, 
     float* row = s + k * kBlock;
     const int64_t offset = base + (k0 + k) * t.sk;
     if (t.sq == 0) {
-      const vf value = splat(add_at(t, offset) * kLog2e);
+      const vf value = splat(log2_term(add_at(t, offset)));
       for (int64_t m = 0; m < count; m += kLanes) store(row + m, load(row + m) + value);
       continue;
     }
@@ -381,13 +390,13 @@ inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, 
         transpose(r);
         for (int i = 0; i < kLanes; ++i) {
           float* out = row + i * kBlock + m;
-          store(out, fma(r[i], splat(kLog2e), load(out)));
+          store(out, load(out) + log2_term(r[i]));
         }
       }
       k += kLanes - 1;
       continue;
     }
-    for (int64_t m = 0; m < count; ++m) row[m] += add_at(t, offset + (q0 + m) * t.sq) * kLog2e;
+    for (int64_t m = 0; m < count; ++m) row[m] += log2_term(add_at(t, offset + (q0 + m) * t.sq));
   }
 }
 

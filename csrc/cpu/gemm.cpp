@@ -4,8 +4,8 @@
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "activation.h"
+#include "gemm_pack.h"
 #include "gemm_rows.h"
-#include "gemm_tile.h"
 
 namespace vitfast {
 namespace VITFAST_ISA {
@@ -13,7 +13,7 @@ namespace {
 
 // Rows that pass over a panel of B while it is in the cache.
 constexpr int64_t kBlockRows = 16 * kTileRows;
-constexpr int64_t kStagedBytes = 1 << 20;
+constexpr int64_t kStagedBytes = 4 << 20;
 
 
 // How the rows of A are cut into blocks. A block never spans two groups.
@@ -24,12 +24,14 @@ struct Plan {
 
 Plan plan_of(const Gemm& g) {
   Plan p;
-  p.pairs = kHasPairs && g.compute == DType::bf16;
-  p.steps = p.pairs ? (g.k + 1) / 2 : g.k;
-  p.panels = ceil_div(g.n, kPanel);
+  p.pairs = in_pairs(g.compute);
+  p.steps = steps_of(g.b.k, g.compute);
+  p.panels = panels_of(g.b.n);
   const bool one_group = g.a.rows >= g.m || g.a.outer == g.a.rows * g.a.inner;
-  p.staged = g.a_transposed || (g.compute == DType::bf16 && (!p.pairs || g.k % 2 != 0)) ||
-             (!one_group && g.a.rows < 4 * kTileRows);
+  // Rows a multiple of 4 KiB apart would share the few lines of one cache set.
+  const bool aliased = g.a.inner * size_of(g.a.dtype) % 4096 == 0 && p.panels >= 8;
+  p.staged = g.a_transposed || (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
+             (!one_group && g.a.rows < 4 * kTileRows) || aliased;
   p.group_rows = one_group || p.staged ? g.m : g.a.rows;
   int64_t most = kBlockRows;
   if (p.staged) {
@@ -47,30 +49,16 @@ Plan plan_of(const Gemm& g) {
 
 // ---- A, where it cannot be read in place --------------------------------------------------------
 
-template <class T>
-inline uint32_t float_bits(T x) {
-  const float f = to_float(x);
-  uint32_t u;
-  std::memcpy(&u, &f, sizeof u);
-  return u;
-}
-inline uint32_t low_half(float x) {
-  bf16_t h;
-  from_float(x, &h);
-  return h.bits;
-}
-inline uint32_t low_half(bf16_t x) { return x.bits; }
-
 // Rows [begin, end) as steps, `stride` words apart.
 template <class T, bool InPairs>
 void stage_rows(const Gemm& g, int64_t begin, int64_t end, uint32_t* to, int64_t stride) {
   for (int64_t i = begin; i < end; ++i, to += stride) {
     const T* const row = static_cast<const T*>(g.a.ptr) + offset(g.a, i);
     if constexpr (InPairs) {
-      std::memcpy(to, row, static_cast<size_t>(g.k) * sizeof(T));
-      if (g.k % 2 != 0) to[g.k / 2] = low_half(row[g.k - 1]);
+      std::memcpy(to, row, static_cast<size_t>(g.b.k) * sizeof(T));
+      if (g.b.k % 2 != 0) to[g.b.k / 2] = half_of(row[g.b.k - 1]);
     } else {
-      for (int64_t j = 0; j < g.k; ++j) to[j] = float_bits(row[j]);
+      for (int64_t j = 0; j < g.b.k; ++j) to[j] = word_of(to_float(row[j]));
     }
   }
 }
@@ -79,7 +67,7 @@ template <class T, bool InPairs>
 void stage_transposed(const Gemm& g, int64_t begin, int64_t end, uint32_t* to, int64_t stride) {
   constexpr int64_t kSquare = 16;
   const T* const a = static_cast<const T*>(g.a.ptr) + begin;
-  const int64_t rows = end - begin, line = g.a.inner, whole = InPairs ? g.k / 2 : g.k;
+  const int64_t rows = end - begin, line = g.a.inner, whole = InPairs ? g.b.k / 2 : g.b.k;
   for (int64_t j0 = 0; j0 < whole; j0 += kSquare) {
     const int64_t j1 = smaller(j0 + kSquare, whole);
     for (int64_t i0 = 0; i0 < rows; i0 += kSquare) {
@@ -88,16 +76,16 @@ void stage_transposed(const Gemm& g, int64_t begin, int64_t end, uint32_t* to, i
         for (int64_t j = j0; j < j1; ++j) {
           if constexpr (InPairs) {
             const T* const p = a + 2 * j * line + i;
-            to[i * stride + j] = low_half(p[0]) | low_half(p[line]) << 16;
+            to[i * stride + j] = half_of(p[0]) | half_of(p[line]) << 16;
           } else {
-            to[i * stride + j] = float_bits(a[j * line + i]);
+            to[i * stride + j] = word_of(to_float(a[j * line + i]));
           }
         }
       }
     }
   }
-  if (InPairs && g.k % 2 != 0)
-    for (int64_t i = 0; i < rows; ++i) to[i * stride + whole] = low_half(a[(g.k - 1) * line + i]);
+  if (InPairs && g.b.k % 2 != 0)
+    for (int64_t i = 0; i < rows; ++i) to[i * stride + whole] = half_of(a[(g.b.k - 1) * line + i]);
 }
 
 template <class T, bool InPairs>
@@ -119,6 +107,10 @@ void stage(const Gemm& g, bool pairs, int64_t begin, int64_t end, uint32_t* to, 
 
 // ---- what happens to the sums -------------------------------------------------------------------
 
+struct Absent {};
+constexpr bool is_absent(const Absent*) { return true; }
+constexpr bool is_absent(const void*) { return false; }
+
 struct Offsets {
   int64_t out[kBlockRows], residual[kBlockRows], z[kBlockRows], gate_z[kBlockRows];
 };
@@ -138,16 +130,16 @@ void locate(const Gemm& g, int64_t begin, int64_t end, Offsets& o) {
 template <Act A>
 void finish(const Gemm& g, const Offsets& o, int64_t rows, int64_t column, const float* total,
             const float* gate_total) {
-  for (int64_t c = column; c < smaller(column + kPanel, g.n); c += kLanes, total += kLanes,
+  for (int64_t c = column; c < smaller(column + kPanel, g.b.n); c += kLanes, total += kLanes,
                gate_total += kLanes) {
-    const int n = static_cast<int>(smaller(kLanes, g.n - c));
+    const int n = static_cast<int>(smaller(kLanes, g.b.n - c));
     const vf bias = get(g.bias, c, n), gate_bias = get(g.gate_bias, c, n);
     const vf gamma = get(g.gamma, c, n);
     for (int64_t i = 0; i < rows; ++i) {
       const vf z = load(total + i * kPanel) + bias;
       if (g.z.ptr != nullptr) put(g.z, o.z[i] + c, z, n);
       vf y = activate<A>(z);
-      if (g.gated) {
+      if (g.b.gate != nullptr) {
         const vf gate = load(gate_total + i * kPanel) + gate_bias;
         if (g.gate_z.ptr != nullptr) put(g.gate_z, o.gate_z[i] + c, gate, n);
         y = y * gate;
@@ -160,17 +152,48 @@ void finish(const Gemm& g, const Offsets& o, int64_t rows, int64_t column, const
   }
 }
 
+// The same for a whole panel of an ungated layer that stores no sums.
+template <Act A, class Residual, class Out>
+void finish_plain(const Gemm& g, const Offsets& o, int64_t rows, int64_t column, const float* total,
+                  const float*) {
+  const vf bias0 = get(g.bias, column, kLanes), bias1 = get(g.bias, column + kLanes, kLanes);
+  const bool scaled = g.gamma.ptr != nullptr;
+  const vf gamma0 = scaled ? get(g.gamma, column, kLanes) : splat(1.f);
+  const vf gamma1 = scaled ? get(g.gamma, column + kLanes, kLanes) : splat(1.f);
+  for (int64_t i = 0; i < rows; ++i, total += kPanel) {
+    vf y0 = activate<A>(load(total) + bias0), y1 = activate<A>(load(total + kLanes) + bias1);
+    if constexpr (!is_absent(static_cast<Residual*>(nullptr))) {
+      const Residual* const r = static_cast<const Residual*>(g.residual.ptr) + o.residual[i] + column;
+      y0 = y0 * gamma0 + load(r);
+      y1 = y1 * gamma1 + load(r + kLanes);
+    }
+    Out* const out = static_cast<Out*>(g.out.ptr) + o.out[i] + column;
+    store(out, y0);
+    store(out + kLanes, y1);
+  }
+}
+
 using Finish = void (*)(const Gemm&, const Offsets&, int64_t, int64_t, const float*, const float*);
 
-Finish finish_of(Act act) {
-  switch (act) {
-    case Act::relu: return finish<Act::relu>;
-    case Act::gelu: return finish<Act::gelu>;
-    case Act::gelu_tanh: return finish<Act::gelu_tanh>;
-    case Act::quick_gelu: return finish<Act::quick_gelu>;
-    case Act::silu: return finish<Act::silu>;
-    case Act::sigmoid: return finish<Act::sigmoid>;
-    default: return finish<Act::none>;
+template <Act A>
+Finish finish_as(const Gemm& g, bool whole) {
+  const bool floats = g.out.dtype == DType::f32, residual = g.residual.ptr != nullptr;
+  if (!whole || g.b.gate != nullptr || g.z.ptr != nullptr) return finish<A>;
+  if (!residual && g.gamma.ptr == nullptr)
+    return floats ? finish_plain<A, Absent, float> : finish_plain<A, Absent, bf16_t>;
+  if (residual && floats && g.residual.dtype == DType::f32) return finish_plain<A, float, float>;
+  return finish<A>;
+}
+
+Finish finish_of(const Gemm& g, bool whole) {
+  switch (g.act) {
+    case Act::relu: return finish_as<Act::relu>(g, whole);
+    case Act::gelu: return finish_as<Act::gelu>(g, whole);
+    case Act::gelu_tanh: return finish_as<Act::gelu_tanh>(g, whole);
+    case Act::quick_gelu: return finish_as<Act::quick_gelu>(g, whole);
+    case Act::silu: return finish_as<Act::silu>(g, whole);
+    case Act::sigmoid: return finish_as<Act::sigmoid>(g, whole);
+    default: return finish_as<Act::none>(g, whole);
   }
 }
 
@@ -184,37 +207,91 @@ struct Tiles {
   }
 };
 
+// Sums of a tile are added to the totals after so many steps: few enough for exact sums, and for a
+// stretch of B to stay in the L1 cache.
+inline int64_t stretch_of(int64_t steps) { return steps <= 2 * kMostSteps ? kMostSteps / 2 : kMostSteps; }
+
+// What the tiles read, of one panel of one half of B.
+class Panel {
+ public:
+  Panel(const Gemm& g, const Plan& p, const void* half, int64_t panel, const void* packed,
+        uint32_t* room)
+      : g_(g), p_(p), half_(half), panel_(panel), packed_(packed), room_(room) {}
+  const char* steps(int64_t begin, int64_t end) const {
+    if (packed_ != nullptr) return static_cast<const char*>(packed_) + begin * kPanel * kStepBytes;
+    pack_steps(g_.b, g_.compute, half_, panel_, begin, end, room_);
+    return reinterpret_cast<const char*>(room_);
+  }
+  // Lines of what `steps(begin, ...)` will read: the part-th of `parts` parts of them, or some.
+  void lines(int64_t begin, int64_t stretch, int64_t part, int64_t parts, Ahead& to) const {
+    const int64_t count = smaller(stretch, p_.steps - begin);
+    to.count = 0;
+    if (count <= 0 || (packed_ == nullptr && g_.b.k_stride != 1)) return;
+    // `columns` runs of `run` lines each, `stride` bytes apart.
+    const int64_t per = p_.pairs ? 2 : 1, item = size_of(g_.b.dtype);
+    const bool whole = packed_ != nullptr;
+    const int64_t columns = whole ? 1 : smaller(kPanel, g_.b.n - panel_ * kPanel);
+    const int64_t run = ceil_div(count * (whole ? kPanel * kStepBytes : per * item), 64);
+    const int64_t stride = g_.b.n_stride * item;
+    const char* const from =
+        whole ? static_cast<const char*>(packed_) + begin * kPanel * kStepBytes
+              : static_cast<const char*>(half_) + panel_ * kPanel * stride + begin * per * item;
+    const int64_t first = columns * run * part / parts, last = columns * run * (part + 1) / parts;
+    int64_t line = first % run;
+    const char* column = from + first / run * stride;
+    to.count = smaller(last - first, kMostAhead);
+    for (int64_t i = 0; i < to.count; ++i) {
+      to.line[i] = column + line * 64;
+      if (++line == run) {
+        line = 0;
+        column += stride;
+      }
+    }
+  }
+
+ private:
+  const Gemm& g_;
+  const Plan& p_;
+  const void* half_;
+  int64_t panel_;
+  const void* packed_;
+  uint32_t* room_;
+};
+
 // total[rows][kPanel] = A B for one panel.
 void panel_product(const Tiles& tiles, int64_t rows, int64_t steps, const char* a, int64_t a_stride,
-                   const char* b, float* total) {
-  const int64_t count = ceil_div(rows, kTileRows);
-  for (int64_t s = 0; s < steps; s += kBlockSteps) {
-    const int64_t now = smaller(kBlockSteps, steps - s), bytes = now * kPanel * kStepBytes;
-    const int64_t lines = ceil_div(bytes / 64, count);
+                   const Panel& b, float* total) {
+  const int64_t count = ceil_div(rows, kTileRows), stretch = stretch_of(steps);
+  Ahead ahead;
+  for (int64_t s = 0; s < steps; s += stretch) {
+    const int64_t now = smaller(stretch, steps - s);
+    const char* const packed = b.steps(s, s + now);
     for (int64_t t = 0; t < count; ++t) {
+      b.lines(s + now, stretch, t, count, ahead);
       const int64_t first = rows * t / count, last = rows * (t + 1) / count;
-      tiles.of[last - first](now, a + first * a_stride + s * kStepBytes, a_stride, b,
-                             total + first * kPanel, s == 0, {b + bytes + t * lines * 64, lines});
+      tiles.of[last - first](now, a + first * a_stride + s * kStepBytes, a_stride, packed,
+                             total + first * kPanel, s == 0, ahead);
     }
-    b += bytes;
   }
 }
 
 }  // namespace
 
 void gemm(const Gemm& g) {
-  if (g.m == 0 || g.n == 0) return;
+  if (g.m == 0 || g.b.n == 0) return;
   const Plan p = plan_of(g);
   const Tiles tiles(p.pairs);
-  const Finish finish = finish_of(g.act);
-  const int64_t halves = g.gated ? 2 : 1;
+  const Finish finish_whole = finish_of(g, true), finish_part = finish_of(g, false);
+  const bool gated = g.b.gate != nullptr;
+  const int64_t halves = gated ? 2 : 1;
   const int64_t panel_bytes = p.steps * kPanel * kStepBytes;
   // Rows a little apart from a power of two, so that they do not share cache sets.
   const int64_t staged_words = p.staged ? align64(p.steps * kStepBytes) / kStepBytes + 16 : 0;
   const int64_t total_bytes = align64(halves * p.block_rows * kPanel * 4);
   const int64_t offset_bytes = align64(sizeof(Offsets));
+  const int64_t room_bytes = kMostSteps * kPanel * kStepBytes;
   const int64_t thread_bytes =
-      total_bytes + offset_bytes + align64(p.block_rows * staged_words * kStepBytes);
+      total_bytes + offset_bytes + room_bytes + align64(p.block_rows * staged_words * kStepBytes);
   const int64_t tasks = p.blocks * p.panels;
   const int threads = static_cast<int>(smaller(g.threads, tasks));
   const Scratch scratch(thread_bytes * threads);
@@ -222,8 +299,8 @@ void gemm(const Gemm& g) {
   parallel_for(tasks, threads, [&](int64_t begin, int64_t end, int thread) {
     float* const total = scratch.as<float>(thread * thread_bytes);
     Offsets& offsets = *scratch.as<Offsets>(thread * thread_bytes + total_bytes);
-    uint32_t* const staged =
-        scratch.as<uint32_t>(thread * thread_bytes + total_bytes + offset_bytes);
+    uint32_t* const room = scratch.as<uint32_t>(thread * thread_bytes + total_bytes + offset_bytes);
+    uint32_t* const staged = room + room_bytes / kStepBytes;
     const char* a = nullptr;
     int64_t a_stride = 0, block = -1, rows = 0;
     for (int64_t task = begin; task < end; ++task) {
@@ -244,11 +321,18 @@ void gemm(const Gemm& g) {
         }
       }
       const int64_t panel = task % p.panels;
-      const char* const b = static_cast<const char*>(g.b) + panel * halves * panel_bytes;
+      const char* const packed =
+          g.packed != nullptr ? static_cast<const char*>(g.packed) + panel * halves * panel_bytes
+                              : nullptr;
       float* const gate_total = total + (halves - 1) * p.block_rows * kPanel;
-      panel_product(tiles, rows, p.steps, a, a_stride, b, total);
-      if (g.gated) panel_product(tiles, rows, p.steps, a, a_stride, b + panel_bytes, gate_total);
-      finish(g, offsets, rows, panel * kPanel, total, gate_total);
+      panel_product(tiles, rows, p.steps, a, a_stride,
+                    Panel(g, p, g.b.ptr, panel, packed, room), total);
+      if (gated)
+        panel_product(tiles, rows, p.steps, a, a_stride,
+                      Panel(g, p, g.b.gate, panel, packed != nullptr ? packed + panel_bytes : nullptr, room),
+                      gate_total);
+      const bool whole = (panel + 1) * kPanel <= g.b.n;
+      (whole ? finish_whole : finish_part)(g, offsets, rows, panel * kPanel, total, gate_total);
     }
   });
 }

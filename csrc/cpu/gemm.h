@@ -1,9 +1,10 @@
-// out = residual + gamma * act(A B + bias), with B packed beforehand, and its gated form.
+// out = residual + gamma * act(A B + bias), and its gated form.
 //
-// B is packed into panels of columns, so that the inner loop reads it in order; `gemm_format()` tells
-// the packings of different instruction sets apart. Sums run over at most 128 products (bfloat16:
-// 256) before they are added to the total: that keeps float32 results as exact as those of a blocked
-// BLAS, and they depend neither on m nor on the threads.
+// B is read where it lies, a stretch of a panel of columns at a time, and put in the order in which
+// the tiles want it; products of many rows have that done once beforehand. So there is no second copy
+// of a weight that could become stale. Sums run over at most 128 products (bfloat16: 256) before
+// they are added to the total: that keeps float32 results as exact as those of a blocked BLAS, and
+// they depend neither on m nor on the threads.
 #pragma once
 #include <cstdint>
 
@@ -26,15 +27,23 @@ struct GemmVector {
   DType dtype = DType::f32;
 };
 
+// B[j, c] = ptr[j * k_stride + c * n_stride], j < k, c < n.
+struct GemmB {
+  const void* ptr;
+  const void* gate;  // a second B of the same kind, for the gated form; null: none
+  DType dtype;
+  int64_t n, k, n_stride, k_stride;
+};
+
 struct Gemm {
-  int64_t m, n, k;
+  int64_t m;
   DType compute;  // of products: f32, or bf16 with sums in float32
   // [m, k]: rows with contiguous k; transposed: element (i, j) at j * inner + i.
   GemmRows a;
   bool a_transposed;
-  const void* b;  // from gemm_pack
-  // Two layers in one: out = act(A B1 + bias) * (A B2 + gate_bias); both halves of B have n columns.
-  bool gated;
+  GemmB b;
+  const void* packed;  // all of B, from gemm_pack for the same instruction set; null: not done
+  // With a gate: out = act(A B + bias) * (A B_gate + gate_bias).
   GemmVector bias, gate_bias;
   Act act;
   GemmRows z, gate_z;  // sums with bias, before the activation
@@ -44,27 +53,16 @@ struct Gemm {
   int threads;
 };
 
-// B[j, c] = source[j * k_stride + c * n_stride], j < k, c < n; gated: a second source of that shape.
-struct GemmPack {
-  int64_t n, k;
-  DType compute;
-  const void *b, *gate_b;
-  DType dtype;
-  int64_t n_stride, k_stride;
-  void* packed;
-  int threads;
-};
-
 VITFAST_DECLARE(void gemm(const Gemm&))
-VITFAST_DECLARE(void gemm_pack(const GemmPack&))
-VITFAST_DECLARE(int64_t gemm_packed_bytes(int64_t n, int64_t k, DType compute, bool gated))
-VITFAST_DECLARE(int gemm_format())
+VITFAST_DECLARE(void gemm_pack(const GemmB&, DType compute, void* packed, int threads))
+VITFAST_DECLARE(int64_t gemm_packed_bytes(const GemmB&, DType compute))
 
 inline void gemm(const Gemm& g) { VITFAST_DISPATCH(gemm(g)) }
-inline void gemm_pack(const GemmPack& p) { VITFAST_DISPATCH(gemm_pack(p)) }
-inline int64_t gemm_packed_bytes(int64_t n, int64_t k, DType compute, bool gated) {
-  VITFAST_DISPATCH(gemm_packed_bytes(n, k, compute, gated))
+inline void gemm_pack(const GemmB& b, DType compute, void* packed, int threads) {
+  VITFAST_DISPATCH(gemm_pack(b, compute, packed, threads))
 }
-inline int gemm_format() { VITFAST_DISPATCH(gemm_format()) }
+inline int64_t gemm_packed_bytes(const GemmB& b, DType compute) {
+  VITFAST_DISPATCH(gemm_packed_bytes(b, compute))
+}
 
 }  // namespace vitfast

@@ -17,9 +17,8 @@ constexpr int kPanel = 2 * kLanes;
 // One step of the loop takes 4 bytes of a row of A and 4 of each column of B: a float, or a pair of
 // bfloat16 where the CPU multiplies those. Elsewhere bfloat16 is widened to float beforehand.
 constexpr int64_t kStepBytes = 4;
-// Steps between two additions to the total: few enough for exact sums, and for a stretch of a panel
-// to stay in the L1 cache.
-constexpr int64_t kBlockSteps = 128;
+// Steps of the longest stretch of a panel that goes through the tiles at once.
+constexpr int64_t kMostSteps = 128;
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 constexpr bool kHasPairs = true;
@@ -48,32 +47,35 @@ struct Pairs {
 using Pairs = Floats;  // never chosen
 #endif
 
-// What the caches should fetch while a tile is computed: a stretch of the next block of B.
+// What the caches should fetch while a tile is computed, a line at a time, evenly spread: in bursts
+// the fetches would wait for each other, and the tile for them.
+constexpr int64_t kMostAhead = 32;
 struct Ahead {
-  const char* at;
-  int64_t lines;
+  const char* line[kMostAhead];
+  int64_t count = 0;
 };
 
 // total[kPanel per row] = (first ? 0 : total) + A B over `steps`.
 template <class Multiply, int Rows>
 void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* total, bool first,
-          Ahead ahead) {
+          const Ahead& ahead) {
   vf sum[Rows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = zero();
-  for (int64_t s = 0; s < steps; ++s) {
-    if ((s & 7) == 0 && ahead.lines > 0) {
-      __builtin_prefetch(ahead.at, 0, 2);
-      ahead.at += 64;
-      --ahead.lines;
-    }
+  const int64_t every = ahead.count > 0 ? steps / ahead.count + 1 : steps;
+  const char* const* line = ahead.line;
+  for (int64_t done = 0; done < steps;) {
+    const int64_t until = done + every < steps ? done + every : steps;
+    if (ahead.count > 0) __builtin_prefetch(*line++, 0, 2);
+    for (; done < until; ++done) {
 #pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      sum[i][0] = Multiply::multiply_add(a + i * a_stride, b, sum[i][0]);
-      sum[i][1] = Multiply::multiply_add(a + i * a_stride, b + kLanes * kStepBytes, sum[i][1]);
+      for (int i = 0; i < Rows; ++i) {
+        sum[i][0] = Multiply::multiply_add(a + i * a_stride, b, sum[i][0]);
+        sum[i][1] = Multiply::multiply_add(a + i * a_stride, b + kLanes * kStepBytes, sum[i][1]);
+      }
+      a += kStepBytes;
+      b += kPanel * kStepBytes;
     }
-    a += kStepBytes;
-    b += kPanel * kStepBytes;
   }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
@@ -84,7 +86,7 @@ void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* 
   }
 }
 
-using Tile = void (*)(int64_t, const char*, int64_t, const char*, float*, bool, Ahead);
+using Tile = void (*)(int64_t, const char*, int64_t, const char*, float*, bool, const Ahead&);
 
 template <class Multiply, int Rows>
 Tile tile_of(int64_t rows) {

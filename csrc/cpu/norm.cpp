@@ -8,8 +8,8 @@ namespace {
 // residual = x + scale * branch. Leaves its floats in `copy` where that is given, and returns their
 // sum, or their sum of squares.
 template <class TX, class TB, class TR, bool Square>
-double add_row(const void* x_, const void* branch_, const float* scale, void* residual_, float* copy,
-              bool stream_out, int64_t C) {
+double add_row(const void* x_, const void* branch_, const float* scale, void* residual_,
+               float* copy, bool stream_out, int64_t C) {
   const TX* x = static_cast<const TX*>(x_);
   const TB* branch = static_cast<const TB*>(branch_);
   TR* residual = static_cast<TR*>(residual_);
@@ -86,8 +86,8 @@ void norm_forward(const NormForward& a) {
       double sum = 0.;
       if (add) {
         void* residual = at(a.residual, b, n);
-        sum = add_row(at(a.x, b, n), at(a.branch, b, n), scale, residual, copy ? row_scratch : nullptr,
-                      stream_residual, C);
+        sum = add_row(at(a.x, b, n), at(a.branch, b, n), scale, residual,
+                      copy ? row_scratch : nullptr, stream_residual, C);
         row = copy ? row_scratch : static_cast<const float*>(residual);
       } else {
         row = floats(at(a.x, b, n), a.x.dtype, row_scratch, C);

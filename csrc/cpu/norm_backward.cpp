@@ -14,7 +14,8 @@ struct RowView {
 };
 
 // Means over the row; adds the row to the sums for weight and bias.
-void first_pass(RowView& v, const float* weight, bool rms, float* dweight, float* dbias, int64_t C) {
+void first_pass(RowView& v, const float* weight, bool rms, float* dweight, float* dbias,
+                int64_t C) {
   const vf mean = splat(v.mean), rstd = splat(v.rstd);
   Sums plain, product;
   over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
@@ -31,8 +32,10 @@ void first_pass(RowView& v, const float* weight, bool rms, float* dweight, float
 
 // Writes dx and dbranch; adds the row to the sum for gamma.
 template <class TX, class TB>
-void second_pass(const RowView& v, const float* weight, const float* scale, TX* dx, TB* dbranch,
-                 float* dgamma, bool stream_x, bool stream_branch, int64_t C) {
+void second_pass(const RowView& v, const float* weight, const float* scale, void* dx_,
+                 void* dbranch_, float* dgamma, bool stream_x, bool stream_branch, int64_t C) {
+  TX* dx = static_cast<TX*>(dx_);
+  TB* dbranch = static_cast<TB*>(dbranch_);
   const vf mean = splat(v.mean), rstd = splat(v.rstd), drop = splat(v.drop);
   const vf mean_grad = splat(v.mean_grad), mean_grad_x = splat(v.mean_grad_x);
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
@@ -50,26 +53,29 @@ void second_pass(const RowView& v, const float* weight, const float* scale, TX* 
   });
 }
 
-template <class TX>
-void second_pass(const RowView& v, const float* weight, const float* scale, TX* dx, void* dbranch,
-                 DType branch_dtype, float* dgamma, bool stream_x, bool stream_branch, int64_t C) {
-  if (branch_dtype == DType::f32)
-    second_pass(v, weight, scale, dx, static_cast<float*>(dbranch), dgamma, stream_x, stream_branch, C);
-  else
-    second_pass(v, weight, scale, dx, static_cast<bf16_t*>(dbranch), dgamma, stream_x, stream_branch, C);
+using SecondPass = void (*)(const RowView&, const float*, const float*, void*, void*, float*, bool,
+                            bool, int64_t);
+
+SecondPass second_pass_for(DType x, DType branch) {
+  if (x == DType::f32)
+    return branch == DType::f32 ? second_pass<float, float> : second_pass<float, bf16_t>;
+  return branch == DType::f32 ? second_pass<bf16_t, float> : second_pass<bf16_t, bf16_t>;
 }
 
-// out[c] = sum of partials[block * step + c] in the order of the blocks, with Kahan's correction.
+// out[c] = sum of partials[block * step + c] in the order of the blocks, with Kahan's correction
+// (which turns infinity into NaN: then the plain sum counts).
 template <class T>
 void reduce(const float* partials, int64_t blocks, int64_t step, T* out, int64_t C) {
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
-    vf sum = zero(), lost = zero();
+    vf sum = zero(), lost = zero(), plain = zero();
     for (int64_t i = 0; i < blocks; ++i) {
-      const vf next = load(partials + i * step + c, span) - lost, longer = sum + next;
+      const vf value = load(partials + i * step + c, span);
+      const vf next = value - lost, longer = sum + next;
       lost = (longer - sum) - next;
       sum = longer;
+      plain = plain + value;
     }
-    put(out + c, sum, span, false);
+    put(out + c, select(sum == sum, sum, plain), span, false);
   });
 }
 
@@ -78,12 +84,15 @@ void reduce(const float* partials, int64_t blocks, int64_t step, T* out, int64_t
 void norm_backward(const NormBackward& a) {
   const int64_t C = a.C, rows = a.B * a.N;
   const bool norm = a.kind != NormKind::none, rms = a.kind == NormKind::rms;
+  const SecondPass second_pass = second_pass_for(a.dx.dtype, a.dbranch.dtype);
   const bool scaled = a.gamma.ptr != nullptr || a.drop_scale != nullptr;
 
   const auto bytes = [](const Rows& r) { return r.ptr != nullptr ? size_of(r.dtype) : 0; };
-  const int64_t call_bytes = rows * C * (bytes(a.grad_normed) + bytes(a.grad_residual) + bytes(a.residual) +
-                                         bytes(a.branch) + bytes(a.dx) + bytes(a.dbranch));
-  const bool stream_x = past_cache(a.dx, call_bytes), stream_branch = past_cache(a.dbranch, call_bytes);
+  const int64_t call_bytes = rows * C *
+                             (bytes(a.grad_normed) + bytes(a.grad_residual) + bytes(a.residual) +
+                              bytes(a.branch) + bytes(a.dx) + bytes(a.dbranch));
+  const bool stream_x = past_cache(a.dx, call_bytes),
+             stream_branch = past_cache(a.dbranch, call_bytes);
 
   // Blocks depend on the number of rows alone. Of 16 to 64 rows their sums keep float's accuracy;
   // more than 1024 of them would cost memory.
@@ -138,15 +147,10 @@ void norm_backward(const NormBackward& a) {
           }
           first_pass(v, weight, rms, sum_of[1], sum_of[2], C);
         }
-        char* dx = a.dx.ptr != nullptr ? at(a.dx, b, n) : nullptr;
-        char* dbranch = a.dbranch.ptr != nullptr ? at(a.dbranch, b, n) : nullptr;
-        const float* branch_scale = scaled ? scale : nullptr;
-        if (a.dx.dtype == DType::f32)
-          second_pass(v, weight, branch_scale, reinterpret_cast<float*>(dx), dbranch, a.dbranch.dtype,
-                      sum_of[0], stream_x, stream_branch, C);
-        else
-          second_pass(v, weight, branch_scale, reinterpret_cast<bf16_t*>(dx), dbranch, a.dbranch.dtype,
-                      sum_of[0], stream_x, stream_branch, C);
+        void* dx = a.dx.ptr != nullptr ? at(a.dx, b, n) : nullptr;
+        void* dbranch = a.dbranch.ptr != nullptr ? at(a.dbranch, b, n) : nullptr;
+        second_pass(v, weight, scaled ? scale : nullptr, dx, dbranch, sum_of[0], stream_x,
+                    stream_branch, C);
         new_sample = ++n == a.N;
         if (new_sample) n = 0, ++b;
       }

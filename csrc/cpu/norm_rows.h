@@ -1,8 +1,8 @@
 // What the forward and the backward of the norms share: loops over a row, statistics, layout.
 #pragma once
-#include "norm.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
+#include "norm.h"
 #include "simd.h"
 
 #define VITFAST_INLINE __attribute__((always_inline))
@@ -74,8 +74,8 @@ inline void over(int64_t C, const F& f) {
   if (c < C) f(c, 0, Part{static_cast<int>(C - c)});
 }
 
-// Sums of a row: float in 4 vectors of lanes, double where these come together, so that the error of
-// a row's mean and deviation is that of one rounding.
+// Sums of a row: float in 4 vectors of lanes, double where these come together, so that the error
+// of a row's mean and deviation is that of one rounding.
 struct Sums {
   vf v[4] = {};
   double total() const { return sum_lanes((v[0] + v[1]) + (v[2] + v[3])); }
@@ -89,7 +89,8 @@ inline char* at(const Rows& r, int64_t b, int64_t n) {
 
 template <class T>
 inline const float* widen(const T* from, float* to, int64_t C) {
-  over(C, [&](int64_t c, int, auto span) VITFAST_INLINE { store(to + c, load(from + c, span), span); });
+  over(C, [&](int64_t c, int, auto span)
+              VITFAST_INLINE { store(to + c, load(from + c, span), span); });
   return to;
 }
 // A row or [C] vector as floats: where it lies, or converted into `scratch`.

@@ -44,7 +44,7 @@ typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // not "+": compilers drop only "- 0"
 inline vf zero() { return vf{}; }
 
 inline vf load(const float* p) {
@@ -69,7 +69,8 @@ inline vh narrow(vu v) {
 #if defined(__AVX512F__)
   return reinterpret_cast<vh>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
 #elif defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v));
+  const __m256i packed =
+      _mm256_packus_epi32(reinterpret_cast<__m256i>(v), reinterpret_cast<__m256i>(v));
   return reinterpret_cast<vh>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0xd8)));
 #else
   return __builtin_convertvector(v, vh);
@@ -141,7 +142,8 @@ inline vf load_n(const bf16_t* p, int n) {
   return from_bf16(reinterpret_cast<vh>(h));
 }
 inline void store_n(bf16_t* p, vf v, int n) {
-  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u), reinterpret_cast<__m256i>(to_bf16(v)));
+  _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1u),
+                           reinterpret_cast<__m256i>(to_bf16(v)));
 }
 #endif
 
@@ -182,9 +184,11 @@ inline vf select(vi mask, vf a, vf b) {
 // NaN in the second operand wins, as _mm_max_ps does: keep the accumulator first.
 inline vf vmax(vf a, vf b) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<vf>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+  return reinterpret_cast<vf>(
+      _mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<vf>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+  return reinterpret_cast<vf>(
+      _mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return select(a > b, a, b);
 #endif
@@ -203,7 +207,8 @@ inline float reduce_add(vf v) {
 inline double sum_lanes(vf v) {
 #if defined(__AVX512F__)
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(reinterpret_cast<__m512>(v)));
-  const __m512 swapped = _mm512_shuffle_f32x4(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), 0x4e);
+  const __m512 swapped =
+      _mm512_shuffle_f32x4(reinterpret_cast<__m512>(v), reinterpret_cast<__m512>(v), 0x4e);
   const __m512d high = _mm512_cvtps_pd(_mm512_castps512_ps256(swapped));
   return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
 #else
@@ -216,12 +221,13 @@ inline double sum_lanes(vf v) {
 // 2^x for x <= 0, flushed to zero below -126; relative error below 3e-7 (the degree-6 polynomial
 // that Cephes uses on [-1/2, 1/2]). NaN stays NaN, -inf gives 0.
 inline vf exp2_nonpositive(vf x) {
-  const vf lowest = splat(-127.f);
 #if defined(__AVX512F__)
+  const vf lowest = splat(-200.f);  // scalef takes 2^-200 to 0, and 2^-127 not
   const __m512 v = reinterpret_cast<__m512>(vmax(lowest, x));
   const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const vf f = reinterpret_cast<vf>(_mm512_sub_ps(v, n));
 #else
+  const vf lowest = splat(-127.f);
   const vf v = select(x < lowest, lowest, x);
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf n = (v + magic) - magic;
@@ -247,7 +253,7 @@ inline vf exp2_nonpositive(vf x) {
 // 2^x for x <= 0 whose result is rounded to bfloat16 next: relative error below 3e-6, a thousandth
 // of that rounding (degree-4 least-maximum polynomial on [-1/2, 1/2]).
 inline vf exp2_bf16(vf x) {
-  const __m512 v = reinterpret_cast<__m512>(vmax(splat(-127.f), x));
+  const __m512 v = reinterpret_cast<__m512>(vmax(splat(-200.f), x));
   const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const vf f = reinterpret_cast<vf>(_mm512_sub_ps(v, n));
   vf p = splat(9.58286e-3f);

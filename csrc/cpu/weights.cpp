@@ -1,40 +1,47 @@
+// Floor: one cache miss an element, as many of them at a time as the cores can track.
 #include "weights.h"
 
 #include <cstring>
 
-#ifndef VITFAST_ISA
-#error "kernel bodies are compiled through CMake, once per instruction set"
-#endif
+#include "../common/parallel.h"
 
 namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-// Every element is a cache miss of its own: as many are kept on the way as a core can track.
 constexpr int64_t kAhead = 24;
-constexpr int kChains = 4;
+constexpr int64_t kParts = 4;  // hashed apart, whatever the threads
 
-template <class T>
-uint64_t hash(const Fingerprint& f) {
-  const int64_t n = f.rows > f.columns ? f.rows : f.columns;
-  const T* const weight = static_cast<const T*>(f.weight);
-  uint64_t chain[kChains] = {1, 2, 3, 4};
-  // (row, column) now, and kAhead elements later.
-  int64_t row = 0, column = 0, next_row = kAhead % f.rows, next_column = kAhead % f.columns;
-  for (int64_t i = 0; i < n; ++i) {
-    __builtin_prefetch(weight + next_row * f.row_stride + next_column * f.column_stride);
-    T bits;
-    std::memcpy(&bits, weight + row * f.row_stride + column * f.column_stride, sizeof bits);
-    uint64_t& h = chain[i % kChains];
-    h = (h ^ bits) * 0x9e3779b97f4a7c15u;
-    h ^= h >> 29;
+inline uint64_t mixed(uint64_t h, uint64_t bits) {
+  h = (h ^ bits) * 0x9e3779b97f4a7c15u;
+  return h ^ (h >> 29);
+}
+
+// Walks the diagonal of a matrix, wrapping round at its edges.
+struct Walk {
+  const Fingerprint& f;
+  int64_t row, column;
+  Walk(const Fingerprint& matrix, int64_t i) : f(matrix), row(i % matrix.rows), column(i % matrix.columns) {}
+  int64_t offset() const { return row * f.row_stride + column * f.column_stride; }
+  void step() {
     if (++row == f.rows) row = 0;
     if (++column == f.columns) column = 0;
-    if (++next_row == f.rows) next_row = 0;
-    if (++next_column == f.columns) next_column = 0;
   }
-  uint64_t h = 0;
-  for (const uint64_t c : chain) h = (h ^ c) * 0x9e3779b97f4a7c15u + (h >> 31);
+};
+
+template <class T>
+uint64_t hash(const Fingerprint& f, int64_t begin, int64_t end) {
+  const T* const weight = static_cast<const T*>(f.weight);
+  uint64_t h = 1;
+  Walk now(f, begin), later(f, begin + kAhead);
+  for (int64_t i = begin; i < end; ++i) {
+    __builtin_prefetch(weight + later.offset());
+    T bits;
+    std::memcpy(&bits, weight + now.offset(), sizeof bits);
+    h = mixed(h, bits);
+    now.step();
+    later.step();
+  }
   return h;
 }
 
@@ -42,7 +49,17 @@ uint64_t hash(const Fingerprint& f) {
 
 uint64_t fingerprint(const Fingerprint& f) {
   if (f.rows == 0 || f.columns == 0) return 0;
-  return f.item_bytes == 2 ? hash<uint16_t>(f) : hash<uint32_t>(f);
+  const int64_t n = f.rows > f.columns ? f.rows : f.columns;
+  uint64_t parts[kParts];
+  parallel_for(kParts, f.threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = begin; p < end; ++p) {
+      const int64_t first = n * p / kParts, last = n * (p + 1) / kParts;
+      parts[p] = f.item_bytes == 2 ? hash<uint16_t>(f, first, last) : hash<uint32_t>(f, first, last);
+    }
+  });
+  uint64_t h = 0;
+  for (const uint64_t part : parts) h = mixed(h, part);
+  return h;
 }
 
 }  // namespace VITFAST_ISA

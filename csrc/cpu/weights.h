@@ -1,4 +1,4 @@
-// A fingerprint of a weight matrix, to notice edits that bump no version counter.
+// A fingerprint of a weight, by which a cached packing of it notices edits that nobody announced.
 #pragma once
 #include <cstdint>
 
@@ -12,6 +12,7 @@ struct Fingerprint {
   const void* weight;
   int64_t item_bytes;  // 2 or 4
   int64_t rows, columns, row_stride, column_stride;
+  int threads;
 };
 
 VITFAST_DECLARE(uint64_t fingerprint(const Fingerprint&))

@@ -106,7 +106,7 @@ def test_second_swap_changes_and_says_nothing_new():
 
 def test_nothing_to_swap():
     report = swap(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
-    assert str(report) == "vitfast: Sequential holds nothing that vitfast knows; nothing was swapped"
+    assert str(report).endswith("Sequential holds nothing that vitfast knows; nothing was swapped")
     assert report.counts == {"swapped": 0, "skipped": 0, "blocks": 0, "blocks_swapped": 0}
     report = swap(nn.Sequential(nn.LayerNorm(4)))
     assert "no transformer block that vitfast knows, 1 modules in all" in str(report)

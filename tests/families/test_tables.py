@@ -1,4 +1,4 @@
-"""The family tables, and every registered model of the families built without weights and swapped."""
+"""The family tables; every registered model of the families, built without weights and swapped."""
 
 from __future__ import annotations
 

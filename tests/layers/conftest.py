@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -15,6 +16,19 @@ from vitfast.families import layer_table
 from vitfast.swap import swap
 from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
+
+
+TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "timm(version): needs timm of this version, say 1.0.29")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for marker in item.iter_markers("timm"):
+        if TIMM < tuple(int(part) for part in marker.args[0].split(".")):
+            pytest.skip(f"needs timm {marker.args[0]}, this is {timm.__version__}")
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +107,12 @@ def judge(
     of a weight's column, have one cause. Not (f) for gradients in bfloat16, where timm's own errors
     come near a twentieth; (e) holds there.
     """
-    report = compare(actual, reference, base, name=what, factor=factor, rms_factor=factor, zero=zero)
+    factors = dict(factor=factor, rms_factor=factor)
+    report = compare(actual, reference, base, name=what, zero=zero, **factors)
     low = what.startswith("grad") and actual.dtype != torch.float32
     wrong = [p for p in report.problems if not p.startswith(("(d)", "(f)") if low else "(d)")]
-    assert not wrong, f"{report}\nworst: {where(report.worst_index[0]) if report.worst_index else ''}"
+    at = where(report.worst_index[0]) if report.worst_index else ""
+    assert not wrong, f"{report}\nworst: {at}"
 
 
 def judge_gradients(
@@ -107,8 +123,8 @@ def judge_gradients(
 ) -> None:
     """All gradients as one vector, each scaled to an rms of 1.
 
-    A small tensor's own largest error is a matter of luck; the largest of all is not. Gradients that
-    are zero but for rounding (of a bias that softmax cancels, say) are judged alone.
+    A small tensor's own largest error is a matter of luck; the largest of all is not. Gradients
+    that are zero but for rounding (of a bias that softmax cancels, say) are judged alone.
     """
     vectors: dict[str, list[torch.Tensor]] = {"actual": [], "reference": [], "base": []}
     names = []

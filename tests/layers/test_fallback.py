@@ -266,6 +266,7 @@ def fast_norm() -> nn.Module:
         tl.set_fast_norm(False)
 
 
+@pytest.mark.timm("1.0.29")
 @pytest.mark.parametrize("name", UNSUPPORTED)
 def test_unsupported_option_is_timm_and_says_so(lively, name):
     module = lively(UNSUPPORTED[name]())
@@ -350,9 +351,10 @@ def test_disable_setting(pair):
 
 def test_wrong_input_raises(pair):
     _, ours = pair
-    for x in (torch.randn(2, N, C + 1), torch.randn(N, C), torch.randn(2, N, C, dtype=torch.float64)):
-        with pytest.raises((RuntimeError, ValueError, TypeError)):
-            ours(x)
+    for shape, dtype in (((2, N, C + 1), None), ((N, C), None), ((2, N, C), torch.float64)):
+        for grad in (False, True):
+            with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, ValueError, TypeError)):
+                ours(torch.randn(shape, dtype=dtype))
 
 
 def test_layers_built_directly(lively, timm_forbidden):

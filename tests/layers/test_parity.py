@@ -156,6 +156,7 @@ def test_rotary_half_with_norm_and_mask(parity, lively, kind, prefix):
     )
 
 
+@pytest.mark.timm("1.0.29")
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_grouped_query_attention(parity, lively, kv_heads):
     options = dict(num_kv_heads=kv_heads, qkv_fused=False, qk_norm=True, norm_layer=tl.RmsNorm)

@@ -28,6 +28,11 @@ pytestmark = pytest.mark.usefixtures("needs_native")
 B, N, H, D = 2, 83, 3, 24
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
 @pytest.fixture
 def qkv(dtype):
     g = torch.Generator().manual_seed(0)
@@ -273,7 +278,8 @@ def test_gradients_that_only_others_have(name):
 
     with pytest.raises(BackendUnavailableError, match=f"{name} requires grad"):
         gradient("cpu", torch.float32)
-    close(gradient("auto", torch.float32), gradient("reference", torch.float64).float())
+    want = gradient("reference", torch.float64).float()
+    torch.testing.assert_close(gradient("auto", torch.float32), want, rtol=1e-4, atol=1e-4)
 
 
 def test_the_binding_refuses_nonsense():
@@ -339,7 +345,6 @@ def test_timm_attention_rope(dtype, half, backend):
     """q/k norm, rotation with prefix tokens and attention as in timm's own module."""
     from timm.layers import AttentionRope, LayerNorm
 
-    torch.manual_seed(4)
     module = AttentionRope(
         48, 2, qk_norm=True, norm_layer=LayerNorm, num_prefix_tokens=3, rotate_half=half
     ).to(dtype)

@@ -69,14 +69,30 @@ def test_wrong_results_are_rejected(run, fault):
         assert_close(WRONG[fault](base), reference, base)
 
 
-def test_truncation_is_rejected(run):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_truncation_instead_of_rounding_is_rejected(dtype):
+    reference = torch.randn(
+        300, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+    base = reference.to(dtype)
+    assert not compare(_truncated(base, reference), reference, base).ok
+
+
+@pytest.mark.parametrize("run", DTYPES[1:], indirect=True)
+def test_truncation_is_noticed_as_shrinking_beside_a_noisy_base(run):
     reference, base = run
-    truncated = _truncated(base, reference)
-    assert not compare(truncated, reference, reference.to(base.dtype)).ok
-    if base.dtype != torch.float32:
-        # Here even beside a base that makes more errors than one rounding.
-        report = compare(truncated, reference, base)
-        assert any(p.startswith("(d)") for p in report.problems)
+    report = compare(_truncated(base, reference), reference, base)
+    assert any(p.startswith("(d)") for p in report.problems)
+
+
+def test_errors_shared_by_clusters_are_no_bias():
+    """Rows that share an error make a larger mean than independent elements would."""
+    g = torch.Generator().manual_seed(4)
+    reference = torch.randn(40, 500, generator=g, dtype=torch.float64)
+    common = torch.randn(2, 40, 1, generator=g, dtype=torch.float64) * 3e-7
+    one, other = ((reference + c).float() for c in common)
+    assert compare(one, reference, other).ok
+    assert not compare((one.double() + 6e-7).float(), reference, other).ok
 
 
 def test_right_results_are_accepted(run):

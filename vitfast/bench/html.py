@@ -82,8 +82,9 @@ pre { font-size: .8rem; overflow-x: auto; background: #f6f7f9; padding: .75rem; 
 </table></div>
 <p class="muted">Medians of interleaved runs. Memory: the peak of the first run beyond the weights
 that both share; vitfast's includes its prepacked copy of them.</p>
-{% for o in outcomes %}<p class="muted">{{ o.title }}: {{ o.rounds }} rounds; budget:
-{{ o.budget_from }}.</p>{% endfor %}
+{% for o in outcomes %}<p class="muted">{{ o.title }}:
+{{ o.rounds }} {{ "round" if o.rounds == 1 else "rounds" }};
+budget: {{ o.budget_from }}.</p>{% endfor %}
 
 {% for o in outcomes if o.labels %}{% if loop.first %}<h2>What the models see</h2>{% endif %}
 <p>{{ o.title }}: {% for label, chance in o.labels %}{{ label }}

@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from vitfast.bench import memory, modules, peers, zoo
 from vitfast.bench.modules import Case
 from vitfast.bench.peers import Setting
-from vitfast.bench.timer import interleave, stopwatch
+from vitfast.bench.timer import Timing, interleave, stopwatch
 from vitfast.errors import InputValueError
 from vitfast.testing.errors import compare
 
@@ -171,14 +171,8 @@ class Showcase:
                 outputs[key] = call()
         except zoo.UNFIT as error:
             raise InputValueError(f"{outcome.title}: {peers.first_line(error)}") from error
-        timings = interleave(
-            calls,
-            seconds=SECONDS_A_MODEL,
-            min_rounds=self._rounds(calls),
-            ran_before={key: call.seconds for key, call in calls.items()},
-            watch=stopwatch(self.setting.device),
-            check=outputs.__setitem__,
-            on_progress=lambda share: say(f"timing {outcome.title}", 0.1 + 0.6 * share),
+        timings = self._timings(
+            calls, outputs, lambda share: say(f"timing {outcome.title}", 0.1 + 0.6 * share)
         )
         outcome.timm_ms = timings["timm"].median * 1e3
         outcome.vitfast_ms = timings["vitfast"].median * 1e3
@@ -197,11 +191,26 @@ class Showcase:
         config |= {"input_size": zoo.image_shape(model, size), "crop_pct": 1.0}
         return create_transform(**config)(self.photo)[None].to(self.setting.device)
 
-    def _rounds(self, calls: dict[str, _Watched]) -> int:
-        """As many as fit, leaving as much time again for the float64 run where that is possible."""
+    def _timings(
+        self,
+        calls: dict[str, _Watched],
+        outputs: dict[str, torch.Tensor],
+        on_progress: Callable[[float], None],
+    ) -> dict[str, Timing]:
+        """As many rounds as fit beside the float64 run; with no time left, the first run."""
         once = sum(call.seconds for call in calls.values())
         fits = int((self.end - self.clock()) / max(once, 1e-9))
-        return max(1, min(ROUNDS, fits - 1))
+        if fits < 1:
+            return {key: Timing((call.seconds,)) for key, call in calls.items()}
+        return interleave(
+            calls,
+            seconds=SECONDS_A_MODEL,
+            min_rounds=max(1, min(ROUNDS, fits - 1)),
+            ran_before={key: call.seconds for key, call in calls.items()},
+            watch=stopwatch(self.setting.device),
+            check=outputs.__setitem__,
+            on_progress=on_progress,
+        )
 
     def _judge(self, outcome: Outcome, case: Case, outputs: dict[str, torch.Tensor]) -> None:
         """Twice timm's own error against float64 is the budget; where time forbids, see below."""

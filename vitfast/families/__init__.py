@@ -1,4 +1,4 @@
-"""Which timm class becomes which drop-in layer, family by family; and what is left to timm, and why.
+"""Which timm class becomes which drop-in layer, family by family; what is left to timm, and why.
 
 Adding a family is one file here with a `FAMILY`, and its name in `NAMES`.
 """

@@ -81,6 +81,9 @@ FAMILY = Family(
             for file, names in _ATTENTIONS.items()
             for gap in attentions(f"timm.models.{file}", *names)
         ),
-        *(Gap(f"timm.layers.{name}", "norm over NCHW: not implemented yet") for name in _NCHW_NORMS),
+        *(
+            Gap(f"timm.layers.{name}", "norm over NCHW: not implemented yet")
+            for name in _NCHW_NORMS
+        ),
     ),
 )

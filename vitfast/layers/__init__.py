@@ -1,8 +1,8 @@
 """Drop-in layers: each subclasses one timm class and overrides `forward` only.
 
-Constructors, parameters and `state_dict` are timm's. `vitfast.swap` puts them into a model; they can
-also be built directly, and given to timm's own factories (`block_fn=vitfast.layers.Block`). What a
-layer cannot do fused runs timm's forward.
+Constructors, parameters and `state_dict` are timm's. `vitfast.swap` puts them into a model; they
+can also be built directly, and given to timm's own factories (`block_fn=vitfast.layers.Block`).
+What a layer cannot do fused runs timm's forward.
 """
 
 from vitfast.layers._base import Layer

@@ -6,7 +6,6 @@ each has a plan function that fills an `Attention`, and `attend` does the rest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,8 +22,8 @@ class Attention(NamedTuple):
     """What an attention module holds.
 
     qkv: one packed projection [3 A, C], or three [A, C]. q_norm, k_norm: norms over the head dim.
-    prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: heads
-    of q that share one of k and v (grouped-query attention).
+    prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: how
+    many heads of q share one of k and v (grouped-query attention).
     """
 
     heads: int

@@ -8,7 +8,7 @@ The residual add of the first line and the norm of the second are one pass over 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,9 +39,7 @@ class Block(NamedTuple):
 def with_layer_scale(module: nn.Module) -> Block:
     """A block whose LayerScale are modules `ls1` and `ls2` (ViT, RelPos)."""
     children = module._modules
-    return _plan(
-        children, layer_scale.child(children, "ls1"), layer_scale.child(children, "ls2")
-    )
+    return _plan(children, layer_scale.child(children, "ls1"), layer_scale.child(children, "ls2"))
 
 
 def with_gammas(module: nn.Module) -> Block:
@@ -53,9 +51,7 @@ def with_gammas(module: nn.Module) -> Block:
     )
 
 
-def _plan(
-    children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None
-) -> Block:
+def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None) -> Block:
     return Block(
         _norm.child(children, "norm1"),
         _attention.child(children, "attn"),
@@ -93,9 +89,7 @@ def _tensors(values: tuple) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _differentiable(
-    x: torch.Tensor, block: Block, attention: dict[str, object]
-) -> torch.Tensor:
+def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, object]) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     operand = operand_dtype(x)
     branch = _attention.attend(_norm.apply(x, block.norm1, operand), block.attn, **attention)
@@ -140,5 +134,3 @@ def _drop_scale(
     if rate.keep > 0 and rate.scale_by_keep:
         factors.div_(rate.keep)
     return factors.flatten()
-
-

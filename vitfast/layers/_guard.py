@@ -123,9 +123,7 @@ def linear(children: Children, name: str) -> Linear:
     return Linear(tensor(module, "weight"), tensor(module, "bias"))
 
 
-def check_no_dropout(
-    children: Children, name: str, training: bool | None = None
-) -> None:
+def check_no_dropout(children: Children, name: str, training: bool | None = None) -> None:
     """A dropout that does nothing now. `training`: what decides, where it is not its own mode."""
     module = children[name]
     if type(module) is not nn.Dropout:

@@ -21,9 +21,7 @@ def plan_attention(module: nn.Module) -> _attention.Attention:
     return _attention.check_width(plan)
 
 
-def position_bias(
-    module: nn.Module, shared: torch.Tensor | None
-) -> dict[str, torch.Tensor | None]:
+def position_bias(module: nn.Module, shared: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
     """The relative position bias of BEiT's `Attention`, as an argument of `attend`."""
     table = module.relative_position_bias_table
     if table is None:

@@ -15,9 +15,7 @@ def plan_attention(module: nn.Module) -> _attention.Attention:
     return _attention.common(module, (_guard.linear(module._modules, "qkv"),))
 
 
-def position_bias(
-    module: nn.Module, shared: torch.Tensor | None
-) -> dict[str, torch.Tensor | None]:
+def position_bias(module: nn.Module, shared: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
     """The bias of `RelPosAttention`, as an argument of `attend`; its own wins, as in timm."""
     bias = shared if module.rel_pos is None else module.rel_pos.get_bias()
     return _attention.dense_bias(bias, module.num_heads)
@@ -29,9 +27,7 @@ class RelPosAttention(Layer, relpos.RelPosAttention):
     role = "attention"
     plan = staticmethod(plan_attention)
 
-    def forward(
-        self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
         plan = _guard.ready(plan_attention, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
@@ -44,9 +40,7 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
     role = "block"
     plan = staticmethod(_block.with_layer_scale)
 
-    def forward(
-        self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
         plan = _guard.ready(_block.with_layer_scale, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)

@@ -3,20 +3,21 @@
 `linear` is what a layer calls without autograd; where it runs several row chunks through one weight,
 `prepare` once and `apply` for each. They check nothing: shapes are the caller's promise. Where the
 native kernel cannot or should not run, they go through the op `linear_act`.
+
+Weights are read where they lie and put in order in the kernel, or for products of many rows once
+beforehand, for this one call. No copy of a weight outlives a call, so none can become stale.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vitfast.ops._weights import CACHE, CACHE_ROWS, Packed, cacheable, clear_weight_cache, pack
 from vitfast.runtime import native
 from vitfast.runtime.native import DTYPE_CODES
 from vitfast.settings import settings
-
-__all__ = ["apply", "clear_weight_cache", "linear", "prepare"]
 
 ACTS = {
     "none": 0,
@@ -29,6 +30,8 @@ ACTS = {
 }
 """The numbers of `Act` in csrc/cpu/activation_kinds.h."""
 DTYPES = (torch.float32, torch.bfloat16)
+_PACKED_ROWS = 2048
+"""From so many rows on, B is put in order once, beforehand, instead of by every block of rows."""
 _LARGE = 32 << 20
 """Allocations above this come fresh from the system each time (see csrc/common/pages.h)."""
 
@@ -56,16 +59,73 @@ def reasons(x: torch.Tensor, *others: torch.Tensor | None) -> list[str]:
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
-    """A linear layer ready to run: its weight packed, or where that is not to be, as it is."""
+class Matrix:
+    """B of a product, [k, n] (gated: two of them), for the native call; keeps its memory alive."""
 
-    packed: Packed | None
+    native: tuple[int, int, int, int, int, int, int]
+    packed: torch.Tensor | None
+    n: int
+    k: int
+    dtype: torch.dtype
+    memory: tuple[torch.Tensor, ...]
+
+
+def matrix(
+    weights: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    rows: int,
+    *,
+    gate: str = "",
+    transposed: bool = False,
+) -> Matrix:
+    """B for y = x W^T (transposed: y = x W) with `rows` rows in all, in products of `dtype`.
+
+    Args:
+        weights: [N, K] or with more dimensions after N, float32 or bfloat16, any strides; or the
+            gate's weight and another one of its shape and dtype.
+        gate: "first" or "last" for one weight [2N, K] that holds both, by the half that passes
+            through the activation.
+    """
+    first = weights[0]
+    first = first if first.ndim == 2 else first.flatten(1)
+    second = None
+    if gate:
+        first, second = first.chunk(2) if gate == "first" else reversed(first.chunk(2))
+    elif len(weights) > 1:
+        second = weights[1] if weights[1].ndim == 2 else weights[1].flatten(1)
+        if second.stride() != first.stride():
+            first, second = first.contiguous(), second.contiguous()
+    (n, k), (n_stride, k_stride) = first.shape, first.stride()
+    if transposed:
+        n, k, n_stride, k_stride = k, n, k_stride, n_stride
+    b = (
+        first.data_ptr(),
+        0 if second is None else second.data_ptr(),
+        DTYPE_CODES[first.dtype],
+        n,
+        k,
+        n_stride,
+        k_stride,
+    )
+    packed = None
+    if rows >= _PACKED_ROWS:
+        module, code = native.native(), DTYPE_CODES[dtype]
+        packed = torch.empty(module.gemm_packed_bytes(b, code) // 4, dtype=torch.float32)
+        module.gemm_pack(b, code, packed.data_ptr(), native.threads())
+    memory = (first,) if second is None else (first, second)
+    return Matrix(b, packed, n, k, dtype, memory)
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer ready to run; without a matrix, through the op."""
+
+    matrix: Matrix | None
     weight: torch.Tensor
     bias: torch.Tensor | None
     gate: str
     gate_weight: torch.Tensor | None
     gate_bias: torch.Tensor | None
-    dtype: torch.dtype
 
     @property
     def width(self) -> int:
@@ -81,42 +141,24 @@ def prepare(
     gate: str | None = None,
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
-    cache: bool = True,
 ) -> Linear:
-    """Pack a weight for products with `rows` rows in all, in this dtype.
+    """A layer for products with `rows` rows in all, in this dtype. Not to be kept between calls.
 
     Args:
         weight, bias, gate, gate_weight, gate_bias: as for `vitfast.ops.linear_act`; float32
             weights serve bfloat16 products.
-        cache: keep the packing for later calls, below `CACHE_ROWS` rows. Not for weights that
-            an optimizer is about to change.
     """
-    packed = None
+    b = None
     if (
         settings.backend in ("auto", "cpu")
         and not (HAS_TILES and dtype == torch.bfloat16)
-        and weight.numel()
-        and rows
-        and not reasons(weight, bias, gate_weight, gate_bias)
         and dtype in DTYPES
+        and weight.numel()
+        and not reasons(weight, bias, gate_weight, gate_bias)
     ):
-        packed = pack_linear(weight, gate_weight, gate or "", dtype, rows, cache=cache)
-    return Linear(packed, weight, bias, gate or "", gate_weight, gate_bias, dtype)
-
-
-def pack_linear(
-    weight: torch.Tensor,
-    gate_weight: torch.Tensor | None,
-    gate: str,
-    dtype: torch.dtype,
-    rows: int,
-    *,
-    cache: bool,
-) -> Packed:
-    weights = (weight,) if gate_weight is None else (gate_weight, weight)
-    if cache and rows < CACHE_ROWS and cacheable(weights):
-        return CACHE.get(weights, dtype, gate)
-    return pack(weights, dtype, gate)
+        weights = (weight,) if gate_weight is None else (gate_weight, weight)
+        b = matrix(weights, dtype, rows, gate=gate or "")
+    return Linear(b, weight, bias, gate or "", gate_weight, gate_bias)
 
 
 def linear(
@@ -168,10 +210,10 @@ def apply(
     if out is None:
         dtype = out_dtype or (x if residual is None else residual).dtype
         out = empty((*x.shape[:-1], layer.width), dtype)
-    if layer.packed is None or not x.numel():
+    if layer.matrix is None or not x.numel():
         return out.copy_(_through_op(layer, x, act, residual, gamma))
     product(
-        layer.packed,
+        layer.matrix,
         x,
         out,
         biases(layer.bias, layer.gate, layer.gate_weight, layer.gate_bias),
@@ -206,7 +248,7 @@ def _through_op(
 
 
 def product(
-    packed: Packed,
+    b: Matrix,
     x: torch.Tensor,
     out: torch.Tensor,
     bias: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
@@ -216,17 +258,21 @@ def product(
     gamma: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
 ) -> None:
-    """The native call. `bias` and `z` (sums before the activation) are for both halves of a gate."""
+    """out = residual + gamma * act(x B + bias); see csrc/cpu/gemm.h.
+
+    Args:
+        bias, z: bias and sums before the activation (written), each also for the gate.
+    """
     x = dense_rows(x)
     residual = None if residual is None else dense_rows(residual)
     gamma = None if gamma is None else gamma.contiguous()
     native.native().gemm(
-        (x.numel() // packed.k, packed.n, packed.k),
-        DTYPE_CODES[packed.dtype],
+        x.numel() // b.k,
+        DTYPE_CODES[b.dtype],
         rows_of(x),
         False,
-        packed.data.data_ptr(),
-        packed.gated,
+        b.native,
+        0 if b.packed is None else b.packed.data_ptr(),
         _vector(bias[0]),
         _vector(bias[1]),
         ACTS[act],
@@ -240,17 +286,17 @@ def product(
 
 
 def transposed_product(
-    packed: Packed, x: torch.Tensor, out: torch.Tensor, *, accumulate: bool
+    b: Matrix, x: torch.Tensor, out: torch.Tensor, *, accumulate: bool
 ) -> None:
     """out[I, n] (+)= x^T B for x [k, I] with contiguous rows; a float32 `out` may accumulate."""
     total = rows_of(out)
     native.native().gemm(
-        (x.shape[1], packed.n, packed.k),
-        DTYPE_CODES[packed.dtype],
+        x.shape[1],
+        DTYPE_CODES[b.dtype],
         (x.data_ptr(), DTYPE_CODES[x.dtype], 1, 0, x.stride(0)),
         True,
-        packed.data.data_ptr(),
-        False,
+        b.native,
+        0 if b.packed is None else b.packed.data_ptr(),
         None,
         None,
         0,

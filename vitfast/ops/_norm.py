@@ -1,4 +1,4 @@
-"""What layer_norm, rms_norm, add_norm and residual_add share: calls into csrc/cpu/norm.h, and fakes.
+"""What layer_norm, rms_norm, add_norm and residual_add share: calls into csrc/cpu/norm.h, fakes.
 
 `forward` is also what layers call in inference, without the dispatcher: it checks nothing beyond
 what memory safety of its own outputs needs.
@@ -132,7 +132,7 @@ def backward(
         residual: what was normalised: the residual, or x itself without a branch. With kind NONE
             only its shape counts.
         stats: of the forward; None or empty: computed again.
-        branch: given where gamma's gradient is wanted.
+        branch: given where gamma's gradient is wanted; an absent gamma counts as ones.
         x_dtype: dtype of x's gradient; residual's by default.
         branch_dtype: dtype of the branch's gradient; None where none is wanted.
 
@@ -144,7 +144,8 @@ def backward(
         kind = NONE
     dx = _empty(residual, shape, (x_dtype or residual.dtype) if x_wanted else None)
     dbranch = _empty(residual, shape, branch_dtype)
-    dgamma = _empty(residual, shape[-1:], gamma.dtype if branch is not None else None)
+    scale = branch if gamma is None else gamma
+    dgamma = _empty(residual, shape[-1:], None if branch is None else scale.dtype)
     dweight = _empty(residual, shape[-1:], None if weight is None else weight.dtype)
     dbias = _empty(residual, shape[-1:], None if bias is None else bias.dtype)
     outputs = dx, dbranch, dgamma, dweight, dbias

@@ -1,4 +1,4 @@
-"""Checks that several ops share. Messages name the op, the argument, what came and what was wanted."""
+"""Checks that several ops share. Messages name op and argument, what came and what was wanted."""
 
 from __future__ import annotations
 

@@ -40,9 +40,7 @@ def define(
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(torch.ops.vitfast, name).default
-    _LIBRARY.impl(
-        name, _autograd_kernel(op, setup_context, backward), "Autograd", with_keyset=True
-    )
+    _LIBRARY.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd", with_keyset=True)
     return op
 
 

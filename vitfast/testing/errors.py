@@ -9,13 +9,14 @@ b = base - reference, n elements and ulp the spacing of the working dtype at rms
 (b) max|e| <= factor * max|b| + a0, where a0 = 2 max|(r + c - c) - r| for the rounded reference r
     and c = 0.3 min(1, max|r|): two more roundings, never below one ulp of the largest element
 (c) rms(e) <= rms_factor * rms(b) + 0.1 ulp; for few elements rms(b) is itself a matter of luck, so
-    the factor is (1 + 2 / sqrt(n)) times larger (at most `factor`), and one ulp of the largest
+    the factor is (1 + 2 / sqrt(m)) times larger (at most `factor`), and one ulp of the largest
     element / sqrt(n) comes on top: one element may round the other way
 (d) |mean(e)| <= 4 s + |mean(b)| + 0.05 ulp + one ulp of the largest element / n: a constant bias.
-    s is the standard error of mean(b): rms(b) / sqrt(n), or more where errors come in clusters (a
-    row shares its statistics), judged by the means of b along each dimension.
     The same for mean(e * sign(reference)), the shrinking of truncation, but with one ulp in
     float32, where a constant that is rounded once (scale * log2 e) shrinks all alike
+    Here s is the standard error of mean(b): rms(b) / sqrt(n), or more where errors come in clusters
+    (a row shares its statistics), judged by the means of b along each dimension; and m is
+    (rms(b) / s)^2, the number of independent errors
 (e) 1 - cosine(actual, reference) <= 1e-4 (float32: 1e-7), or twice that of the base
 (f) max|reference| >= 20 * the error that (b) allows; otherwise even zeros might pass, and the case
     is rejected as toothless
@@ -208,13 +209,14 @@ def _judge(
     max_r, max_e, max_b = _max(r), _max(e), _max(b)
     rms_r, rms_e, rms_b = _rms(r), _rms(e), _rms(b)
     step = ulp(rms_r, dtype)
-    few = 1 / math.sqrt(max(n, 1))
+    one = ulp(max_r, dtype)
+    whole = torch.where(usable, base.double() - reference, 0.0)
 
     max_allowed = factor * max_b + _rounding(rounded[judged], max_r)
+    few = _ratio(_standard_error(whole), rms_b)
     wide = min(rms_factor * (1 + 2 * few), max(factor, rms_factor))
-    rms_allowed = wide * rms_b + 0.1 * step + few * ulp(max_r, dtype)
-    whole = torch.where(usable, base.double() - reference, 0.0)
-    bias, bias_allowed = _bias(e, r, whole, reference, few * few * ulp(max_r, dtype), step, dtype)
+    rms_allowed = wide * rms_b + 0.1 * step + one / math.sqrt(max(n, 1))
+    bias, bias_allowed = _bias(e, r, whole, reference, one / max(n, 1), step, dtype)
     gap = _cosine_gap(actual[judged].double(), r)
     gap_allowed = max(
         COSINE_GAP[working], 2 * _cosine_gap(base[usable].double(), reference[usable])
@@ -333,12 +335,17 @@ def _bias(
 
 
 def _standard_error(t: torch.Tensor) -> float:
-    """Of the mean of t; of independent elements, or of slices along a dimension if that is more."""
+    """Of the mean of t: of independent elements, or of slices along a dimension if that is more.
+
+    An estimate from few slices is itself uncertain and taken larger.
+    """
+    if not t.numel():
+        return 0.0
     errors = [_rms(t) / math.sqrt(t.numel())]
     for dim, size in enumerate(t.shape):
         if 1 < size < t.numel():
             means = t.movedim(dim, 0).flatten(1).mean(1)
-            errors.append(_rms(means) / math.sqrt(size))
+            errors.append(_rms(means) / math.sqrt(size) * (1 + 2 / math.sqrt(size - 1)))
     return max(errors)
 
 

@@ -113,9 +113,7 @@ DISPATCHER = Dispatcher(
 )
 
 
-def _forward(
-    x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats, backend
-):
+def _forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats, backend):
     args = (x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats)
     return DISPATCHER.pick(backend, *args, needs_backward=save_stats).forward(*args)
 

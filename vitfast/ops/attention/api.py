@@ -68,24 +68,16 @@ def attention(
     """
     q, k, v, mask, bias = _typed(q, k, v, mask, bias)
     weights = (q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias)
-    if scale is None:
-        scale = _default_scale(q)
     call = Call(
-        q, k, v, mask, bias, bool(is_causal), float(scale), qk_norm or "", *weights, qk_norm_eps,
+        q, k, v, mask, bias, bool(is_causal), scale, qk_norm or "", *weights, qk_norm_eps,
         rope, rope_prefix, bool(rope_half), needs_grad(q, k, v, mask, bias, *weights, rope),
         needs_grad(mask), needs_grad(bias), needs_grad(rope),
     )  # fmt: skip
     _check(call)
     if any(is_traceable_wrapper_subclass(t) for t in call if isinstance(t, torch.Tensor)):
         # Such a tensor (a DTensor, say) knows torch's ops and not this one.
-        return vendor.compute(call)
+        return vendor.compute(call.scaled())
     return _OP(*call, backend)[0]
-
-
-def _default_scale(q: torch.Tensor) -> float:
-    if q.ndim == 0 or q.shape[-1] == 0:
-        raise InputValueError(f"attention: q has shape {tuple(q.shape)}: its head dim is empty")
-    return q.shape[-1] ** -0.5
 
 
 def _typed(q, k, v, mask, bias):
@@ -135,8 +127,8 @@ def _check(call: Call) -> None:
         checks.check_shape("attention", "k", k, (batch, k.shape[1], heads, dim))
         checks.check_shape("attention", "v", v, (batch, k.shape[1], heads, dim))
     if q.shape[-1] == 0:
-        _default_scale(q)
-    if not math.isfinite(call.scale):
+        raise InputValueError(f"attention: q has shape {tuple(q.shape)}: its head dim is empty")
+    if call.scale is not None and not math.isfinite(call.scale):
         raise InputValueError(f"attention: scale must be finite, got {call.scale}")
     batch, queries, keys, heads, dim = sizes(call)
     if mask is not None:
@@ -201,12 +193,12 @@ def sizes(call: Call) -> tuple[int, int, int, int, int]:
 
 
 def _reference_forward(call):
-    out, lse = reference.compute(call)
-    return out, lse.float() if call.save_lse else lse.new_empty(0, dtype=torch.float32)
+    out = reference.compute(call)
+    return out, vendor.no_stats(call, out)
 
 
-def _reference_backward(grad, call, out, lse):
-    return vendor.differentiate(lambda c: reference.compute(c)[0], grad, call)
+def _reference_backward(grad, call, out, stats):
+    return vendor.differentiate(reference.compute, grad, call)
 
 
 DISPATCHER = Dispatcher(
@@ -221,12 +213,11 @@ DISPATCHER = Dispatcher(
 
 def _forward(*args):
     *inputs, backend = args
-    call = Call(*inputs)
-    chosen = DISPATCHER.pick(backend, call, needs_backward=call.save_lse)
-    batch, queries, keys, heads, dim = sizes(call)
-    if 0 in (batch, queries, keys, heads):
-        out, lse = _fake(*args)
-        return out.zero_(), lse.fill_(float("-inf"))
+    call = Call(*inputs).scaled()
+    chosen = DISPATCHER.pick(backend, call, needs_backward=call.save_stats)
+    if 0 in sizes(call):
+        out, stats = _fake(*args)
+        return out.zero_(), stats.zero_()
     with _no_autocast(call.q):
         return chosen.forward(call)
 
@@ -235,21 +226,21 @@ def _fake(*args):
     call = Call(*args[:-1])
     batch, queries, _, heads, dim = sizes(call)
     out = call.q.new_empty(batch, queries, heads, dim)
-    shape = (batch, heads, queries) if call.save_lse else (0,)
+    shape = (2, batch, heads, queries) if call.save_stats else (0,)
     return out, call.q.new_empty(shape, dtype=torch.float32)
 
 
-def _backward(grad, out, lse, *args):
+def _backward(grad, out, stats, *args):
     *inputs, backend = args
-    call = Call(*inputs)
+    call = Call(*inputs).scaled()
     chosen = DISPATCHER.pick(backend, call, needs_backward=True)
     if 0 in sizes(call):
-        return tuple(g.zero_() for g in _backward_fake(grad, out, lse, *args))
+        return tuple(g.zero_() for g in _backward_fake(grad, out, stats, *args))
     with _no_autocast(call.q):
-        return chosen.backward(grad, call, out, lse)
+        return chosen.backward(grad, call, out, stats)
 
 
-def _backward_fake(grad, out, lse, *args):
+def _backward_fake(grad, out, stats, *args):
     call = Call(*args[:-1])
     return tuple(
         torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
@@ -275,22 +266,28 @@ def _setup_context(ctx, inputs, output):
 
 
 def _autograd(ctx, grad, _):
-    out, lse, *tensors = ctx.saved_tensors
+    out, stats, *tensors = ctx.saved_tensors
     call = Call(*ctx.options)._replace(**dict(zip(vendor.INPUTS, tensors, strict=True)))
-    found = dict(zip(vendor.INPUTS, _BACKWARD_OP(grad, out, lse, *call, ctx.backend), strict=True))
+    found = dict(
+        zip(
+            vendor.INPUTS,
+            _BACKWARD_OP(grad, out, stats, *call, ctx.backend),
+            strict=True,
+        )
+    )
     wanted = {n: g for n, g in found.items() if vendor.wants_gradient(call, n)}
     return *(wanted.get(n) for n in Call._fields), None
 
 
 _ARGUMENTS = (
-    "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? bias, bool is_causal, float scale,"
+    "Tensor q, Tensor? k, Tensor? v, Tensor? mask, Tensor? bias, bool is_causal, float? scale,"
     " str qk_norm, Tensor? q_norm_weight, Tensor? q_norm_bias, Tensor? k_norm_weight,"
     " Tensor? k_norm_bias, float qk_norm_eps, Tensor? rope, int rope_prefix, bool rope_half,"
-    " bool save_lse, bool mask_grad, bool bias_grad, bool rope_grad, str backend"
+    " bool save_stats, bool mask_grad, bool bias_grad, bool rope_grad, str backend"
 )
 _BACKWARD_OP = define(
     "attention_backward",
-    f"(Tensor grad, Tensor out, Tensor lse, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 10)})",
+    f"(Tensor grad, Tensor out, Tensor stats, {_ARGUMENTS}) -> ({', '.join(['Tensor'] * 10)})",
     _backward,
     _backward_fake,
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from vitfast.ops.attention import vendor
@@ -53,7 +51,7 @@ def forward_direct(
     rope_prefix: int = 0,
     rope_half: bool = False,
     out: torch.Tensor | None = None,
-    lse: torch.Tensor | None = None,
+    stats: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The kernel without the op around it, for layers in inference that checked their inputs once.
 
@@ -62,7 +60,7 @@ def forward_direct(
 
     Args:
         out: [B, Nq, H, D], dtype of q, any strides: written and returned; else a new tensor.
-        lse: [B, H, Nq], float32, contiguous: gets the log-sum-exp of the scores.
+        stats: [2, B, H, Nq], float32, contiguous: gets what the backward needs, see attention.h.
     """
     if out is None:
         out = q.new_empty(q.shape)
@@ -76,7 +74,7 @@ def forward_direct(
             rope, rope_prefix, rope_half,
         ),
         _view(out),
-        0 if lse is None else lse.data_ptr(),
+        0 if stats is None else stats.data_ptr(),
         threads(),
     )  # fmt: skip
     return out
@@ -85,7 +83,7 @@ def forward_direct(
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = call.split()
     batch, queries, heads, _ = q.shape
-    lse = q.new_empty((batch, heads, queries) if call.save_lse else 0, dtype=torch.float32)
+    stats = q.new_empty((2, batch, heads, queries) if call.save_stats else 0, dtype=torch.float32)
     out = forward_direct(
         q,
         k,
@@ -103,17 +101,17 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         rope=call.rope,
         rope_prefix=call.rope_prefix,
         rope_half=call.rope_half,
-        lse=lse if call.save_lse else None,
+        stats=stats if call.save_stats else None,
     )
-    return out, lse
+    return out, stats
 
 
 def backward(
-    grad: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor
+    grad: torch.Tensor, call: Call, out: torch.Tensor, stats: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    if lse[0, 0, 0] == math.inf and bool((lse == math.inf).all()):
-        # The forward ran on the vendor backend (settings changed in between): nothing was saved.
-        return vendor.backward(grad, call, out, lse)
+    if stats[1, 0, 0, 0] < 0:
+        # The forward ran on another backend (settings changed in between): nothing was saved.
+        return vendor.backward(grad, call, out, stats)
     q, k, v = call.split()
     grads = {n: q.new_empty(0) for n in vendor.INPUTS}
     if call.k is None:
@@ -135,7 +133,7 @@ def backward(
             call.rope, call.rope_prefix, call.rope_half,
         ),
         _view(out),
-        lse.data_ptr(),
+        stats.data_ptr(),
         _view(grad),
         _view(dq),
         _view(dk),

@@ -25,7 +25,7 @@ class Call(NamedTuple):
     mask: torch.Tensor | None
     bias: torch.Tensor | None
     is_causal: bool
-    scale: float
+    scale: float | None
     qk_norm: str
     q_norm_weight: torch.Tensor | None
     q_norm_bias: torch.Tensor | None
@@ -35,7 +35,7 @@ class Call(NamedTuple):
     rope: torch.Tensor | None
     rope_prefix: int
     rope_half: bool
-    save_lse: bool = False
+    save_stats: bool = False
     mask_grad: bool = False
     bias_grad: bool = False
     rope_grad: bool = False
@@ -43,6 +43,10 @@ class Call(NamedTuple):
     def split(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, Nq, H, D] and k, v [B, Nk, H, D], views of the packed tensor where it is one."""
         return self.q.unbind(2) if self.k is None else (self.q, self.k, self.v)
+
+    def scaled(self) -> Call:
+        """The same call with the default scale filled in: one number, symbolic until it runs."""
+        return self if self.scale is not None else self._replace(scale=self.q.shape[-1] ** -0.5)
 
 
 def attention(
@@ -65,16 +69,15 @@ def attention(
     rope_half: bool = False,
 ) -> torch.Tensor:
     """Same arguments and result as `vitfast.ops.attention`; holds the [B, H, Nq, Nk] scores."""
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     call = Call(
         q, k, v, mask, bias, is_causal, scale, qk_norm or "", q_norm_weight, q_norm_bias,
         k_norm_weight, k_norm_bias, qk_norm_eps, rope, rope_prefix, rope_half,
     )  # fmt: skip
-    return compute(call)[0]
+    return compute(call.scaled())
 
 
-def compute(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """out [B, Nq, H, D], and the scores' log-sum-exp [B, H, Nq]: -inf where no key is seen."""
+def compute(call: Call) -> torch.Tensor:
+    """out [B, Nq, H, D] by differentiable torch ops; holds the [B, H, Nq, Nk] scores."""
     q, k, v = prologue(call)
     work = torch.promote_types(v.dtype, torch.float32)
     scores = (q.to(work) @ k.to(work).mT) * call.scale
@@ -90,7 +93,7 @@ def compute(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     blind = (scores == float("-inf")).all(-1, keepdim=True)
     weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
     out = (weights.to(v.dtype).to(work) @ v.to(work)).to(v.dtype)
-    return out.transpose(1, 2).contiguous(), scores.detach().logsumexp(-1)
+    return out.transpose(1, 2).contiguous()
 
 
 def causal_keep(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

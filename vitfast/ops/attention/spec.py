@@ -208,7 +208,7 @@ TOKENS = (
     _sample("tokens_64", 64, 2, 32),
     _sample("tokens_65", 65, 2, 32, batch=3),
     _sample("tokens_257", 257, 2, 16),
-    _sample("queries_1", 1, 2, 32, keys=70),
+    _sample("queries_1", 1, 3, 32, keys=70, batch=2),
     _sample("queries_70_keys_3", 70, 2, 32, keys=3),
     _sample("keys_2", 5, 2, 16, keys=2),
 )
@@ -249,10 +249,10 @@ MASKS = (
 PROLOGUES = (
     _sample("norm_layer", 37, 3, 16, _norm("layer"), batch=2,
             tags=("odd", "check", "zero:k_norm_bias")),
-    _sample("norm_layer_small", 5, 2, 4, _norm("layer", eps=1e-2, bias=False), tags=SMALL),
+    _sample("norm_layer_small", 7, 2, 4, _norm("layer", eps=1e-2, bias=False), tags=SMALL),
     _sample("norm_float32_weights", 37, 2, 32, _norm("layer", bias=False, dtype=torch.float32)),
     _sample("norm_layer_no_affine", 37, 2, 32, qk_norm="layer"),
-    _sample("norm_rms", 37, 3, 24, _norm("rms", eps=1e-5), batch=2),
+    _sample("norm_rms", 40, 3, 24, _norm("rms", eps=1e-5), batch=2),
     _sample("norm_rms_small", 9, 2, 8, _norm("rms"), tags=SMALL),
     _sample("rope", 37, 3, 16, _rope(1), batch=2, tags=("odd", "check")),
     _sample("rope_half", 37, 3, 24, _rope(5, half=True), batch=2, tags=("odd", "check")),

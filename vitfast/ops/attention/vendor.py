@@ -52,7 +52,12 @@ def compute(call: Call) -> torch.Tensor:
     # On a GPU torch picks the kernel itself. Its mask gradient and its fully masked rows differ by
     # kernel (cuDNN's gives NaN there), so none may be forced from here.
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=call.is_causal and mask is None, scale=call.scale
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=call.is_causal and mask is None,
+        scale=call.scale,
     )
     return out.transpose(1, 2).contiguous()
 
@@ -81,24 +86,27 @@ def _merged_mask(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor |
 
 def can_run(call: Call) -> list[str]:
     masked = call.mask is not None and call.mask.dtype != torch.bool
-    if call.save_lse and masked and not (call.mask_grad or call.bias_grad):
+    if call.save_stats and masked and not (call.mask_grad or call.bias_grad):
         # Its log-sum-exp of a row masked by finfo.min (NaFlexViT) cannot tell one key from many,
         # and the backward then weighs every key by 1. With a mask gradient it keeps the weights.
         return ["a float mask: SDPA's flash backward is wrong where the mask drowns the scores"]
     return []
 
 
-def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """out, and a log-sum-exp of +inf: SDPA keeps its own to itself, see native.backward."""
-    out = compute(call)
-    if not call.save_lse:
-        return out, out.new_empty(0, dtype=torch.float32)
+def no_stats(call: Call, out: torch.Tensor) -> torch.Tensor:
+    """Statistics of a forward that leaves none: sums of -1 tell native.backward so."""
     batch, queries, heads, _ = out.shape
-    return out, out.new_full((batch, heads, queries), float("inf"), dtype=torch.float32)
+    shape = (2, batch, heads, queries) if call.save_stats else (0,)
+    return out.new_full(shape, -1.0, dtype=torch.float32)
+
+
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    out = compute(call)
+    return out, no_stats(call, out)
 
 
 def backward(
-    grad: torch.Tensor, call: Call, out: torch.Tensor, lse: torch.Tensor
+    grad: torch.Tensor, call: Call, out: torch.Tensor, stats: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
     """Recomputes the forward under autograd, so that torch picks the backward that fits it."""
     return differentiate(compute, grad, call)

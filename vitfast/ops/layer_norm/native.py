@@ -13,7 +13,13 @@ def can_run(x, weight, bias, eps, out_dtype, save_stats):
 
 def forward(x, weight, bias, eps, out_dtype, save_stats):
     _, y, stats = _norm.forward(
-        _norm.LAYER, x, weight=weight, bias=bias, eps=eps, out_dtype=out_dtype, save_stats=save_stats
+        _norm.LAYER,
+        x,
+        weight=weight,
+        bias=bias,
+        eps=eps,
+        out_dtype=out_dtype,
+        save_stats=save_stats,
     )
     return y, _norm.absent(x) if stats is None else stats
 

@@ -14,7 +14,7 @@ def layer_norm(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y = (x - mean) / sqrt(var + eps) * weight + bias, with the biased variance (Ba et al. 2016)."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias; the variance is the biased one."""
     # One dtype for all, float32 or better: sums over rows in the backward are as good as the
     # statistics, whatever the dtypes are.
     dtype = torch.float32

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _gemm, _weights
+from vitfast.ops import _gemm
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
@@ -27,10 +27,11 @@ def forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
     z = _gemm.empty((*lead, 2 * n if gated else n), x.dtype) if save else x.new_empty(0)
     if y.numel():
         rows = x.numel() // x.shape[-1]
-        packed = _gemm.pack_linear(weight, gate_weight, gate, x.dtype, rows, cache=not save_z)
+        weights = (weight,) if gate_weight is None else (gate_weight, weight)
+        b = _gemm.matrix(weights, x.dtype, rows, gate=gate)
         bias = _gemm.biases(bias, gate, gate_weight, gate_bias)
         halves = _halves(z, gate) if gated else (z, None)
-        _gemm.product(packed, x, y, bias, act, z=halves if save else (None, None))
+        _gemm.product(b, x, y, bias, act, z=halves if save else (None, None))
     return y, z
 
 
@@ -105,9 +106,9 @@ def _input_gradient(parts, dx):
     """dx = sum over the weights of dz W; more than one are added up in float32."""
     total = dx if len(parts) == 1 else _gemm.empty(dx.shape, torch.float32)
     for i, (weight, _, dz) in enumerate(parts):
-        packed = _weights.pack((weight,), dx.dtype, transposed=True)
+        b = _gemm.matrix((weight,), dx.dtype, len(dz), transposed=True)
         out = dx if i == len(parts) - 1 else total
-        _gemm.product(packed, dz, out, residual=total if i else None)
+        _gemm.product(b, dz, out, residual=total if i else None)
 
 
 def _weight_gradients(parts, x):
@@ -115,10 +116,11 @@ def _weight_gradients(parts, x):
     totals = [_float_total(dweight, len(x)) for dweight, _ in parts]
     for begin in range(0, len(x) if parts else 0, _MOST_SUMMED):
         stretch = x[begin : begin + _MOST_SUMMED]
-        packed = _weights.pack((stretch,), x.dtype, transposed=True)
+        outputs = max(dz.shape[1] for _, dz in parts)
+        b = _gemm.matrix((stretch,), x.dtype, outputs, transposed=True)
         for total, (_, dz) in zip(totals, parts, strict=True):
             _gemm.transposed_product(
-                packed, dz[begin : begin + _MOST_SUMMED], total, accumulate=begin > 0
+                b, dz[begin : begin + _MOST_SUMMED], total, accumulate=begin > 0
             )
     for total, (dweight, _) in zip(totals, parts, strict=True):
         if total.data_ptr() != dweight.data_ptr():

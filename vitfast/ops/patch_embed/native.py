@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vitfast.ops import _gemm, _weights
+from vitfast.ops import _gemm
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES
@@ -97,7 +97,7 @@ def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
         pos_embed = pos_embed[:, p0:]
     if not n:
         return out
-    packed = _gemm.pack_linear(weight, None, "", dtype, patches.rows, cache=True)
+    b = _gemm.matrix((weight,), dtype, patches.rows)
     scratch = None
     for images, part in patches.stretches():
         view = out[images, p0 + part.start : p0 + part.stop]
@@ -109,7 +109,7 @@ def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
         if pos_embed is not None:
             pos = pos_embed[images] if pos_embed.shape[0] > 1 else pos_embed
             pos = pos[:, part].expand(view.shape)
-        _gemm.product(packed, rows, view, _gemm.biases(bias, "", None, None), residual=pos)
+        _gemm.product(b, rows, view, _gemm.biases(bias, "", None, None), residual=pos)
     return out
 
 
@@ -149,12 +149,12 @@ def _over_images(grad, found):
 
 def _image_gradient(dz, weight, std, patches, dimage):
     channels, rows, columns, p, q = patches.sizes
-    packed = _weights.pack((weight,), patches.dtype, transposed=True)
+    matrix = _gemm.matrix((weight,), patches.dtype, patches.rows, transposed=True)
     # Scaled before it is rounded to the image's dtype.
     dtype = dimage.dtype if std is None else torch.float32
     one = torch.empty((patches.per_image, patches.width), dtype=dtype)
     for b, target in enumerate(dimage.view(-1, channels, rows, p, columns, q)):
-        _gemm.product(packed, dz[b * len(one) : (b + 1) * len(one)], one)
+        _gemm.product(matrix, dz[b * len(one) : (b + 1) * len(one)], one)
         part = one.view(rows, columns, channels, p, q).permute(2, 0, 3, 1, 4)
         target.copy_(part if std is None else part / std.view(-1, 1, 1, 1, 1))
 
@@ -167,9 +167,9 @@ def _weight_gradient(dz, patches, dweight):
     for first in range(0, patches.rows, _MOST_SUMMED):
         count = min(_MOST_SUMMED, patches.rows - first)
         rows = patches.gather(first, count, scratch)
-        packed = _weights.pack((rows,), patches.dtype, transposed=True)
+        b = _gemm.matrix((rows,), patches.dtype, dz.shape[1], transposed=True)
         _gemm.transposed_product(
-            packed, dz[first : first + count], total, accumulate=first > 0
+            b, dz[first : first + count], total, accumulate=first > 0
         )
     if not exact:
         flat.copy_(total)

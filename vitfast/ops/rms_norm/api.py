@@ -20,7 +20,7 @@ def rms_norm(
     out_dtype: torch.dtype | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """RMSNorm over the last dimension (Zhang and Sennrich 2019; `torch.nn.RMSNorm`, timm `RmsNorm`).
+    """RMSNorm over the last dimension (Zhang, Sennrich 2019; `torch.nn.RMSNorm`, timm `RmsNorm`).
 
     Args:
         x: [..., C], float32, float16, bfloat16 or float64, any strides.

@@ -13,7 +13,7 @@ def rms_norm(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """y = x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019)."""
+    """y = x / sqrt(mean(x^2) + eps) * weight."""
     # One dtype for all, float32 or better: sums over rows in the backward are as good as the
     # statistics, whatever the dtypes are.
     dtype = torch.promote_types(x.dtype, torch.float32)

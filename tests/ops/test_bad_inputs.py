@@ -1,0 +1,386 @@
+"""Arguments that no backend could accept raise before anything runs, and say what is wrong.
+
+Every message names the op, the argument, what came and what was wanted.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+
+import vitfast.ops as ops
+from vitfast.errors import BackendUnavailableError, VitfastError
+
+
+def good(op: str) -> dict[str, object]:
+    """Valid arguments of every op."""
+    g = torch.Generator().manual_seed(0)
+
+    def t(*shape):
+        return torch.randn(*shape, generator=g)
+
+    return {
+        "layer_norm": lambda: {"x": t(2, 5, 8), "weight": t(8), "bias": t(8)},
+        "rms_norm": lambda: {"x": t(2, 5, 8), "weight": t(8)},
+        "add_norm": lambda: {
+            "x": t(2, 5, 8), "branch": t(2, 5, 8), "weight": t(8), "bias": t(8), "gamma": t(8),
+            "drop_scale": t(2).abs(),
+        },
+        "residual_add": lambda: {
+            "x": t(2, 5, 8), "branch": t(2, 5, 8), "gamma": t(8), "drop_scale": t(2).abs(),
+        },
+        "attention": lambda: {n: t(2, 5, 3, 8) for n in ("q", "k", "v")},
+        "linear_act": lambda: {"x": t(2, 5, 8), "weight": t(6, 8), "bias": t(6), "act": "gelu"},
+        "patch_embed": lambda: {
+            "image": t(2, 3, 8, 12), "weight": t(6, 3, 4, 4), "bias": t(6),
+            "pos_embed": t(1, 6, 6), "prefix": t(1, 1, 6),
+        },
+    }[op]()  # fmt: skip
+
+
+OPS = ops.NAMES
+TENSORS = [(op, name) for op in OPS for name, v in good(op).items() if isinstance(v, torch.Tensor)]
+Z = torch.zeros
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_the_good_arguments_are_good(op):
+    result = getattr(ops, op)(**good(op))
+    assert all(t.isfinite().all() for t in ([result] if torch.is_tensor(result) else result))
+
+
+def refuse(monkeypatch, op, arguments, error, *fragments):
+    """The call raises this built-in error, as one of vitfast's, before a backend is picked."""
+    function, dispatcher = getattr(ops, op), ops.spec_of(op).dispatcher
+
+    def pick(*args, **kwargs):
+        raise AssertionError("a backend was picked for bad arguments")
+
+    monkeypatch.setattr(dispatcher, "pick", pick)
+    with pytest.raises(error) as caught:
+        function(**arguments)
+    assert isinstance(caught.value, VitfastError), repr(caught.value)
+    for fragment in (op, *fragments):
+        assert re.search(fragment, str(caught.value)), (fragment, str(caught.value))
+
+
+# ---- every tensor argument of every op -----------------------------------------------------------
+
+WRONG_TENSORS = {
+    "not_a_tensor": (lambda t: [1.0, 2.0], TypeError, "torch.Tensor.*list"),
+    "int64": (lambda t: t.long(), TypeError, "torch.int64.*float32"),
+    "bool": (lambda t: t > 0, TypeError, "torch.bool"),
+    "complex": (lambda t: t.to(torch.complex64), TypeError, "torch.complex64"),
+    "fp8": (lambda t: t.to(torch.float8_e4m3fn), NotImplementedError, "float8_e4m3fn"),
+    "sparse": (lambda t: t.to_sparse(), NotImplementedError, "sparse"),
+    "nested": (
+        lambda t: torch.nested.nested_tensor([Z(2), Z(3)], layout=torch.jagged),
+        NotImplementedError,
+        "dense",
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG_TENSORS)
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_kinds_of_tensors(monkeypatch, op, name, wrong):
+    change, error, fragment = WRONG_TENSORS[wrong]
+    arguments = good(op)
+    arguments[name] = change(arguments[name])
+    refuse(monkeypatch, op, arguments, error, rf"\b{name}\b", fragment)
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_devices(monkeypatch, op, name):
+    arguments = good(op)
+    arguments[name] = arguments[name].to("meta")
+    refuse(monkeypatch, op, arguments, RuntimeError, rf"\b{name}\b", "cpu", "meta")
+
+
+@pytest.mark.parametrize(("op", "name"), [(o, n) for o, n in TENSORS if n not in ("x", "image")])
+def test_one_dimension_too_many(monkeypatch, op, name):
+    arguments = good(op)
+    arguments[name] = arguments[name][None]
+    refuse(monkeypatch, op, arguments, ValueError, rf"\b{name}\b")
+
+
+@pytest.mark.parametrize(("op", "name"), TENSORS)
+def test_one_element_too_many(monkeypatch, op, name):
+    arguments = good(op)
+    t = arguments[name]
+    arguments[name] = torch.cat((t, t[..., :1]), -1)
+    refuse(monkeypatch, op, arguments, ValueError, r"\d")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_scalars(monkeypatch, op):
+    arguments = good(op)
+    name = next(iter(arguments))
+    arguments[name] = torch.tensor(1.0)
+    refuse(monkeypatch, op, arguments, ValueError, rf"\b{name}\b|branch")
+
+
+# ---- particular arguments ------------------------------------------------------------------------
+
+PARTICULAR = [
+    # (op, changed arguments, error, fragments of the message)
+    ("attention", {"q": Z(2, 5, 3, 8).half(), "k": Z(2, 5, 3, 8).bfloat16()}, TypeError,
+     ["float16", "k", "bfloat16"]),
+    ("attention", {"bias": Z(3, 5, 5).double()}, TypeError, ["bias", "float64"]),
+    ("attention", {"mask": Z(5, 5).double()}, TypeError, ["mask", "float64"]),
+    ("attention", {"q": Z(5, 8)}, ValueError, ["q", r"\(5, 8\)", "B, N"]),
+    ("attention", {"q": Z(2, 5, 3, 3, 8)}, ValueError, ["q", r"\(2, 5, 3, 3, 8\)"]),
+    ("attention", {"k": None, "v": None}, ValueError, ["q", "packed", r"\[B, N, 3, H, D\]"]),
+    ("attention", {"v": None}, ValueError, ["k and v"]),
+    ("attention", {"k": None}, ValueError, ["k and v"]),
+    ("attention", {"q": Z(2, 5, 2, 3, 8), "k": None, "v": None}, ValueError, ["q", "3"]),
+    ("attention", {"k": Z(2, 5, 3, 4)}, ValueError, ["k", r"\(2, 5, 3, 4\)", r"\(2, 5, 3, 8\)"]),
+    ("attention", {"v": Z(2, 6, 3, 8)}, ValueError, ["v", r"\(2, 6, 3, 8\)", r"\(2, 5, 3, 8\)"]),
+    ("attention", {"k": Z(3, 5, 3, 8), "v": Z(3, 5, 3, 8)}, ValueError, ["k", "3, 5"]),
+    ("attention", {"k": Z(2, 5, 1, 8), "v": Z(2, 5, 1, 8)}, ValueError, ["k", "1, 8"]),
+    ("attention", {n: Z(2, 5, 3, 0) for n in "qkv"}, ValueError, ["head dim"]),
+    ("attention", {"mask": Z(5, 4)}, ValueError, ["mask", r"\(5, 4\)", r"\(2, 3, 5, 5\)"]),
+    ("attention", {"mask": Z(1, 2, 3, 5, 5)}, ValueError, ["mask", r"\(2, 3, 5, 5\)"]),
+    ("attention", {"mask": Z(5, 5, dtype=torch.int32)}, TypeError, ["mask", "int32", "bool"]),
+    ("attention", {"bias": Z(5, 5)}, ValueError, ["bias", r"\(5, 5\)", r"\(3, 5, 5\)"]),
+    ("attention", {"bias": Z(2, 3, 5, 5)}, ValueError, ["bias", r"\(2, 3, 5, 5\)"]),
+    ("attention", {"bias": Z(3, 5, 49)}, ValueError, ["bias", "49"]),
+    ("attention", {"bias": Z(3, 5, 5, dtype=torch.int64)}, TypeError, ["bias", "int64"]),
+    ("attention", {"scale": math.nan}, ValueError, ["scale", "nan"]),
+    ("attention", {"scale": -math.inf}, ValueError, ["scale", "inf"]),
+    ("attention", {"qk_norm": "group"}, ValueError, ["qk_norm", "group", "layer"]),
+    ("attention", {"q_norm_weight": Z(8)}, ValueError, ["q_norm_weight", "qk_norm"]),
+    ("attention", {"qk_norm": "rms", "k_norm_bias": Z(8)}, ValueError, ["k_norm_bias"]),
+    ("attention", {"qk_norm": "rms", "q_norm_weight": Z(24)}, ValueError,
+     ["q_norm_weight", r"\(24,\)", r"\(8,\)"]),
+    ("attention", {"qk_norm": "rms", "qk_norm_eps": 0.0}, ValueError, ["eps", "0.0"]),
+    ("attention", {"rope": Z(5, 8)}, ValueError, ["rope", r"\(5, 8\)", r"\[5, 16\]"]),
+    ("attention", {"rope": Z(5, 16), "rope_prefix": 1}, ValueError, ["rope", r"\[4, 16\]"]),
+    ("attention", {"rope": Z(2, 5, 16)}, ValueError, ["rope", r"\(2, 5, 16\)"]),
+    ("attention", {"rope": Z(5, 16), "rope_prefix": 6}, ValueError, ["rope_prefix", "6"]),
+    ("attention", {"rope": Z(5, 16), "rope_prefix": -1}, ValueError, ["rope_prefix", "-1"]),
+    ("attention", {n: Z(2, 5, 3, 7) for n in "qkv"} | {"rope": Z(5, 14)}, ValueError,
+     ["rope", "even", "7"]),
+    ("attention", {"q": Z(2, 4, 3, 8), "rope": Z(4, 16)}, ValueError, ["rope", "4", "5"]),
+    ("layer_norm", {"weight": Z(5)}, ValueError, ["weight", r"\(5,\)", r"\(8,\)"]),
+    ("layer_norm", {"eps": 0.0}, ValueError, ["eps", "0.0", "positive"]),
+    ("layer_norm", {"eps": -1e-6}, ValueError, ["eps", "-1e-06"]),
+    ("layer_norm", {"eps": math.nan}, ValueError, ["eps", "nan"]),
+    ("layer_norm", {"out_dtype": torch.int32}, TypeError, ["out_dtype", "int32"]),
+    ("rms_norm", {"eps": -1.0}, ValueError, ["eps", "-1.0"]),
+    ("rms_norm", {"weight": Z(2, 5, 8)}, ValueError, ["weight", r"\(8,\)"]),
+    ("add_norm", {"eps": 0.0}, ValueError, ["eps"]),
+    ("add_norm", {"norm": "group"}, ValueError, ["norm", "group", "rms"]),
+    ("add_norm", {"norm": "rms"}, ValueError, ["bias", "rms"]),
+    ("add_norm", {"branch": Z(2, 4, 8)}, ValueError, ["branch", r"\(2, 4, 8\)", r"\(2, 5, 8\)"]),
+    ("add_norm", {"branch": Z(5, 8)}, ValueError, ["branch", r"\(5, 8\)"]),
+    ("add_norm", {"drop_scale": Z(5)}, ValueError, ["drop_scale", r"\(5,\)", r"\(2,\)"]),
+    ("residual_add", {"gamma": Z(1)}, ValueError, ["gamma", r"\(1,\)", r"\(8,\)"]),
+    ("residual_add", {"drop_scale": Z(2, 1, 1)}, ValueError, ["drop_scale", r"\(2,\)"]),
+    ("linear_act", {"act": "gelo"}, ValueError, ["act", "gelo", "gelu"]),
+    ("linear_act", {"weight": Z(6, 7)}, ValueError, ["x", "8", "7"]),
+    ("linear_act", {"weight": Z(6, 8, 3, 3)}, ValueError, ["weight", "3, 3"]),
+    ("linear_act", {"bias": Z(8)}, ValueError, ["bias", r"\(8,\)", r"\(6,\)"]),
+    ("linear_act", {"weight": Z(6, 8).half()}, TypeError, ["weight", "float16", "float32"]),
+    ("linear_act", {"gate": "middle"}, ValueError, ["gate", "middle"]),
+    ("linear_act", {"weight": Z(5, 8), "bias": None, "gate": "last"}, ValueError, ["even", "5"]),
+    ("linear_act", {"gate_bias": Z(6)}, ValueError, ["gate_bias", "gate_weight"]),
+    ("linear_act", {"gate": "first", "gate_weight": Z(6, 8)}, ValueError, ["gate_weight"]),
+    ("linear_act", {"gate_weight": Z(5, 8)}, ValueError, ["gate_weight", r"\(5, 8\)"]),
+    ("patch_embed", {"image": Z(2, 4, 8, 12)}, ValueError, ["4", "3"]),
+    ("patch_embed", {"image": Z(2, 3, 9, 12)}, ValueError, ["9 x 12", "4 x 4"]),
+    ("patch_embed", {"image": Z(3, 8, 12)}, ValueError, ["image", r"\(3, 8, 12\)", "B, Cin"]),
+    ("patch_embed", {"image": Z(2, 3, 8, 12).half()}, TypeError, ["image", "float16"]),
+    ("patch_embed", {"weight": Z(6, 3, 0, 4)}, ValueError, ["0 x 4"]),
+    ("patch_embed", {"mean": [0.5, 0.5]}, ValueError, ["mean", r"\(2,\)", r"\(3,\)"]),
+    ("patch_embed", {"std": Z(3, 1, 1)}, ValueError, ["std", r"\(3,\)"]),
+    ("patch_embed", {"pos_embed": Z(1, 5, 6)}, ValueError, ["pos_embed", "5", "6 or 7"]),
+    ("patch_embed", {"prefix": Z(3, 1, 6)}, ValueError, ["prefix", r"\(3, 1, 6\)"]),
+    ("patch_embed", {"prefix": Z(1, 6)}, ValueError, ["prefix", r"\(1, 6\)"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("op", "changes", "error", "fragments"),
+    PARTICULAR,
+    ids=[f"{i}-{c[0]}-{'-'.join(c[1])}" for i, c in enumerate(PARTICULAR)],
+)
+def test_particular_arguments(monkeypatch, op, changes, error, fragments):
+    refuse(monkeypatch, op, good(op) | changes, error, *fragments)
+
+
+def test_a_compiled_call_raises_the_same(monkeypatch):
+    """Checks do not vanish under torch.compile."""
+    torch._dynamo.reset()
+    function = torch.compile(ops.layer_norm, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"layer_norm: weight has shape \(5,\), expected \(8,\)"):
+        function(torch.randn(2, 8), torch.randn(5))
+
+
+# ---- what must work ------------------------------------------------------------------------------
+
+
+def attention(q, k, v, **options):
+    """Against the reference in the same dtype."""
+    got = ops.attention(q, k, v, **options)
+    want = ops.spec_of("attention").reference(q, k, v, **options)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    return got
+
+
+def qkv(b=2, n=5, h=3, d=8, keys=None):
+    g = torch.Generator().manual_seed(1)
+    return [torch.randn(b, m, h, d, generator=g) for m in (n, keys or n, keys or n)]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7, 8, 12, 72, 80, 88, 104, 112, 256, 257, 512])
+def test_any_head_dim(dim):
+    attention(*qkv(d=dim))
+
+
+def test_a_head_dim_that_the_kernel_lacks_is_refused_by_name():
+    with pytest.raises(BackendUnavailableError, match="512"):
+        ops.attention(*qkv(d=512), backend="cpu")
+
+
+@pytest.mark.parametrize("sizes", [{"n": 0}, {"b": 0}, {"h": 0}, {"n": 0, "keys": 5}])
+def test_empty_attention(sizes):
+    q, k, v = (t.requires_grad_() for t in qkv(**sizes))
+    out = ops.attention(q, k, v)
+    assert out.shape == q.shape
+    grads = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    assert all(not g.any() for g in grads)
+
+
+def test_no_keys_give_zeros():
+    q, k, v = (t.requires_grad_() for t in qkv())
+    out = ops.attention(q, k[:, :0], v[:, :0])
+    assert not out.any()
+    out.sum().backward()
+    assert not any(t.grad.any() for t in (q, k, v))
+
+
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_a_row_that_sees_nothing_is_zero_and_gives_no_gradient(mask):
+    q, k, v = (t.requires_grad_() for t in qkv())
+    keep = torch.ones(5, 5, dtype=torch.bool)
+    keep[2] = False
+    if mask == "float":
+        keep = torch.zeros(5, 5).masked_fill(~keep, -math.inf)
+    out = ops.attention(q, k, v, mask=keep)
+    assert not out[:, 2].any() and out[:, 1].all()
+    out.sum().backward()
+    assert not q.grad[:, 2].any()
+    assert all(t.grad.isfinite().all() for t in (q, k, v))
+
+
+def test_nan_in_the_mask_stays_in_its_row():
+    mask = torch.zeros(5, 5)
+    mask[1, 3] = math.nan
+    out = attention(*qkv(), mask=mask)
+    assert out[:, 1].isnan().all()
+    assert out[:, [0, 2, 3, 4]].isfinite().all()
+
+
+def test_nan_in_a_query_stays_in_its_row_and_head():
+    q, k, v = qkv()
+    q[0, 2, 1, 3] = math.nan
+    out = attention(q, k, v)
+    assert out[0, 2, 1].isnan().all()
+    assert int(out.isnan().sum()) == 8
+
+
+def test_nan_and_infinity_in_keys_and_values_propagate():
+    q, k, v = qkv()
+    k[0, 2, 1, 3] = math.nan
+    v[1, 4, 0, 2] = math.inf
+    out = attention(q, k, v)
+    assert out[0, :, 1].isnan().all() and out[0, :, [0, 2]].isfinite().all()
+    assert out[1, :, 0, 2].isposinf().all()
+
+
+@pytest.mark.parametrize("scale", [0, 0.0, -0.5, 3, torch.tensor(0.25).item()])
+def test_any_finite_scale(scale):
+    attention(*qkv(), scale=scale)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 5), (3, 1, 5), (2, 1, 1, 5), (2, 3, 5, 5), (1, 1)])
+def test_masks_of_every_shape(shape):
+    attention(*qkv(), mask=torch.randn(shape))
+    attention(*qkv(), mask=torch.randn(shape) > -1)
+
+
+@pytest.mark.parametrize("keys", [7, 43, 49])
+def test_bias_and_mask_of_odd_widths_in_any_layout(keys):
+    q, k, v = qkv(n=keys)
+    bias = torch.randn(3, keys, keys)
+    for b in (bias, bias.mT.contiguous().mT, bias[:1].expand(3, keys, keys)):
+        attention(q, k, v, bias=b)
+        attention(q, k, v, bias=b[None], mask=b.sum(0) > 0)
+
+
+def test_heads_and_tokens_swapped_is_not_taken_for_packed():
+    with pytest.raises(ValueError, match="packed"):
+        ops.attention(torch.randn(2, 3, 5, 8))
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("shape", [(8,), (5, 8), (2, 5, 8), (2, 3, 5, 8), (2, 1, 3, 5, 8)])
+def test_norms_of_every_rank(op, shape):
+    x, weight = torch.randn(shape), torch.randn(8)
+    reference = ops.spec_of(op).reference
+    torch.testing.assert_close(getattr(ops, op)(x, weight), reference(x, weight))
+
+
+def test_norm_weights_in_float32_beside_bfloat16():
+    x, w = torch.randn(2, 5, 8).bfloat16(), torch.randn(8)
+    assert ops.layer_norm(x, w, w).dtype == torch.bfloat16
+    assert ops.rms_norm(x, w).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_norm", "residual_add", "linear_act"])
+def test_rows_without_channels_or_without_tokens(op):
+    for shape in ((0, 8), (2, 0, 8), (0, 5, 8)):
+        arguments = {k: v for k, v in good(op).items() if k not in ("x", "branch", "drop_scale")}
+        arguments["x"] = torch.randn(shape)
+        if "branch" in good(op):
+            arguments["branch"] = torch.randn(shape)
+        result = getattr(ops, op)(**arguments)
+        result = result if isinstance(result, torch.Tensor) else result[0]
+        assert result.shape[:-1] == shape[:-1] and result.numel() == 0
+
+
+def test_images_without_batch_entries():
+    arguments = good("patch_embed")
+    arguments["image"] = arguments["image"][:0]
+    assert ops.patch_embed(**arguments).shape == (0, 7, 6)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_subclass_of_tensor_gives_the_right_numbers(op):
+    class Labelled(torch.Tensor):
+        """A subclass as users write them."""
+
+    arguments = good(op)
+    want = getattr(ops, op)(**arguments)
+    name = next(iter(arguments))
+    got = getattr(ops, op)(**arguments | {name: arguments[name].as_subclass(Labelled)})
+    for a, b in zip(
+        *((t,) if isinstance(t, torch.Tensor) else t for t in (got, want)), strict=True
+    ):
+        assert torch.equal(a.as_subclass(torch.Tensor), b)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_parameters_are_tensors(op):
+    arguments = {
+        k: torch.nn.Parameter(v) if isinstance(v, torch.Tensor) and k != "drop_scale" else v
+        for k, v in good(op).items()
+    }
+    result = getattr(ops, op)(**arguments)
+    result = result if isinstance(result, torch.Tensor) else result[1]
+    result.sum().backward()
+    assert all(v.grad is not None for v in arguments.values() if isinstance(v, torch.nn.Parameter))

@@ -1,0 +1,353 @@
+"""The generic numerics tests catch broken kernels: each fault here must be rejected on some sample.
+
+A fault replaces the forward or backward of the op's first backend. The sample that rejects it
+passes with the sound backend, so that the fault alone is what was caught.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+
+import vitfast.ops as ops
+from vitfast.errors import BackendUnavailableError
+from vitfast.testing.cases import Case, raise_if_wrong
+
+pytestmark = pytest.mark.usefixtures("needs_native")
+
+
+# ---- ways to break a result ----------------------------------------------------------------------
+
+
+def on_output(change, index=0):
+    """A sound kernel, but `change` is applied to one of its outputs."""
+
+    def fault(sound, *args):
+        outputs = list(sound(*args))
+        if outputs[index].numel():
+            outputs[index] = change(outputs[index])
+        return tuple(outputs)
+
+    return fault
+
+
+def on_only_output(change):
+    return lambda sound, *args: change(sound(*args))
+
+
+def on_argument(index, change):
+    """A sound kernel that gets another value of one argument."""
+
+    def fault(sound, *args):
+        args = list(args)
+        if args[index] is not None:
+            args[index] = change(args[index])
+        return sound(*args)
+
+    return fault
+
+
+def unwritten_last_row(t):
+    fresh = torch.empty(t.shape, dtype=t.dtype)
+    if t.ndim > 1:
+        fresh[..., :-1, :] = t[..., :-1, :]
+    return fresh
+
+
+def unwritten_tail_of_channels(t):
+    fresh = torch.empty(t.shape, dtype=t.dtype)
+    whole = t.shape[-1] // 16 * 16
+    fresh[..., :whole] = t[..., :whole]
+    return fresh
+
+
+def truncated(t):
+    """Two more bits lost than in rounding to bfloat16, towards zero."""
+    return (t.float().view(torch.int32) >> 17 << 17).view(torch.float32).to(t.dtype)
+
+
+def in_bfloat16(t):
+    return t.bfloat16().to(t.dtype)
+
+
+def swapped(first, second):
+    def fault(sound, *args):
+        outputs = list(sound(*args))
+        if outputs[first].shape == outputs[second].shape:
+            outputs[first], outputs[second] = outputs[second], outputs[first]
+        return tuple(outputs)
+
+    return fault
+
+
+def none(_):
+    return None
+
+
+# ---- norms ---------------------------------------------------------------------------------------
+
+
+def _norm(x, weight, bias, divisor, mean):
+    x32 = x.float()
+    y = (x32 - mean) / divisor
+    y = y if weight is None else y * weight.float()
+    return y if bias is None else y + bias.float()
+
+
+def eps_outside_the_root(sound, x, weight, bias, eps, out_dtype, save_stats):
+    x32 = x.float()
+    std = x32.var(-1, correction=0, keepdim=True).sqrt()
+    y = _norm(x, weight, bias, std + eps, x32.mean(-1, keepdim=True))
+    return y.to(out_dtype or x.dtype), sound(x, weight, bias, eps, out_dtype, save_stats)[1]
+
+
+def unbiased_variance(sound, x, weight, bias, eps, out_dtype, save_stats):
+    x32 = x.float()
+    std = (x32.var(-1, correction=1, keepdim=True) + eps).sqrt()
+    y = _norm(x, weight, bias, std, x32.mean(-1, keepdim=True))
+    return y.to(out_dtype or x.dtype), sound(x, weight, bias, eps, out_dtype, save_stats)[1]
+
+
+def variance_in_one_pass(sound, x, weight, bias, eps, out_dtype, save_stats):
+    x32 = x.float()
+    mean = x32.mean(-1, keepdim=True)
+    std = (x32.square().mean(-1, keepdim=True) - mean.square() + eps).clamp_min(0).sqrt()
+    y = _norm(x, weight, bias, std, mean)
+    return y.to(out_dtype or x.dtype), sound(x, weight, bias, eps, out_dtype, save_stats)[1]
+
+
+def mean_term_missing(sound, grad, x, weight, *rest):
+    dx, *others = sound(grad, x, weight, *rest)
+    scaled = grad if weight is None else grad * weight
+    stats = rest[-1]
+    return (dx + scaled.mean(-1, keepdim=True) * stats[:, 1].view(*x.shape[:-1], 1), *others)
+
+
+def last_row_left_out_of_sums(sound, grad, x, *rest):
+    short = grad.clone()
+    short.view(-1, grad.shape[-1])[-1] = 0
+    return (sound(grad, x, *rest)[0], *sound(short, x, *rest)[1:])
+
+
+NORMS = {
+    "layer_norm forward eps_outside_the_root": eps_outside_the_root,
+    "layer_norm forward unbiased_variance": unbiased_variance,
+    "layer_norm forward variance_in_one_pass": variance_in_one_pass,
+    "layer_norm forward bias_dropped": on_argument(2, none),
+    "layer_norm forward weight_plus_one": on_argument(1, lambda w: w + 1),
+    "layer_norm forward weight_in_bfloat16": on_argument(1, in_bfloat16),
+    "layer_norm forward last_row_unwritten": on_output(unwritten_last_row),
+    "layer_norm forward tail_unwritten": on_output(unwritten_tail_of_channels),
+    "layer_norm forward truncated": on_output(truncated),
+    "layer_norm forward in_bfloat16": on_output(in_bfloat16),
+    "layer_norm backward statistics_in_bfloat16": on_argument(5, in_bfloat16),
+    "layer_norm backward mean_term_missing": mean_term_missing,
+    "layer_norm backward last_row_left_out_of_sums": last_row_left_out_of_sums,
+    "layer_norm backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
+    "layer_norm backward tail_unwritten": on_output(unwritten_tail_of_channels, 1),
+    "layer_norm backward weight_and_bias_swapped": swapped(1, 2),
+    "rms_norm forward eps_dropped": on_argument(2, lambda eps: 0.0),
+    "rms_norm backward truncated": on_output(truncated),
+    "rms_norm backward last_row_unwritten": on_output(unwritten_last_row),
+    "add_norm forward residual_dropped": lambda sound, x, *rest: (x, *sound(x, *rest)[1:]),
+    "add_norm forward gamma_ignored": on_argument(5, none),
+    "add_norm forward drop_scale_ignored": on_argument(6, none),
+    "add_norm forward other_norm": on_argument(7, lambda kind: "layer"),
+    "add_norm backward stream_dropped": on_argument(0, torch.zeros_like),
+    "add_norm backward gamma_ignored": on_argument(7, torch.ones_like),
+    "add_norm backward drop_scale_of_another_sample": on_argument(8, lambda s: s.flip(0)),
+    "add_norm backward gamma_and_weight_swapped": swapped(2, 3),
+    "residual_add forward gamma_ignored": on_argument(2, none),
+    "residual_add forward drop_scale_ignored": on_argument(3, torch.ones_like),
+    "residual_add forward last_row_unwritten": on_only_output(unwritten_last_row),
+    "residual_add backward gamma_ignored": on_argument(2, torch.ones_like),
+}
+
+
+# ---- attention -----------------------------------------------------------------------------------
+
+
+def on_call(change, index=0):
+    return on_argument(index, change)
+
+
+def later_mask(call):
+    """Causal, but a query sees the key after it too."""
+    if not call.is_causal:
+        return call
+    queries, keys = call.q.shape[1], (call.q if call.k is None else call.k).shape[1]
+    keep = torch.ones(queries, keys, dtype=torch.bool).tril(1)
+    mask = keep if call.mask is None else call.mask & keep
+    return call._replace(is_causal=False, mask=mask)
+
+
+def padded_key(call):
+    """The first key takes part as a zero vector: padding that was not masked."""
+    if call.k is None:
+        return call
+    return call._replace(k=torch.cat((torch.zeros_like(call.k[:, :1]), call.k[:, 1:]), 1))
+
+
+def rope_turned_backwards(call):
+    if call.rope is None:
+        return call
+    turned = call.rope.clone()
+    half = turned.shape[-1] // 2
+    turned[..., :half] = -turned[..., :half]
+    return call._replace(rope=turned)
+
+
+def shifted_prefix(call):
+    if call.rope is None or not call.rope_prefix:
+        return call
+    first = call.rope[..., :1, :]
+    rope = torch.cat((first, call.rope), -2)
+    return call._replace(rope=rope, rope_prefix=call.rope_prefix - 1)
+
+
+def mean_of_values_where_blind(sound, call):
+    out, stats = sound(call)
+    v = call.q[:, :, 2] if call.k is None else call.v
+    blind = (out == 0).all(-1, keepdim=True)
+    return torch.where(blind, v.mean(1, keepdim=True).to(out.dtype), out), stats
+
+
+def not_rescaled(sound, call):
+    """Half of the keys weighted by another maximum than the rest."""
+    out, stats = sound(call)
+    if call.k is None or call.k.shape[1] < 4:
+        return out, stats
+    k = call.k.clone()
+    k[:, : k.shape[1] // 2] *= 1.01
+    return sound(call._replace(k=k))[0], stats
+
+
+def with_norm_weights_swapped(call):
+    return call._replace(q_norm_weight=call.k_norm_weight, k_norm_weight=call.q_norm_weight)
+
+
+ATTENTION = {
+    "attention forward scale_dropped": on_call(lambda c: c._replace(scale=1.0)),
+    "attention forward scale_off": on_call(lambda c: c._replace(scale=c.scale * 1.002)),
+    "attention forward causal_off_by_one": on_call(later_mask),
+    "attention forward mask_ignored": on_call(lambda c: c._replace(mask=None)),
+    "attention forward bias_ignored": on_call(lambda c: c._replace(bias=None)),
+    "attention forward padded_key": on_call(padded_key),
+    "attention forward rope_dropped": on_call(lambda c: c._replace(rope=None)),
+    "attention forward rope_turned_backwards": on_call(rope_turned_backwards),
+    "attention forward rope_prefix_off_by_one": on_call(shifted_prefix),
+    "attention forward rope_layout": on_call(lambda c: c._replace(rope_half=not c.rope_half)),
+    "attention forward norm_eps": on_call(lambda c: c._replace(qk_norm_eps=1e-3)),
+    "attention forward norm_weights_swapped": on_call(with_norm_weights_swapped),
+    "attention forward mean_of_values_where_blind": mean_of_values_where_blind,
+    "attention forward not_rescaled": not_rescaled,
+    "attention forward heads_swapped": on_output(lambda o: o.roll(1, 2)),
+    "attention forward batch_entries_swapped": on_output(lambda o: o.roll(1, 0)),
+    "attention forward last_row_unwritten": on_output(unwritten_last_row),
+    "attention forward tail_unwritten": on_output(unwritten_tail_of_channels),
+    "attention forward truncated": on_output(truncated),
+    "attention forward in_bfloat16": on_output(in_bfloat16),
+    "attention forward scaled": on_output(lambda o: o * 1.01),
+    "attention backward dq_and_dk_swapped": swapped(0, 1),
+    "attention backward scaled": on_argument(0, lambda g: g * 1.01),
+    "attention backward scale_off": on_call(lambda c: c._replace(scale=c.scale * 1.01), 1),
+    "attention backward mask_ignored": on_call(lambda c: c._replace(mask=None), 1),
+    "attention backward causal_off_by_one": on_call(later_mask, 1),
+    "attention backward rope_not_turned_back": on_call(lambda c: c._replace(rope=None), 1),
+    "attention backward truncated": on_output(truncated),
+    "attention backward last_row_unwritten": on_output(unwritten_last_row, 1),
+    "attention backward delta_of_another_row": on_argument(2, lambda out: out.roll(1, 1)),
+}
+
+
+# ---- linear_act and patch_embed ------------------------------------------------------------------
+
+
+OTHER_GATE = {"": "", "first": "last", "last": "first"}
+
+
+def other_act(old, new):
+    return on_argument(5, lambda act: new if act == old else act)
+
+
+def quick_gelu_of_1_7(sound, x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
+    y, z = sound(x, weight, bias, gate_weight, gate_bias, act, gate, save_z)
+    if act != "quick_gelu":
+        return y, z
+    linear = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    return (linear * torch.sigmoid(1.7 * linear)).to(y.dtype), z
+
+
+def first_weight_forever():
+    """A prepacked weight that is not dropped when the weight changes."""
+    kept = {}
+
+    def fault(sound, x, weight, *rest):
+        return sound(x, kept.setdefault(tuple(weight.shape), torch.randn_like(weight)), *rest)
+
+    return fault
+
+
+GEMMS = {
+    "linear_act forward gelu_tanh_for_erf": other_act("gelu", "gelu_tanh"),
+    "linear_act forward quick_gelu_of_1_7": quick_gelu_of_1_7,
+    "linear_act forward bias_dropped": on_argument(2, none),
+    "linear_act forward other_half_gates": on_argument(6, OTHER_GATE.get),
+    "linear_act forward stale_weight": first_weight_forever(),
+    "linear_act forward truncated": on_output(truncated),
+    "linear_act forward last_row_unwritten": on_output(unwritten_last_row),
+    "linear_act forward operand_in_bfloat16": on_argument(0, in_bfloat16),
+    "linear_act backward derivative_left_out": on_argument(
+        7, lambda a: "none" if a == "gelu" else a
+    ),
+    "linear_act backward activation_in_bfloat16": on_argument(6, in_bfloat16),
+    "linear_act backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
+    "patch_embed forward patch_transposed": on_argument(1, lambda w: w.mT),
+    "patch_embed forward bias_dropped": on_argument(2, none),
+    "patch_embed forward pos_embed_dropped": on_argument(3, none),
+    "patch_embed forward mean_ignored": on_argument(5, none),
+    "patch_embed forward std_off": on_argument(6, lambda s: s * 255 / 256),
+    "patch_embed forward channels_reversed": on_argument(0, lambda i: i.flip(1)),
+    "patch_embed forward images_swapped": on_argument(0, lambda i: i.roll(1, 0)),
+    "patch_embed forward prefix_at_the_end": on_only_output(lambda t: t.roll(-1, 1)),
+    "patch_embed forward last_row_unwritten": on_only_output(unwritten_last_row),
+    "patch_embed backward tokens_off_by_one": on_argument(0, lambda g: g.roll(1, 1)),
+}
+FAULTS = NORMS | ATTENTION | GEMMS
+
+
+def judge(case, which, backend):
+    if which == "forward":
+        return case.judge(case.outputs(backend=backend))
+    return case.judge_gradients(case.gradients(case.trained, backend=backend))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught(fault, monkeypatch):
+    op, which, _ = fault.split()
+    spec = ops.spec_of(op)
+    name, backend = next(iter(spec.dispatcher.backends.items()))
+    sound = getattr(backend, which)
+    broken = dataclasses.replace(backend, **{which: partial(FAULTS[fault], sound)})
+    for sample in (s for s in spec.samples if s.tags.isdisjoint({"real", "large", "empty"})):
+        for dtype in spec.dtypes:
+            case = Case(spec, sample, dtype)
+            try:
+                raise_if_wrong(judge(case, which, name))
+            except (AssertionError, BackendUnavailableError):
+                continue  # tells nothing about the fault
+            with monkeypatch.context() as patch:
+                patch.setitem(spec.dispatcher.backends, name, broken)
+                try:
+                    raise_if_wrong(judge(case, which, name))
+                except AssertionError:
+                    return
+    pytest.fail(f"no sample of {op} notices this fault")
+
+
+def test_every_op_has_faults_in_both_directions():
+    found = {tuple(fault.split()[:2]) for fault in FAULTS}
+    assert found == {(op, which) for op in ops.NAMES for which in ("forward", "backward")}

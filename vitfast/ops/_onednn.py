@@ -1,0 +1,224 @@
+"""Linear layers on oneDNN through torch, for inference: weights packed once, activation fused.
+
+oneDNN's product is ahead of csrc/cpu/gemm.h on plain layers (benchmarks/README.md), and a packing
+saves it a tenth of its time at the few rows of a small image. A cached packing is used only while
+its weight is the same object, with the same storage address, version counter, dtype, shape and
+strides, and the same fingerprint: a hash of elements along a diagonal, which notices what bumps no
+version counter (edits through `.data`, of inference tensors, by other libraries) unless the edit
+leaves every one of those elements alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+import weakref
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from vitfast.runtime import native
+from vitfast.settings import settings
+
+CACHE_ROWS = 2048
+"""From so many rows on a packing costs below 1 % of its product, and memory counts more."""
+EXACT_WIDTH = 1024
+"""oneDNN sums all K products of a float32 result in one chain: beyond this K its error passes twice
+that of a blocked BLAS, so K is cut into pieces that are added up."""
+
+_ATTRIBUTES = {
+    "none": ("none", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "gelu_tanh": ("gelu", [], "tanh"),
+}
+
+
+@functools.cache
+def _missing() -> list[str]:
+    if not torch.backends.mkldnn.is_available():
+        return ["this torch was built without oneDNN"]
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return ["this torch lacks mkldnn::_linear_pointwise"]
+    return []
+
+
+@functools.cache
+def _bfloat16() -> bool:
+    probe = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return bool(probe is not None and probe())
+
+
+def reasons(
+    weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, act: str
+) -> list[str]:
+    """Why oneDNN cannot or should not run this layer; empty when it should."""
+    if settings.backend != "auto" or native.reasons():
+        return ["another backend was asked for, or there is no fingerprint without the extension"]
+    if not torch.backends.mkldnn.enabled:
+        return ["torch.backends.mkldnn.enabled is off"]
+    why = list(_missing())
+    plain = (torch.Tensor, torch.nn.Parameter)
+    if not weight.is_cpu or type(weight) not in plain or weight.ndim != 2 or not weight.numel():
+        why.append("weight is not a plain matrix on the CPU")
+    if weight.dtype not in (torch.float32, torch.bfloat16) or dtype not in (
+        torch.float32,
+        torch.bfloat16,
+    ):
+        why.append("dtypes other than float32 and bfloat16 are not implemented")
+    elif dtype == torch.bfloat16 and not _missing() and not _bfloat16():
+        why.append("oneDNN has no bfloat16 on this CPU")
+    if act not in _ATTRIBUTES:
+        why.append(f"oneDNN has no {act}")
+    elif act != "none" and dtype == torch.float32 and weight.shape[1] > EXACT_WIDTH:
+        why.append(f"K = {weight.shape[1]} is summed in pieces, before which no activation can go")
+    return why
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A layer ready to run. Not to be kept between calls: its weight may change."""
+
+    pieces: tuple[torch.Tensor, ...]  # packed, of `step` columns each
+    step: int
+    bias: torch.Tensor | None
+    act: str
+    width: int
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """act(x W^T + bias) for x [M, K] with contiguous rows, in the dtype it was prepared for."""
+        if len(self.pieces) == 1:
+            return torch.ops.mkldnn._linear_pointwise.default(
+                x, self.pieces[0], self.bias, *_ATTRIBUTES[self.act]
+            )
+        parts = x.split(self.step, -1)
+        y = torch.ops.mkldnn._linear_pointwise.default(
+            parts[0], self.pieces[0], self.bias, *_ATTRIBUTES["none"]
+        )
+        for part, piece in zip(parts[1:], self.pieces[1:], strict=True):
+            y = torch.ops.mkldnn._linear_pointwise.binary(part, y, piece, None, "add")
+        return y
+
+
+def prepare(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    act: str = "none",
+) -> Linear:
+    """A layer for products with `rows` rows in all, in this dtype; where `reasons` has none against.
+
+    Args:
+        weight: [N, K], float32 or bfloat16; bias: [N].
+    """
+    pieces = CACHE.get(weight, dtype) if rows < CACHE_ROWS else _pack(weight, dtype)
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    return Linear(pieces, _step(weight.shape[1], dtype), bias, act, weight.shape[0])
+
+
+def _step(k: int, dtype: torch.dtype) -> int:
+    if dtype != torch.float32 or k <= EXACT_WIDTH:
+        return k
+    count = -(-k // EXACT_WIDTH)
+    return -(-k // (16 * count)) * 16
+
+
+def _pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    rounded = weight.detach().to(dtype)
+    return tuple(
+        torch.ops.mkldnn._reorder_linear_weight(piece.contiguous(), 1024)
+        for piece in rounded.split(_step(weight.shape[1], dtype), 1)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    weight: weakref.ref[torch.Tensor]
+    state: tuple[Any, ...]
+    pieces: tuple[torch.Tensor, ...]
+    nbytes: int
+
+
+class WeightCache:
+    """Packed weights by weight and dtype. An entry goes when its weight does; the oldest goes where
+    there are too many bytes. Safe to use from several threads: at worst two pack the same weight."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.bytes = 0
+        self._entries: dict[tuple[int, torch.dtype], _Entry] = {}
+        self._lock = threading.RLock()  # a weakref's callback may run while it is held
+
+    def get(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """The packing of a weight [N, K] for products of this dtype, new if need be."""
+        key = (id(weight), dtype)
+        state = _state(weight)
+        entry = self._entries.get(key)
+        if entry is not None and entry.state == state and entry.weight() is weight:
+            return entry.pieces
+        pieces = _pack(weight, dtype)
+        drop = partial(_drop, weakref.ref(self), key)
+        nbytes = weight.numel() * dtype.itemsize
+        with self._lock:
+            self._remove(key)
+            self._entries[key] = _Entry(weakref.ref(weight, drop), state, pieces, nbytes)
+            self.bytes += nbytes
+            while self.bytes > self.most_bytes and len(self._entries) > 1:
+                self._remove(next(iter(self._entries)))
+        return pieces
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _remove(self, key: tuple[int, torch.dtype]) -> None:
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is not None:
+                self.bytes -= entry.nbytes
+
+
+def _drop(
+    cache: weakref.ref[WeightCache], key: tuple[int, torch.dtype], dead: weakref.ref[torch.Tensor]
+) -> None:
+    alive = cache()
+    # The id may belong to another weight by now: only the entry of the one that died goes.
+    if alive is not None and (entry := alive._entries.get(key)) and entry.weight is dead:
+        alive._remove(key)
+
+
+def _state(w: torch.Tensor) -> tuple[Any, ...]:
+    (rows, columns), strides, address = w.shape, w.stride(), w.data_ptr()
+    return (
+        address,
+        0 if w.is_inference() else w._version,
+        w.dtype,
+        w.shape,
+        strides,
+        native.native().fingerprint(
+            address, w.itemsize, rows, columns, strides[0], strides[1], native.threads()
+        ),
+    )
+
+
+def _quarter_of_memory() -> int:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    except (AttributeError, ValueError, OSError):
+        return 4 << 30
+
+
+CACHE = WeightCache(_quarter_of_memory())
+
+
+def clear_weight_cache() -> None:
+    """Forget every packed weight; the next inference call packs anew."""
+    CACHE.clear()
