@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["SwapReport", "__version__", "create_model", "layers", "ops", "restore", "settings", "swap"]
+__all__ = [
+    "SwapReport",
+    "__version__",
+    "create_model",
+    "layers",
+    "ops",
+    "restore",
+    "settings",
+    "swap",
+]
 
 _HOME = {
     "SwapReport": "vitfast.swap",

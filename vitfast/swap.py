@@ -22,9 +22,10 @@ from torch import nn
 
 from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
-from vitfast.families import gap_table, layer_table
+from vitfast.families import Gap, gap_table, layer_table
 from vitfast.layers import Layer
 from vitfast.layers._guard import Unfit, Unsupported
+from vitfast.ops._onednn import clear_weight_cache
 from vitfast.settings import logger
 
 __all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "restore", "swap"]
@@ -144,7 +145,7 @@ def swap(
         SwapError: `strict`, and something had to be left alone.
     """
     model = _unwrapped(model)
-    todo: list[tuple[nn.Module, type[nn.Module]]] = []
+    todo: list[tuple[nn.Module, type[Any]]] = []
     report = SwapReport(type(model).__name__)
     chosen = _Selection(model, only, skip)
     for path, module in model.named_modules():
@@ -174,8 +175,10 @@ def restore(model: Model) -> Model:
         InputTypeError: the model is no torch.nn.Module.
     """
     for module in _unwrapped(model).modules():
-        if type(module) in _layers():
-            module.__class__ = type(module).timm_class
+        kind: Any = type(module)
+        if kind in _layers():
+            module.__class__ = kind.timm_class
+    clear_weight_cache()
     return model
 
 
@@ -192,23 +195,21 @@ def create_model(model_name: str, **timm_kwargs: Any) -> nn.Module:
 
 def _decide(path: str, module: nn.Module, chosen: _Selection) -> Swapped | Skipped | None:
     """What becomes of one module; None where vitfast has nothing to say about its class."""
-    kind = type(module)
+    kind: type[Any] = type(module)
     if kind in _layers():
-        why = _unfit(kind, module)
-        return _swapped(path, kind, why)
-    layer, gap = layer_table().get(kind), gap_table().get(kind)
-    if layer is None and gap is None:
+        return _swapped(path, kind, _unfit(kind, module))
+    known = layer_table().get(kind) or gap_table().get(kind)
+    if known is None:
         return _unknown(path, kind)
-    role = layer.role if gap is None else gap.role
     refusal = chosen.refusal(path)
     if refusal:
-        return Skipped(path, kind.__name__, role, refusal, by_choice=True)
-    if gap is not None:
-        return Skipped(path, kind.__name__, role, gap.reason)
-    why = _unfit(layer, module)
+        return Skipped(path, kind.__name__, known.role, refusal, by_choice=True)
+    if isinstance(known, Gap):
+        return Skipped(path, kind.__name__, known.role, known.reason)
+    why = _unfit(known, module)
     if isinstance(why, Unsupported):
-        return Skipped(path, kind.__name__, role, str(why))
-    return _swapped(path, layer, why)
+        return Skipped(path, kind.__name__, known.role, str(why))
+    return _swapped(path, known, why)
 
 
 def _swapped(path: str, layer: type[Layer], why: Unfit | None) -> Swapped:
@@ -225,8 +226,10 @@ def _unfit(layer: type[Layer], module: nn.Module) -> Unfit | None:
     return None
 
 
-def _unknown(path: str, kind: type[nn.Module]) -> Skipped | None:
+def _unknown(path: str, kind: type[Any]) -> Skipped | None:
     """A subclass of something known, else None."""
+    known: Any
+    base: Any
     for base in kind.__mro__[1:]:
         known = base if base in _layers() else layer_table().get(base) or gap_table().get(base)
         if known is not None:
@@ -242,7 +245,7 @@ def _layers() -> dict[type[Layer], str]:
     return {layer: public[layer] for layer in layer_table().values()}
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def _unwrapped(model: Any) -> nn.Module:
     """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
     if not isinstance(model, nn.Module):
         raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -285,7 +288,7 @@ def _matched(what: str, choice: Choice, modules: dict[str, nn.Module]) -> set[st
                 path
                 for path, module in modules.items()
                 if isinstance(module, item)
-                or issubclass(layer_table().get(type(module), nn.Module), item)
+                or issubclass(layer_table().get(type(module), object), item)
             }
         else:
             raise InputTypeError(f"{what}: expected path patterns or classes, got {item!r}")

@@ -28,10 +28,8 @@ Plan plan_of(const Gemm& g) {
   p.steps = steps_of(g.b.k, g.compute);
   p.panels = panels_of(g.b.n);
   const bool one_group = g.a.rows >= g.m || g.a.outer == g.a.rows * g.a.inner;
-  // Rows a multiple of 4 KiB apart would share the few lines of one cache set.
-  const bool aliased = g.a.inner * size_of(g.a.dtype) % 4096 == 0 && p.panels >= 8;
   p.staged = g.a_transposed || (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
-             (!one_group && g.a.rows < 4 * kTileRows) || aliased;
+             (!one_group && g.a.rows < 4 * kTileRows);
   p.group_rows = one_group || p.staged ? g.m : g.a.rows;
   int64_t most = kBlockRows;
   if (p.staged) {
@@ -211,50 +209,75 @@ struct Tiles {
 // stretch of B to stay in the L1 cache.
 inline int64_t stretch_of(int64_t steps) { return steps <= 2 * kMostSteps ? kMostSteps / 2 : kMostSteps; }
 
-// What the tiles read, of one panel of one half of B.
+// Steps of a panel that are put in order at a time: long runs of each column, as the hardware's
+// prefetching wants them, and still a part of the L2 cache only.
+constexpr int64_t kSlabSteps = 8 * kMostSteps;
+
+// One panel of one half of B, as the tiles read it.
 class Panel {
  public:
   Panel(const Gemm& g, const Plan& p, const void* half, int64_t panel, const void* packed,
         uint32_t* room)
-      : g_(g), p_(p), half_(half), panel_(panel), packed_(packed), room_(room) {}
-  const char* steps(int64_t begin, int64_t end) const {
-    if (packed_ != nullptr) return static_cast<const char*>(packed_) + begin * kPanel * kStepBytes;
-    pack_steps(g_.b, g_.compute, half_, panel_, begin, end, room_);
-    return reinterpret_cast<const char*>(room_);
+      : g_(g), p_(p), half_(half), panel_(panel), packed_(static_cast<const char*>(packed)),
+        room_(room) {}
+
+  // From this step on, in order. Steps come in order too.
+  const char* from(int64_t step) const {
+    if (packed_ != nullptr) return packed_ + step * kPanel * kStepBytes;
+    const int64_t at = step % kSlabSteps;
+    if (at == 0) {
+      const int64_t end = smaller(step + kSlabSteps, p_.steps);
+      pack_steps(g_.b, g_.compute, half_, panel_, step, end, room_);
+    }
+    return reinterpret_cast<const char*>(room_ + at * kPanel);
   }
-  // Lines of what `steps(begin, ...)` will read: the part-th of `parts` parts of them, or some.
-  void lines(int64_t begin, int64_t stretch, int64_t part, int64_t parts, Ahead& to) const {
-    const int64_t count = smaller(stretch, p_.steps - begin);
+
+  // Lines to fetch while `steps` from `step` on are multiplied, in part `part` of `parts`: of the
+  // next stretch where B is in order already, else of the next slab of this panel or the next one.
+  void ahead(int64_t step, int64_t steps, int64_t part, int64_t parts, Ahead& to) const {
     to.count = 0;
-    if (count <= 0 || (packed_ == nullptr && g_.b.k_stride != 1)) return;
-    // `columns` runs of `run` lines each, `stride` bytes apart.
-    const int64_t per = p_.pairs ? 2 : 1, item = size_of(g_.b.dtype);
-    const bool whole = packed_ != nullptr;
-    const int64_t columns = whole ? 1 : smaller(kPanel, g_.b.n - panel_ * kPanel);
-    const int64_t run = ceil_div(count * (whole ? kPanel * kStepBytes : per * item), 64);
-    const int64_t stride = g_.b.n_stride * item;
-    const char* const from =
-        whole ? static_cast<const char*>(packed_) + begin * kPanel * kStepBytes
-              : static_cast<const char*>(half_) + panel_ * kPanel * stride + begin * per * item;
-    const int64_t first = columns * run * part / parts, last = columns * run * (part + 1) / parts;
-    int64_t line = first % run;
-    const char* column = from + first / run * stride;
-    to.count = smaller(last - first, kMostAhead);
-    for (int64_t i = 0; i < to.count; ++i) {
-      to.line[i] = column + line * 64;
-      if (++line == run) {
-        line = 0;
-        column += stride;
-      }
+    if (packed_ != nullptr) {
+      const int64_t lines = smaller(steps, p_.steps - step - steps) * kPanel * kStepBytes / 64;
+      if (lines > 0)
+        runs(packed_ + (step + steps) * kPanel * kStepBytes, 1, lines, 0, part, parts, to);
+    } else if (g_.b.k_stride == 1) {
+      const int64_t slab = step / kSlabSteps * kSlabSteps;
+      const int64_t now = smaller(kSlabSteps, p_.steps - slab);
+      const int64_t done = (step - slab) / steps, of = ceil_div(now, steps);
+      const bool last = slab + now >= p_.steps;
+      const int64_t next = last ? 0 : slab + now, column = (last ? panel_ + 1 : panel_) * kPanel;
+      const int64_t columns = smaller(kPanel, g_.b.n - column);
+      if (columns <= 0) return;
+      const int64_t item = size_of(g_.b.dtype) * (p_.pairs ? 2 : 1);
+      const int64_t stride = g_.b.n_stride * size_of(g_.b.dtype);
+      const int64_t lines = ceil_div(smaller(kSlabSteps, p_.steps - next) * item, 64);
+      runs(static_cast<const char*>(half_) + column * stride + next * item, columns, lines, stride,
+           done * parts + part, of * parts, to);
     }
   }
 
  private:
+  // Part `part` of `parts` of `count` runs of `lines` lines, `stride` bytes apart.
+  static void runs(const char* from, int64_t count, int64_t lines, int64_t stride, int64_t part,
+                   int64_t parts, Ahead& to) {
+    const int64_t first = count * lines * part / parts, last = count * lines * (part + 1) / parts;
+    int64_t line = first % lines;
+    const char* run = from + first / lines * stride;
+    to.count = smaller(last - first, kMostAhead);
+    for (int64_t i = 0; i < to.count; ++i) {
+      to.line[i] = run + line * 64;
+      if (++line == lines) {
+        line = 0;
+        run += stride;
+      }
+    }
+  }
+
   const Gemm& g_;
   const Plan& p_;
   const void* half_;
   int64_t panel_;
-  const void* packed_;
+  const char* packed_;
   uint32_t* room_;
 };
 
@@ -264,13 +287,12 @@ void panel_product(const Tiles& tiles, int64_t rows, int64_t steps, const char* 
   const int64_t count = ceil_div(rows, kTileRows), stretch = stretch_of(steps);
   Ahead ahead;
   for (int64_t s = 0; s < steps; s += stretch) {
-    const int64_t now = smaller(stretch, steps - s);
-    const char* const packed = b.steps(s, s + now);
+    const char* const in_order = b.from(s);
     for (int64_t t = 0; t < count; ++t) {
-      b.lines(s + now, stretch, t, count, ahead);
+      b.ahead(s, stretch, t, count, ahead);
       const int64_t first = rows * t / count, last = rows * (t + 1) / count;
-      tiles.of[last - first](now, a + first * a_stride + s * kStepBytes, a_stride, packed,
-                             total + first * kPanel, s == 0, ahead);
+      tiles.of[last - first](smaller(stretch, steps - s), a + first * a_stride + s * kStepBytes,
+                             a_stride, in_order, total + first * kPanel, s == 0, ahead);
     }
   }
 }
@@ -289,7 +311,8 @@ void gemm(const Gemm& g) {
   const int64_t staged_words = p.staged ? align64(p.steps * kStepBytes) / kStepBytes + 16 : 0;
   const int64_t total_bytes = align64(halves * p.block_rows * kPanel * 4);
   const int64_t offset_bytes = align64(sizeof(Offsets));
-  const int64_t room_bytes = kMostSteps * kPanel * kStepBytes;
+  const int64_t room_bytes =
+      g.packed == nullptr ? align64(smaller(kSlabSteps, p.steps) * kPanel * kStepBytes) : 0;
   const int64_t thread_bytes =
       total_bytes + offset_bytes + room_bytes + align64(p.block_rows * staged_words * kStepBytes);
   const int64_t tasks = p.blocks * p.panels;

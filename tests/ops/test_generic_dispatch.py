@@ -10,7 +10,7 @@ import torch
 from vitfast.errors import BackendUnavailableError, InputValueError
 from vitfast.runtime import native
 from vitfast.settings import settings
-from vitfast.testing.cases import raise_if_wrong
+from vitfast.testing.errors import raise_if_wrong
 
 one_small = pytest.mark.cases(tags=["small"], most=1, dtypes=[torch.float32])
 

@@ -14,7 +14,8 @@ import torch
 
 import vitfast.ops as ops
 from vitfast.errors import BackendUnavailableError
-from vitfast.testing.cases import Case, raise_if_wrong
+from vitfast.testing.cases import Case
+from vitfast.testing.errors import raise_if_wrong
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from vitfast.errors import BackendUnavailableError
-from vitfast.testing.cases import Case, raise_if_wrong
+from vitfast.testing.cases import Case
+from vitfast.testing.errors import raise_if_wrong
 from vitfast.testing.inputs import LAYOUTS, with_layout
 
 

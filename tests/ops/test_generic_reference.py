@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitfast.testing.cases import raise_if_wrong
+from vitfast.testing.errors import raise_if_wrong
 from vitfast.testing.inputs import outputs_of
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast.errors import NotTwiceDifferentiableError
-from vitfast.testing.cases import raise_if_wrong
+from vitfast.testing.errors import raise_if_wrong
 from vitfast.testing.inputs import map_tensors
 
 

@@ -13,7 +13,8 @@ from vitfast.errors import DeviceError, InputTypeError, InputValueError
 from vitfast.ops import _norm, add_norm, layer_norm, residual_add, rms_norm, spec_of
 from vitfast.runtime import native
 from vitfast.settings import ISA_LEVELS, settings
-from vitfast.testing.cases import Case, raise_if_wrong
+from vitfast.testing.cases import Case
+from vitfast.testing.errors import raise_if_wrong
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])

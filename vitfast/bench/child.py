@@ -1,19 +1,23 @@
 """Peak memory of one contender in a process of its own, where nobody else's pages count.
 
-Run as `python -m vitfast.bench.child JSON`; prints one line of JSON.
+The child searches for modules where its parent does, and prints one line of JSON.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from typing import Any
 
 from vitfast.errors import VitfastError
 
+_START = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from vitfast.bench.child import measure; "
+    "print(json.dumps({'peak_mb': measure(json.loads(sys.argv[2]))}))"
+)
 CALLS = 2
 """The first call packs weights; the second has them all and works."""
 
@@ -31,11 +35,10 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
     Raises:
         ChildError: the child failed or took too long.
     """
-    command = [sys.executable, "-m", "vitfast.bench.child", json.dumps(arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps(arguments)]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, env=environment
+            command, capture_output=True, text=True, timeout=timeout
         )
     except subprocess.TimeoutExpired as error:
         raise ChildError(f"no answer in {timeout:.0f} s") from error
@@ -71,6 +74,3 @@ def measure(arguments: dict[str, Any]) -> float | None:
     peak = memory.peak_mb(device)
     return None if peak is None else peak - before
 
-
-if __name__ == "__main__":
-    print(json.dumps({"peak_mb": measure(json.loads(sys.argv[1]))}))

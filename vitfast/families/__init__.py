@@ -11,6 +11,7 @@ import importlib
 from torch import nn
 
 from vitfast.families._family import Family, Gap
+from vitfast.layers import Layer
 
 NAMES = ("vit", "eva", "naflex", "beit", "relpos", "hybrid", "other")
 
@@ -24,7 +25,7 @@ def families() -> tuple[Family, ...]:
 
 
 @functools.cache
-def layer_table() -> dict[type[nn.Module], type[nn.Module]]:
+def layer_table() -> dict[type[nn.Module], type[Layer]]:
     """timm class -> drop-in layer."""
     return {layer.timm_class: layer for family in families() for layer in family.layers}
 

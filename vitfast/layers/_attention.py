@@ -7,7 +7,7 @@ each has a plan function that fills an `Attention`, and `attend` does the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ def child(children: Children, name: str) -> Attention:
     return plan(module)
 
 
-def common(module: nn.Module, qkv: tuple[Linear, ...]) -> Attention:
+def common(module: Any, qkv: tuple[Linear, ...]) -> Attention:
     """The parts that all attention modules have alike."""
     children = module._modules
     if children.get("gate") is not None:
@@ -81,7 +81,7 @@ def check_width(plan: Attention) -> Attention:
     return plan
 
 
-def dense_bias(bias: torch.Tensor | None, heads: int) -> dict[str, torch.Tensor | None]:
+def dense_bias(bias: torch.Tensor | None, heads: int) -> dict[str, Any]:
     """A position bias as an argument of `attend`: `bias` where it has a value for every head."""
     if bias is None:
         return {}
@@ -89,7 +89,7 @@ def dense_bias(bias: torch.Tensor | None, heads: int) -> dict[str, torch.Tensor 
     return {"bias" if per_head else "mask": bias}
 
 
-def packed_bias(module: nn.Module) -> torch.Tensor | None:
+def packed_bias(module: Any) -> torch.Tensor | None:
     """The bias of EVA's and BEiT's qkv: learned for q and v, a buffer of zeros for k."""
     q_bias = _guard.optional_parameter(module, "q_bias")
     if q_bias is None:
@@ -128,10 +128,10 @@ def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Te
     return split
 
 
-def prologue(plan: Attention, rope: torch.Tensor | None) -> dict[str, object]:
+def prologue(plan: Attention, rope: torch.Tensor | None) -> dict[str, Any]:
     """The arguments of `ops.attention` for q/k norm and rotary embedding."""
-    given: dict[str, object] = {}
-    if plan.q_norm is not None:
+    given: dict[str, Any] = {}
+    if plan.q_norm is not None and plan.k_norm is not None:
         given |= dict(
             qk_norm=plan.q_norm.kind,
             q_norm_weight=plan.q_norm.weight,

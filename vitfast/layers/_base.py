@@ -32,7 +32,7 @@ class Layer:
         """
         return None
 
-    def __prepare_scriptable__(self) -> nn.Module:
+    def __prepare_scriptable__(self) -> Layer:
         """Called by `torch.jit.script`, which compiles source code: give it timm's class.
 
         torch puts what it gets here into the very model it was asked to script, so the model is
@@ -43,5 +43,5 @@ class Layer:
             "classes; call vitfast.swap(model) again to use them afterwards",
             stacklevel=2,
         )
-        self.__class__ = self.timm_class
+        self.__class__ = self.timm_class  # type: ignore[assignment]
         return self

@@ -9,7 +9,7 @@ The residual add of the first line and the norm of the second are one pass over 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -64,7 +64,7 @@ def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor 
     )
 
 
-def run(x: torch.Tensor, block: Block, **attention: object) -> torch.Tensor:
+def run(x: torch.Tensor, block: Block, **attention: Any) -> torch.Tensor:
     """The block on x [B, N, C]; keywords as for `_attention.attend`."""
     out = None
     if not _needs_ops(x, block, attention):
@@ -72,7 +72,7 @@ def run(x: torch.Tensor, block: Block, **attention: object) -> torch.Tensor:
     return _differentiable(x, block, attention) if out is None else out
 
 
-def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, object]) -> bool:
+def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool:
     """Whether this call is traced, or recorded by autograd, or drops paths."""
     if torch.compiler.is_compiling() or block.drop1 is not None or block.drop2 is not None:
         return True
@@ -89,7 +89,7 @@ def _tensors(values: tuple) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, object]) -> torch.Tensor:
+def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     operand = operand_dtype(x)
     branch = _attention.attend(_norm.apply(x, block.norm1, operand), block.attn, **attention)

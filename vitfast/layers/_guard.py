@@ -10,7 +10,7 @@ call, since all of this can change between two calls; it costs about 0.15 us a c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from timm.layers import DropPath, activations
@@ -20,7 +20,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from vitfast.settings import settings
 
 PLAIN = (torch.Tensor, nn.Parameter)
-Children = dict[str, nn.Module | None]
+Children = dict[str, Any]  # a module's `_modules`
 Plan = TypeVar("Plan")
 
 
@@ -99,7 +99,7 @@ def check_bare(module: nn.Module, name: str) -> None:
         raise Unfit(f"{name} has hooks or a replaced forward")
 
 
-def tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+def tensor(module: nn.Module, name: str) -> Any:
     """A parameter that is an ordinary tensor, or None where it was built without."""
     found = module._parameters.get(name, module)
     if found is None:
@@ -109,7 +109,7 @@ def tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     return found
 
 
-def optional_parameter(module: nn.Module, name: str) -> torch.Tensor | None:
+def optional_parameter(module: nn.Module, name: str) -> Any:
     """As `tensor`, for a parameter that may have been set to None before it was ever registered."""
     return tensor(module, name) if name in module._parameters else getattr(module, name)
 

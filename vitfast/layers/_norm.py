@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from timm import layers as timm_layers
@@ -29,7 +29,7 @@ class Norm(NamedTuple):
     eps: float
 
 
-def plan(module: nn.Module) -> Norm:
+def plan(module: Any) -> Norm:
     """What a norm module holds, its own hooks set aside (whoever called it has run them)."""
     kind = KINDS.get(type(module))
     if kind is None:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm import layers as timm_layers
-from torch import nn
 
 from vitfast.layers import _attention, _guard
 from vitfast.layers._base import Layer
 
 
-def plan_attention(module: nn.Module) -> _attention.Attention:
+def plan_attention(module: Any) -> _attention.Attention:
     """How timm's `Attention` computes."""
     return _attention.common(module, (_guard.linear(module._modules, "qkv"),))
 
 
-def plan_attention_rope(module: nn.Module) -> _attention.Attention:
+def plan_attention_rope(module: Any) -> _attention.Attention:
     """How timm's `AttentionRope` computes."""
     children = module._modules
     names = ("qkv",) if children.get("qkv") is not None else ("q_proj", "k_proj", "v_proj")

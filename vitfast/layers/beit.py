@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models import beit
-from torch import nn
 
 from vitfast.layers import _attention, _block, _guard
 from vitfast.layers._base import Layer
 
 
-def plan_attention(module: nn.Module) -> _attention.Attention:
+def plan_attention(module: Any) -> _attention.Attention:
     """How BEiT's `Attention` computes.
 
     With `qkv_bias_separate` timm adds the bias after the product, which here is one step.
@@ -21,14 +22,16 @@ def plan_attention(module: nn.Module) -> _attention.Attention:
     return _attention.check_width(plan)
 
 
-def position_bias(module: nn.Module, shared: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+def position_bias(module: Any, shared: torch.Tensor | None) -> dict[str, Any]:
     """The relative position bias of BEiT's `Attention`, as an argument of `attend`."""
     table = module.relative_position_bias_table
     if table is None:
         return _attention.dense_bias(shared, module.num_heads)
-    # As timm's _get_rel_pos_bias; gathered head by head, which leaves nothing to permute.
+    # As timm's _get_rel_pos_bias, but head by head: each reads its own short row of the table, and
+    # nothing is left to permute.
     index = module.relative_position_index
-    bias = table.t().index_select(1, index.flatten()).unflatten(1, index.shape)
+    every_pair = index.reshape(1, -1).expand(module.num_heads, -1)
+    bias = table.t().contiguous().gather(1, every_pair).unflatten(1, index.shape)
     return _attention.dense_bias(bias if shared is None else bias + shared, module.num_heads)
 
 

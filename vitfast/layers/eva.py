@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models import eva
-from torch import nn
 
 from vitfast.layers import _attention, _block, _guard
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
 
 
-def plan_attention(module: nn.Module) -> Attention:
+def plan_attention(module: Any) -> Attention:
     """How timm's `EvaAttention` computes.
 
     With `qkv_bias_separate` timm adds the bias after the product, which here is one step.

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.models import vision_transformer_relpos as relpos
-from torch import nn
 
 from vitfast.layers import _attention, _block, _guard
 from vitfast.layers._base import Layer
 
 
-def plan_attention(module: nn.Module) -> _attention.Attention:
+def plan_attention(module: Any) -> _attention.Attention:
     """How timm's `RelPosAttention` computes."""
     return _attention.common(module, (_guard.linear(module._modules, "qkv"),))
 
 
-def position_bias(module: nn.Module, shared: torch.Tensor | None) -> dict[str, torch.Tensor | None]:
+def position_bias(module: Any, shared: torch.Tensor | None) -> dict[str, Any]:
     """The bias of `RelPosAttention`, as an argument of `attend`; its own wins, as in timm."""
     bias = shared if module.rel_pos is None else module.rel_pos.get_bias()
     return _attention.dense_bias(bias, module.num_heads)

@@ -1,6 +1,6 @@
 """Matrix products on csrc/cpu/gemm.h, for ops and for the inference path of layers.
 
-`linear` is what a layer calls without autograd; where it runs several row chunks through one weight,
+`linear` is what a layer calls without autograd; for several row chunks through one weight it calls
 `prepare` once and `apply` for each. They check nothing: shapes are the caller's promise. Where the
 native kernel cannot or should not run, they go through the op `linear_act`.
 

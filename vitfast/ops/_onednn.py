@@ -109,7 +109,7 @@ def prepare(
     dtype: torch.dtype,
     act: str = "none",
 ) -> Linear:
-    """A layer for products with `rows` rows in all, in this dtype; where `reasons` has none against.
+    """A layer for products with `rows` rows in all, in this dtype, where no `reasons` are against.
 
     Args:
         weight: [N, K], float32 or bfloat16; bias: [N].
@@ -144,8 +144,8 @@ class _Entry:
 
 
 class WeightCache:
-    """Packed weights by weight and dtype. An entry goes when its weight does; the oldest goes where
-    there are too many bytes. Safe to use from several threads: at worst two pack the same weight."""
+    """Packed weights by weight and dtype. An entry goes with its weight, the oldest when there
+    are too many bytes. Safe to use from several threads: at worst two pack the same weight."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes

@@ -13,7 +13,7 @@ of this argument (or the output `out<i>`) is zero but for rounding, and `empty` 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -165,10 +165,3 @@ def _guarded(call: OpCall) -> Iterator[OpCall]:
         yield OpCall(call.signature, arguments, call.names)
     for guarded in guards:
         guarded.check()
-
-
-def raise_if_wrong(reports: Iterable[ErrorReport]) -> None:
-    """Raises AssertionError with every report that is not ok."""
-    wrong = [str(r) for r in reports if not r.ok]
-    if wrong:
-        raise AssertionError("\n".join(wrong))

@@ -27,7 +27,7 @@ b = base - reference, n elements and ulp the spacing of the working dtype at rms
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -155,6 +155,7 @@ def assert_close(
     factor: float = 2.0,
     rms_factor: float = 1.25,
     zero: bool = False,
+    working: torch.dtype | None = None,
 ) -> list[ErrorReport]:
     """`compare` for a tensor or a sequence of them; returns the reports.
 
@@ -166,13 +167,20 @@ def assert_close(
         actual, reference, base = [actual], [reference], [base]
     names = [name] if len(actual) == 1 else [f"{name}[{i}]" for i in range(len(actual))]
     reports = [
-        compare(t, r, b, name=label, factor=factor, rms_factor=rms_factor, zero=zero)
-        for label, t, r, b in zip(names, actual, reference, base, strict=True)
+        compare(
+            *tensors, name=label, factor=factor, rms_factor=rms_factor, zero=zero, working=working
+        )
+        for label, *tensors in zip(names, actual, reference, base, strict=True)
     ]
+    raise_if_wrong(reports)
+    return reports
+
+
+def raise_if_wrong(reports: Iterable[ErrorReport]) -> None:
+    """Raises AssertionError with every report that is not ok."""
     wrong = [str(report) for report in reports if not report.ok]
     if wrong:
         raise AssertionError("\n".join(wrong))
-    return reports
 
 
 def ulp(value: float, dtype: torch.dtype) -> float:

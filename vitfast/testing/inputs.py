@@ -64,7 +64,7 @@ class OpCall:
     names: tuple[object, ...] = field(default=())
 
     def run(self, function: Callable[..., Any], **more: Any) -> tuple[torch.Tensor, ...]:
-        """OpCall `function`, which has the same parameters, and give its outputs as a tuple."""
+        """Call `function`, which has the same parameters, and give its outputs as a tuple."""
         bound = inspect.BoundArguments(self.signature, dict(self.arguments))
         return outputs_of(function(*bound.args, **bound.kwargs, **more))
 

@@ -157,7 +157,7 @@ def _reference_backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, g
 
 
 # The native kernel knows no tiles (AMX); oneDNN does.
-_COMPILED = [vendor.BACKEND, native.BACKEND] if _gemm.HAS_TILES else [native.BACKEND, vendor.BACKEND]
+_COMPILED = [native.BACKEND, vendor.BACKEND][:: -1 if _gemm.HAS_TILES else 1]
 DISPATCHER = Dispatcher(
     "linear_act",
     [

@@ -43,9 +43,8 @@ def _halves(z, gate):
 
 def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted):
     inputs = (x, weight, bias, gate_weight, gate_bias)
-    empty = x.new_empty(0)
     found = [
-        t.new_empty(t.shape) if w and t is not None else empty
+        t.new_empty(t.shape) if w and t is not None else x.new_empty(0)
         for t, w in zip(inputs, wanted, strict=True)
     ]
     if not grad.numel():

@@ -68,7 +68,6 @@ def _linear(x, weight, bias):
 
 
 def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted):
-    empty = x.new_empty(0)
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     if gate or gate_weight is not None:
         side = gate or "first"
@@ -82,7 +81,7 @@ def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted
     parts = [(weight, bias, dz, 1)]
     if gate_weight is not None:
         parts = [(gate_weight, gate_bias, dz[:, :n], 3), (weight, bias, dz[:, n:], 1)]
-    found = [empty] * 5
+    found = [x.new_empty(0) for _ in range(5)]
     dx = None
     for w, b, d, at in parts:
         if wanted[0]:
