@@ -14,7 +14,6 @@ variable                  attribute    meaning
                                        reference
 ``VITFAST_CPU_ISA``       cpu_isa      highest instruction set for native CPU kernels: "baseline",
                                        "avx2", "avx512", "avx512_bf16"; can only lower it
-``VITFAST_CONFIG_DIR``    config_dir   folder of tuned launch configs that win over shipped ones
 ``VITFAST_LOG``           log          level of the "vitfast" logger ("info", "debug", ...)
 ========================  ===========  ==========================================================
 """
@@ -31,7 +30,6 @@ ENVIRONMENT = {
     "backend": "VITFAST_BACKEND",
     "disable": "VITFAST_DISABLE",
     "cpu_isa": "VITFAST_CPU_ISA",
-    "config_dir": "VITFAST_CONFIG_DIR",
     "log": "VITFAST_LOG",
 }
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
@@ -56,7 +54,6 @@ class Settings:
     backend: str = "auto"
     disable: bool = False
     cpu_isa: str | None = None
-    config_dir: str | None = None
     log: str | None = None
     source: dict[str, str] = field(default_factory=dict, repr=False)
 

@@ -80,8 +80,10 @@ def _show(outcomes: Sequence[Outcome], where: str, credit: str) -> None:
             for o in outcomes
         ],
     )  # fmt: skip
-    for text in dict.fromkeys(o.budget_from for o in outcomes):
-        print(f"budget of {', '.join(o.title for o in outcomes if o.budget_from == text)}: {text}")
+    usual, *others = dict.fromkeys(o.budget_from for o in outcomes)
+    print(f"budget: {usual}")
+    for text in others:
+        print(f"  for {', '.join(o.title for o in outcomes if o.budget_from == text)}: {text}")
     for o in outcomes:
         if o.labels:
             names = ", ".join(f"{label} {chance:.0%}" for label, chance in o.labels)

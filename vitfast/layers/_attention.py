@@ -94,7 +94,7 @@ def packed_bias(module: Any) -> torch.Tensor | None:
     q_bias = _guard.optional_parameter(module, "q_bias")
     if q_bias is None:
         return None
-    return torch.cat((q_bias, module._buffers["k_bias"], _guard.tensor(module, "v_bias")))
+    return torch.cat((q_bias, module.k_bias, _guard.tensor(module, "v_bias")))
 
 
 def attend(
