@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -9,6 +10,11 @@ from collections.abc import Iterator
 # Before torch loads OpenMP: on a machine with more work than cores, spinning threads would make
 # thousands of tiny parallel regions take minutes.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Before anything imports the standard library's distutils: setuptools refuses to load on top of
+# that, and torch's inductor loads setuptools.
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401
 
 import pytest
 import torch
