@@ -96,7 +96,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype autocast would lower a matrix product to on this device; None when it is off."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
 
