@@ -399,6 +399,8 @@ void linear_backward_checked(int64_t m, int64_t n, int act, const GemmRowsArg& g
                             mutable_floats(dgate_bias),
                             threads};
   require(a.grad.ptr != nullptr, "linear_backward: grad is missing");
+  for (const GemmRows& r : {a.z, a.gate_z, a.dz, a.dgate_z})
+    require(r.ptr == nullptr || r.dtype == a.grad.dtype, "linear_backward: dtypes differ");
   require(a.z.ptr != nullptr || (a.act == Act::none && a.gate_z.ptr == nullptr),
           "linear_backward: z goes with an activation or a gate");
   require((a.gate_z.ptr == nullptr) == (a.dgate_z.ptr == nullptr),
@@ -411,12 +413,14 @@ void linear_backward_checked(int64_t m, int64_t n, int act, const GemmRowsArg& g
 void bind_linear_act(py::module_& m) {
   m.def("gemm", &gemm_checked, Release(),
         "See csrc/cpu/gemm.h. Rows are (address, dtype, rows of a group, outer stride, inner "
-        "stride), vectors (address, dtype); None where absent. B is (address, address of the gate's "
-        "or 0, dtype, n, k, stride of n, stride of k).");
+        "stride), vectors (address, dtype); None where absent. B is (address, address of the "
+        "gate's or 0, dtype, n, k, stride of n, stride of k).");
   m.def("gemm_pack", &gemm_pack_checked, Release(), "See csrc/cpu/gemm.h.");
   m.def(
       "gemm_packed_bytes",
-      [](const GemmBArg& b, int compute) { return gemm_packed_bytes(gemm_b(b), gemm_dtype(compute)); },
+      [](const GemmBArg& b, int compute) {
+        return gemm_packed_bytes(gemm_b(b), gemm_dtype(compute));
+      },
       "Size of what gemm_pack writes.");
   m.def(
       "fingerprint",

@@ -14,9 +14,8 @@ namespace {
 inline vf exp_nonpositive(vf x) {
   x = select(x < -110.f, splat(-110.f), x);
 #if defined(__AVX512F__)
-  const vf n = reinterpret_cast<vf>(
-      _mm512_roundscale_ps(reinterpret_cast<__m512>(x * 1.44269504f),
-                           _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  const vf n = reinterpret_cast<vf>(_mm512_roundscale_ps(
+      reinterpret_cast<__m512>(x * 1.44269504f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
   const vf n = (x * 1.44269504f + magic) - magic;
@@ -73,11 +72,15 @@ inline Tail normal_tail(vf a) {
   p = fma(p, t, splat(1.371213496e-1f));
   return {e, p * t * e};
 }
-inline vf below_15(vf a) { return select(a > 15.f, splat(15.f), a); }
+inline vf below_15(vf a) {
+  return select(a > 15.f, splat(15.f), a);
+}
 
 // sqrt(2 / pi) (x + 0.044715 x^3), twice; and its derivative.
 constexpr float kTanhLinear = 1.595769122f, kTanhCubic = 0.0713548163f;
-inline vf tanh_argument(vf x) { return x * fma(x * x, splat(kTanhCubic), splat(kTanhLinear)); }
+inline vf tanh_argument(vf x) {
+  return x * fma(x * x, splat(kTanhCubic), splat(kTanhLinear));
+}
 
 template <Act A>
 inline vf activate(vf x) {
@@ -108,8 +111,7 @@ inline Derived differentiate(vf x) {
     const Tail tail = normal_tail(a);
     const vi positive = x >= 0.f;
     const vf cdf = select(positive, 1.f - tail.q, tail.q);
-    return {select(positive, x - a * tail.q, x * tail.q),
-            fma(x * 0.398942280f, tail.e, cdf)};
+    return {select(positive, x - a * tail.q, x * tail.q), fma(x * 0.398942280f, tail.e, cdf)};
   }
   if constexpr (A == Act::gelu_tanh) {
     const vf a = absolute(x), near = select(a > 20.f, splat(20.f), a);
@@ -119,7 +121,7 @@ inline Derived differentiate(vf x) {
   }
   if constexpr (A == Act::quick_gelu) {
     const Logistic l = logistic(x * 1.702f);
-    return {x * l.s, fma(x * 1.702f * l.s, l.rest, l.s)};
+    return {x * l.s, fma(x * l.s, l.rest * 1.702f, l.s)};
   }
   if constexpr (A == Act::silu) {
     const Logistic l = logistic(x);

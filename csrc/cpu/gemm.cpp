@@ -15,7 +15,6 @@ namespace {
 constexpr int64_t kBlockRows = 16 * kTileRows;
 constexpr int64_t kStagedBytes = 4 << 20;
 
-
 // How the rows of A are cut into blocks. A block never spans two groups.
 struct Plan {
   bool pairs, staged;
@@ -38,8 +37,8 @@ Plan plan_of(const Gemm& g) {
   }
   // Enough pieces for an even split over the threads, unless blocks became too low for it.
   const int64_t wanted = ceil_div(ceil_div(8 * g.threads, p.panels), g.m / p.group_rows);
-  p.blocks_per_group = larger(ceil_div(p.group_rows, most),
-                              smaller(wanted, ceil_div(p.group_rows, 4 * kTileRows)));
+  p.blocks_per_group =
+      larger(ceil_div(p.group_rows, most), smaller(wanted, ceil_div(p.group_rows, 4 * kTileRows)));
   p.blocks = p.blocks_per_group * (g.m / p.group_rows);
   p.block_rows = ceil_div(p.group_rows, p.blocks_per_group);
   return p;
@@ -106,8 +105,12 @@ void stage(const Gemm& g, bool pairs, int64_t begin, int64_t end, uint32_t* to, 
 // ---- what happens to the sums -------------------------------------------------------------------
 
 struct Absent {};
-constexpr bool is_absent(const Absent*) { return true; }
-constexpr bool is_absent(const void*) { return false; }
+constexpr bool is_absent(const Absent*) {
+  return true;
+}
+constexpr bool is_absent(const void*) {
+  return false;
+}
 
 struct Offsets {
   int64_t out[kBlockRows], residual[kBlockRows], z[kBlockRows], gate_z[kBlockRows];
@@ -128,8 +131,8 @@ void locate(const Gemm& g, int64_t begin, int64_t end, Offsets& o) {
 template <Act A>
 void finish(const Gemm& g, const Offsets& o, int64_t rows, int64_t column, const float* total,
             const float* gate_total) {
-  for (int64_t c = column; c < smaller(column + kPanel, g.b.n); c += kLanes, total += kLanes,
-               gate_total += kLanes) {
+  for (int64_t c = column; c < smaller(column + kPanel, g.b.n);
+       c += kLanes, total += kLanes, gate_total += kLanes) {
     const int n = static_cast<int>(smaller(kLanes, g.b.n - c));
     const vf bias = get(g.bias, c, n), gate_bias = get(g.gate_bias, c, n);
     const vf gamma = get(g.gamma, c, n);
@@ -161,7 +164,8 @@ void finish_plain(const Gemm& g, const Offsets& o, int64_t rows, int64_t column,
   for (int64_t i = 0; i < rows; ++i, total += kPanel) {
     vf y0 = activate<A>(load(total) + bias0), y1 = activate<A>(load(total + kLanes) + bias1);
     if constexpr (!is_absent(static_cast<Residual*>(nullptr))) {
-      const Residual* const r = static_cast<const Residual*>(g.residual.ptr) + o.residual[i] + column;
+      const Residual* const r =
+          static_cast<const Residual*>(g.residual.ptr) + o.residual[i] + column;
       y0 = y0 * gamma0 + load(r);
       y1 = y1 * gamma1 + load(r + kLanes);
     }
@@ -185,13 +189,20 @@ Finish finish_as(const Gemm& g, bool whole) {
 
 Finish finish_of(const Gemm& g, bool whole) {
   switch (g.act) {
-    case Act::relu: return finish_as<Act::relu>(g, whole);
-    case Act::gelu: return finish_as<Act::gelu>(g, whole);
-    case Act::gelu_tanh: return finish_as<Act::gelu_tanh>(g, whole);
-    case Act::quick_gelu: return finish_as<Act::quick_gelu>(g, whole);
-    case Act::silu: return finish_as<Act::silu>(g, whole);
-    case Act::sigmoid: return finish_as<Act::sigmoid>(g, whole);
-    default: return finish_as<Act::none>(g, whole);
+    case Act::relu:
+      return finish_as<Act::relu>(g, whole);
+    case Act::gelu:
+      return finish_as<Act::gelu>(g, whole);
+    case Act::gelu_tanh:
+      return finish_as<Act::gelu_tanh>(g, whole);
+    case Act::quick_gelu:
+      return finish_as<Act::quick_gelu>(g, whole);
+    case Act::silu:
+      return finish_as<Act::silu>(g, whole);
+    case Act::sigmoid:
+      return finish_as<Act::sigmoid>(g, whole);
+    default:
+      return finish_as<Act::none>(g, whole);
   }
 }
 
@@ -205,20 +216,27 @@ struct Tiles {
   }
 };
 
-// Sums of a tile are added to the totals after so many steps: few enough for exact sums, and for a
-// stretch of B to stay in the L1 cache.
-inline int64_t stretch_of(int64_t steps) { return steps <= 2 * kMostSteps ? kMostSteps / 2 : kMostSteps; }
+// Sums of a tile are added to the totals after so many steps: few enough for exact sums (rounded
+// operands need no such care), and for a stretch of B to stay in the L1 cache.
+inline int64_t stretch_of(const Plan& p) {
+  if (p.pairs) return kMostSteps;
+  return p.steps <= kMostSteps ? kMostSteps / 4 : kMostSteps / 2;
+}
 
 // Steps of a panel that are put in order at a time: long runs of each column, as the hardware's
 // prefetching wants them, and still a part of the L2 cache only.
-constexpr int64_t kSlabSteps = 8 * kMostSteps;
+constexpr int64_t kSlabSteps = 4 * kMostSteps;
 
 // One panel of one half of B, as the tiles read it.
 class Panel {
  public:
   Panel(const Gemm& g, const Plan& p, const void* half, int64_t panel, const void* packed,
         uint32_t* room)
-      : g_(g), p_(p), half_(half), panel_(panel), packed_(static_cast<const char*>(packed)),
+      : g_(g),
+        p_(p),
+        half_(half),
+        panel_(panel),
+        packed_(static_cast<const char*>(packed)),
         room_(room) {}
 
   // From this step on, in order. Steps come in order too.
@@ -232,47 +250,31 @@ class Panel {
     return reinterpret_cast<const char*>(room_ + at * kPanel);
   }
 
-  // Lines to fetch while `steps` from `step` on are multiplied, in part `part` of `parts`: of the
-  // next stretch where B is in order already, else of the next slab of this panel or the next one.
-  void ahead(int64_t step, int64_t steps, int64_t part, int64_t parts, Ahead& to) const {
-    to.count = 0;
+  // What the caches should fetch from this step on, of which each has `tiles` tiles: the following
+  // stretch where B is in order already, else the next slab, of this panel or of the one after it.
+  void look_ahead(int64_t step, int64_t tiles, Ahead& to) const {
     if (packed_ != nullptr) {
-      const int64_t lines = smaller(steps, p_.steps - step - steps) * kPanel * kStepBytes / 64;
-      if (lines > 0)
-        runs(packed_ + (step + steps) * kPanel * kStepBytes, 1, lines, 0, part, parts, to);
-    } else if (g_.b.k_stride == 1) {
-      const int64_t slab = step / kSlabSteps * kSlabSteps;
-      const int64_t now = smaller(kSlabSteps, p_.steps - slab);
-      const int64_t done = (step - slab) / steps, of = ceil_div(now, steps);
-      const bool last = slab + now >= p_.steps;
-      const int64_t next = last ? 0 : slab + now, column = (last ? panel_ + 1 : panel_) * kPanel;
-      const int64_t columns = smaller(kPanel, g_.b.n - column);
-      if (columns <= 0) return;
-      const int64_t item = size_of(g_.b.dtype) * (p_.pairs ? 2 : 1);
-      const int64_t stride = g_.b.n_stride * size_of(g_.b.dtype);
-      const int64_t lines = ceil_div(smaller(kSlabSteps, p_.steps - next) * item, 64);
-      runs(static_cast<const char*>(half_) + column * stride + next * item, columns, lines, stride,
-           done * parts + part, of * parts, to);
+      constexpr int64_t step_bytes = kPanel * kStepBytes;
+      if (step == 0)
+        to = {packed_ + kMostSteps * step_bytes, larger(tiles * 64 / step_bytes, 1),
+              p_.steps * step_bytes, 0, 0};
+      return;
     }
+    if (step % kSlabSteps != 0) return;
+    to = {};
+    const int64_t end = smaller(step + kSlabSteps, p_.steps);
+    const bool last = end == p_.steps;
+    const int64_t column = (last ? panel_ + 1 : panel_) * kPanel, next = last ? 0 : end;
+    const int64_t columns = smaller(kPanel, g_.b.n - column);
+    if (columns <= 0 || g_.b.k_stride != 1) return;
+    const int64_t item = size_of(g_.b.dtype), per = p_.pairs ? 2 : 1;
+    const int64_t stride = g_.b.n_stride * item;
+    const int64_t run = ceil_div(smaller(kSlabSteps, p_.steps - next) * per * item, 64);
+    to = {static_cast<const char*>(half_) + column * stride + next * per * item,
+          larger((end - step) * tiles / (columns * run), 1), run, run, stride - run * 64};
   }
 
  private:
-  // Part `part` of `parts` of `count` runs of `lines` lines, `stride` bytes apart.
-  static void runs(const char* from, int64_t count, int64_t lines, int64_t stride, int64_t part,
-                   int64_t parts, Ahead& to) {
-    const int64_t first = count * lines * part / parts, last = count * lines * (part + 1) / parts;
-    int64_t line = first % lines;
-    const char* run = from + first / lines * stride;
-    to.count = smaller(last - first, kMostAhead);
-    for (int64_t i = 0; i < to.count; ++i) {
-      to.line[i] = run + line * 64;
-      if (++line == lines) {
-        line = 0;
-        run += stride;
-      }
-    }
-  }
-
   const Gemm& g_;
   const Plan& p_;
   const void* half_;
@@ -282,14 +284,14 @@ class Panel {
 };
 
 // total[rows][kPanel] = A B for one panel.
-void panel_product(const Tiles& tiles, int64_t rows, int64_t steps, const char* a, int64_t a_stride,
+void panel_product(const Tiles& tiles, const Plan& p, int64_t rows, const char* a, int64_t a_stride,
                    const Panel& b, float* total) {
-  const int64_t count = ceil_div(rows, kTileRows), stretch = stretch_of(steps);
+  const int64_t count = ceil_div(rows, kTileRows), stretch = stretch_of(p), steps = p.steps;
   Ahead ahead;
   for (int64_t s = 0; s < steps; s += stretch) {
     const char* const in_order = b.from(s);
+    b.look_ahead(s, count, ahead);
     for (int64_t t = 0; t < count; ++t) {
-      b.ahead(s, stretch, t, count, ahead);
       const int64_t first = rows * t / count, last = rows * (t + 1) / count;
       tiles.of[last - first](smaller(stretch, steps - s), a + first * a_stride + s * kStepBytes,
                              a_stride, in_order, total + first * kPanel, s == 0, ahead);
@@ -348,12 +350,12 @@ void gemm(const Gemm& g) {
           g.packed != nullptr ? static_cast<const char*>(g.packed) + panel * halves * panel_bytes
                               : nullptr;
       float* const gate_total = total + (halves - 1) * p.block_rows * kPanel;
-      panel_product(tiles, rows, p.steps, a, a_stride,
-                    Panel(g, p, g.b.ptr, panel, packed, room), total);
+      panel_product(tiles, p, rows, a, a_stride, Panel(g, p, g.b.ptr, panel, packed, room), total);
       if (gated)
-        panel_product(tiles, rows, p.steps, a, a_stride,
-                      Panel(g, p, g.b.gate, panel, packed != nullptr ? packed + panel_bytes : nullptr, room),
-                      gate_total);
+        panel_product(
+            tiles, p, rows, a, a_stride,
+            Panel(g, p, g.b.gate, panel, packed != nullptr ? packed + panel_bytes : nullptr, room),
+            gate_total);
       const bool whole = (panel + 1) * kPanel <= g.b.n;
       (whole ? finish_whole : finish_part)(g, offsets, rows, panel * kPanel, total, gate_total);
     }

@@ -1,10 +1,10 @@
 // out = residual + gamma * act(A B + bias), and its gated form.
 //
 // B is read where it lies, a stretch of a panel of columns at a time, and put in the order in which
-// the tiles want it; products of many rows have that done once beforehand. So there is no second copy
-// of a weight that could become stale. Sums run over at most 128 products (bfloat16: 256) before
-// they are added to the total: that keeps float32 results as exact as those of a blocked BLAS, and
-// they depend neither on m nor on the threads.
+// the tiles want it; products of many rows have that done once beforehand. So there is no second
+// copy of a weight that could become stale. Sums run over at most 128 products (bfloat16: 256)
+// before they are added to the total: that keeps float32 results as exact as those of a blocked
+// BLAS, and they depend neither on m nor on the threads.
 #pragma once
 #include <cstdint>
 
@@ -57,7 +57,9 @@ VITFAST_DECLARE(void gemm(const Gemm&))
 VITFAST_DECLARE(void gemm_pack(const GemmB&, DType compute, void* packed, int threads))
 VITFAST_DECLARE(int64_t gemm_packed_bytes(const GemmB&, DType compute))
 
-inline void gemm(const Gemm& g) { VITFAST_DISPATCH(gemm(g)) }
+inline void gemm(const Gemm& g) {
+  VITFAST_DISPATCH(gemm(g))
+}
 inline void gemm_pack(const GemmB& b, DType compute, void* packed, int threads) {
   VITFAST_DISPATCH(gemm_pack(b, compute, packed, threads))
 }

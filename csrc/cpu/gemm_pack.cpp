@@ -16,7 +16,8 @@ void gemm_pack(const GemmB& b, DType compute, void* packed, int threads) {
 }
 
 int64_t gemm_packed_bytes(const GemmB& b, DType compute) {
-  return (b.gate != nullptr ? 2 : 1) * panels_of(b.n) * steps_of(b.k, compute) * kPanel * kStepBytes;
+  return (b.gate != nullptr ? 2 : 1) * panels_of(b.n) * steps_of(b.k, compute) * kPanel *
+         kStepBytes;
 }
 
 }  // namespace VITFAST_ISA

@@ -7,16 +7,24 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-inline bool in_pairs(DType compute) { return kHasPairs && compute == DType::bf16; }
-inline int64_t steps_of(int64_t k, DType compute) { return in_pairs(compute) ? (k + 1) / 2 : k; }
-inline int64_t panels_of(int64_t n) { return (n + kPanel - 1) / kPanel; }
+inline bool in_pairs(DType compute) {
+  return kHasPairs && compute == DType::bf16;
+}
+inline int64_t steps_of(int64_t k, DType compute) {
+  return in_pairs(compute) ? (k + 1) / 2 : k;
+}
+inline int64_t panels_of(int64_t n) {
+  return (n + kPanel - 1) / kPanel;
+}
 
 inline uint32_t word_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   return u;
 }
-inline uint32_t half_of(bf16_t x) { return x.bits; }
+inline uint32_t half_of(bf16_t x) {
+  return x.bits;
+}
 inline uint32_t half_of(float x) {
   bf16_t rounded;
   from_float(x, &rounded);
@@ -153,8 +161,8 @@ void pack_as(const GemmB& b, const void* half, int64_t panel, int64_t begin, int
 }
 
 // Steps [begin, end) of a panel of one half of B.
-inline void pack_steps(const GemmB& b, DType compute, const void* half, int64_t panel, int64_t begin,
-                       int64_t end, uint32_t* to) {
+inline void pack_steps(const GemmB& b, DType compute, const void* half, int64_t panel,
+                       int64_t begin, int64_t end, uint32_t* to) {
   const bool from_floats = b.dtype == DType::f32;
   if (in_pairs(compute)) {
     from_floats ? pack_as<float, Words::pairs>(b, half, panel, begin, end, to)

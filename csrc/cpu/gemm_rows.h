@@ -7,10 +7,18 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t size_of(DType t) { return t == DType::f32 ? 4 : 2; }
+inline int64_t smaller(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+inline int64_t larger(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+inline int64_t size_of(DType t) {
+  return t == DType::f32 ? 4 : 2;
+}
 inline int64_t offset(const GemmRows& r, int64_t i) {
   return i / r.rows * r.outer + i % r.rows * r.inner;
 }

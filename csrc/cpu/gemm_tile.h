@@ -6,7 +6,8 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-// A tile is kTileRows x kPanel: as many sums as registers hold beside two vectors of B and one of A.
+// A tile is kTileRows x kPanel: as many sums as registers hold beside two vectors of B and one of
+// A.
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14;
 #else
@@ -18,7 +19,7 @@ constexpr int kPanel = 2 * kLanes;
 // bfloat16 where the CPU multiplies those. Elsewhere bfloat16 is widened to float beforehand.
 constexpr int64_t kStepBytes = 4;
 // Steps of the longest stretch of a panel that goes through the tiles at once.
-constexpr int64_t kMostSteps = 128;
+constexpr int64_t kMostSteps = 256;
 
 #if defined(__AVX512BF16__) && defined(__AVX512F__)
 constexpr bool kHasPairs = true;
@@ -47,26 +48,36 @@ struct Pairs {
 using Pairs = Floats;  // never chosen
 #endif
 
-// What the caches should fetch while a tile is computed, a line at a time, evenly spread: in bursts
-// the fetches would wait for each other, and the tile for them.
-constexpr int64_t kMostAhead = 32;
+// What the caches should fetch while tiles are computed: runs of `run` lines, `jump` bytes from the
+// end of one to the next, a line every so many steps. In bursts the fetches would wait for each
+// other, and the tile for them.
 struct Ahead {
-  const char* line[kMostAhead];
-  int64_t count = 0;
+  const char* line = nullptr;
+  int64_t every = 0;  // 0: nothing
+  int64_t left = 0, run = 0, jump = 0;
+
+  void fetch() {
+    __builtin_prefetch(line, 0, 2);
+    line += 64;
+    if (--left == 0) {
+      left = run;
+      line += jump;
+    }
+  }
 };
 
 // total[kPanel per row] = (first ? 0 : total) + A B over `steps`.
 template <class Multiply, int Rows>
 void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* total, bool first,
-          const Ahead& ahead) {
+          Ahead& shared_ahead) {
   vf sum[Rows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) sum[i][0] = sum[i][1] = zero();
-  const int64_t every = ahead.count > 0 ? steps / ahead.count + 1 : steps;
-  const char* const* line = ahead.line;
+  Ahead ahead = shared_ahead;
+  const int64_t every = ahead.every > 0 ? ahead.every : steps;
   for (int64_t done = 0; done < steps;) {
     const int64_t until = done + every < steps ? done + every : steps;
-    if (ahead.count > 0) __builtin_prefetch(*line++, 0, 2);
+    if (ahead.every > 0) ahead.fetch();
     for (; done < until; ++done) {
 #pragma GCC unroll 16
       for (int i = 0; i < Rows; ++i) {
@@ -77,6 +88,7 @@ void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* 
       b += kPanel * kStepBytes;
     }
   }
+  shared_ahead = ahead;
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
     for (int j = 0; j < 2; ++j) {
@@ -86,7 +98,7 @@ void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* 
   }
 }
 
-using Tile = void (*)(int64_t, const char*, int64_t, const char*, float*, bool, const Ahead&);
+using Tile = void (*)(int64_t, const char*, int64_t, const char*, float*, bool, Ahead&);
 
 template <class Multiply, int Rows>
 Tile tile_of(int64_t rows) {

@@ -26,35 +26,50 @@ struct Offsets {
   int64_t grad[kRows], z[kRows], gate_z[kRows], dz[kRows], dgate_z[kRows];
 };
 
-// Columns [c, end), at most kVectors vectors, of `rows` rows.
-template <Act A>
-void block(const LinearBackward& a, const Offsets& o, int64_t rows, int64_t c, int64_t end,
-           const Sums& bias, const Sums& gate_bias) {
-  vf sum[kVectors] = {}, gate_sum[kVectors] = {};
+template <class T>
+inline vf take(const T* p, int n) {
+  return n == kLanes ? load(p) : load_n(p, n);
+}
+template <class T>
+inline void give(T* p, vf v, int n) {
+  n == kLanes ? store(p, v) : store_n(p, v, n);
+}
+
+// Vectors of columns from c on, of `rows` rows; the last of them has n lanes.
+template <class T, Act A, int Vectors>
+inline void block(const LinearBackward& a, const Offsets& o, int64_t rows, int64_t c, int n,
+                  const Sums& bias, const Sums& gate_bias) {
+  const T* const grad = static_cast<const T*>(a.grad.ptr) + c;
+  const T* const z = static_cast<const T*>(a.z.ptr) + c;
+  const T* const gate_z = static_cast<const T*>(a.gate_z.ptr) + c;
+  T* const dz_out = static_cast<T*>(a.dz.ptr) + c;
+  T* const dgate_out = static_cast<T*>(a.dgate_z.ptr) + c;
+  const bool gated = a.gate_z.ptr != nullptr, stored = a.dz.ptr != nullptr;
+  vf sum[Vectors] = {}, gate_sum[Vectors] = {};
   for (int64_t i = 0; i < rows; ++i) {
-    for (int v = 0; v < kVectors && c + v * kLanes < end; ++v) {
-      const int64_t at = c + v * kLanes;
-      const int n = static_cast<int>(smaller(kLanes, end - at));
-      vf dz = get(a.grad.ptr, a.grad.dtype, o.grad[i] + at, n);
-      if (a.gate_z.ptr != nullptr) {
-        const Derived f = differentiate<A>(get(a.z.ptr, a.z.dtype, o.z[i] + at, n));
-        const vf gate = get(a.gate_z.ptr, a.gate_z.dtype, o.gate_z[i] + at, n);
-        const vf dgate = dz * f.y;
+#pragma GCC unroll 4
+    for (int v = 0; v < Vectors; ++v) {
+      const int64_t at = v * kLanes;
+      const int lanes = v + 1 < Vectors ? kLanes : n;
+      vf dz = take(grad + o.grad[i] + at, lanes);
+      if (gated) {
+        const Derived f = differentiate<A>(take(z + o.z[i] + at, lanes));
+        const vf gate = take(gate_z + o.gate_z[i] + at, lanes), dgate = dz * f.y;
         dz = dz * gate * f.d;
-        put(a.dgate_z, o.dgate_z[i] + at, dgate, n);
+        give(dgate_out + o.dgate_z[i] + at, dgate, lanes);
         gate_sum[v] = gate_sum[v] + dgate;
       } else if (A != Act::none) {
-        dz = dz * differentiate<A>(get(a.z.ptr, a.z.dtype, o.z[i] + at, n)).d;
+        dz = dz * differentiate<A>(take(z + o.z[i] + at, lanes)).d;
       }
-      if (a.dz.ptr != nullptr) put(a.dz, o.dz[i] + at, dz, n);
+      if (stored) give(dz_out + o.dz[i] + at, dz, lanes);
       sum[v] = sum[v] + dz;
     }
   }
-  for (int v = 0; v < kVectors && c + v * kLanes < end; ++v) {
+  for (int v = 0; v < Vectors; ++v) {
     const int64_t at = c + v * kLanes;
-    const int n = static_cast<int>(smaller(kLanes, end - at));
-    if (bias.block != nullptr) add(bias.block + at, sum[v], n);
-    if (gate_bias.block != nullptr) add(gate_bias.block + at, gate_sum[v], n);
+    const int lanes = v + 1 < Vectors ? kLanes : n;
+    if (bias.block != nullptr) add(bias.block + at, sum[v], lanes);
+    if (gate_bias.block != nullptr) add(gate_bias.block + at, gate_sum[v], lanes);
   }
 }
 
@@ -66,7 +81,7 @@ inline void flush(const Sums& s, int64_t begin, int64_t end) {
   }
 }
 
-template <Act A>
+template <class T, Act A>
 void columns(const LinearBackward& a, int64_t begin, int64_t end, const Sums& bias,
              const Sums& gate_bias) {
   Offsets o;
@@ -82,8 +97,11 @@ void columns(const LinearBackward& a, int64_t begin, int64_t end, const Sums& bi
     fill(a.gate_z, first, rows, o.gate_z);
     fill(a.dz, first, rows, o.dz);
     fill(a.dgate_z, first, rows, o.dgate_z);
-    for (int64_t c = begin; c < end; c += kVectors * kLanes)
-      block<A>(a, o, rows, c, smaller(c + kVectors * kLanes, end), bias, gate_bias);
+    int64_t c = begin;
+    for (; c + kVectors * kLanes <= end; c += kVectors * kLanes)
+      block<T, A, kVectors>(a, o, rows, c, kLanes, bias, gate_bias);
+    for (; c < end; c += kLanes)
+      block<T, A, 1>(a, o, rows, c, static_cast<int>(smaller(kLanes, end - c)), bias, gate_bias);
     if (++pending == kBlocks || first + kRows >= a.m) {
       flush(bias, begin, end);
       flush(gate_bias, begin, end);
@@ -94,15 +112,23 @@ void columns(const LinearBackward& a, int64_t begin, int64_t end, const Sums& bi
 
 using Columns = void (*)(const LinearBackward&, int64_t, int64_t, const Sums&, const Sums&);
 
+template <class T>
 Columns columns_of(Act act) {
   switch (act) {
-    case Act::relu: return columns<Act::relu>;
-    case Act::gelu: return columns<Act::gelu>;
-    case Act::gelu_tanh: return columns<Act::gelu_tanh>;
-    case Act::quick_gelu: return columns<Act::quick_gelu>;
-    case Act::silu: return columns<Act::silu>;
-    case Act::sigmoid: return columns<Act::sigmoid>;
-    default: return columns<Act::none>;
+    case Act::relu:
+      return columns<T, Act::relu>;
+    case Act::gelu:
+      return columns<T, Act::gelu>;
+    case Act::gelu_tanh:
+      return columns<T, Act::gelu_tanh>;
+    case Act::quick_gelu:
+      return columns<T, Act::quick_gelu>;
+    case Act::silu:
+      return columns<T, Act::silu>;
+    case Act::sigmoid:
+      return columns<T, Act::sigmoid>;
+    default:
+      return columns<T, Act::none>;
   }
 }
 
@@ -118,7 +144,8 @@ void linear_backward(const LinearBackward& a) {
     return {block, total};
   };
   const Sums bias = sums(a.dbias, blocks), gate_bias = sums(a.dgate_bias, blocks + a.n);
-  const Columns columns = columns_of(a.act);
+  const Columns columns =
+      a.grad.dtype == DType::f32 ? columns_of<float>(a.act) : columns_of<bf16_t>(a.act);
   parallel_for(ceil_div(a.n, kLanes), a.threads, [&](int64_t begin, int64_t end, int) {
     columns(a, begin * kLanes, smaller(end * kLanes, a.n), bias, gate_bias);
   });

@@ -40,8 +40,7 @@ void patches(const Patchify& a, const T* corner, int64_t j0, int64_t j1, Out* to
       const T* const from = corner + c * a.c_stride + r * a.h_stride;
       Out* const column = to + (c * a.p + r) * a.q;
       for (int64_t j = j0; j < j1; ++j)
-        line(from + j * a.q * a.w_stride, a.w_stride, scale, shift, a.q,
-             column + (j - j0) * width);
+        line(from + j * a.q * a.w_stride, a.w_stride, scale, shift, a.q, column + (j - j0) * width);
     }
   }
 }
@@ -72,9 +71,12 @@ void run_to(const Patchify& a) {
 void patchify(const Patchify& a) {
   if (a.count == 0) return;
   switch (a.dtype) {
-    case DType::f32: return run_to<float>(a);
-    case DType::bf16: return run_to<bf16_t>(a);
-    default: return run_to<uint8_t>(a);
+    case DType::f32:
+      return run_to<float>(a);
+    case DType::bf16:
+      return run_to<bf16_t>(a);
+    default:
+      return run_to<uint8_t>(a);
   }
 }
 

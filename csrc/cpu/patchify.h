@@ -7,8 +7,8 @@
 
 namespace vitfast {
 
-// Row (b, i, j) of the [B * grid_h * grid_w, channels * p * q] matrix is patch (i, j) of image b, in
-// the order channel, row, column; rows [first, first + count) of it are written.
+// Row (b, i, j) of the [B * grid_h * grid_w, channels * p * q] matrix is patch (i, j) of image b,
+// in the order channel, row, column; rows [first, first + count) of it are written.
 struct Patchify {
   const void* image;
   DType dtype;  // f32, bf16 or u8
@@ -22,6 +22,8 @@ struct Patchify {
 };
 
 VITFAST_DECLARE(void patchify(const Patchify&))
-inline void patchify(const Patchify& a) { VITFAST_DISPATCH(patchify(a)) }
+inline void patchify(const Patchify& a) {
+  VITFAST_DISPATCH(patchify(a))
+}
 
 }  // namespace vitfast

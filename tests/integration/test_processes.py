@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -185,6 +186,11 @@ with torch.no_grad():
 vitfast.restore(model)
 print("quiet")
 """
+
+
+def test_the_suite_itself_refuses_connections():
+    with pytest.raises(AssertionError, match="a connection to"):
+        socket.create_connection(("127.0.0.1", 9), timeout=1)
 
 
 def test_no_socket_is_opened():

@@ -30,7 +30,7 @@ ACTS = {
 }
 """The numbers of `Act` in csrc/cpu/activation_kinds.h."""
 DTYPES = (torch.float32, torch.bfloat16)
-_PACKED_ROWS = 2048
+_PACKED_ROWS = 512
 """From so many rows on, B is put in order once, beforehand, instead of by every block of rows."""
 _LARGE = 32 << 20
 """Allocations above this come fresh from the system each time (see csrc/common/pages.h)."""

@@ -68,7 +68,7 @@ def _merged_mask(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor |
     A float mask keeps its precision: SDPA takes float32 beside a lower-precision q, and rounding
     float32's most negative number to bfloat16 would turn it into -inf.
     """
-    given = [t for t in (call.mask, call.bias) if t is not None]
+    given = [torch.atleast_2d(t) for t in (call.mask, call.bias) if t is not None]
     keep = [t for t in given if t.dtype == torch.bool]
     terms = [t for t in given if t.dtype != torch.bool]
     if not given:

@@ -15,7 +15,7 @@ from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES
 
-_STRETCH_BYTES = 2 << 20
+_STRETCH_BYTES, _LEAST_ROWS = 2 << 20, 64
 _MOST_SUMMED = 2048
 """Rows of patches packed at a time for the weight's gradient."""
 
@@ -61,7 +61,7 @@ class Patches:
 
     def stretches(self) -> Iterator[tuple[slice, slice]]:
         """(images, patches of each): part of one image, or several whole ones."""
-        rows = max(_STRETCH_BYTES // (self.width * self.dtype.itemsize), 64)
+        rows = max(_STRETCH_BYTES // (self.width * self.dtype.itemsize), _LEAST_ROWS)
         images, n = self.image.shape[0], self.per_image
         if n >= rows:
             parts = -(-n // rows)
