@@ -30,7 +30,7 @@ RANK = {
 HOMES = {
     "torch": ("runtime/", "ops/", "testing/", "layers/", "families/", "swap.py", "bench/", "cli/"),
     "timm": ("layers/", "families/", "swap.py", "bench/", "cli/"),
-    "triton": ("runtime/", "ops/"),
+    "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),
     "rich": ("bench/", "cli/"),
     "einops": ("ops/", "testing/"),

@@ -37,9 +37,7 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
     """
     command = [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps(arguments)]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
         raise ChildError(f"no answer in {timeout:.0f} s") from error
     if done.returncode:
@@ -73,4 +71,3 @@ def measure(arguments: dict[str, Any]) -> float | None:
         call()
     peak = memory.peak_mb(device)
     return None if peak is None else peak - before
-

@@ -16,6 +16,8 @@ from vitfast.ops.spec import OpSpec, Sample
 from vitfast.testing.cases import Case
 from vitfast.testing.errors import ErrorReport
 
+OWN_KERNELS = {"triton", "cuda"}
+"""Backends that are vitfast's own GPU code."""
 OK, WRONG, REFUSED = "ok", "wrong", "cannot run"
 DEPTH = 2
 """Blocks of a checked model: enough for one to feed another."""
@@ -39,8 +41,8 @@ class Finding:
     """One thing that was checked.
 
     Args:
-        level: "op" or "model".
-        name, case: the op and its sample; the family and its model.
+        level: "op", "model", or "hardware": what only a GPU can show of an op's own kernels.
+        name, case: the op and its sample (or check); the family and its model.
         passes: "forward" or "backward".
         backend: a backend's name; for models "swap".
         state: "ok", "wrong", or "cannot run" where a backend refuses this case.
@@ -67,7 +69,8 @@ def op_cases(specs: Iterable[OpSpec]) -> list[tuple[OpSpec, Sample]]:
 
 def check_op(spec: OpSpec, sample: Sample, device: str = "cpu") -> Iterator[Finding]:
     """Every dtype, backend and pass of one op on one sample."""
-    for dtype in spec.dtypes:
+    dtypes = spec.dtypes if device == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
+    for dtype in dtypes:
         case = Case(spec, sample, dtype)
         for passes in ("forward", "backward"):
             auto = _op_finding(case, passes, "auto", device)
@@ -77,6 +80,27 @@ def check_op(spec: OpSpec, sample: Sample, device: str = "cpu") -> Iterator[Find
                 if backend == picked and found.state == OK != auto.state:
                     yield auto  # goes wrong only where nobody names the backend
                 yield replace(found, picked=backend == picked)
+
+
+def check_hardware(spec: OpSpec, seed: int) -> Iterator[Finding]:
+    """What only a GPU can show of an op's own kernels: see `vitfast.bench.hardware`."""
+    from vitfast.bench import hardware
+
+    for backend in OWN_KERNELS & spec.dispatcher.backends.keys():
+        for name, faults in hardware.all_checks(spec, backend, seed):
+            yield Finding(
+                "hardware", spec.name, name, "", "", backend, WRONG if faults else OK,
+                reason="; ".join(faults[:3]),
+            )  # fmt: skip
+
+
+def verified(found: Iterable[Finding]) -> list[str]:
+    """Ops whose own GPU kernels ran here and were never wrong."""
+    ran: dict[str, bool] = {}
+    for f in found:
+        if f.level != "model" and f.backend in OWN_KERNELS and f.state != REFUSED:
+            ran[f.name] = ran.get(f.name, True) and f.state == OK
+    return sorted(op for op, right in ran.items() if right)
 
 
 def check_model(family: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Finding]:

@@ -17,7 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--op", action="append", metavar="NAME", help="only this op; may be repeated; no models")
+    add("--seed", type=int, default=0, help="first of the random problems on a GPU")
     add("--json", metavar="FILE", help="write the findings too")
+    add("--trust", action="store_true", help="on a GPU: from now on pick, on this architecture, "
+        "the Triton kernels of every op that was right here")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,26 +29,37 @@ def run(args: argparse.Namespace) -> int:
     from vitfast.bench import machine, record, verify
     from vitfast.bench.ops import specs
     from vitfast.bench.progress import progress_bar
+    from vitfast.runtime import tuning
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputValueError("--device cuda: torch sees no GPU here")
+    if args.trust and device != "cuda":
+        raise InputValueError("--trust is for GPUs: CPU kernels are trusted by the tests")
     if args.json:
         record.check_writable(args.json)
     cases = verify.op_cases(specs(args.op))
     models = [] if args.op else [(f, d) for f in verify.MODELS for d in verify.MODEL_DTYPES]
     found: list[Finding] = []
-    with progress_bar(len(cases) + len(models)) as show:
+    checked = specs(args.op) if device == "cuda" else []
+    with progress_bar(len(cases) + len(models) + len(checked)) as show:
         for i, (spec, sample) in enumerate(cases):
             show(f"{spec.name} {sample.name}", i)
             found += verify.check_op(spec, sample, device)
         for i, (family, dtype) in enumerate(models):
             show(f"{family}: {verify.MODELS[family]}", len(cases) + i)
             found += verify.check_model(family, dtype, device)
+        for i, spec in enumerate(checked):
+            show(f"{spec.name}: hardware", len(cases) + len(models) + i)
+            found += verify.check_hardware(spec, args.seed)
     _show(found, machine.device_name(device))
     if args.json:
         facts = {"kind": "vitfast check", "machine": machine.describe(device)}
+        facts |= {"seed": args.seed, "verified": verify.verified(found)}
         record.write_json(args.json, {**facts, "findings": verify.as_json(found)})
+    if args.trust:
+        arch = tuning.arch_of(torch.device("cuda"))
+        tuning.write_table(arch, verified=verify.verified(found))
     return int(any(f.state == verify.WRONG for f in found))
 
 

@@ -263,7 +263,8 @@ def present(*pairs: tuple[torch.Tensor | None, torch.Tensor]) -> list[torch.Tens
 def fake_stats(x: torch.Tensor, save_stats: bool) -> torch.Tensor:
     if not save_stats:
         return absent(x)
-    return torch.empty((math.prod(x.shape[:-1]), 2), dtype=torch.float32, device=x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty((math.prod(x.shape[:-1]), 2), dtype=dtype, device=x.device)
 
 
 def fake(
@@ -290,4 +291,4 @@ def reference_stats(kind: int, x: torch.Tensor, eps: float) -> torch.Tensor:
         mean, var = torch.zeros_like(rows[:, 0]), rows.square().mean(-1)
     else:
         mean, var = rows.mean(-1), rows.var(-1, correction=0)
-    return torch.stack((mean, torch.rsqrt(var + eps)), -1).float()
+    return torch.stack((mean, torch.rsqrt(var + eps)), -1)

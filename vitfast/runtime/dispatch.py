@@ -14,6 +14,10 @@ from vitfast.errors import BackendUnavailableError, InputValueError
 from vitfast.settings import logger, settings
 
 
+def _proven(*args: Any) -> str:
+    return ""
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of an op.
@@ -24,6 +28,8 @@ class Backend:
         can_run: takes the same arguments, gives the reasons against; empty means yes.
         backward: takes the backward op's arguments; None for an inference-only backend.
         available: takes nothing, gives the reasons why it could never run on this machine.
+        unproven: takes the op's arguments, says why the automatic choice leaves it alone although
+            it can run: nothing shows yet that it is right and fast there. Empty: it does not.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Backend:
     can_run: Callable[..., list[str]]
     backward: Callable[..., Any] | None = None
     available: Callable[[], list[str]] = list
+    unproven: Callable[..., str] = _proven
 
 
 class Dispatcher:
@@ -57,7 +64,7 @@ class Dispatcher:
         for backend in self.backends.values():
             if needs_backward and backend.backward is None:
                 continue
-            if not backend.can_run(*args):
+            if not backend.can_run(*args) and not backend.unproven(*args):
                 self._log(backend.name)
                 return backend
         raise BackendUnavailableError(self.explain(args, needs_backward))
@@ -88,7 +95,8 @@ class Dispatcher:
         """Every backend with its reasons, one a line."""
         lines = [f"{self.op}: no backend can run this call"]
         for backend in self.backends.values():
-            why = self.reasons(backend, args, needs_backward) or ["can run"]
+            why = self.reasons(backend, args, needs_backward)
+            why = why or [backend.unproven(*args) or "can run"]
             lines += [f"  {backend.name}: {reason}" for reason in why]
         return "\n".join(lines)
 

@@ -227,7 +227,7 @@ def _fake(*args):
     batch, queries, _, heads, dim = sizes(call)
     out = call.q.new_empty(batch, queries, heads, dim)
     shape = (2, batch, heads, queries) if call.save_stats else (0,)
-    return out, call.q.new_empty(shape, dtype=torch.float32)
+    return out, call.q.new_empty(shape, dtype=torch.promote_types(call.q.dtype, torch.float32))
 
 
 def _backward(grad, out, stats, *args):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitfast.ops.attention.reference import Call, causal_keep, prologue
 from vitfast.ops.autodiff import gradients
 from vitfast.runtime.dispatch import Backend
+from vitfast.runtime.tuning import arch_of, choice_of
 
 INPUTS = (
     "q",
@@ -49,17 +52,61 @@ def compute(call: Call) -> torch.Tensor:
     """out [B, Nq, H, D] by differentiable torch ops."""
     q, k, v = prologue(call)
     mask = _merged_mask(call, q, k)
-    # On a GPU torch picks the kernel itself. Its mask gradient and its fully masked rows differ by
-    # kernel (cuDNN's gives NaN there), so none may be forced from here.
-    out = F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=mask,
-        is_causal=call.is_causal and mask is None,
-        scale=call.scale,
-    )
+    is_causal = call.is_causal and mask is None
+    chosen = kernel(call)
+    if chosen == "xformers" and mask is None and not is_causal:
+        return _xformers(q, k, v, call.scale)
+    with _only(chosen):
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=call.scale
+        )
     return out.transpose(1, 2).contiguous()
+
+
+KERNELS = {
+    "cudnn": ("CUDNN_ATTENTION",),
+    "flash": ("FLASH_ATTENTION",),
+    "efficient": ("EFFICIENT_ATTENTION",),
+    "masked": ("EFFICIENT_ATTENTION", "MATH"),
+    "xformers": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
+}
+"""Kernels of torch's SDPA by the names of `vitfast`'s tables; more than one: the first that can."""
+
+
+def kernel(call: Call) -> str:
+    """Which vendor kernel serves a call on a GPU; "" leaves it to torch.
+
+    With a mask or bias never cuDNN: its backward gives NaN at some lengths (pytorch#196678), and
+    it misreads a float32 mask beside half-precision q, k and v (pytorch#191612). Without: what the
+    device's table says was fastest, and torch's own order where there is no table.
+    """
+    q = call.q
+    if q.device.type != "cuda" or torch.compiler.is_compiling():
+        return ""
+    if call.mask is not None or call.bias is not None:
+        return "masked"
+    key = {
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "pass": "train" if call.save_stats else "infer",
+        "head_dim": q.shape[-1],
+        "tokens": q.shape[1],
+    }
+    return choice_of("attention.vendor", arch_of(q.device), key)
+
+
+def _only(chosen: str) -> contextlib.AbstractContextManager[None]:
+    """Within, SDPA may pick these kernels only."""
+    if not chosen:
+        return contextlib.nullcontext()
+    backends = [getattr(SDPBackend, name) for name in KERNELS[chosen]]
+    return sdpa_kernel(backends, set_priority=len(backends) > 1)
+
+
+def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """xformers' attention, [B, H, N, D] to [B, N, H, D]."""
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
 
 
 def _merged_mask(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
@@ -97,7 +144,7 @@ def no_stats(call: Call, out: torch.Tensor) -> torch.Tensor:
     """Statistics of a forward that leaves none: sums of -1 tell native.backward so."""
     batch, queries, heads, _ = out.shape
     shape = (2, batch, heads, queries) if call.save_stats else (0,)
-    return out.new_full(shape, -1.0, dtype=torch.float32)
+    return out.new_full(shape, -1.0, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,52 @@
+"""The checks for GPUs, as far as they run without one; each must see a fault."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vitfast.ops
+from vitfast.bench import hardware
+from vitfast.ops.spec import OpSpec
+from vitfast.runtime.dispatch import Backend, Dispatcher
+
+SPEC = vitfast.ops.spec_of("layer_norm")
+SAMPLE = next(s for s in SPEC.samples if s.name == "prime_width")
+
+
+@pytest.mark.parametrize("spec", vitfast.ops.specs(), ids=lambda s: s.name)
+def test_random_problems_are_valid_and_depend_on_their_number_only(spec):
+    for seed in range(12):
+        assert hardware.fuzz_one(spec, "auto", "cpu", seed, [torch.float32]) == []
+    first, second = (hardware.random_call(spec.name, torch.float32, 5) for _ in range(2))
+    assert torch.equal(first[0][0], second[0][0])
+
+
+def test_fuzz_counts_and_names_the_seed():
+    def wrong(*args, **kwargs):
+        return 1.01 * SPEC.public(*args, **{**kwargs, "backend": "auto"})
+
+    spec = OpSpec(SPEC.name, wrong, SPEC.reference, SPEC.dispatcher, SPEC.samples, SPEC.cost)
+    ran, faults = hardware.fuzz(spec, "auto", "cpu", 40, 0.2, [torch.float32])
+    assert ran > 0 and any(f.startswith("seed 40 ") for f in faults)
+
+
+def test_determinism():
+    assert hardware.determinism(SPEC, SAMPLE, torch.float32, "auto", "cpu", repeats=3) == []
+    calls = iter(range(1000))
+
+    def drifting(*args, **kwargs):
+        return SPEC.public(*args, **kwargs) * (1 + 1e-6 * next(calls))
+
+    spec = OpSpec(SPEC.name, drifting, SPEC.reference, SPEC.dispatcher, SPEC.samples, SPEC.cost)
+    assert hardware.determinism(spec, SAMPLE, torch.float32, "auto", "cpu", repeats=3)
+
+
+def test_a_backend_that_cannot_run_is_no_fault():
+    refusing = Dispatcher("layer_norm", [Backend("gpu", lambda *a: None, lambda *a: ["never"])])
+
+    def public(x, *args, backend="auto", **kwargs):
+        return refusing.pick(backend, x).forward(x)
+
+    spec = OpSpec(SPEC.name, public, SPEC.reference, refusing, SPEC.samples, SPEC.cost)
+    assert hardware.fuzz(spec, "gpu", "cpu", 0, 0.05, [torch.float32]) == (0, [])

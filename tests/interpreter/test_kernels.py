@@ -1,0 +1,114 @@
+"""Every Triton kernel, forward and backward, on every sample that the interpreter can afford."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vitfast.ops
+from vitfast.errors import BackendUnavailableError
+from vitfast.ops.spec import OpSpec, Sample
+from vitfast.testing.cases import Case
+from vitfast.testing.errors import raise_if_wrong
+from vitfast.testing.inputs import materialise, outputs_of
+
+DTYPES = (torch.float32, torch.float16)
+FLOPS = 5e6
+"""Work above this takes the interpreter seconds."""
+
+
+def _affordable(spec: OpSpec, sample: Sample) -> bool:
+    if sample.tags & {"real", "large"}:
+        return False
+    args, kwargs = sample.make(torch.float32, torch.Generator())
+    return spec.cost(args, kwargs).flops < FLOPS
+
+
+SAMPLES = [
+    (spec, sample)
+    for spec in vitfast.ops.specs()
+    if "triton" in spec.dispatcher.backends
+    for sample in spec.samples
+    if _affordable(spec, sample)
+]
+
+
+_W = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).half()
+WIDE = [
+    ("layer_norm", ((1, 3, 16), lambda x, b: vitfast.ops.layer_norm(x, backend=b))),
+    ("add_norm", ((1, 3, 16), lambda x, b: vitfast.ops.add_norm(x, x, backend=b)[1])),
+    ("attention", ((1, 3, 2, 16), lambda x, b: vitfast.ops.attention(x, x, x, backend=b))),
+    ("linear_act", ((1, 3, 16), lambda x, b: vitfast.ops.linear_act(x, _W, act="gelu", backend=b))),
+]
+
+
+def _ids(pairs):
+    return [f"{spec.name}-{sample.name}" for spec, sample in pairs]
+
+
+def _run(case: Case, backward: bool) -> None:
+    try:
+        if not backward:
+            raise_if_wrong(case.judge(case.outputs(backend="triton")))
+        else:
+            raise_if_wrong(case.judge_gradients(case.gradients(case.trained, backend="triton")))
+    except BackendUnavailableError as error:
+        pytest.skip(str(error).splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float16"])
+@pytest.mark.parametrize(("spec", "sample"), SAMPLES, ids=_ids(SAMPLES))
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_against_the_reference(spec, sample, dtype, direction):
+    """Within the error criterion, between NaN guard zones, in memory that was NaN before."""
+    _run(Case(spec, sample, dtype), direction == "backward")
+
+
+SMALL = [(spec, s) for spec, s in SAMPLES if "small" in s.tags and "empty" not in s.tags]
+
+
+@pytest.mark.parametrize(("spec", "sample"), SMALL, ids=_ids(SMALL))
+def test_gradients_are_those_of_the_forward(spec, sample):
+    """torch.autograd.gradcheck in float64: forward and backward kernels agree."""
+    case = Case(spec, sample, torch.float64)
+    call = case.call.requiring_grad(case.trained)
+
+    def function(*tensors):
+        changed = call.changed(**dict(zip(case.trained, tensors, strict=True)))
+        return outputs_of(changed.run(spec.public, backend="triton"))
+
+    inputs = [call.arguments[n] for n in case.trained]
+    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "view"), WIDE, ids=[op for op, _ in WIDE])
+def test_offsets_beyond_int32(op, view):
+    """Rows 2^30 elements apart: a 32-bit product of row and stride would wrap, and read elsewhere.
+
+    The memory between the rows is never touched, so that it takes no room.
+    """
+    if "triton" not in vitfast.ops.spec_of(op).dispatcher.backends:
+        pytest.skip(f"{op} has no Triton kernel")
+    shape, run = view
+    stride = 2**30 + 8
+    store = torch.empty(3 * stride, dtype=torch.float16)
+    wide = store.as_strided(shape, (0, stride, *torch.empty(shape[2:]).stride()))
+    narrow = torch.randn(shape[1:], generator=torch.Generator().manual_seed(0)).half()
+    wide[0].copy_(narrow)
+    got, want = run(wide, "triton"), run(narrow[None], "reference")
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("spec", [s for s in vitfast.ops.specs()], ids=lambda s: s.name)
+def test_bfloat16_is_refused(spec):
+    """The interpreter computes it wrongly and says nothing."""
+    call = materialise(spec, spec.samples[0], torch.bfloat16)
+    with pytest.raises(BackendUnavailableError, match="bfloat16"):
+        call.run(spec.public, backend="triton")
+
+
+@pytest.mark.parametrize("spec", [s for s in vitfast.ops.specs()], ids=lambda s: s.name)
+def test_never_picked_unasked(spec):
+    call = materialise(spec, spec.samples[0], torch.float16)
+    call.run(spec.public)
+    assert spec.dispatcher.picked != "triton"

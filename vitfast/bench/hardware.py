@@ -1,0 +1,331 @@
+"""What only the hardware can show of GPU kernels: checks beyond the samples of the specs.
+
+Each check takes an op's spec, a backend and a device, and gives the faults that it found. Those
+that need no GPU (`fuzz`, `determinism`) run on the CPU too.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from vitfast import ops
+from vitfast.errors import BackendUnavailableError
+from vitfast.ops.spec import OpSpec, Sample, randn
+from vitfast.testing.cases import Case
+from vitfast.testing.inputs import OpCall, materialise, outputs_of
+
+REPEATS = 50
+
+
+def determinism(
+    spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, device: str,
+    repeats: int = REPEATS,
+) -> list[str]:  # fmt: skip
+    """The same bits every time, forward and backward."""
+    case = Case(spec, sample, dtype)
+    call = case.call.map(lambda t: t.to(device))
+    grads = [g.to(device) for g in case.output_grads]
+
+    def run() -> list[torch.Tensor]:
+        found = call.gradients(spec.public, grads, names=case.trained, backend=backend)
+        return [*call.run(spec.public, backend=backend), *filter(_is_tensor, found.values())]
+
+    first = run()
+    for i in range(1, repeats):
+        for a, b in zip(first, run(), strict=True):
+            if not torch.equal(_bits(a), _bits(b)):
+                return [f"repeat {i} of {repeats} differs"]
+    return []
+
+
+def fuzz(
+    spec: OpSpec, backend: str, device: str, seed: int, seconds: float, dtypes: list[torch.dtype]
+) -> tuple[int, list[str]]:
+    """Random shapes until the time is over: how many ran, and the faults, each with its seed.
+
+    A fault is replayed by `fuzz_one` with the same number.
+    """
+    ran, wrong = 0, []
+    end = time.monotonic() + seconds
+    for number in itertools.count(seed):
+        if time.monotonic() > end:
+            break
+        try:
+            wrong += fuzz_one(spec, backend, device, number, dtypes)
+            ran += 1
+        except BackendUnavailableError:
+            continue
+    return ran, wrong
+
+
+def fuzz_one(
+    spec: OpSpec, backend: str, device: str, seed: int, dtypes: list[torch.dtype]
+) -> list[str]:
+    """One random problem, drawn from its number alone."""
+    dtype = dtypes[seed % len(dtypes)]
+    sample = Sample(f"seed_{seed}", lambda d, g: random_call(spec.name, d, seed))
+    case = Case(spec, sample, dtype)
+    try:
+        call = case.call.map(lambda t: t.to(device))
+        outputs = [t.cpu() for t in call.run(spec.public, backend=backend)]
+        reports = case.judge(outputs, backend)
+        found = call.gradients(
+            spec.public, [g.to(device) for g in case.output_grads], names=case.trained,
+            backend=backend,
+        )  # fmt: skip
+        found = {n: None if t is None else t.cpu() for n, t in found.items()}
+        reports += case.judge_gradients(found, backend)
+    except BackendUnavailableError:
+        raise
+    except Exception as error:
+        return [f"seed {seed} {dtype}: {type(error).__name__}: {error}"]
+    return [f"seed {seed} {dtype}: {p}" for r in reports for p in r.problems]
+
+
+def random_call(op: str, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of an op, small and odd, that depend on the number only."""
+    g = torch.Generator().manual_seed(zlib.crc32(f"{op} {seed}".encode()))
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (1,), generator=g))]
+
+    def size(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=g))
+
+    def tensor(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return randn(g, *shape, dtype=dtype, scale=scale)
+
+    return _RANDOM[op](pick, size, tensor)
+
+
+def _norm(pick, size, tensor):
+    c = pick(size(1, 80), size(81, 1100), 384, 768)
+    x = tensor(size(1, 3), size(1, 40), c)
+    weight, bias = pick((None, None), (1 + tensor(c, scale=0.1), tensor(c, scale=0.1)))
+    return (x, weight, bias, pick(1e-6, 1e-5)), {}
+
+
+def _rms_norm(pick, size, tensor):
+    (x, weight, _, eps), _ = _norm(pick, size, tensor)
+    return (x, weight, eps), {}
+
+
+def _residual(pick, size, tensor):
+    b, n, c = size(1, 3), size(1, 40), pick(size(1, 80), size(81, 1100), 768)
+    options = {}
+    if pick(True, False):
+        options["gamma"] = tensor(c)
+    if pick(True, False):
+        options["drop_scale"] = torch.tensor([1.25, *(pick(0.0, 1.25) for _ in range(b - 1))])
+    return (tensor(b, n, c), tensor(b, n, c)), options
+
+
+def _add_norm(pick, size, tensor):
+    (x, branch), options = _residual(pick, size, tensor)
+    c = x.shape[-1]
+    kind = pick("layer", "rms")
+    bias = tensor(c, scale=0.1) if kind == "layer" else None
+    return (x, branch, 1 + tensor(c, scale=0.1), bias, 1e-6), {**options, "norm": kind}
+
+
+def _attention(pick, size, tensor):
+    b, h, d = size(1, 2), size(1, 3), pick(size(1, 40), 32, 64, 64, 72, 80, 88, 96, 128)
+    n = pick(size(2, 20), size(21, 300))
+    k = pick(n, size(1, 200))
+    options: dict[str, Any] = {}
+    if pick(True, False, False):
+        options["bias"] = tensor(h, n, k)
+    if pick(True, False, False):
+        options["mask"] = tensor(b, 1, 1, k) > -1.0
+        options["mask"][..., 0] = True
+    if pick(True, False, False):
+        options["is_causal"] = True
+    if pick(True, False, False):
+        options["qk_norm"] = pick("layer", "rms")
+    return (tensor(b, n, h, d), tensor(b, k, h, d), tensor(b, k, h, d)), options
+
+
+def _linear_act(pick, size, tensor):
+    m, n, k = size(1, 300), 2 * size(1, 150), pick(size(1, 70), size(71, 800))
+    gate = pick(None, None, "first", "last")
+    act = pick("none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "sigmoid")
+    x, weight = tensor(m, k), tensor(n, k, scale=k**-0.5)
+    return (x, weight, pick(None, tensor(n, scale=0.1)), act), {"gate": gate}
+
+
+def _patch_embed(pick, size, tensor):
+    p, q, cin, c = size(1, 16), size(1, 16), size(1, 4), size(1, 100)
+    rows, columns, b = size(1, 6), size(1, 6), size(1, 3)
+    n = rows * columns
+    options: dict[str, Any] = {}
+    prefix = pick(0, 1, 5)
+    if prefix:
+        options["prefix"] = tensor(1, prefix, c)
+    if pick(True, False):
+        options["pos_embed"] = tensor(1, pick(n, n + prefix), c)
+    weight = tensor(c, cin, p, q, scale=(cin * p * q) ** -0.5)
+    return (tensor(b, cin, rows * p, columns * q), weight, pick(None, tensor(c))), options
+
+
+_RANDOM: dict[str, Callable[..., Any]] = {
+    "layer_norm": _norm,
+    "rms_norm": _rms_norm,
+    "add_norm": _add_norm,
+    "residual_add": _residual,
+    "attention": _attention,
+    "linear_act": _linear_act,
+    "patch_embed": _patch_embed,
+}
+
+
+# ---- what needs a GPU ----------------------------------------------------------------------------
+
+
+def streams(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str) -> list[str]:
+    """On a side stream, with work in flight on it, the kernel waits for its inputs."""
+    call = _on_gpu(spec, sample, dtype)
+    expected = call.run(spec.public, backend=backend)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        late = call.map(torch.zeros_like)
+        torch.cuda._sleep(20_000_000)
+        for name, t in late.arguments.items():
+            if isinstance(t, torch.Tensor):
+                t.copy_(call.arguments[name])
+        got = late.run(spec.public, backend=backend)
+    torch.cuda.current_stream().wait_stream(side)
+    return _different(expected, got, "on a side stream")
+
+
+def graph_capture(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str) -> list[str]:
+    """Captured in a CUDA graph and replayed on other values."""
+    call = _on_gpu(spec, sample, dtype)
+    for _ in range(3):
+        call.run(spec.public, backend=backend)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = outputs_of(call.run(spec.public, backend=backend))
+    for t in call.arguments.values():
+        if isinstance(t, torch.Tensor) and t.is_floating_point():
+            t.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    return _different(call.run(spec.public, backend=backend), got, "replayed from a graph")
+
+
+def out_of_memory(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str) -> list[str]:
+    """A call that finds no memory raises OutOfMemoryError, and the next call is right."""
+    call = _on_gpu(spec, sample, dtype)
+    expected = call.run(spec.public, backend=backend)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    used = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction(max(used, 1 << 20) / total)
+    hog = []
+    try:
+        while True:
+            hog.append(torch.empty(1 << 16, device="cuda"))
+    except torch.cuda.OutOfMemoryError:
+        pass
+    try:
+        call.run(spec.public, backend=backend)
+    except torch.cuda.OutOfMemoryError:
+        pass
+    except Exception as error:
+        return [f"without memory: {type(error).__name__}: {error}"]
+    finally:
+        hog.clear()
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    return _different(expected, call.run(spec.public, backend=backend), "after running out")
+
+
+def beyond_int32(op: str, backend: str) -> list[str]:
+    """Tensors of more than 2^31 elements: their end is as right as their beginning."""
+    if op not in _BEYOND:
+        return []
+    torch.cuda.empty_cache()
+    rows, run = _BEYOND[op]
+    x = torch.empty(rows, 1024, dtype=torch.float16, device="cuda")
+    x[:64].normal_()
+    x[64:-64].zero_()
+    x[-64:] = x[:64]
+    y = run(x, backend)
+    return _different((y[:64],), (y[-64:],), "beyond 2^31 elements")
+
+
+def _beyond_linear(x: torch.Tensor, backend: str) -> torch.Tensor:
+    g = torch.Generator().manual_seed(0)
+    weight = randn(g, 64, 1024, dtype=torch.float16, scale=1 / 32).cuda()
+    return ops.linear_act(x, weight, act="gelu", backend=backend)
+
+
+_BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
+    "layer_norm": (2**21 + 128, lambda x, b: ops.layer_norm(x, backend=b)),
+    "rms_norm": (2**21 + 128, lambda x, b: ops.rms_norm(x, backend=b)),
+    "residual_add": (2**21 + 128, lambda x, b: ops.residual_add(x, x, backend=b)),
+    "add_norm": (2**21 + 128, lambda x, b: ops.add_norm(x, x, backend=b)[1]),
+    "linear_act": (2**21 + 128, _beyond_linear),
+    "attention": (
+        2**21 + 128,
+        lambda x, b: ops.attention(*(x.view(-1, 64, 16, 64),) * 3, backend=b).flatten(0, 1),
+    ),
+}
+
+
+def all_checks(spec: OpSpec, backend: str, seed: int) -> Iterator[tuple[str, list[str]]]:
+    """(name, faults) of every check of one op's backend on the GPU."""
+    few = [s for s in spec.samples if "check" in s.tags and "empty" not in s.tags]
+    checks = {"streams": streams, "graph capture": graph_capture, "out of memory": out_of_memory}
+    dtypes = [torch.bfloat16, torch.float16, torch.float32]
+    for sample in few[:4]:
+        for dtype in dtypes:
+            yield from _guarded(
+                f"determinism {sample.name} {dtype}",
+                lambda s=sample, d=dtype: determinism(spec, s, d, backend, "cuda"),
+            )
+    for name, check in checks.items():
+        yield from _guarded(name, lambda c=check: c(spec, few[0], torch.float16, backend))
+    yield from _guarded("2^31 elements", lambda: beyond_int32(spec.name, backend))
+    ran, wrong = fuzz(spec, backend, "cuda", seed, 8.0, dtypes)
+    yield f"fuzz: {ran} problems from seed {seed}", wrong
+
+
+def _guarded(name: str, check: Callable[[], list[str]]) -> Iterator[tuple[str, list[str]]]:
+    try:
+        yield name, check()
+    except BackendUnavailableError:
+        return
+    except Exception as error:  # one check's crash is a finding, not the end
+        yield name, [f"{type(error).__name__}: {error}"]
+
+
+def _on_gpu(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> OpCall:
+    return materialise(spec, sample, dtype).map(lambda t: t.to("cuda"))
+
+
+def _different(expected: Any, got: Any, when: str) -> list[str]:
+    pairs = zip(outputs_of(expected), outputs_of(got), strict=True)
+    return [
+        f"output {i} differs {when}"
+        for i, (a, b) in enumerate(pairs)
+        if not torch.equal(_bits(a), _bits(b))
+    ]
+
+
+def _bits(t: torch.Tensor) -> torch.Tensor:
+    """As integers, so that NaN equals itself and -0 differs from 0."""
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.contiguous().view(whole[t.element_size()]) if t.is_floating_point() else t
+
+
+def _is_tensor(t: Any) -> bool:
+    return isinstance(t, torch.Tensor)

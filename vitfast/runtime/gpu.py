@@ -1,0 +1,110 @@
+"""What Triton backends share: whether they can run, loading them late, types by name.
+
+Triton is imported when a Triton backend is first asked, never by `import vitfast`.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vitfast.runtime.dispatch import Backend
+from vitfast.runtime.tuning import arch_of, has_run
+from vitfast.settings import settings
+
+NAMES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    torch.uint8: "u8", torch.bool: "i1",
+}  # fmt: skip
+"""Triton's names of dtypes, as in the signature of a kernel ("*fp16")."""
+
+
+@functools.cache
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when Triton was loaded: kernels then run on the CPU."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _missing() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    import triton
+
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return "" if version >= (3, 6) else f"triton {triton.__version__} is too old: 3.6 is needed"
+
+
+def available() -> list[str]:
+    """Why Triton kernels could never run in this process; empty when they can."""
+    if settings.disable:
+        return ["VITFAST_DISABLE is set"]
+    if _missing():
+        return [_missing()]
+    if torch.cuda.is_available() or ("triton" in sys.modules and interpreting()):
+        return []
+    return ["there is no GPU"]
+
+
+def reasons(*tensors: torch.Tensor | None, dots: bool = False) -> list[str]:
+    """Why a Triton kernel cannot take these tensors; empty when it can.
+
+    Args:
+        dots: whether the kernel lives on matrix products.
+    """
+    given = [t for t in tensors if t is not None]
+    device = given[0].device
+    if device.type != "cuda" and (device.type != "cpu" or _missing() or not interpreting()):
+        return [_missing() or f"tensors are on {device}, not on a GPU"]
+    why = available()
+    if device.type == "cpu":
+        if any(t.dtype == torch.bfloat16 for t in given):
+            why.append("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
+        return why
+    if any(t.dtype == torch.float64 for t in given):
+        why.append("float64 is not implemented on GPUs")
+    arch = arch_of(device)
+    if dots and not arch.has_dot:
+        why.append(f"Triton has no matrix instructions on {arch.name}")
+    return why
+
+
+def lazy(
+    module: str,
+    can_run: Callable[..., list[str]],
+    *,
+    name: str = "triton",
+) -> Backend:
+    """A Triton backend whose module, with `forward` and `backward`, is imported at its first call.
+
+    Args:
+        can_run: reasons against; must not need the module.
+    """
+
+    def call(function: str) -> Callable[..., Any]:
+        return lambda *args: getattr(importlib.import_module(module), function)(*args)
+
+    op = module.split(".")[-2]
+
+    def unproven(first: Any, *args: Any) -> str:
+        # A call's first argument is a tensor, or a tuple that begins with one.
+        arch = arch_of((first if isinstance(first, torch.Tensor) else first[0]).device)
+        return "" if has_run(op, arch) else f"no record shows it to have run on {arch.name}"
+
+    return Backend(name, call("forward"), can_run, call("backward"), available, unproven)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of a tl.dot: TF32 only where torch's own setting allows it."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"

@@ -1,0 +1,191 @@
+"""Launch configs of GPU kernels as data: no timing at run time, and the same pick on every rank.
+
+A config comes from the device's table where it has an entry for the kernel: the exact shape, else
+the nearest one; and from the kernel's heuristic where there is no table. A device's JSON file in
+`vitfast/runtime/launches` also lists the ops whose kernels `vitfast check` has seen to be right on
+such hardware; on a device without that, they run only when asked for by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LAUNCHES = Path(__file__).parent / "launches"
+_SHARED = {
+    "sm_75": 65_536, "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448,
+    "sm_100": 232_448, "sm_120": 101_376, "gfx950": 163_840,
+}  # fmt: skip
+TARGETS = (
+    "sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120",
+    "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
+)  # fmt: skip
+"""Architectures that every kernel is compiled for ahead of time."""
+
+
+@dataclass(frozen=True)
+class Arch:
+    """A GPU architecture as launch heuristics see it: "sm_90", "gfx942" or "interpreter"."""
+
+    name: str
+
+    @property
+    def is_amd(self) -> bool:
+        return self.name.startswith("gfx")
+
+    @property
+    def capability(self) -> int:
+        """NVIDIA's compute capability, e.g. 90; 0 elsewhere."""
+        return int(self.name[3:]) if self.name.startswith("sm_") else 0
+
+    @property
+    def warp_size(self) -> int:
+        return 64 if self.name.startswith("gfx9") else 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory that one block may use."""
+        return _SHARED.get(self.name, 65_536 if self.is_amd else 101_376)
+
+    @property
+    def has_dot(self) -> bool:
+        """Whether Triton has matrix instructions for it (none on sm_75 since Triton 3.3)."""
+        return self.capability != 75
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Constants that a kernel is compiled with, and the options of its launch."""
+
+    blocks: Mapping[str, int]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel x config x dtype, for ahead-of-time compilation.
+
+    Args:
+        name: unique within the op, such as "forward-d64-fp16".
+        kernel: the `triton.jit` function.
+        signature: type of each argument that is no constant, such as "*fp16", "i32", "fp32".
+        constants: value of each `tl.constexpr` argument; None for a pointer that is absent.
+        dots: whether matrix instructions have to be in the result.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    launch: Launch
+    dots: bool = False
+
+
+@functools.cache
+def arch_of(device: torch.device) -> Arch:
+    """Architecture of the device; a CPU is the interpreter's."""
+    if device.type != "cuda":
+        return Arch("interpreter")
+    if torch.version.hip:
+        return Arch(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
+    major, minor = torch.cuda.get_device_capability(device)
+    return Arch(f"sm_{major}{minor}")
+
+
+@functools.cache
+def table(arch: str) -> dict[str, Any]:
+    """What is known of a device: {"verified": [op, ...], "kernels": {name: [entry, ...]}}.
+
+    An entry is {"key": {...}, "blocks": {...}, "num_warps": n, "num_stages": n}, or
+    {"key": {...}, "choice": name} where a vendor's kernels are chosen from.
+    """
+    path = LAUNCHES / f"{arch}.json"
+    return json.loads(path.read_text()) if path.exists() else {"verified": [], "kernels": {}}
+
+
+def write_table(
+    arch: Arch, *, verified: list[str] | None = None, kernels: dict[str, Any] | None = None
+) -> Path:
+    """Change what is known of a device: the ops that are right there, the entries of kernels."""
+    known = table(arch.name)
+    known = {
+        "verified": known["verified"] if verified is None else verified,
+        "kernels": {**known["kernels"], **(kernels or {})},
+    }
+    path = LAUNCHES / f"{arch.name}.json"
+    path.write_text(json.dumps(known, indent=1) + "\n")
+    for cached in (table, _launch_of, _choice_of):
+        cached.cache_clear()
+    return path
+
+
+def has_run(op: str, arch: Arch) -> bool:
+    """Whether a record shows that this op's Triton kernels are right on such hardware."""
+    return op in table(arch.name)["verified"]
+
+
+def launch_of(
+    kernel: str, arch: Arch, key: Mapping[str, int | str], heuristic: Callable[[Arch, dict], Launch]
+) -> Launch:
+    """The config of a kernel for a problem.
+
+    Args:
+        key: what the best config depends on. Strings (dtypes, kinds) must agree with those of a
+            table's entry; of the entries that do, the one with the nearest sizes is taken.
+    """
+    return _launch_of(kernel, arch, tuple(sorted(key.items())), heuristic)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch_of(
+    kernel: str, arch: Arch, items: tuple[tuple[str, int | str], ...],
+    heuristic: Callable[[Arch, dict], Launch],
+) -> Launch:  # fmt: skip
+    key = dict(items)
+    best = _nearest(kernel, arch, key)
+    if best is None:
+        return heuristic(arch, key)
+    return Launch(best["blocks"], best["num_warps"], best["num_stages"])
+
+
+def choice_of(what: str, arch: Arch, key: Mapping[str, int | str]) -> str:
+    """What a device's table names as the fastest choice for a problem; "" without a table."""
+    return _choice_of(what, arch, tuple(sorted(key.items())))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choice_of(what: str, arch: Arch, items: tuple[tuple[str, int | str], ...]) -> str:
+    best = _nearest(what, arch, dict(items))
+    return "" if best is None else best["choice"]
+
+
+def _nearest(kernel: str, arch: Arch, key: Mapping[str, int | str]) -> dict[str, Any] | None:
+    entries = table(arch.name)["kernels"].get(kernel, [])
+    ranked = [(_distance(key, e["key"]), i) for i, e in enumerate(entries)]
+    ranked = [r for r in ranked if r[0] < math.inf]
+    return entries[min(ranked)[1]] if ranked else None
+
+
+def _distance(key: Mapping[str, int | str], other: Mapping[str, int | str]) -> float:
+    """Of sizes, in powers of two; infinite where a name or a kind differs."""
+    if key.keys() != other.keys():
+        return math.inf
+    total = 0.0
+    for name, value in key.items():
+        if isinstance(value, str) or isinstance(other[name], str):
+            if value != other[name]:
+                return math.inf
+        else:
+            total += abs(math.log2(max(value, 1)) - math.log2(max(int(other[name]), 1)))
+    return total

@@ -1,0 +1,255 @@
+"""Ahead-of-time compilation of every Triton kernel for GPUs that are not here.
+
+    python -m vitfast.testing.aot --check                    # against tests/gpu/resources.json
+    python -m vitfast.testing.aot --write                    # make that table anew
+    python -m vitfast.testing.aot --check --target sm_90 --op attention --shard 1/4
+
+For each kernel x config x dtype x target: registers, bytes spilled, shared memory, and the number
+of matrix instructions. Spilling is refused on sm_80 and newer, gfx942 and gfx950; a kernel that
+claims matrix instructions must have some; shared memory must fit; no pointer offset may be a
+32-bit product with a stride.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import importlib
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import vitfast.ops
+from vitfast.runtime.tuning import TARGETS, Arch, Variant
+
+TABLE = Path(__file__).resolve().parents[2] / "tests" / "gpu" / "resources.json"
+_MAY_SPILL = {"sm_75", "gfx90a", "gfx1100", "gfx1201"}
+_MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)|\bv_(?:mfma|wmma|swmmac)_")
+
+
+def modules() -> dict[str, Any]:
+    """Triton modules by op."""
+    found = {}
+    for op in vitfast.ops.NAMES:
+        name = f"vitfast.ops.{op}.triton"
+        if importlib.util.find_spec(name) is not None:
+            found[op] = importlib.import_module(name)
+    return found
+
+
+def variants(target: str, ops: set[str] | None = None) -> Iterator[tuple[str, Variant]]:
+    """(unique name, variant) of every kernel x config x dtype that a target gets."""
+    for op, module in modules().items():
+        if ops is None or op in ops:
+            for v in module.variants(Arch(target)):
+                yield f"{op}/{v.name}", v
+
+
+def compile_variant(v: Variant, target: str) -> Any:
+    """Triton's compiled kernel; asks no driver."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    arch = Arch(target)
+    signature = {
+        name: "constexpr" if name in v.constants else v.signature[name]
+        for name in v.kernel.arg_names
+    }
+    constants = {(v.kernel.arg_names.index(name),): value for name, value in v.constants.items()}
+    source = ASTSource(fn=v.kernel, signature=signature, constexprs=constants, attrs=_attrs(v))
+    gpu = (
+        GPUTarget("hip", target, arch.warp_size)
+        if arch.is_amd
+        else GPUTarget("cuda", arch.capability, 32)
+    )
+    options = {**v.launch.options(), "enable_fp_fusion": True}
+    return triton.compile(source, target=gpu, options=options)
+
+
+def _attrs(v: Variant) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Pointers are aligned to 16 bytes, as torch's allocator gives them."""
+    return {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(v.kernel.arg_names)
+        if name not in v.constants and v.signature[name].startswith("*")
+    }
+
+
+def resources(compiled: Any, target: str) -> dict[str, int]:
+    """Registers, spilled bytes, shared bytes and matrix instructions of a compiled kernel."""
+    if Arch(target).is_amd:
+        text = compiled.asm["amdgcn"]
+        registers = _number(text, r"\.vgpr_count:\s+(\d+)")
+        spilled = 4 * _number(text, r"\.vgpr_spill_count:\s+(\d+)")
+    else:
+        text = compiled.asm["ptx"]
+        registers, spilled = _cubin_usage(compiled.asm["cubin"])
+    return {
+        "registers": registers,
+        "spilled": spilled,
+        "shared": compiled.metadata.shared,
+        "matrix": len(_MATRIX.findall(text)),
+    }
+
+
+def _number(text: str, pattern: str) -> int:
+    return max(int(n) for n in re.findall(pattern, text))
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack: what spills takes room there."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file.name],
+            check=True, capture_output=True, text=True,
+        ).stdout  # fmt: skip
+    return _number(text, r"REG:(\d+)"), _number(text, r"STACK:(\d+)")
+
+
+def faults(v: Variant, target: str, found: dict[str, int]) -> list[str]:
+    """What is wrong with a kernel that compiled."""
+    arch, why = Arch(target), []
+    if found["spilled"] and target not in _MAY_SPILL:
+        why.append(f"spills {found['spilled']} bytes a thread")
+    if found["shared"] > arch.shared_bytes:
+        why.append(f"needs {found['shared']} bytes of shared memory; {arch.shared_bytes} exist")
+    if v.dots and arch.has_dot and not found["matrix"]:
+        why.append("has no matrix instruction")
+    return why
+
+
+_DEFINITION = re.compile(r"(%[\w#]+)(?::\d+)? = \"?([\w.]+)\"?[ (](.*)")
+_PASSING = {
+    "arith.addi", "arith.subi", "tt.splat", "tt.broadcast", "tt.expand_dims", "arith.extsi",
+    "tt.reshape", "tt.trans", "arith.select", "arith.minsi", "arith.maxsi",
+}  # fmt: skip
+
+
+def narrow_products(ttir: str) -> list[str]:
+    """Pointer offsets that hold a 32-bit product with a run-time number, such as a stride.
+
+    Such a product wraps at 2^31 elements; the row has to be widened before. Products with
+    constants (a block's size times its number) are counted as harmless.
+    """
+    lines = [m for line in ttir.splitlines() if (m := _DEFINITION.search(line))]
+    made = {m[1]: (m[2], re.findall(r"%[\w#]+", m[3]), m[3]) for m in lines}
+
+    def is_constant(name: str) -> bool:
+        kind, operands, _ = made.get(name, ("argument", [], ""))
+        return kind == "arith.constant" or (
+            kind in _PASSING and bool(operands) and all(map(is_constant, operands))
+        )
+
+    def products(name: str, seen: set[str]) -> Iterator[str]:
+        kind, operands, text = made.get(name, ("argument", [], ""))
+        if name in seen or (kind != "arith.muli" and kind not in _PASSING):
+            return
+        seen.add(name)
+        narrow = re.search(r"(?:x| : )i32\b", text.split(" loc")[0]) is not None
+        if kind == "arith.muli" and narrow and not any(map(is_constant, operands)):
+            yield name
+        for operand in operands:
+            yield from products(operand, seen)
+
+    found = []
+    for kind, operands, _ in made.values():
+        if kind == "tt.addptr":
+            found += [f"{p} in {made[p][2].split(' loc')[0]}" for p in products(operands[1], set())]
+    return sorted(set(found))
+
+
+def measure(job: tuple[str, str]) -> tuple[str, str, dict[str, int], list[str]]:
+    """(target, name) to (target, name, resources, faults); runs in a worker process."""
+    target, name = job
+    v = dict(variants(target, {name.split("/")[0]}))[name]
+    try:
+        compiled = compile_variant(v, target)
+        found = resources(compiled, target)
+    except Exception as error:  # whatever a compiler may raise
+        return target, name, {}, [f"does not compile: {type(error).__name__}: {error}"]
+    why = faults(v, target, found)
+    why += [f"32-bit product {p}" for p in narrow_products(compiled.asm["ttir"])]
+    return target, name, found, why
+
+
+def run(
+    targets: list[str], ops: set[str] | None = None, shard: tuple[int, int] = (0, 1),
+    workers: int = 2,
+) -> tuple[dict[str, dict[str, dict[str, int]]], list[str]]:  # fmt: skip
+    """Resources by target and name, and all faults, of one shard of the kernels."""
+    jobs = [
+        (target, name)
+        for target in targets
+        for name, _ in variants(target, ops)
+        if zlib.crc32(f"{target}/{name}".encode()) % shard[1] == shard[0]
+    ]
+    table: dict[str, dict[str, dict[str, int]]] = {}
+    wrong: list[str] = []
+    with concurrent.futures.ProcessPoolExecutor(workers) as pool:
+        for target, name, found, why in pool.map(measure, jobs):
+            table.setdefault(target, {})[name] = found
+            wrong += [f"{target} {name}: {reason}" for reason in why]
+    return table, wrong
+
+
+def differences(table: dict[str, dict[str, dict[str, int]]], known: dict[str, Any]) -> list[str]:
+    """Where a table is not what the committed one says."""
+    return [
+        f"{target} {name}: {found}, the table says {known.get(target, {}).get(name)}"
+        for target, entries in table.items()
+        for name, found in entries.items()
+        if known.get(target, {}).get(name) != found
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    action = parser.add_mutually_exclusive_group(required=True)
+    action.add_argument("--write", action="store_true", help="replace the committed table")
+    action.add_argument("--check", action="store_true", help="compare with the committed table")
+    parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
+    parser.add_argument("--op", action="append", help="default: all")
+    parser.add_argument("--shard", default="1/1", help="such as 2/4: the second quarter")
+    args = parser.parse_args(argv)
+    part, parts = map(int, args.shard.split("/"))
+    table, wrong = run(args.target or list(TARGETS), args.op and set(args.op), (part - 1, parts))
+    import triton
+
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
+    if args.write:
+        merged = known["kernels"]
+        for target, entries in table.items():
+            old = merged.get(target, {}) if args.op or parts > 1 else {}
+            merged[target] = dict(sorted({**old, **entries}.items()))
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(
+            json.dumps({"triton": triton.__version__, "kernels": merged}, indent=1) + "\n"
+        )
+    else:
+        if known.get("triton") == triton.__version__:
+            wrong += differences(table, known["kernels"])
+    count = sum(len(entries) for entries in table.values())
+    print("\n".join([*wrong, f"{count} kernels compiled, {len(wrong)} faults"]))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
