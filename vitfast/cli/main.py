@@ -19,6 +19,7 @@ COMMANDS = {
     "info": "this machine, versions, settings, and which backends can run each op",
     "check": "run every op and a model of each family against float64",
     "bench": "time ops, blocks or models beside their peers",
+    "tune": "time launch configs of the GPU kernels and write this GPU's table",
     "swap": "report what vitfast.swap would do to a timm model",
     "demo": "run real models with timm and with vitfast on a photograph",
 }

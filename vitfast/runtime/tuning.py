@@ -8,10 +8,11 @@ such hardware; on a device without that, they run only when asked for by name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,25 @@ def launch_of(
         key: what the best config depends on. Strings (dtypes, kinds) must agree with those of a
             table's entry; of the entries that do, the one with the nearest sizes is taken.
     """
-    return _launch_of(kernel, arch, tuple(sorted(key.items())), heuristic)
+    items = tuple(sorted(key.items()))
+    if not _watchers:
+        return _launch_of(kernel, arch, items, heuristic)
+    return _watchers[-1](kernel, key, _launch_of(kernel, arch, items, heuristic))
+
+
+_watchers: list[Callable[[str, Mapping[str, int | str], Launch], Launch]] = []
+
+
+@contextlib.contextmanager
+def watching(
+    change: Callable[[str, Mapping[str, int | str], Launch], Launch],
+) -> Iterator[None]:
+    """Within, every pick goes through `change(kernel, key, launch)`: for `vitfast tune`."""
+    _watchers.append(change)
+    try:
+        yield
+    finally:
+        _watchers.pop()
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,8 @@ KERNELS = {
     "xformers": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
 }
 """Kernels of torch's SDPA by the names of `vitfast`'s tables; more than one: the first that can."""
+UNMASKED = ("cudnn", "flash", "efficient", "xformers")
+"""Those that `vitfast tune` chooses from."""
 
 
 def kernel(call: Call) -> str:
@@ -85,13 +87,32 @@ def kernel(call: Call) -> str:
         return ""
     if call.mask is not None or call.bias is not None:
         return "masked"
-    key = {
+    if _forced:
+        return _forced[-1]
+    return choice_of("attention.vendor", arch_of(q.device), key_of(q, call.save_stats))
+
+
+def key_of(q: torch.Tensor, train: bool) -> dict[str, int | str]:
+    """What the fastest kernel depends on; q is [B, N, H, D] or packed [B, N, 3, H, D]."""
+    return {
         "dtype": str(q.dtype).removeprefix("torch."),
-        "pass": "train" if call.save_stats else "infer",
+        "pass": "train" if train else "infer",
         "head_dim": q.shape[-1],
         "tokens": q.shape[1],
     }
-    return choice_of("attention.vendor", arch_of(q.device), key)
+
+
+_forced: list[str] = []
+
+
+@contextlib.contextmanager
+def forcing(name: str) -> Iterator[None]:
+    """Within, unmasked calls on GPUs run this vendor kernel: for `vitfast tune` and `bench`."""
+    _forced.append(name)
+    try:
+        yield
+    finally:
+        _forced.pop()
 
 
 def _only(chosen: str) -> contextlib.AbstractContextManager[None]:
