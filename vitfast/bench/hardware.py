@@ -159,6 +159,12 @@ def _linear_act(pick, size, tensor):
     return (x, weight, pick(None, tensor(n, scale=0.1)), act), {"gate": gate}
 
 
+def _mlp(pick, size, tensor):
+    (x, weight, bias, act), options = _linear_act(pick, size, tensor)
+    hidden, out = len(weight) // (2 if options["gate"] else 1), size(1, 90)
+    return (x, weight, bias, tensor(out, hidden, scale=hidden**-0.5), None, act), options
+
+
 def _patch_embed(pick, size, tensor):
     p, q, cin, c = size(1, 16), size(1, 16), size(1, 4), size(1, 100)
     rows, columns, b = size(1, 6), size(1, 6), size(1, 3)
@@ -180,6 +186,7 @@ _RANDOM: dict[str, Callable[..., Any]] = {
     "residual_add": _residual,
     "attention": _attention,
     "linear_act": _linear_act,
+    "mlp": _mlp,
     "patch_embed": _patch_embed,
 }
 

@@ -16,6 +16,7 @@ from vitfast import ops
 from vitfast.layers import _guard, _norm
 from vitfast.layers._guard import Children, Linear, Unfit, Unsupported
 from vitfast.layers._norm import Norm
+from vitfast.ops._normed import Normed
 
 
 class Attention(NamedTuple):
@@ -105,9 +106,14 @@ def attend(
     bias: torch.Tensor | None = None,
     rope: torch.Tensor | None = None,
     is_causal: bool = False,
+    normed: Normed | None = None,
 ) -> torch.Tensor:
-    """What timm's fused forward computes for x [B, N, C], by the differentiable ops."""
-    qkv = split_heads([ops.linear_act(x, *linear) for linear in plan.qkv], plan)
+    """What timm's fused forward computes for x [B, N, C], by the differentiable ops.
+
+    Args:
+        normed: how x came from the residual stream, which then is all that is saved.
+    """
+    qkv = split_heads([ops.linear_act(x, *w, normed=normed) for w in plan.qkv], plan)
     out = ops.attention(
         *qkv, mask=mask, bias=bias, is_causal=is_causal, **prologue(plan, rope)
     ).flatten(2)

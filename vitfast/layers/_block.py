@@ -20,6 +20,7 @@ from vitfast.layers._attention import Attention
 from vitfast.layers._guard import Children, DropRate
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
+from vitfast.ops._normed import Normed
 from vitfast.runtime.library import autocast_dtype
 
 
@@ -92,7 +93,12 @@ def _tensors(values: tuple) -> Iterator[torch.Tensor]:
 def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     operand = operand_dtype(x)
-    branch = _attention.attend(_norm.apply(x, block.norm1, operand), block.attn, **attention)
+    branch = _attention.attend(
+        _norm.apply(x, block.norm1, operand),
+        block.attn,
+        normed=_normed(x, block.norm1),
+        **attention,
+    )
     x, normed = ops.add_norm(
         x,
         branch,
@@ -104,13 +110,17 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
         norm=block.norm2.kind,
         out_dtype=operand,
     )
-    branch = _mlp.apply(normed, block.mlp)
+    branch = _mlp.apply(normed, block.mlp, _normed(x, block.norm2))
     return ops.residual_add(
         x,
         branch,
         gamma=block.gamma2,
         drop_scale=_drop_scale(branch, block.gamma2, block.drop2),
     )
+
+
+def _normed(source: torch.Tensor, norm: Norm) -> Normed:
+    return Normed(source, norm.weight, norm.bias, norm.eps, norm.kind)
 
 
 def operand_dtype(x: torch.Tensor) -> torch.dtype | None:

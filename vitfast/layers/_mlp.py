@@ -12,6 +12,7 @@ from vitfast import ops
 from vitfast.layers import _guard, _norm
 from vitfast.layers._guard import Children, Linear, Unsupported
 from vitfast.layers._norm import Norm
+from vitfast.ops._normed import Normed
 
 
 class Mlp(NamedTuple):
@@ -60,8 +61,14 @@ def common(module: nn.Module, fc1: str) -> Mlp:
     )
 
 
-def apply(x: torch.Tensor, plan: Mlp) -> torch.Tensor:
-    """What timm's forward computes for x [..., C], by the differentiable ops."""
+def apply(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch.Tensor:
+    """What timm's forward computes for x [..., C], by the differentiable ops.
+
+    Args:
+        normed: how x came from the residual stream, which then is all that is saved.
+    """
+    if plan.norm is None and plan.gate is None:
+        return ops.mlp(x, *plan.fc1, *plan.fc2, plan.act, gate=plan.packed, normed=normed)
     gate_weight, gate_bias = plan.gate or (None, None)
     hidden = ops.linear_act(
         x,

@@ -13,6 +13,7 @@ from vitfast.ops.add_norm.api import add_norm
 from vitfast.ops.attention.api import attention
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.ops.linear_act.api import linear_act
+from vitfast.ops.mlp.api import mlp
 from vitfast.ops.patch_embed.api import patch_embed
 from vitfast.ops.residual_add.api import residual_add
 from vitfast.ops.rms_norm.api import rms_norm
@@ -27,6 +28,7 @@ NAMES = (
     "residual_add",
     "attention",
     "linear_act",
+    "mlp",
     "patch_embed",
 )
 
@@ -35,6 +37,7 @@ __all__ = [
     "attention",
     "layer_norm",
     "linear_act",
+    "mlp",
     "patch_embed",
     "residual_add",
     "rms_norm",

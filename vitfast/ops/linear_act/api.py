@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.ops import _gemm
+from vitfast.ops import _gemm, _normed
+from vitfast.ops._normed import Normed
 from vitfast.ops.autodiff import gradients
 from vitfast.ops.linear_act import native, reference, vendor
 from vitfast.ops.linear_act.reference import ACTIVATIONS
@@ -25,6 +26,7 @@ def linear_act(
     gate: str | None = None,
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
+    normed: Normed | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Linear layer and activation in one pass; the pre-activation is stored for training only.
@@ -43,6 +45,9 @@ def linear_act(
         gate: for a packed weight: "first" gives act(z1) * z2, "last" gives z1 * act(z2), where z1
             and z2 are the halves of x W^T + b (timm `GluMlp` with gate_last False or True).
         gate_weight, gate_bias: [N, K] and [N]: act(x gate_weight^T + gate_bias) * (x W^T + b).
+        normed: given where x is the norm of a tensor that is kept anyway (source, weight, bias,
+            eps, "layer" or "rms"): x is then computed again in the backward instead of saved. It
+            changes no result; gradients still flow to x.
         backend: "auto", or a name that then must be able to run.
 
     Returns:
@@ -66,6 +71,7 @@ def linear_act(
             checks.check_tensor("linear_act", name, t)
     _check_options(act, gate, gate_weight, gate_bias)
     _check_shapes(x, weight, bias, gate, gate_weight, gate_bias)
+    _normed.check("linear_act", x, normed)
     checks.check_same_device("linear_act", **tensors)
     lower = autocast_dtype(x.device)
     if lower is not None and x.dtype != torch.float64:
@@ -74,7 +80,10 @@ def linear_act(
     if lower is None or x.dtype == torch.float64:
         checks.check_same_dtype("linear_act", **tensors)
     save = needs_grad(x, weight, bias, gate_weight, gate_bias)
-    return _OP(x, weight, bias, gate_weight, gate_bias, act, gate or "", save, backend)[0]
+    return _OP(
+        x, *(normed or _normed.ABSENT), weight, bias, gate_weight, gate_bias, act, gate or "", save,
+        backend,
+    )[0]  # fmt: skip
 
 
 def _check_options(act, gate, gate_weight, gate_bias):
@@ -167,12 +176,18 @@ DISPATCHER = Dispatcher(
 )
 
 
-def _forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z, backend):
+def _forward(
+    x, source, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, act, gate,
+    save_z, backend,
+):  # fmt: skip
     args = (x, weight, bias, gate_weight, gate_bias, act, gate, save_z)
     return DISPATCHER.pick(backend, *args, needs_backward=save_z).forward(*args)
 
 
-def _fake(x, weight, bias, gate_weight, gate_bias, act, gate, save_z, backend):
+def _fake(
+    x, source, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, act, gate,
+    save_z, backend,
+):  # fmt: skip
     width = saved_width(weight, gate_weight, act, gate) if save_z else None
     lead = x.shape[:-1]
     return (
@@ -182,8 +197,10 @@ def _fake(x, weight, bias, gate_weight, gate_bias, act, gate, save_z, backend):
 
 
 def _backward(
-    grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted, backend
-):
+    grad, x, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, z, act, gate,
+    wanted, backend,
+):  # fmt: skip
+    x = _normed.again(x, norm_weight, norm_bias, eps, kind, grad.dtype)
     args = (x, weight, bias, gate_weight, gate_bias, act, gate, True)
     return DISPATCHER.pick(backend, *args, needs_backward=True).backward(
         grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted
@@ -191,39 +208,48 @@ def _backward(
 
 
 def _backward_fake(
-    grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted, backend
-):
+    grad, x, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, z, act, gate,
+    wanted, backend,
+):  # fmt: skip
+    like = grad.new_empty(x.shape)
     return tuple(
-        t.new_empty(t.shape) if w and t is not None else x.new_empty(0)
-        for t, w in zip((x, weight, bias, gate_weight, gate_bias), wanted, strict=True)
+        t.new_empty(t.shape) if w and t is not None else grad.new_empty(0)
+        for t, w in zip((like, weight, bias, gate_weight, gate_bias), wanted, strict=True)
     )
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.act, ctx.gate, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
+    x, source, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights = inputs
+    *weights, ctx.act, ctx.gate, _, ctx.backend = weights
+    kept = _normed.kept(x, source, norm_weight, norm_bias)
+    ctx.save_for_backward(*kept, *weights, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _):
-    *tensors, z = ctx.saved_tensors
-    wanted = [t is not None and w for t, w in zip(tensors, ctx.needs_input_grad[:5], strict=True)]
-    found = _BACKWARD_OP(grad, *tensors, z, ctx.act, ctx.gate, wanted, ctx.backend)
-    return *(g if w else None for g, w in zip(found, wanted, strict=True)), None, None, None, None
+    x, norm_weight, norm_bias, *weights, z = ctx.saved_tensors
+    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:10])
+    wanted = [t is not None and w for t, w in zip((x, *weights), needed, strict=True)]
+    found = _BACKWARD_OP(
+        grad, x, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights, z, ctx.act, ctx.gate, wanted,
+        ctx.backend,
+    )  # fmt: skip
+    dx, *dweights = (g if w else None for g, w in zip(found, wanted, strict=True))
+    return dx, *(None,) * 5, *dweights, *(None,) * 4
 
 
 _BACKWARD_OP = define(
     "linear_act_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias,"
-    " Tensor z, str act, str gate, bool[] wanted, str backend)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, str kind,"
+    " Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor z, str act,"
+    " str gate, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _OP = define(
     "linear_act",
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, str act,"
-    " str gate, bool save_z, str backend) -> (Tensor, Tensor)",
+    f"(Tensor x, {_normed.SCHEMA}, Tensor weight, Tensor? bias, Tensor? gate_weight,"
+    " Tensor? gate_bias, str act, str gate, bool save_z, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,

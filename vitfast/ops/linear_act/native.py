@@ -41,6 +41,24 @@ def _halves(z, gate):
     return (second, first) if gate == "last" else (first, second)
 
 
+def activation(z, act, gate):
+    """act(z), or of a packed z the product of its halves, one of them through act.
+
+    The kernel of gated gradients, which gives grad * act(z), with the other half for grad.
+    """
+    width = z.shape[-1] // 2 if gate else z.shape[-1]
+    y = _gemm.empty((*z.shape[:-1], width), z.dtype)
+    if y.numel() == 0:
+        return y
+    m = y.numel() // width
+    through, other = _halves(z, gate) if gate else (z, z.new_ones(width).expand(m, width))
+    native.native().linear_backward(
+        m, width, _gemm.ACTS[act], _gemm.rows_of(other), _gemm.rows_of(through),
+        _gemm.rows_of(other), None, _gemm.rows_of(y), 0, 0, native.threads(),
+    )  # fmt: skip
+    return y
+
+
 def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted):
     inputs = (x, weight, bias, gate_weight, gate_bias)
     found = [

@@ -1,0 +1,56 @@
+"""Samples and cost of `mlp`."""
+
+from __future__ import annotations
+
+from vitfast.ops.mlp.api import DISPATCHER, mlp
+from vitfast.ops.mlp.reference import mlp as reference
+from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
+
+
+def _sample(name, lead, k, n, act="gelu", *, out=None, gate=None, bias=True, tags=("odd",)):
+    """x [*lead, k], fc1 [n, k] (n counts both halves of a gate), fc2 [out or k, hidden]."""
+
+    def make(dtype, g):
+        hidden = n // 2 if gate else n
+
+        def layer(rows, columns):
+            vector = randn(g, rows, dtype=dtype, scale=0.3) if bias else None
+            return randn(g, rows, columns, dtype=dtype, scale=1.2 * columns**-0.5), vector
+
+        x = randn(g, *lead, k, dtype=dtype)
+        kwargs = {} if gate is None else {"gate": gate}
+        return (x, *layer(n, k), *layer(out or k, hidden), act), kwargs
+
+    return Sample(name, make, frozenset(tags))
+
+
+def _cost(args, kwargs):
+    x, weight1, bias1, weight2, bias2 = args[:5]
+    rows = x.numel() // max(x.shape[-1], 1)
+    read = tensor_bytes(x, weight1, bias1, weight2, bias2)
+    out = rows * weight2.shape[0] * x.element_size()
+    return Cost(flops=2.0 * rows * (weight1.numel() + weight2.numel()), bytes=read + out)
+
+
+_SMALL = ("odd", "small")
+
+SPEC = OpSpec(
+    name="mlp",
+    public=mlp,
+    reference=reference,
+    dispatcher=DISPATCHER,
+    cost=_cost,
+    samples=(
+        _sample("vit_base_224", (1, 197), 768, 3072, tags=("real", "check")),
+        _sample("vit_base_1024", (1, 4097), 768, 3072, tags=("real", "large")),
+        _sample("clip_base_32", (1, 50), 768, 3072, "quick_gelu", tags=("real",)),
+        _sample("prime_sizes", (5, 3), 13, 7, tags=("odd", "small", "check")),
+        _sample("other_width", (4, 3), 12, 20, "silu", out=5, tags=_SMALL),
+        _sample("gate_first", (2, 7), 12, 10, "silu", gate="first", tags=_SMALL),
+        _sample("gate_last", (2, 7), 12, 26, "sigmoid", gate="last", bias=False, tags=_SMALL),
+        _sample("no_activation", (9,), 8, 6, "none", tags=_SMALL),
+        _sample("relu", (3, 37), 40, 65, "relu"),
+        _sample("gelu_tanh", (70,), 33, 129, "gelu_tanh"),
+        _sample("empty", (0, 4), 16, 8, tags=("odd", "empty")),
+    ),
+)
