@@ -11,13 +11,15 @@ import math
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.runtime import native
+from vitfast.runtime import gpu, native
 from vitfast.runtime.native import DTYPE_CODES
 
 LAYER, RMS, NONE = 0, 1, 2
 """The numbers of `NormKind` in csrc/cpu/norm.h."""
 KINDS = {"layer": LAYER, "rms": RMS}
 DTYPES = (torch.float32, torch.bfloat16)
+_WIDEST = 16384
+"""Channels of the widest row that a Triton program holds in registers."""
 
 
 def reasons(
@@ -30,6 +32,18 @@ def reasons(
     for dtype in {t.dtype for t in (x, *others) if t is not None} | {out_dtype or x.dtype}:
         if dtype not in DTYPES:
             why.append(f"{dtype} is not implemented, float32 and bfloat16 are")
+    return why
+
+
+def triton_reasons(
+    x: torch.Tensor, *others: torch.Tensor | None, out_dtype: torch.dtype | None = None
+) -> list[str]:
+    """Why the Triton kernels cannot take these tensors; empty when they can."""
+    why = gpu.reasons(x, *others)
+    if not why and out_dtype == torch.bfloat16 and x.device.type == "cpu":
+        why.append("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
+    if x.shape[-1] > _WIDEST:
+        why.append(f"rows of {x.shape[-1]} channels; the kernels hold at most {_WIDEST}")
     return why
 
 
@@ -86,8 +100,8 @@ def forward(
     b = shape[0] if len(shape) > 1 else 1
     nc = numel // b
     # The names keep contiguous copies alive until the kernel has run.
-    x, branch = _dense(x), _dense(branch)
-    gamma, weight, bias = _vector(gamma), _vector(weight), _vector(bias)
+    x, branch = dense(x), dense(branch)
+    gamma, weight, bias = vector(gamma), vector(weight), vector(bias)
     drop_scale = _float_vector(drop_scale)
     native.native().norm_forward(
         kind,
@@ -159,9 +173,9 @@ def backward(
         dweight.zero_()
         dbias.zero_()
         residual = weight = None
-    grad_normed, grad_residual = _dense(grad_normed), _dense(grad_residual)
-    residual, branch = _dense(residual), _dense(branch)
-    gamma, weight = _vector(gamma), _vector(weight)
+    grad_normed, grad_residual = dense(grad_normed), dense(grad_residual)
+    residual, branch = dense(residual), dense(branch)
+    gamma, weight = vector(gamma), vector(weight)
     drop_scale = _float_vector(drop_scale)
     wanted = kind != NONE
     native.native().norm_backward(
@@ -200,7 +214,7 @@ def residual_dtype(
     return dtype
 
 
-def _dense(t: torch.Tensor | None) -> torch.Tensor | None:
+def dense(t: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor itself where its rows can be addressed by two strides, else a contiguous copy."""
     return t if t is None or t.is_contiguous() or _addressable(t) else t.contiguous()
 
@@ -234,7 +248,7 @@ def _out_rows(
     return _rows(t, nc, c)
 
 
-def _vector(t: torch.Tensor | None) -> torch.Tensor | None:
+def vector(t: torch.Tensor | None) -> torch.Tensor | None:
     return t if t is None or t.is_contiguous() else t.contiguous()
 
 

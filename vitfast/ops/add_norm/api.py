@@ -12,6 +12,7 @@ from vitfast.ops.residual_add import api as residual_add_api
 from vitfast.ops.residual_add.reference import drop_gradient, scale_gradients
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
+from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define, needs_grad
 
 
@@ -104,10 +105,15 @@ def _reference_backward(
     return dx, dbranch.contiguous(), dgamma, dweight, dbias
 
 
+def _triton_reasons(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
+    return _norm.triton_reasons(x, branch, weight, bias, gamma, out_dtype=out_dtype)
+
+
 DISPATCHER = Dispatcher(
     "add_norm",
     [
         native.BACKEND,
+        lazy("vitfast.ops.add_norm.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

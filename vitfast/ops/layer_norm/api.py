@@ -9,6 +9,7 @@ from vitfast.ops.autodiff import gradients
 from vitfast.ops.layer_norm import native, reference
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
+from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
 
 
@@ -86,10 +87,15 @@ def _reference_backward(grad, x, weight, bias, eps, stats):
     )
 
 
+def _triton_reasons(x, weight, bias, eps, out_dtype, save_stats):
+    return _norm.triton_reasons(x, weight, bias, out_dtype=out_dtype)
+
+
 DISPATCHER = Dispatcher(
     "layer_norm",
     [
         native.BACKEND,
+        lazy("vitfast.ops.layer_norm.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

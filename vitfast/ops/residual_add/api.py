@@ -8,6 +8,7 @@ from vitfast.ops import _norm
 from vitfast.ops.residual_add import native, reference
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
+from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define
 
 
@@ -74,10 +75,15 @@ def _reference_backward(grad, branch, gamma, drop_scale, branch_dtype):
     return dbranch.contiguous(), _norm.absent(grad) if dgamma is None else dgamma
 
 
+def _triton_reasons(x, branch, gamma, drop_scale):
+    return _norm.triton_reasons(x, branch, gamma)
+
+
 DISPATCHER = Dispatcher(
     "residual_add",
     [
         native.BACKEND,
+        lazy("vitfast.ops.residual_add.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

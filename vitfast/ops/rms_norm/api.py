@@ -9,6 +9,7 @@ from vitfast.ops.autodiff import gradients
 from vitfast.ops.layer_norm.api import autocast_out_dtype, check
 from vitfast.ops.rms_norm import native, reference
 from vitfast.runtime.dispatch import Backend, Dispatcher
+from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define, needs_grad
 
 
@@ -54,10 +55,15 @@ def _reference_backward(grad, x, weight, eps, stats):
     )
 
 
+def _triton_reasons(x, weight, eps, out_dtype, save_stats):
+    return _norm.triton_reasons(x, weight, out_dtype=out_dtype)
+
+
 DISPATCHER = Dispatcher(
     "rms_norm",
     [
         native.BACKEND,
+        lazy("vitfast.ops.rms_norm.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )
