@@ -258,10 +258,15 @@ def backward(
             **launch.blocks, **launch.options(),
         )  # fmt: skip
     sums = [
-        absent if v is None else v.new_zeros(c) if p is None else p.sum(0, dtype=torch.float64).to(v.dtype)
+        absent if v is None else v.new_zeros(c) if p is None else _total(p, v.dtype)
         for v, p in zip(vectors, partial, strict=True)
     ]
     return absent if dx is None else dx, absent if dbranch is None else dbranch, *sums
+
+
+def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The programs' sums added up; in float64, since as many rounding errors would meet here."""
+    return partial.sum(0, dtype=torch.float64).to(dtype)
 
 
 # ---- ahead of time -------------------------------------------------------------------------------

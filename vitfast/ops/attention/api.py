@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.attention import native, reference, vendor
 from vitfast.ops.attention.reference import Call
-from vitfast.runtime import checks
+from vitfast.runtime import checks, gpu
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_args, autocast_dtype, define, needs_grad
 
@@ -201,11 +201,24 @@ def _reference_backward(grad, call, out, stats):
     return vendor.differentiate(reference.compute, grad, call)
 
 
+def _triton_reasons(call):
+    tensors = (t for t in call if isinstance(t, torch.Tensor) and t.is_floating_point())
+    why = gpu.reasons(*tensors, dots=True)
+    if call.q.shape[-1] > 256:
+        why.append(f"head dim {call.q.shape[-1]} is above 256")
+    if call.mask_grad:
+        why.append("mask requires grad; the kernels have a gradient for bias only")
+    if call.rope_grad:
+        why.append("rope requires grad; it is taken as a constant")
+    return why
+
+
 DISPATCHER = Dispatcher(
     "attention",
     [
         native.BACKEND,
         vendor.BACKEND,
+        gpu.lazy("vitfast.ops.attention.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
