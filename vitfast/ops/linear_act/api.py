@@ -10,7 +10,7 @@ from vitfast.ops._normed import Normed
 from vitfast.ops.autodiff import gradients
 from vitfast.ops.linear_act import native, reference, vendor
 from vitfast.ops.linear_act.reference import ACTIVATIONS
-from vitfast.runtime import checks
+from vitfast.runtime import checks, gpu
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
 
@@ -165,12 +165,20 @@ def _reference_backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, g
     return tuple(g if w else x.new_empty(0) for g, w in zip(found, wanted, strict=True))
 
 
+def _triton_reasons(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
+    why = gpu.reasons(x, weight, bias, gate_weight, gate_bias, dots=True)
+    if weight.shape[1] == 0:
+        why.append("there are no input channels to sum over")
+    return why
+
+
 # The native kernel knows no tiles (AMX); oneDNN does.
 _COMPILED = [native.BACKEND, vendor.BACKEND][:: -1 if _gemm.HAS_TILES else 1]
 DISPATCHER = Dispatcher(
     "linear_act",
     [
         *_COMPILED,
+        gpu.lazy("vitfast.ops.linear_act.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )
