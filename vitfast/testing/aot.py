@@ -75,12 +75,21 @@ def compile_variant(v: Variant, target: str) -> Any:
     return triton.compile(source, target=gpu, options=options)
 
 
+_COUNTS = {
+    "rows", "cols", "n", "batch", "heads", "queries", "keys", "per_image", "columns", "mask_q",
+    "mask_k", "z_value", "z_gate",
+}  # fmt: skip
+"""Integer arguments that real models do not give in multiples of 16."""
+
+
 def _attrs(v: Variant) -> dict[tuple[int, ...], list[list[Any]]]:
-    """Pointers are aligned to 16 bytes, as torch's allocator gives them."""
+    """Triton's own specialisation: pointers and strides of real models divide by 16."""
     return {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(v.kernel.arg_names)
-        if name not in v.constants and v.signature[name].startswith("*")
+        if name not in v.constants
+        and (v.signature[name].startswith("*") or v.signature[name] == "i32")
+        and name not in _COUNTS
     }
 
 

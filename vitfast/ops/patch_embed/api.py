@@ -9,7 +9,7 @@ import torch
 from vitfast.errors import InputValueError
 from vitfast.ops.autodiff import gradients
 from vitfast.ops.patch_embed import native, reference
-from vitfast.runtime import checks
+from vitfast.runtime import checks, gpu
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define
 
@@ -166,10 +166,18 @@ def _reference_backward(
     return tuple(g if w else grad.new_empty(0) for g, w in zip(found, wanted, strict=True))
 
 
+def _triton_reasons(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
+    why = gpu.reasons(image, weight, bias, pos_embed, prefix, dots=True)
+    if not why and image.device.type == "cpu" and torch.bfloat16 in (dtype, out_dtype):
+        why.append("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
+    return why
+
+
 DISPATCHER = Dispatcher(
     "patch_embed",
     [
         native.BACKEND,
+        gpu.lazy("vitfast.ops.patch_embed.triton", _triton_reasons),
         Backend("reference", _reference_call, lambda *args: [], _reference_backward),
     ],
 )

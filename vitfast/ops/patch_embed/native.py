@@ -168,9 +168,7 @@ def _weight_gradient(dz, patches, dweight):
         count = min(_MOST_SUMMED, patches.rows - first)
         rows = patches.gather(first, count, scratch)
         b = _gemm.matrix((rows,), patches.dtype, dz.shape[1], transposed=True)
-        _gemm.transposed_product(
-            b, dz[first : first + count], total, accumulate=first > 0
-        )
+        _gemm.transposed_product(b, dz[first : first + count], total, accumulate=first > 0)
     if not exact:
         flat.copy_(total)
 
