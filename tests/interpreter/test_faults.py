@@ -16,6 +16,8 @@ import pytest
 import vitfast
 
 PACKAGE = Path(vitfast.__file__).parent
+ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/_norm_triton.py"
+LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
 import sys, torch
 from vitfast import ops
@@ -28,6 +30,40 @@ raise_if_wrong(case.judge(case.outputs(backend="triton")))
 raise_if_wrong(case.judge_gradients(case.gradients(case.trained, backend="triton")))
 print("right")
 """
+FAULTS = {
+    "dropped rescale": (ATTENTION, "acc=o1 * rescale[:, None]", "acc=o1", "attention", "tokens_65"),
+    "rescale of the sum": (
+        ATTENTION, "total * rescale + tl.sum(p, 1)", "total + tl.sum(p, 1)", "attention",
+        "tokens_65",
+    ),
+    "off-by-one mask": (ATTENTION, "tl.where(k < keys, s,", "tl.where(k <= keys, s,", "attention",
+                        "tokens_17"),
+    "causal one too far": (ATTENTION, "tl.where(k <= q, s,", "tl.where(k <= q + 1, s,", "attention",
+                           "causal"),
+    "swapped dk and dv": (ATTENTION, "_put(dk_ptr, dk1 * scale,", "_put(dk_ptr, dv1,", "attention",
+                          "tokens_17"),
+    "delta left out": (ATTENTION, "p * (dp - delta[:, None])", "p * dp", "attention", "tokens_17"),
+    "half of the head dim": (ATTENTION, "_tile(q_ptr, m, queries, q_n, q_d, D1, D, D2)",
+                             "_tile(q_ptr, m, queries, q_n, q_d, 0, D, D2)", "attention",
+                             "head_dim_72"),
+    "missing other": (NORM, "tl.load(x_ptr + at, mask=mask, other=0.0)",
+                      "tl.load(x_ptr + at, mask=mask, other=1.0)", "layer_norm", "prime_width"),
+    "eps in the wrong place": (NORM, "tl.sqrt(tl.sum(d * d, axis=1) / c + eps)",
+                               "(tl.sqrt(tl.sum(d * d, axis=1) / c) + eps)", "layer_norm",
+                               "constant_rows"),
+    "mean of the gradient left out": (NORM, "d -= (tl.sum(g, axis=1) / c)[:, None]", "d -= 0.0",
+                                      "layer_norm", "prime_width"),
+    "drop scale of another sample": (NORM, "drop_ptr + row // n", "drop_ptr + row % n", "add_norm",
+                                     "prime_width"),
+    "last row block": (LINEAR, "range(block, tl.cdiv(rows, BLOCK_M), blocks)",
+                       "range(block, rows // BLOCK_M, blocks)", "linear_act", "wide_rows"),
+    "tanh for erf": (LINEAR, "if ACT == 1:\n        x = tl", "if ACT == 2:\n        x = tl",
+                     "linear_act", "prime_sizes"),
+    "gate and value exchanged": (LINEAR, "_activate(gate, ACT) * total",
+                                 "_activate(total, ACT) * gate", "linear_act", "gate_first"),
+    "columns for rows of a patch": (PATCH, "((k // Q) % P)", "((k // P) % P)", "patch_embed",
+                                    "rectangular"),
+}  # fmt: skip
 
 
 def judge(package: Path, op: str, sample: str) -> str:
@@ -42,5 +78,25 @@ def judge(package: Path, op: str, sample: str) -> str:
 
 
 @pytest.fixture
-def copy(tmp_path) -> Path:
+def package(tmp_path) -> Path:
     return Path(shutil.copytree(PACKAGE, tmp_path / "vitfast", symlinks=True))
+
+
+def plant(package: Path, file: str, old: str, new: str) -> None:
+    path = package / file
+    source = path.read_text()
+    assert source.count(old) >= 1, f"{file} no longer has {old!r}"
+    path.write_text(source.replace(old, new))
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_caught(package, name):
+    file, old, new, op, sample = FAULTS[name]
+    plant(package, file, old, new)
+    said = judge(package, op, sample)
+    assert "right" not in said.splitlines() and "Error" in said, said
+
+
+@pytest.mark.parametrize(("op", "sample"), sorted({f[3:] for f in FAULTS.values()}))
+def test_the_judge_accepts_the_kernels_as_they_are(op, sample):
+    assert judge(PACKAGE, op, sample).splitlines()[-1] == "right"

@@ -45,8 +45,8 @@ def test_activations_are_right_everywhere(act):
     exact = ACTIVATIONS[act](z.double())
     error = (through(act, z).double() - exact).abs()
     # Relative to the value, down to where float32 has no normal numbers. Far out the value is an
-    # exponential, whose argument carries a rounding of its own. Both gelus round 1 + erf or 1 + tanh
-    # in float64, and are no reference below -5.
+    # exponential, whose argument carries a rounding of its own. Both gelus round 1 + erf or
+    # 1 + tanh in float64, and are no reference below -5.
     exponent = (exact / z).abs().log().nan_to_num(0, 0, 0).abs()
     limit = (1e-6 + 1.5e-7 * exponent) * exact.abs() + 1e-37
     if act.startswith("gelu"):

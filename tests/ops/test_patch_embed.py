@@ -1,4 +1,4 @@
-"""What holds for patch_embed beyond single samples: stretches, layouts, bytes, and timm's tokens."""
+"""What holds for patch_embed beyond single samples: stretches, layouts, bytes, timm's tokens."""
 
 from __future__ import annotations
 
@@ -162,7 +162,8 @@ def ours(model, image):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_tokens_are_timms(options, autocast):
     torch.manual_seed(0)
-    options = {"patch_size": 8, "img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2} | options
+    sizes = {"patch_size": 8, "img_size": 32, "embed_dim": 24, "depth": 1, "num_heads": 2}
+    options = sizes | options
     model = timm.models.VisionTransformer(**options).eval()
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)

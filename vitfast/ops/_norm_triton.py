@@ -271,7 +271,7 @@ def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 # ---- ahead of time -------------------------------------------------------------------------------
 
-_WIDTHS = (192, 384, 768, 1024, 1408, 3072)
+_WIDTHS = (384, 768, 1408)
 _TENSORS = {
     "forward": ("x", "branch", "gamma", "drop", "weight", "bias", "residual", "normed", "stats"),
     "backward": (

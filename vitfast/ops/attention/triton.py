@@ -39,21 +39,18 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
     if key["pass"] == "forward":
         if wide:
-            m, n, warps = (64, 32, 4) if d <= 64 else (32, 32, 4) if d <= 128 else (32, 16, 4)
-        elif d <= 64:
-            m, n, warps = 128, 64, 4
-        elif d <= 128:
-            m, n, warps = 128, 64, 8
+            m, n = (32, 32) if d <= 96 else (16, 16)
         else:
-            m, n, warps = 64, 32, 4
+            m, n = (128, 64) if d <= 96 else (64, 64) if d <= 128 else (64, 32)
     elif wide:
-        m, n, warps = (32, 32, 4) if d <= 64 else (32, 16, 4) if d <= 128 else (16, 16, 4)
-    elif d <= 64:
-        m, n, warps = 64, 64, 4
+        m, n = (32, 16) if d <= 64 and key["pass"] != "bias" else (16, 16)
+    elif d <= 64 and (arch.is_amd or arch.capability in (90, 100)):
+        m, n = 64, 64
     elif d <= 128:
-        m, n, warps = (64, 32, 4) if key["pass"] == "queries" else (32, 64, 4)
+        m, n = (32, 64) if key["pass"] == "keys" else (64, 32)
     else:
-        m, n, warps = 32, 32, 4
+        m, n = 32, 32
+    warps = 4 if arch.is_amd or (min(m, n) < 32 and key["pass"] != "bias") else 8
     stages = 1 if arch.is_amd or wide or arch.shared_bytes < 80_000 else 2
     return Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 

@@ -171,12 +171,13 @@ def delta_kernel(
 
 
 @triton.jit
-def _row_state(stats_ptr, delta_ptr, pair, pairs, m, queries):
+def _row_state(stats_ptr, delta_ptr, pair, batch, heads, m, queries):
     """Shift, 1 / sum (0 for a row that sees nothing) and delta of some queries."""
     at = pair.to(tl.int64) * queries + m
+    pairs = tl.full([], batch, tl.int64) * heads
     live = m < queries
     shift = tl.load(stats_ptr + at, mask=live, other=0.0)
-    total = tl.load(stats_ptr + tl.full([], pairs, tl.int64) * queries + at, mask=live, other=1.0)
+    total = tl.load(stats_ptr + pairs * queries + at, mask=live, other=1.0)
     inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
     return shift, inverse, tl.load(delta_ptr + at, mask=live, other=0.0)
 
@@ -225,7 +226,7 @@ def keys_kernel(
         if D2 > 0:
             q2 = _tile(q_ptr, m, queries, q_n, q_d, D1, D, D2)
             g2 = _tile(grad_ptr, m, queries, grad_n, grad_d, D1, D, D2)
-        shift, inverse, delta = _row_state(stats_ptr, delta_ptr, pair, batch * heads, m, queries)
+        shift, inverse, delta = _row_state(stats_ptr, delta_ptr, pair, batch, heads, m, queries)
         s = _product(k1, k2, q1, q2, ACC, D2, PRECISION)
         s = _logits(
             s, m, n, queries, keys, mask_ptr, bias_ptr, mask_q, mask_k, bias_q, bias_k, scale, KEEP,
@@ -282,7 +283,7 @@ def queries_kernel(
         q2 = _tile(q_ptr, m, queries, q_n, q_d, D1, D, D2)
         g2 = _tile(grad_ptr, m, queries, grad_n, grad_d, D1, D, D2)
         dq2 = tl.zeros([BLOCK_M, D2], ACC)
-    shift, inverse, delta = _row_state(stats_ptr, delta_ptr, pair, batch * heads, m, queries)
+    shift, inverse, delta = _row_state(stats_ptr, delta_ptr, pair, batch, heads, m, queries)
     last = keys
     if CAUSAL:
         last = tl.minimum(keys, start + BLOCK_M)
@@ -350,7 +351,7 @@ def bias_kernel(
             v2 = _tile(v, n, keys, v_n, v_d, D1, D, D2)
             g2 = _tile(g, m, queries, grad_n, grad_d, D1, D, D2)
         pair = at * heads + h
-        shift, inverse, delta = _row_state(stats_ptr, delta_ptr, pair, batch * heads, m, queries)
+        shift, inverse, delta = _row_state(stats_ptr, delta_ptr, pair, batch, heads, m, queries)
         s = _product(q1, q2, k1, k2, ACC, D2, PRECISION)
         s = _logits(
             s, m, n, queries, keys, seen, bias_ptr, mask_q, mask_k, bias_q, bias_k, scale, KEEP,

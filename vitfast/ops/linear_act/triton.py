@@ -178,8 +178,6 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 8}, 4, 1)
     if wide:
         m, n, k, warps = (32, 64, 16, 4) if gated else (64, 64, 16, 4)
-    elif 90 <= arch.capability < 120:
-        m, n, k, warps = (128, 64, 32, 8) if gated else (128, 128, 32, 8)
     elif arch.name in ("gfx1100", "gfx1201"):
         m, n, k, warps = (64, 32, 32, 4) if gated else (64, 64, 32, 4)
     else:

@@ -146,7 +146,8 @@ def backward(grad, image, weight, bias, pos_embed, prefix, mean, std, dtype, out
     if wanted[1]:
         ready = normalise(image, mean, std, dtype)
         patches = ready.reshape(batch, cin, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
-        found[1] = (dz.mT @ patches.reshape(batch * h * w, cin * p * q)).view(weight.shape).to(weight.dtype)
+        patches = patches.reshape(batch * h * w, cin * p * q)
+        found[1] = (dz.mT @ patches).view(weight.shape).to(weight.dtype)
     if wanted[0]:
         dx = (dz @ weight.reshape(c, cin * p * q).to(dtype)).view(batch, h, w, cin, p, q)
         dx = dx.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)

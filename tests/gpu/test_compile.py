@@ -1,0 +1,95 @@
+"""Triton kernels compiled for GPUs that are not here, and held to the committed table.
+
+CI compiles a part; all of it: python -m vitfast.testing.aot --check
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from vitfast.runtime.tuning import Arch, Launch  # noqa: E402
+from vitfast.testing import aot  # noqa: E402
+
+KNOWN = json.loads(aot.TABLE.read_text())
+TARGETS = tuple(KNOWN["kernels"])
+SHARE = 12
+"""CI compiles every so many-th kernel of each target."""
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_part_of_the_kernels(target):
+    """Compiles, spills nothing, fits shared memory, has its matrix instructions, as the table."""
+    table, wrong = aot.run([target], shard=(TARGETS.index(target), SHARE), workers=1)
+    assert wrong == []
+    assert table[target]
+    if KNOWN["triton"] == triton.__version__:
+        assert aot.differences(table, KNOWN["kernels"]) == []
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_table_has_every_kernel(target):
+    assert set(KNOWN["kernels"][target]) == {name for name, _ in aot.variants(target)}
+
+
+def test_the_table_has_no_fault():
+    for target in TARGETS:
+        for name, v in aot.variants(target):
+            assert aot.faults(v, target, KNOWN["kernels"][target][name]) == [], (target, name)
+
+
+def _variant(op, part):
+    return next(v for name, v in aot.variants("sm_90", {op}) if part in name)
+
+
+def test_spills_are_seen():
+    v = _variant("attention", "forward-d128-fp32")
+    big = {"BLOCK_M": 64, "BLOCK_N": 64}
+    v = replace(v, constants={**v.constants, **big}, launch=Launch(big, 4, 1))
+    found = aot.resources(aot.compile_variant(v, "sm_90"), "sm_90")
+    assert found["spilled"] > 0
+    assert any("spills" in why for why in aot.faults(v, "sm_90", found))
+
+
+def test_missing_matrix_instructions_are_seen():
+    v = replace(_variant("layer_norm", "forward-c384-fp16"), dots=True)
+    found = aot.resources(aot.compile_variant(v, "sm_90"), "sm_90")
+    assert aot.faults(v, "sm_90", found) == ["has no matrix instruction"]
+    assert aot.faults(v, "sm_75", found) == []
+
+
+def test_too_much_shared_memory_is_seen():
+    v = _variant("layer_norm", "forward-c384-fp16")
+    found = {"registers": 1, "spilled": 0, "shared": 300_000, "matrix": 0}
+    assert len(aot.faults(v, "sm_90", found)) == 1
+    assert Arch("gfx950").shared_bytes > Arch("gfx942").shared_bytes
+
+
+def test_a_dropped_int64_is_seen(tmp_path):
+    """The lint on pointer arithmetic: rows times a stride in 32 bits."""
+    import importlib.util
+
+    source = (
+        "import triton\nimport triton.language as tl\n\n\n@triton.jit\n"
+        "def kernel(x_ptr, y_ptr, stride, N: tl.constexpr):\n"
+        "    row = tl.program_id(0)WIDE\n"
+        "    at = row * stride + tl.arange(0, N)\n"
+        "    tl.store(y_ptr + at, tl.load(x_ptr + at))\n"
+    )
+    found = {}
+    for name, cast in (("wide", ".to(tl.int64)"), ("narrow", "")):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source.replace("WIDE", cast))
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        v = aot.Variant(
+            name, module.kernel, {"x_ptr": "*fp16", "y_ptr": "*fp16", "stride": "i32"}, {"N": 64},
+            Launch({}, 4, 1),
+        )  # fmt: skip
+        found[name] = aot.narrow_products(aot.compile_variant(v, "sm_90").asm["ttir"])
+    assert found["wide"] == [] and found["narrow"]
