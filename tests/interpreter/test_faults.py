@@ -31,10 +31,9 @@ raise_if_wrong(case.judge_gradients(case.gradients(case.trained, backend="triton
 print("right")
 """
 FAULTS = {
-    "dropped rescale": (ATTENTION, "acc=o1 * rescale[:, None]", "acc=o1", "attention", "tokens_65"),
+    "dropped rescale": (ATTENTION, "o1 *= rescale[:, None]", "o1 *= 1.0", "attention", "tokens_65"),
     "rescale of the sum": (
-        ATTENTION, "total * rescale + tl.sum(p, 1)", "total + tl.sum(p, 1)", "attention",
-        "tokens_65",
+        ATTENTION, "total *= rescale", "total *= 1.0", "attention", "tokens_65",
     ),
     "off-by-one mask": (ATTENTION, "tl.where(k < keys, s,", "tl.where(k <= keys, s,", "attention",
                         "tokens_17"),

@@ -56,9 +56,17 @@ def picks_of(call: Callable[[], Any]) -> list[Pick]:
 
 
 def neighbours(launch: Launch) -> Iterator[Launch]:
-    """Configs to try beside one: tiles from a half to twice, 2 to 8 warps, 1 to 4 stages."""
+    """Configs to try beside one: tiles from a half to twice, switches, 2 to 8 warps, 1 to 4 stages.
+
+    A block of size 0 or 1 that is not called BLOCK_... or ROWS is a switch.
+    """
     names = list(launch.blocks)
-    sizes = [[s for s in (b // 2, b, b * 2) if 1 <= s <= 256] for b in launch.blocks.values()]
+    sizes = [
+        [s for s in (b // 2, b, b * 2) if 1 <= s <= 256]
+        if name.startswith(("BLOCK", "ROWS"))
+        else [0, 1]
+        for name, b in launch.blocks.items()
+    ]
     for blocks in itertools.product(*sizes):
         for warps, stages in itertools.product((2, 4, 8), (1, 2, 3, 4)):
             other = Launch(dict(zip(names, blocks, strict=True)), warps, stages)

@@ -9,7 +9,6 @@ afterwards in a fixed order, so that gradients are the same bits every time.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ import triton.language as tl
 
 from vitfast.ops import _norm
 from vitfast.ops._norm import LAYER, NONE, RMS
-from vitfast.runtime.gpu import NAMES
+from vitfast.runtime.gpu import NAMES, guard
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 _PROGRAMS = 512
@@ -163,10 +162,6 @@ def _launch(x: torch.Tensor, which: str) -> Launch:
     return launch_of(f"norm.{which}", arch_of(x.device), key, launch_heuristic)
 
 
-def _device(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
-
-
 def _acc(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -201,7 +196,7 @@ def forward(
     gamma, weight, bias, drop_scale = map(_norm.vector, (gamma, weight, bias, drop_scale))
     rows = b * nc // c
     launch = _launch(x, "forward")
-    with _device(x):
+    with guard(x):
         forward_kernel[(triton.cdiv(rows, launch.blocks["ROWS"]),)](
             x, branch, gamma, drop_scale, weight, bias, residual, normed, stats, rows, nc // c, c,
             *_steps(x, nc, c), *_steps(branch, nc, c), eps,
@@ -248,7 +243,7 @@ def backward(
     stats = stats if normed and stats is not None and stats.numel() else None
     branch = _norm.dense(branch)
     gamma_, weight_, drop_scale = map(_norm.vector, (gamma, weight, drop_scale))
-    with _device(residual):
+    with guard(residual):
         backward_kernel[(programs,)](
             grad_normed, grad_residual, source, branch, gamma_, drop_scale,
             weight_ if normed else None, stats, dx, dbranch, *partial, rows, nc // c, c,

@@ -5,6 +5,7 @@ Triton is imported when a Triton backend is first asked, never by `import vitfas
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -102,6 +103,11 @@ def lazy(
         return "" if has_run(op, arch) else f"no record shows it to have run on {arch.name}"
 
     return Backend(name, call("forward"), can_run, call("backward"), available, unproven)
+
+
+def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes the tensor's GPU the current one, which Triton launches on."""
+    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -1,13 +1,13 @@
 """Attention on the Triton kernels of triton_kernels.py: launches, and what is compiled for whom.
 
 The statistics [2, B, H, Nq] are each row's shift and the sum of its weights relative to that; the
-shift is in units of log2 where nothing is added to the scores. Norm and rotation of q and k are
-torch ops before the kernels, differentiated by autograd.
+shift is in units of log2 where nothing is added to the scores. Norm and rotation of q and k are a
+pass before the kernels (triton_prologue.py).
 """
 
 from __future__ import annotations
 
-import contextlib
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.attention import triton_kernels as kernels
-from vitfast.ops.attention.reference import Call, prologue
+from vitfast.ops.attention import triton_prologue as prologue
+from vitfast.ops.attention.reference import Call
 from vitfast.ops.attention.vendor import INPUTS, wants_gradient
-from vitfast.ops.autodiff import gradients
-from vitfast.runtime.gpu import NAMES, precision
+from vitfast.runtime.gpu import NAMES, guard, precision
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 112, 128, 256)
@@ -32,40 +32,59 @@ def split_dim(d: int) -> tuple[int, int]:
     return (whole, 0) if first < 16 or first + second >= whole else (first, second)
 
 
+_SWITCHES = {"LAZY": 0, "POLYNOMIAL": 0}
+"""Of the forward kernel: off until a device's table has measured them to be faster there."""
+
+
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     """Tiles that fit registers and shared memory; see tests/gpu/resources.json."""
+    launch = _tiles(arch, key)
+    if key["pass"] == "forward":
+        return replace(launch, blocks={**launch.blocks, **_SWITCHES})
+    return launch
+
+
+def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
     d, wide = sum(split_dim(key["head_dim"])), key["dtype"] in ("float32", "float64")
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
-    if key["pass"] == "forward":
-        if wide:
-            m, n = (32, 32) if d <= 96 else (16, 16)
-        else:
-            m, n = (128, 64) if d <= 96 else (64, 64) if d <= 128 else (64, 32)
+    # Hopper and datacentre Blackwell keep operands out of registers.
+    roomy = arch.is_amd or arch.capability // 10 in (9, 10)
+    if wide and arch.is_amd:
+        m, n = (32, 32) if d <= 96 and key["pass"] == "forward" else (16, 16)
     elif wide:
-        m, n = (32, 16) if d <= 64 and key["pass"] != "bias" else (16, 16)
-    elif d <= 64 and (arch.is_amd or arch.capability in (90, 100)):
+        m, n = (32, 16) if d <= 128 and key["pass"] == "forward" else (16, 16)
+    elif key["pass"] == "forward":
+        widest = 80 if arch.capability // 10 == 10 else 96
+        m, n = (128, 64) if d <= widest else (64, 64) if d <= 128 else (64, 32)
+    elif key["pass"] == "keys" and key["added"] and not roomy:
+        m, n = 32, 32
+    elif d <= 64 and roomy:
         m, n = 64, 64
     elif d <= 128:
         m, n = (32, 64) if key["pass"] == "keys" else (64, 32)
     else:
         m, n = 32, 32
-    warps = 4 if arch.is_amd or (min(m, n) < 32 and key["pass"] != "bias") else 8
+    warps = 4 if arch.is_amd else 8
     stages = 1 if arch.is_amd or wide or arch.shared_bytes < 80_000 else 2
     return Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
 
-def _key(which: str, q: torch.Tensor) -> dict[str, Any]:
+def _key(which: str, dtype: torch.dtype, head_dim: int, tokens: int, added: bool) -> dict[str, Any]:
     return {
         "pass": which,
-        "dtype": str(q.dtype).removeprefix("torch."),
-        "head_dim": q.shape[-1],
-        "tokens": q.shape[1],
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": head_dim,
+        "tokens": tokens,
+        "added": "mask or bias" if added else "",
     }
 
 
-def _launch(which: str, q: torch.Tensor) -> Launch:
-    return launch_of(f"attention.{which}", arch_of(q.device), _key(which, q), launch_heuristic)
+def _launch(which: str, call: Call) -> Launch:
+    q = call.q
+    added = call.mask is not None or call.bias is not None
+    key = _key(which, q.dtype, q.shape[-1], q.shape[1], added)
+    return launch_of(f"attention.{which}", arch_of(q.device), key, launch_heuristic)
 
 
 def _constants(dtype: torch.dtype, d: int, keep: bool, causal: bool) -> dict[str, Any]:
@@ -81,10 +100,6 @@ def _constants(dtype: torch.dtype, d: int, keep: bool, causal: bool) -> dict[str
     }
 
 
-def _on(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
-
-
 def _addends(call: Call, size: tuple[int, ...]) -> tuple[Any, Any, tuple[int, ...], bool]:
     """Mask, bias, their strides over [B, H, Nq, Nk] and [H, Nq, Nk], and whether mask is bool."""
     mask, bias, keep = call.mask, call.bias, False
@@ -98,17 +113,8 @@ def _addends(call: Call, size: tuple[int, ...]) -> tuple[Any, Any, tuple[int, ..
     return mask, bias, (*strides, *bias.expand(size)[0].stride()), keep
 
 
-def _plain(call: Call) -> tuple[Call, bool]:
-    """The call with q and k normalised and rotated, and whether there was anything to do."""
-    if call.qk_norm or call.rope is not None:
-        q, k, v = (t.transpose(1, 2) for t in prologue(call))
-        return call._replace(q=q, k=k, v=v, qk_norm="", rope=None), True
-    q, k, v = call.split()
-    return call._replace(q=q, k=k, v=v), False
-
-
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    call, _ = _plain(call)
+    call = prologue.forward(call)
     q, k, v = call.q, call.k, call.v
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
@@ -116,9 +122,9 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     stats = q.new_empty((2, batch, heads, queries) if call.save_stats else (0,), dtype=wide)
     mask, bias, strides, keep = _addends(call, (batch, heads, queries, keys))
-    launch = _launch("forward", q)
+    launch = _launch("forward", call)
     grid = (triton.cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)
-    with _on(q):
+    with guard(q):
         kernels.forward_kernel[grid](
             q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
             keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
@@ -132,19 +138,23 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     if stats.device.type == "cpu" and stats[1, 0, 0, 0] < 0:
         out, stats = forward(call)  # the forward ran on another backend, which saves none
-    plain, prepared = _plain(call)
     grads = {n: call.q.new_empty(0) for n in INPUTS}
-    if call.k is None and not prepared:
+    if call.k is None:
         grads["q"] = call.q.new_empty(call.q.shape)
         dq, dk, dv = grads["q"].unbind(2)
     else:
-        dq, dk, dv = (t.new_empty(t.shape) for t in (plain.q, plain.k, plain.v))
+        dq, dk, dv = (t.new_empty(t.shape) for t in call.split())
         grads |= {"q": dq, "k": dk, "v": dv}
-    dbias = _launch_backward(grad, plain, out, stats, dq, dk, dv)
+    plain = prologue.forward(call)
+    if call.qk_norm or call.rope is not None:
+        turned = plain.q.new_empty(plain.q.shape), plain.k.new_empty(plain.k.shape)
+        dbias = _launch_backward(grad, plain, out, stats, *turned, dv)
+        wanted = {n for n in INPUTS if wants_gradient(call, n)}
+        grads |= prologue.backward(call, *turned, (dq, dk), wanted)
+    else:
+        dbias = _launch_backward(grad, plain, out, stats, dq, dk, dv)
     if dbias is not None:
         grads["bias"] = dbias.view(call.bias.shape).to(call.bias.dtype)
-    if prepared:
-        grads |= _through_prologue(call, dq, dk, dv)
     return tuple(grads.values())
 
 
@@ -160,24 +170,24 @@ def _launch_backward(grad, call, out, stats, dq, dk, dv):
     sizes = (batch, heads, queries, keys, call.scale)
     inputs = (q, k, v, mask, bias, grad, stats, delta)
     steps = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
-    with _on(q):
+    with guard(q):
         kernels.delta_kernel[(triton.cdiv(queries, 16) * batch * heads,)](
             out, grad, delta, heads, queries, *grad.stride(), D=d,
             BLOCK_D=triton.next_power_of_2(d), ACC=constants["ACC"], BLOCK_M=16, num_warps=4,
         )  # fmt: skip
-        launch = _launch("keys", q)
+        launch = _launch("keys", call)
         kernels.keys_kernel[(triton.cdiv(keys, launch.blocks["BLOCK_N"]) * batch * heads,)](
             *inputs, dk, dv, *sizes, *steps, *dk.stride()[:3], *dv.stride()[:3], *strides,
             **constants, **launch.blocks, **launch.options(),
         )  # fmt: skip
-        launch = _launch("queries", q)
+        launch = _launch("queries", call)
         kernels.queries_kernel[(triton.cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)](
             *inputs, dq, *sizes, *steps, *dq.stride()[:3], *strides,
             **constants, **launch.blocks, **launch.options(),
         )  # fmt: skip
         if not wants_gradient(call, "bias"):
             return None
-        launch = _launch("bias", q)
+        launch = _launch("bias", call)
         m, n = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
         dbias = q.new_empty((heads, queries, keys), dtype=wide)
         kernels.bias_kernel[(triton.cdiv(queries, m) * triton.cdiv(keys, n) * heads,)](
@@ -187,34 +197,32 @@ def _launch_backward(grad, call, out, stats, dq, dk, dv):
     return dbias
 
 
-def _through_prologue(call, dq, dk, dv):
-    """Gradients before norm and rotation, and those of the norms' weights."""
-    names = [n for n in INPUTS if n not in ("mask", "bias", "rope") and wants_gradient(call, n)]
-    found = gradients(
-        lambda *leaves: prologue(call._replace(**dict(zip(names, leaves, strict=True)))),
-        [getattr(call, n) for n in names],
-        [t.transpose(1, 2) for t in (dq, dk, dv)],
-    )
-    absent = call.q.new_empty(0)
-    return {"k": absent, "v": absent, **dict(zip(names, found, strict=True))}
-
-
 def variants(arch: Arch) -> list[Variant]:
-    """Every pass x head dim x dtype; with a bias for the passes that serve BEiT."""
-    found = []
+    """Every pass x head dim x dtype; with a bias for the passes that serve BEiT; each switch."""
+    found = prologue.variants(arch)
     for which in ("forward", "keys", "queries", "bias"):
         kernel = getattr(kernels, f"{which}_kernel")
         for d in HEAD_DIMS:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 for bias in (True,) if which == "bias" else (False, True) if d == 64 else (False,):
                     found.append(_variant(arch, which, kernel, d, dtype, bias))
+    for switch in _SWITCHES:
+        for dtype in (torch.float16, torch.bfloat16):
+            plain = _variant(arch, "forward", kernels.forward_kernel, 64, dtype, False)
+            blocks = {**plain.launch.blocks, switch: 1}
+            found.append(
+                replace(
+                    plain,
+                    name=f"{plain.name}-{switch.lower()}",
+                    constants={**plain.constants, **blocks},
+                    launch=replace(plain.launch, blocks=blocks),
+                )
+            )
     return found
 
 
 def _variant(arch, which, kernel, d, dtype, bias):
-    key = {
-        "pass": which, "dtype": str(dtype).removeprefix("torch."), "head_dim": d, "tokens": 1024
-    }  # fmt: skip
+    key = _key(which, dtype, d, 1024, bias)
     launch = launch_of(f"attention.{which}", arch, key, launch_heuristic)
     constants = {**_constants(dtype, d, False, False), **launch.blocks}
     # Contiguous head dims, as of a packed qkv.

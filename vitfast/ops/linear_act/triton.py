@@ -7,14 +7,13 @@ dz reads two tensors and writes one; its products are the vendor's.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from vitfast.runtime.gpu import NAMES, precision
+from vitfast.runtime.gpu import NAMES, guard, precision
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 ACTS = {
@@ -197,10 +196,6 @@ def _launch(x: torch.Tensor, rows: int, cols: int, gated: bool) -> Launch:
     return launch_of("linear_act.forward", arch_of(x.device), key, launch_heuristic)
 
 
-def _on(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
-
-
 def _acc(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
@@ -244,7 +239,7 @@ def forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
     m, k = rows.shape
     launch = _launch(rows, m, n, gated)
     grid = (triton.cdiv(m, launch.blocks["BLOCK_M"]) * triton.cdiv(n, launch.blocks["BLOCK_N"]),)
-    with _on(x):
+    with guard(x):
         forward_kernel[grid](
             rows, w, b, gw, gb, y, z if save else None, m, n, k, *rows.stride(), *w.stride(),
             *((0, 0) if gw is None else gw.stride()), z.shape[-1],
@@ -299,7 +294,7 @@ def _pre_activation_gradient(grad, z, gate_weight, act, gate, gated, wide):
     across, blocks = triton.cdiv(n, block_n), min(triton.cdiv(m, block_m), _PROGRAMS)
     partial = z.new_empty((2 if gated else 1, blocks, n), dtype=wide)
     value, through = _places(gate_weight, gate, n)
-    with _on(grad):
+    with guard(grad):
         backward_kernel[(across * blocks,)](
             grad, z, dz, partial[0], partial[1] if gated else None, m, n, grad.stride(0),
             z.shape[-1], value, through, ACT=ACTS[act], ACC=_acc(grad.dtype), GATED=gated,

@@ -7,7 +7,6 @@ The backward is made of two products of the vendor's and sums, on the gathered p
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.patch_embed.reference import normalise
-from vitfast.runtime.gpu import NAMES, precision
+from vitfast.runtime.gpu import NAMES, guard, precision
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 
@@ -83,10 +82,6 @@ def _launch(dtype: torch.dtype, arch: Arch, n: int, k: int) -> Launch:
     return launch_of("patch_embed.forward", arch, key, launch_heuristic)
 
 
-def _on(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
-
-
 def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
     batch, _, height, width = image.shape
     c, cin, p, q = weight.shape
@@ -114,7 +109,7 @@ def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
     grid = (triton.cdiv(rows, launch.blocks["BLOCK_M"]) * triton.cdiv(c, launch.blocks["BLOCK_N"]),)
     if image.dtype != torch.uint8 and mean is None and std is None and image.dtype != dtype:
         image = image.to(dtype)
-    with _on(image):
+    with guard(image):
         forward_kernel[grid](
             image, flat, bias, pos, mean, std, tokens, rows, c, n, columns, *image.stride(),
             flat.stride(0), *tokens.stride()[:2],

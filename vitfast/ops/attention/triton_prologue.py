@@ -1,0 +1,261 @@
+"""Norm and rotation of q and k in one Triton pass each, before the attention kernels.
+
+A pass of its own, not the attention kernel's first lines: there every tile of queries would
+normalise all keys again, about a third of the exponentials' cost at 128 queries a tile, where this
+moves 4 units (read and write q and k) once. The backward makes the norm's statistics again from the
+row, which is short, and sums the weights' gradients to one row a program, in a fixed order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vitfast.ops.attention.reference import Call
+from vitfast.runtime.gpu import NAMES, guard
+from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+
+_NORMS = {"": 0, "layer": 1, "rms": 2}
+_PROGRAMS = 512
+"""Most programs of a backward that sums gradients of weights."""
+
+
+@triton.jit
+def _row_stats(x, inside, c: tl.constexpr, eps, NORM: tl.constexpr):
+    """Mean and 1 / deviation of rows."""
+    mean = tl.sum(x, axis=1) / c if NORM == 1 else tl.zeros_like(tl.sum(x, axis=1))
+    d = tl.where(inside, x - mean[:, None], 0.0)
+    return mean, 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / c + eps)
+
+
+@triton.jit
+def _partner(column, HALF: tl.constexpr, D: tl.constexpr):
+    """The column that a column is turned with, and the sign it comes with."""
+    if HALF:
+        low = column < D // 2
+        return tl.where(low, column + D // 2, column - D // 2), tl.where(low, -1.0, 1.0)
+    return column ^ 1, tl.where(column % 2 == 0, -1.0, 1.0)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, rope_ptr, out_ptr, rows, tokens, heads, prefix,
+    x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr,
+    HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """out [B, N, H, D] contiguous; a row is one head of one token."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)
+    live, inside = row < rows, column < D
+    mask = live[:, None] & inside[None, :]
+    h, n, b = row % heads, row // heads % tokens, row // heads // tokens
+    at = (b * x_b + n * x_n + h * x_h)[:, None]
+    y = tl.load(x_ptr + at + column[None, :] * x_d, mask=mask, other=0.0).to(ACC)
+    if NORM > 0:
+        mean, rstd = _row_stats(y, mask, D, eps, NORM)
+        y = (y - mean[:, None]) * rstd[:, None]
+        if weight_ptr is not None:
+            y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
+    if rope_ptr is not None:
+        other, sign = _partner(column, HALF, D)
+        z = tl.load(x_ptr + at + other[None, :] * x_d, mask=mask, other=0.0).to(ACC)
+        if NORM > 0:
+            z = (z - mean[:, None]) * rstd[:, None]
+            if weight_ptr is not None:
+                z *= tl.load(weight_ptr + other, mask=inside, other=0.0).to(ACC)[None, :]
+            if bias_ptr is not None:
+                z += tl.load(bias_ptr + other, mask=inside, other=0.0).to(ACC)[None, :]
+        turned = mask & (n >= prefix)[:, None]
+        at = (b * rope_b + h * rope_h + (n - prefix) * rope_n)[:, None]
+        sin = tl.load(rope_ptr + at + column[None, :] * rope_d, mask=turned, other=0.0)
+        cos = tl.load(rope_ptr + at + (column + D)[None, :] * rope_d, mask=turned, other=1.0)
+        y = y * cos.to(ACC) + z * sign[None, :] * sin.to(ACC)
+    tl.store(
+        out_ptr + row[:, None] * D + column[None, :], y.to(out_ptr.dtype.element_ty), mask=mask
+    )
+
+
+@triton.jit
+def backward_kernel(
+    grad_ptr, x_ptr, weight_ptr, rope_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, tokens, heads,
+    prefix, x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, dx_b, dx_n, dx_h, eps,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr,
+    HALF: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dx from grad [B, N, H, D] contiguous; sums of the weights' gradients [programs, D]."""
+    first = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < D
+    other, sign = _partner(column, HALF, D)
+    dweight = tl.zeros([BLOCK_D], ACC)
+    dbias = tl.zeros([BLOCK_D], ACC)
+    for block in range(first, tl.cdiv(rows, ROWS), tl.num_programs(0)):
+        row = tl.arange(0, ROWS).to(tl.int64) + tl.full([], block, tl.int64) * ROWS
+        live = row < rows
+        mask = live[:, None] & inside[None, :]
+        h, n, b = row % heads, row // heads % tokens, row // heads // tokens
+        g = tl.load(grad_ptr + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(ACC)
+        if rope_ptr is not None:
+            # The turn's transpose: what went to the partner comes back from it.
+            turned = mask & (n >= prefix)[:, None]
+            at = (b * rope_b + h * rope_h + (n - prefix) * rope_n)[:, None]
+            cos = tl.load(rope_ptr + at + (column + D)[None, :] * rope_d, mask=turned, other=1.0)
+            sin = tl.load(rope_ptr + at + other[None, :] * rope_d, mask=turned, other=0.0)
+            z = tl.load(grad_ptr + row[:, None] * D + other[None, :], mask=mask, other=0.0).to(ACC)
+            g = g * cos.to(ACC) - z * sign[None, :] * sin.to(ACC)
+        if NORM > 0:
+            at = (b * x_b + n * x_n + h * x_h)[:, None] + column[None, :] * x_d
+            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
+            mean, rstd = _row_stats(x, mask, D, eps, NORM)
+            xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
+            if dbias_ptr is not None:
+                dbias += tl.sum(g, axis=0)
+            if dweight_ptr is not None:
+                dweight += tl.sum(g * xhat, axis=0)
+            if weight_ptr is not None:
+                g *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
+            d = g - xhat * (tl.sum(g * xhat, axis=1) / D)[:, None]
+            if NORM == 1:
+                d -= (tl.sum(g, axis=1) / D)[:, None]
+            g = d * rstd[:, None]
+        at = (b * dx_b + n * dx_n + h * dx_h)[:, None] + column[None, :]
+        tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=mask)
+    at = first.to(tl.int64) * D + column
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + at, dweight, mask=inside)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + at, dbias, mask=inside)
+
+
+def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """About 2K elements a program."""
+    return Launch({"ROWS": max(4, 2048 // triton.next_power_of_2(key["head_dim"]))}, 4, 1)
+
+
+def _key(which: str, dtype: torch.dtype, d: int) -> dict[str, Any]:
+    return {"pass": which, "dtype": str(dtype).removeprefix("torch."), "head_dim": d}
+
+
+def _constants(dtype: torch.dtype, d: int, norm: str, half: bool) -> dict[str, Any]:
+    return {
+        "D": d, "BLOCK_D": triton.next_power_of_2(d), "NORM": _NORMS[norm], "HALF": half,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
+
+
+def _rope_steps(call: Call, shape: tuple[int, ...]) -> tuple[int, ...]:
+    if call.rope is None:
+        return 0, 0, 0, 0
+    b, n, h, d = shape
+    return call.rope.expand(b, h, n - call.rope_prefix, 2 * d).stride()
+
+
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def forward(call: Call) -> Call:
+    """The call with q and k normalised and rotated; the same call where there is nothing to do."""
+    q, k, v = call.split()
+    if not call.qk_norm and call.rope is None:
+        return call._replace(q=q, k=k, v=v)
+    q = _forward(call, q, call.q_norm_weight, call.q_norm_bias)
+    k = _forward(call, k, call.k_norm_weight, call.k_norm_bias)
+    return call._replace(q=q, k=k, v=v, qk_norm="", rope=None)
+
+
+def _forward(call, x, weight, bias):
+    b, n, h, d = x.shape
+    # As in the reference, the rotation leaves v's dtype; all are one dtype here.
+    out = torch.empty((b, n, h, d), dtype=x.dtype, device=x.device)
+    rows = b * n * h
+    launch = launch_of(
+        "attention.prologue", arch_of(x.device), _key("forward", x.dtype, d), launch_heuristic
+    )
+    with guard(x):
+        forward_kernel[(triton.cdiv(rows, launch.blocks["ROWS"]),)](
+            x, _contiguous(weight), _contiguous(bias), call.rope, out, rows, n, h,
+            call.rope_prefix, *x.stride(), *_rope_steps(call, x.shape), call.qk_norm_eps,
+            **_constants(x.dtype, d, call.qk_norm, call.rope_half), **launch.blocks,
+            **launch.options(),
+        )  # fmt: skip
+    return out
+
+
+def backward(
+    call: Call, dq: torch.Tensor, dk: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor],
+    wanted: set[str],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Writes the gradients of q and k into `into`; gives those of the norms' weights.
+
+    Args:
+        dq: [B, N, H, D] contiguous, the gradient of what `forward` made of q; dk likewise.
+        wanted: names of arguments.
+    """
+    q, k, _ = call.split()
+    found = {}
+    for name, x, grad, out in (("q", q, dq, into[0]), ("k", k, dk, into[1])):
+        weight, bias = getattr(call, f"{name}_norm_weight"), getattr(call, f"{name}_norm_bias")
+        sums = _backward(
+            call, x, weight, grad, out, f"{name}_norm_weight" in wanted,
+            bias is not None and f"{name}_norm_bias" in wanted,
+        )  # fmt: skip
+        for which, total, given in zip(("weight", "bias"), sums, (weight, bias), strict=True):
+            if total is not None:
+                # In float64, since as many rounding errors would meet here.
+                found[f"{name}_norm_{which}"] = total.sum(0, dtype=torch.float64).to(given.dtype)
+    return found
+
+
+def _backward(call, x, weight, grad, out, weight_wanted, bias_wanted):
+    b, n, h, d = x.shape
+    rows = b * n * h
+    launch = launch_of(
+        "attention.prologue", arch_of(x.device), _key("backward", x.dtype, d), launch_heuristic
+    )
+    programs = min(triton.cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    sums = [
+        x.new_empty((programs, d), dtype=wide) if wanted else None
+        for wanted in (weight_wanted and weight is not None, bias_wanted)
+    ]
+    with guard(x):
+        backward_kernel[(programs,)](
+            grad, x, _contiguous(weight), call.rope, out, *sums, rows, n, h, call.rope_prefix,
+            *x.stride(), *_rope_steps(call, x.shape), *out.stride()[:3], call.qk_norm_eps,
+            **_constants(x.dtype, d, call.qk_norm, call.rope_half), **launch.blocks,
+            **launch.options(),
+        )  # fmt: skip
+    return sums
+
+
+def variants(arch: Arch) -> list[Variant]:
+    """As in real models: LayerNorm alone (ViT-22B's), EVA-02's pairs, DINOv3's halves."""
+    found = []
+    for which, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
+        for kind in (("norm", "layer", False), ("pairs", "", False), ("halves", "", True)):
+            for dtype in (torch.float16, torch.bfloat16, torch.float32):
+                found.append(_variant(arch, which, kernel, *kind, dtype))
+    return found
+
+
+def _variant(arch, which, kernel, name, norm, half, dtype):
+    key = _key(which, dtype, 64)
+    launch = launch_of("attention.prologue", arch, key, launch_heuristic)
+    constants = {**_constants(dtype, 64, norm, half), **launch.blocks, "x_d": 1, "rope_d": 1}
+    absent = {"rope_ptr"} if norm else {"weight_ptr", "bias_ptr", "dweight_ptr", "dbias_ptr"}
+    constants |= {n: None for n in kernel.arg_names if n in absent}
+    signature = {}
+    for arg in kernel.arg_names:
+        if arg.endswith("_ptr"):
+            wide = arg in ("rope_ptr", "dweight_ptr", "dbias_ptr")
+            signature[arg] = "*fp32" if wide else f"*{NAMES[dtype]}"
+        else:
+            signature[arg] = "fp32" if arg == "eps" else "i32"
+    return Variant(f"prologue-{which}-{name}-{NAMES[dtype]}", kernel, signature, constants, launch)
