@@ -46,7 +46,7 @@ FAULTS = {
                              "_tile(q_ptr, m, queries, q_n, q_d, 0, D, D2)", "attention",
                              "head_dim_72"),
     "missing other": (NORM, "tl.load(x_ptr + at, mask=mask, other=0.0)",
-                      "tl.load(x_ptr + at, mask=mask, other=1.0)", "layer_norm", "prime_width"),
+                      "tl.load(x_ptr + at, mask=mask, other=1.0)", "rms_norm", "prime_width"),
     "eps in the wrong place": (NORM, "tl.sqrt(tl.sum(d * d, axis=1) / c + eps)",
                                "(tl.sqrt(tl.sum(d * d, axis=1) / c) + eps)", "layer_norm",
                                "constant_rows"),
@@ -94,6 +94,25 @@ def test_a_planted_fault_is_caught(package, name):
     plant(package, file, old, new)
     said = judge(package, op, sample)
     assert "right" not in said.splitlines() and "Error" in said, said
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "op"),
+    [
+        (NORM, "row = row.to(tl.int64)", "layer_norm"),
+        (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "attention"),
+    ],
+)
+def test_a_removed_int64_is_caught(package, file, old, op):
+    plant(package, file, old, old.replace(".to(tl.int64)", ".to(tl.int32)"))
+    test = Path(__file__).with_name("test_kernels.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={package}",
+         str(test), "-k", f"beyond_int32 and {op}"],
+        env={**os.environ, "PYTHONPATH": str(package.parent), "TRITON_INTERPRET": "1"},
+        cwd=package.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert "1 failed" in done.stdout or done.returncode < 0, done.stdout  # or it reads elsewhere
 
 
 @pytest.mark.parametrize(("op", "sample"), sorted({f[3:] for f in FAULTS.values()}))

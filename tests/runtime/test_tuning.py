@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 
-from vitfast.runtime import tuning
+from vitfast.runtime import gpu, tuning
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.tuning import Arch, Launch, choice_of, has_run, launch_of
+from vitfast.runtime.tuning import Arch, Launch, choice_of, launch_of
 
 HEURISTIC = Launch({"BLOCK": 1}, 1, 1)
 
@@ -25,10 +25,14 @@ def device(tmp_path, monkeypatch):
     (tmp_path / "sm_90.json").write_text(
         json.dumps(
             {
-                "verified": ["layer_norm"],
+                "verified": ["layer_norm", "linear_act", "patch_embed"],
                 "kernels": {
                     "k": [entry(64, 16), entry(4096, 128), entry(4096, 64, "float32")],
                     "vendor": [{"key": {"n": 64}, "choice": "flash"}],
+                    "linear_act.backend": [
+                        {"key": {"n": 64}, "choice": "triton"},
+                        {"key": {"n": 4096}, "choice": "reference"},
+                    ],
                 },
             }
         )
@@ -79,23 +83,28 @@ def test_architectures(name, warp, dot):
     assert arch.shared_bytes >= 65_536
 
 
-def test_only_what_a_record_shows_is_picked_unasked(device):
-    """An unproven backend runs by name, and is named in the explanation."""
-    proven = {"layer_norm": True, "attention": False}
-    for op, expected in proven.items():
-        assert has_run(op, device) is expected
+@pytest.mark.parametrize(
+    ("op", "n", "why"),
+    [
+        ("layer_norm", 64, ""),
+        ("rms_norm", 64, "no record"),
+        ("linear_act", 100, ""),
+        ("linear_act", 3000, "fastest"),
+        ("patch_embed", 64, "fastest"),
+        ("attention", 64, "no record"),
+    ],
+)
+def test_only_what_records_show_is_picked_unasked(device, monkeypatch, op, n, why):
+    """Right by a record; and where a vendor's kernel may be faster, measured to be the fastest."""
+    monkeypatch.setattr(gpu, "arch_of", lambda where: device)
+    measured = op in ("linear_act", "patch_embed", "attention")
+    triton = gpu.lazy(
+        f"vitfast.ops.{op}.triton", lambda x: [],
+        key=(lambda x: {"n": x.numel()}) if measured else None,
+    )  # fmt: skip
+    dispatcher = Dispatcher(op, [triton, Backend("reference", lambda x: x, lambda x: [])])
+    x = torch.zeros(n)
+    assert dispatcher.pick("auto", x).name == ("reference" if why else "triton")
+    assert dispatcher.pick("triton", x).name == "triton"
+    assert not why or why in dispatcher.explain([x])
 
-        def unproven(x, op=op):
-            return "" if has_run(op, device) else "no record"
-
-        dispatcher = Dispatcher(
-            op,
-            [
-                Backend("triton", lambda x: x, lambda x: [], unproven=unproven),
-                Backend("reference", lambda x: x, lambda x: []),
-            ],
-        )
-        picked = dispatcher.pick("auto", torch.zeros(1)).name
-        assert picked == ("triton" if expected else "reference")
-        assert dispatcher.pick("triton", torch.zeros(1)).name == "triton"
-        assert ("no record" in dispatcher.explain([torch.zeros(1)])) is not expected

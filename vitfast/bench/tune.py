@@ -7,6 +7,7 @@ the error criterion, and win by more than the noise.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vitfast import ops
 from vitfast.bench.timer import Stopwatch, interleave, stopwatch
 from vitfast.ops.attention import vendor
 from vitfast.ops.spec import OpSpec, Sample
-from vitfast.runtime.tuning import Launch, watching
+from vitfast.runtime.tuning import Launch, asking, watching
 from vitfast.testing.cases import Case
 
 GAIN = 1.02
@@ -74,6 +75,20 @@ def neighbours(launch: Launch) -> Iterator[Launch]:
                 yield other
 
 
+def runner(case: Case, train: bool, device: str) -> Callable[..., Any]:
+    """(backend="triton") -> the outputs of a case, or its gradients."""
+    call = case.call.map(lambda t: t.to(device))
+    grads = [g.to(device) for g in case.output_grads] if train else []
+
+    def run(backend: str = "triton") -> Any:
+        if train:
+            return call.gradients(case.spec.public, grads, names=case.trained, backend=backend)
+        with torch.no_grad():
+            return call.run(case.spec.public, backend=backend)
+
+    return run
+
+
 def tune(
     spec: OpSpec,
     sample: Sample,
@@ -87,15 +102,7 @@ def tune(
 ) -> dict[str, list[dict[str, Any]]]:
     """Table entries {kernel: [entry]} for the kernels of one op on one sample."""
     case = Case(spec, sample, dtype)
-    call = case.call.map(lambda t: t.to(device))
-    grads = [g.to(device) for g in case.output_grads] if train else []
-
-    def run() -> Any:
-        if train:
-            return call.gradients(spec.public, grads, names=case.trained, backend="triton")
-        with torch.no_grad():
-            return call.run(spec.public, backend="triton")
-
+    run = runner(case, train, device)
     found: dict[str, list[dict[str, Any]]] = {}
     for pick in picks_of(run):
         best = _best(pick, run, case, train, seconds, watch or stopwatch(device), say)
@@ -150,6 +157,37 @@ def _right(case: Case, output: Any, train: bool) -> bool:
         outputs = (output,) if isinstance(output, torch.Tensor) else output
         reports = case.judge([t.cpu() for t in outputs])
     return not any(problem for r in reports for problem in r.problems)
+
+
+def tune_backend(
+    spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, *, device: str = "cuda",
+    seconds: float = 4.0, watch: Stopwatch | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    """Whether Triton's kernels win where the op leaves that to the table; after `tune`."""
+    case = Case(spec, sample, dtype)
+    run = runner(case, train, device)
+    with asking() as asked:
+        run("auto")
+    keys = [(what, key) for what, key in asked if what.endswith(".backend")]
+    calls: dict[str, Callable[[], Any]] = {}
+    for name in ("triton", "vendor", "reference"):
+        if name not in spec.dispatcher.backends:
+            continue
+        call = functools.partial(run, name)
+        try:
+            output = call()
+            if name != "triton" or _right(case, output, train):
+                calls[name] = call
+        except Exception as error:  # not for this call, or too much memory
+            say(f"{spec.name}: {name}: {type(error).__name__}")
+    if not keys or not calls:
+        return {}
+    times = interleave(calls, seconds=seconds, watch=watch or stopwatch(device))
+    best = min(times, key=lambda name: times[name].median)
+    what, key = keys[0]
+    say(f"{what} {key}: {best}, " + ", ".join(f"{n} {t.median:.2e} s" for n, t in times.items()))
+    return {what: [{"key": key, "choice": best}]}
 
 
 def tune_vendor(

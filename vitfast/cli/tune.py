@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 from vitfast.errors import InputValueError
 
@@ -51,10 +52,19 @@ def run(args: argparse.Namespace) -> int:
                         )  # fmt: skip
                     if spec.name == "attention":
                         found |= tune.tune_vendor(sample, getattr(torch, name), train, say=say)
-                    for kernel, new in found.items():
-                        keys = [e["key"] for e in new]
-                        kept = [e for e in entries.get(kernel, []) if e["key"] not in keys]
-                        entries[kernel] = kept + new
+                    _add(entries, found)
                     tuning.write_table(arch, kernels=entries)  # an interrupted run keeps its work
+                    if "triton" in spec.dispatcher.backends:
+                        # Both sides as they are now tuned.
+                        _add(entries, tune.tune_backend(
+                            spec, sample, getattr(torch, name), train, say=say
+                        ))  # fmt: skip
     print(tuning.write_table(arch, kernels=entries))
     return 0
+
+
+def _add(entries: dict[str, Any], found: dict[str, Any]) -> None:
+    """Entries of the same key are replaced."""
+    for kernel, new in found.items():
+        keys = [e["key"] for e in new]
+        entries[kernel] = [e for e in entries.get(kernel, []) if e["key"] not in keys] + new

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.tuning import arch_of, has_run
+from vitfast.runtime.tuning import arch_of, choice_of, has_run
 from vitfast.settings import settings
 
 NAMES = {
@@ -84,12 +84,14 @@ def lazy(
     module: str,
     can_run: Callable[..., list[str]],
     *,
-    name: str = "triton",
+    key: Callable[..., dict[str, Any]] | None = None,
 ) -> Backend:
     """A Triton backend whose module, with `forward` and `backward`, is imported at its first call.
 
     Args:
         can_run: reasons against; must not need the module.
+        key: for ops that a vendor's kernel may do faster: what that depends on, from the op's
+            arguments. They are picked where the device's table says so for the nearest problem.
     """
 
     def call(function: str) -> Callable[..., Any]:
@@ -100,9 +102,12 @@ def lazy(
     def unproven(first: Any, *args: Any) -> str:
         # A call's first argument is a tensor, or a tuple that begins with one.
         arch = arch_of((first if isinstance(first, torch.Tensor) else first[0]).device)
-        return "" if has_run(op, arch) else f"no record shows it to have run on {arch.name}"
+        chosen = key is None or choice_of(f"{op}.backend", arch, key(first, *args)) == "triton"
+        if not has_run(op, arch):
+            return f"no record shows it to have run on {arch.name}"
+        return "" if chosen else f"{arch.name}'s table does not show it to be the fastest here"
 
-    return Backend(name, call("forward"), can_run, call("backward"), available, unproven)
+    return Backend("triton", call("forward"), can_run, call("backward"), available, unproven)
 
 
 def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

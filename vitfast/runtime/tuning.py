@@ -179,8 +179,27 @@ def _launch_of(
 
 
 def choice_of(what: str, arch: Arch, key: Mapping[str, int | str]) -> str:
-    """What a device's table names as the fastest choice for a problem; "" without a table."""
+    """What a device's table names as the fastest choice for a problem; "" without a table.
+
+    `what` is "attention.vendor" (which vendor kernel) or "<op>.backend" (Triton's or a vendor's).
+    """
+    for asked in _askers:
+        asked.append((what, dict(key)))
     return _choice_of(what, arch, tuple(sorted(key.items())))
+
+
+_askers: list[list[tuple[str, dict[str, int | str]]]] = []
+
+
+@contextlib.contextmanager
+def asking() -> Iterator[list[tuple[str, dict[str, int | str]]]]:
+    """Gives what `choice_of` is asked for within: for `vitfast tune`."""
+    found: list[tuple[str, dict[str, int | str]]] = []
+    _askers.append(found)
+    try:
+        yield found
+    finally:
+        _askers.remove(found)
 
 
 @functools.lru_cache(maxsize=4096)

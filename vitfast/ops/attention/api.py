@@ -213,12 +213,18 @@ def _triton_reasons(call):
     return why
 
 
+def backend_key(call: Call) -> dict[str, int | str]:
+    """What it depends on whether Triton's kernels or the vendor's are faster."""
+    added = "mask or bias" if call.mask is not None or call.bias is not None else ""
+    return {**vendor.key_of(call.q, call.save_stats), "added": added}
+
+
 DISPATCHER = Dispatcher(
     "attention",
     [
         native.BACKEND,
+        gpu.lazy("vitfast.ops.attention.triton", _triton_reasons, key=backend_key),
         vendor.BACKEND,
-        gpu.lazy("vitfast.ops.attention.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )

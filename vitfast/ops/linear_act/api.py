@@ -172,13 +172,22 @@ def _triton_reasons(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
     return why
 
 
+def backend_key(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
+    """What it depends on whether Triton's kernel or the vendor's product and a pass is faster."""
+    n, k = weight.shape[0], weight[0].numel()
+    return {
+        "dtype": str(x.dtype).removeprefix("torch."), "pass": "train" if save_z else "infer",
+        "act": act, "gate": gate, "m": x.numel() // max(k, 1), "n": n, "k": k,
+    }  # fmt: skip
+
+
 # The native kernel knows no tiles (AMX); oneDNN does.
 _COMPILED = [native.BACKEND, vendor.BACKEND][:: -1 if _gemm.HAS_TILES else 1]
 DISPATCHER = Dispatcher(
     "linear_act",
     [
         *_COMPILED,
-        gpu.lazy("vitfast.ops.linear_act.triton", _triton_reasons),
+        gpu.lazy("vitfast.ops.linear_act.triton", _triton_reasons, key=backend_key),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

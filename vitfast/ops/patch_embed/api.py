@@ -173,11 +173,20 @@ def _triton_reasons(image, weight, bias, pos_embed, prefix, mean, std, dtype, ou
     return why
 
 
+def backend_key(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
+    """What it depends on whether Triton's kernel or the vendor's convolution is faster."""
+    return {
+        "image": str(image.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
+        "pixels": image[:, 0].numel(), "n": weight.shape[0], "patch": weight.shape[-1],
+    }  # fmt: skip
+
+
 DISPATCHER = Dispatcher(
     "patch_embed",
     [
         native.BACKEND,
-        gpu.lazy("vitfast.ops.patch_embed.triton", _triton_reasons),
+        gpu.lazy("vitfast.ops.patch_embed.triton", _triton_reasons, key=backend_key),
         Backend("reference", _reference_call, lambda *args: [], _reference_backward),
     ],
 )
