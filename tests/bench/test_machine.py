@@ -9,7 +9,13 @@ import torch
 
 import vitfast
 from vitfast.bench import machine, memory
+from vitfast.bench.record import Result, Row
 from vitfast.ops.spec import Cost
+
+
+def row_of(**median_ms: float | None) -> Row:
+    results = {name: Result(median_ms=ms) for name, ms in median_ms.items()}
+    return Row("ops", "layer_norm", "1x197x768", "float32", "infer", "cpu", results)
 
 
 @pytest.fixture
@@ -25,11 +31,22 @@ def test_the_floor_is_the_larger_of_two_times(ceilings):
 
 
 def test_the_rate_is_in_the_unit_that_binds(ceilings):
-    assert machine.rate(Cost(1e9, 1e6), 0.02, "cpu", torch.float32) == (
-        pytest.approx(50.0),
-        "GFLOP/s",
-    )
-    assert machine.rate(Cost(1e6, 1e9), 0.2, "cpu", torch.float32) == (pytest.approx(5.0), "GB/s")
+    row = row_of(vitfast=20.0, eager=40.0)
+    machine.rate(row, Cost(1e9, 1e6), "cpu", torch.float32)
+    assert (row.rate, row.unit) == (pytest.approx(50.0), "GFLOP/s")
+    row = row_of(vitfast=200.0)
+    machine.rate(row, Cost(1e6, 1e9), "cpu", torch.float32)
+    assert (row.rate, row.unit) == (pytest.approx(5.0), "GB/s")
+
+
+def test_every_contender_is_held_against_the_floor(ceilings):
+    row = row_of(vitfast=20.0, eager=40.0, openvino=None)
+    machine.rate(row, Cost(1e9, 1e6), "cpu", torch.float32)
+    eager = row.results["eager"]
+    assert (eager.gflops, eager.gbs) == (pytest.approx(25.0), pytest.approx(0.025))
+    assert eager.floor_share == pytest.approx(0.25)
+    assert row.floor_share == row.results["vitfast"].floor_share == pytest.approx(0.5)
+    assert row.results["openvino"].floor_share is None
 
 
 def test_ceilings_are_measured_once(monkeypatch):

@@ -43,13 +43,26 @@ def test_table_puts_peers_side_by_side_and_reasons_below():
     header, (cells,), notes = table([row], ["eager", "openvino"])
     found = dict(zip(header, cells, strict=True))
     assert found["eager"] == "20.0 ms (2.00x)"
-    assert found["openvino"] == "-"
+    assert "openvino" not in found
     assert found["vitfast"] == "10.0 ms"
     assert found["rate"] == "123 GFLOP/s"
     assert found["of floor"] == "50%"
     assert (found["MB eager"], found["MB vitfast"]) == ("100", "90")
     assert found["error/budget"] == "0.25"
     assert notes == ["openvino: openvino not installed", "vit_tiny: a note"]
+
+
+def test_a_peer_that_ran_in_another_row_is_a_dash():
+    rows = [
+        Row("ops", name, "1", "float32", "infer", "cpu", results)
+        for name, results in {
+            "x": {"eager": Result(median_ms=2.0), "vitfast": Result(median_ms=1.0)},
+            "y": {"eager": Result(reason="no kernel"), "vitfast": Result(median_ms=1.0)},
+        }.items()
+    ]
+    header, cells, notes = table(rows, ["eager"])
+    assert [row[header.index("eager")] for row in cells] == ["2.00 ms (2.00x)", "-"]
+    assert notes == ["eager: no kernel"]
 
 
 def test_what_was_not_measured_is_a_dash():

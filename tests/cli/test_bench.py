@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from vitfast.bench import modules
+from vitfast.bench import modules, suite
 
 MODEL = ("--model", "test_vit", "--img-size", "64", "--seconds", "0.01", "--no-memory")
 
@@ -91,6 +91,10 @@ def test_compare_passes_and_fails(vitfast, tmp_path):
         (("ops", "--img-size", "64"), "need --model"),
         (("ops", "--model", "test_vit", "--case", "x"), "leave out --model"),
         (("all",), "invalid choice"),
+        (("--batch", "2"), "--batch needs a level"),
+        (("--model", "test_vit"), "--model needs a level"),
+        (("--minutes", "0"), "expected a positive number"),
+        (("models", "--minutes", "1"), "without a level"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(vitfast, words, message):
@@ -100,6 +104,19 @@ def test_mistakes_are_one_line_and_status_2(vitfast, words, message):
     assert "Traceback" not in err
     if words != ("all",):
         assert len(err.splitlines()) == 1
+
+
+def test_without_a_level_it_runs_the_set_of_the_machine(vitfast, monkeypatch, tmp_path):
+    part = suite.Part("models", "test_vit", (64, 64))
+    monkeypatch.setitem(suite.PARTS, "cpu", (part, suite.Part("ops", "test_vit", (65, 65))))
+    path = tmp_path / "out.json"
+    words = ("--seconds", "0.01", "--no-memory", "--device", "cpu", "--json", path)
+    status, out, _ = vitfast("bench", *words)
+    assert status == 0
+    assert "test_vit" in out
+    kept = json.loads(path.read_text())
+    assert [row["level"] for row in kept["rows"]] == ["models"]
+    assert "65" in kept["left_out"][0] and kept["left_out"][0] in out
 
 
 @pytest.mark.gpu

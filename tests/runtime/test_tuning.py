@@ -107,4 +107,3 @@ def test_only_what_records_show_is_picked_unasked(device, monkeypatch, op, n, wh
     assert dispatcher.pick("auto", x).name == ("reference" if why else "triton")
     assert dispatcher.pick("triton", x).name == "triton"
     assert not why or why in dispatcher.explain([x])
-

@@ -17,6 +17,7 @@ import torch
 
 import vitfast
 from vitfast.bench import peers
+from vitfast.bench.record import Row
 from vitfast.bench.timer import stopwatch
 from vitfast.ops.spec import Cost
 from vitfast.runtime import device as facts
@@ -47,12 +48,22 @@ def floor_seconds(cost: Cost, device: str, dtype: torch.dtype) -> float:
     )
 
 
-def rate(cost: Cost, seconds: float, device: str, dtype: torch.dtype) -> tuple[float, str]:
-    """What the work comes to, in the unit of the ceiling that binds: GFLOP/s or GB/s."""
-    compute = cost.flops / gemm_gflops(device, dtype)
-    if compute >= cost.bytes / copy_gbs(device):
-        return cost.flops / seconds / 1e9, "GFLOP/s"
-    return cost.bytes / seconds / 1e9, "GB/s"
+def rate(row: Row, cost: Cost, device: str, dtype: torch.dtype) -> None:
+    """Fill in what every contender's time comes to beside the ceilings.
+
+    The row's own rate is vitfast's, in the unit of the ceiling that binds.
+    """
+    floor = floor_seconds(cost, device, dtype)
+    for result in row.results.values():
+        if result.median_ms:
+            seconds = result.median_ms / 1e3
+            result.gflops = cost.flops / seconds / 1e9
+            result.gbs = cost.bytes / seconds / 1e9
+            result.floor_share = floor / seconds
+    ours = row.results["vitfast"]
+    computing = cost.flops / gemm_gflops(device, dtype) >= cost.bytes / copy_gbs(device)
+    row.rate, row.unit = (ours.gflops, "GFLOP/s") if computing else (ours.gbs, "GB/s")
+    row.floor_share = ours.floor_share
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:

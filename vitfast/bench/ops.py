@@ -21,6 +21,7 @@ from vitfast.bench.peers import PeerUnavailableError, Setting, first_line
 from vitfast.bench.record import Result, Row
 from vitfast.bench.timer import interleave, stopwatch
 from vitfast.errors import BackendUnavailableError, InputValueError
+from vitfast.ops.attention import vendor
 from vitfast.ops.spec import Cost, OpSpec, Sample
 from vitfast.testing.cases import CONSTANT, NOT_TRAINED
 from vitfast.testing.errors import compare
@@ -28,6 +29,8 @@ from vitfast.testing.inputs import OpCall, map_tensors, materialise
 
 WHOLE_ONLY = ("onnxruntime", "openvino")
 BACKENDS = ("cuda", "triton", "vendor", "cpu")
+ATTENTION_KERNELS = vendor.UNMASKED
+"""A vendor's kernels for attention on GPUs, as contenders of their own."""
 UNTRAINED = CONSTANT | NOT_TRAINED | {"image"}
 """Arguments that no model asks gradients of."""
 
@@ -88,6 +91,7 @@ def model_cases(
 
     training = replace(setting, train=True)  # in which layers call the public ops
     taken: dict[Any, OpCase] = {}
+    block = block_case(name, img_size, batch, training)
     with _recording(found, name, setting, taken), setting.autocast():
         whole = model_case(name, img_size, batch, training)
         patch_embed = getattr(whole.module, "patch_embed", None)
@@ -95,7 +99,6 @@ def model_cases(
             swap(whole.module)
             patch_embed(*whole.inputs)
         del whole
-        block = block_case(name, img_size, batch, training)
         swap(block.module)
         block.module(*block.inputs)
     return list(taken.values())
@@ -146,9 +149,7 @@ def measure(
     cost = spec.cost(*as_passed(call))
     if setting.train:
         cost = Cost(TRAIN_WORK * cost.flops, TRAIN_WORK * cost.bytes)
-    median = timings["vitfast"].median
-    row.rate, row.unit = machine.rate(cost, median, setting.device, setting.dtype)
-    row.floor_share = machine.floor_seconds(cost, setting.device, setting.dtype) / median
+    machine.rate(row, cost, setting.device, setting.dtype)
     return row
 
 
@@ -187,6 +188,8 @@ def contender(case: OpCase, call: OpCall, name: str) -> Callable[[], tuple[torch
         function = torch.compile(spec.reference, dynamic=False)
     elif name == "vitfast":
         function = functools.partial(spec.public, backend="auto")
+    elif name in ATTENTION_KERNELS:
+        function = _vendor_kernel(case, call, name)
     elif name in spec.dispatcher.backends:
         function = functools.partial(spec.public, backend=name)
     else:
@@ -195,10 +198,27 @@ def contender(case: OpCase, call: OpCall, name: str) -> Callable[[], tuple[torch
     try:
         runner()
     except Exception as error:
-        if name != "compile":
+        if name not in ("compile", *ATTENTION_KERNELS):
             raise
-        raise PeerUnavailableError(f"torch.compile failed: {first_line(error)}") from error
+        raise PeerUnavailableError(f"{name} failed: {first_line(error)}") from error
     return runner
+
+
+def _vendor_kernel(case: OpCase, call: OpCall, name: str) -> Callable[..., Any]:
+    """attention on one of the vendor's kernels."""
+    if case.spec.name != "attention":
+        raise PeerUnavailableError("a kernel for attention")
+    if not case.setting.device.startswith("cuda"):
+        raise PeerUnavailableError("a kernel for GPUs")
+    if set(as_passed(call)[1]) & {"mask", "bias"}:
+        raise PeerUnavailableError("calls with a mask or bias run SDPA's memory-efficient kernel")
+
+    @functools.wraps(case.spec.public)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with vendor.forcing(name):
+            return case.spec.public(*args, **kwargs, backend="vendor")
+
+    return run
 
 
 def _runner(

@@ -22,7 +22,12 @@ WORSE = 0.10
 
 @dataclass
 class Result:
-    """One contender in one row; `reason` says why there is no time."""
+    """One contender in one row; `reason` says why there is no time.
+
+    Args:
+        gflops, gbs, floor_share: the case's work by this contender's time, and the floor's time
+            over it: 1 is the best that this machine does.
+    """
 
     median_ms: float | None = None
     q1_ms: float | None = None
@@ -30,6 +35,9 @@ class Result:
     rounds: int = 0
     peak_mb: float | None = None
     error_over_budget: float | None = None
+    gflops: float | None = None
+    gbs: float | None = None
+    floor_share: float | None = None
     reason: str = ""
 
     @classmethod
@@ -45,8 +53,7 @@ class Row:
     Args:
         level: "ops", "blocks" or "models".
         passes: "infer" or "train".
-        rate, unit, floor_share: work per second of the vitfast contender, and the floor's time
-            over its own: 1 is the best that this machine does.
+        rate, unit, floor_share: of the vitfast contender, in the unit of the ceiling that binds.
         backend: what vitfast picked, where a single op ran.
         note: how a number was obtained, or why it is missing.
     """

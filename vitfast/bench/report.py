@@ -35,8 +35,9 @@ def table(
 
     A peer's cell is its median and, in brackets, how many times faster vitfast is.
     """
+    shown = [n for n in names if any(row.ratio(n) is not None for row in rows)]
     header = (
-        "case", "shape", "dtype", "pass", *names, "vitfast", "rate", "of floor",
+        "case", "shape", "dtype", "pass", *shown, "vitfast", "rate", "of floor",
         *(f"MB {name}" for name in (*names[:1], "vitfast")), "error/budget",
     )  # fmt: skip
     notes: list[str] = []
@@ -46,11 +47,13 @@ def table(
         for name in names:
             result = row.results.get(name, Result(reason="not measured"))
             ratio = row.ratio(name)
+            cell = MISSING
             if ratio is None:
-                peers.append(MISSING)
                 _note(notes, f"{name}: {result.reason}")
             else:
-                peers.append(f"{milliseconds(result.median_ms or 0.0)} ({digits(ratio)}x)")
+                cell = f"{milliseconds(result.median_ms or 0.0)} ({digits(ratio)}x)"
+            if name in shown:
+                peers.append(cell)
         if row.note:
             _note(notes, f"{row.case}: {row.note}")
         ours = row.results["vitfast"]

@@ -3,38 +3,43 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vitfast.errors import InputValueError
 
 if TYPE_CHECKING:
+    from vitfast.bench.peers import Setting
     from vitfast.bench.record import Change, Row
+    from vitfast.bench.suite import Options, Part
 
 DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16",
           "float16": "float16", "fp16": "float16"}  # fmt: skip
 DEFAULT_MODEL = "vit_base_patch16_224"
+GPU_PEERS = "eager,compile,triton,vendor,cudnn,flash,efficient,xformers"
 DEFAULT_SECONDS = {"ops": 1.0, "blocks": 4.0, "models": 8.0}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("level", choices=tuple(DEFAULT_SECONDS), help="single ops, one block, or whole models")
+    add("level", nargs="?", choices=tuple(DEFAULT_SECONDS), help="single ops, one block, or whole "
+        "models; without: the standard set of this machine, in bfloat16 on a GPU")  # fmt: skip
     add("--model", metavar="NAME", help=f"timm model; {DEFAULT_MODEL} for blocks and models, "
         "and for ops the shapes listed with each op")  # fmt: skip
     add("--img-size", metavar="HxW", help="such as 224 or 2160x3840; the model's own by default")
     add("--batch", type=int, default=1, metavar="B")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="other than float32: autocast")
+    add("--dtype", choices=tuple(DTYPES), help="float32 by default; others run under autocast")
     add("--pass", dest="passes", choices=("infer", "train"), default="infer",
         help="forward, or forward and backward")  # fmt: skip
     add("--peers", metavar="P,Q", help="of eager, compile, onnxruntime, openvino; for ops also "
-        "cuda, triton, vendor, cpu. Default: eager (ops: eager,vendor)")  # fmt: skip
+        "cuda, triton, vendor, cpu, and for attention on a GPU cudnn, flash, efficient, xformers. "
+        "Default: eager (ops: eager,vendor); on a GPU all that run there")  # fmt: skip
     add("--op", action="append", metavar="NAME", help="only this op; may be repeated")
     add("--case", metavar="NAME", help="only the op samples of this name, large ones included")
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--seconds", type=float, metavar="S", help="timed work a case")
+    add("--minutes", type=float, metavar="M", help="without a level: start nothing after these")
     add("--no-memory", action="store_true", help="leave out peak memory (a process a contender)")
     add("--json", metavar="FILE", help="write the results too")
     add("--compare", metavar="FILE", help="show the change against an earlier --json file; exit "
@@ -42,112 +47,116 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vitfast.bench import machine, record
+    from vitfast.bench import machine, record, suite
     from vitfast.bench.progress import progress_bar
 
-    plan = _plan(args)  # everything a user can get wrong is found before the long work
+    # Everything a user can get wrong is found before the long work.
+    setting, options = _setting(args), _options(args)
     earlier = record.read(args.compare) if args.compare else None
     if args.json:
         record.check_writable(args.json)
-    setting = plan.setting
     rows: list[Row] = []
-    with progress_bar(len(plan.cases)) as show:
-        for i, measure in enumerate(plan.cases):
-            rows.append(measure(lambda text, share, i=i: show(text, i + min(share, 1.0))))
-        floors = machine.floors(setting.device, setting.dtype)
+    notes: list[str] = []
+    if args.level:
+        found = suite.cases(_part(args), setting, options)
+        with progress_bar(len(found)) as show:
+            for i, measure in enumerate(found):
+                rows.append(measure(lambda text, share, i=i: show(text, i + min(share, 1.0))))
+            floors = machine.floors(setting.device, setting.dtype)
+    else:
+        _refuse_choices(args)
+        parts = suite.PARTS[setting.device]
+        with progress_bar(len(parts)) as show:
+            rows, notes = suite.run(parts, setting, options, _minutes(args), show)
+            floors = machine.floors(setting.device, setting.dtype)
     facts = machine.describe(setting.device)
-    _show(rows, facts, floors, plan.names)
+    _show(rows, facts, floors, list(dict.fromkeys(n for names in options.wanted.values()
+                                                  for n in names)))  # fmt: skip
+    for note in notes:
+        print(note)
     if args.json:
-        record.write_json(args.json, record.document(rows, facts, floors=floors))
+        record.write_json(args.json, record.document(rows, facts, floors=floors, left_out=notes))
     if earlier is None:
         return 0
-    found = record.changes(earlier, rows)
-    _show_changes(found, args.compare)
-    return int(any(change.worse for change in found))
+    changed = record.changes(earlier, rows)
+    _show_changes(changed, args.compare)
+    return int(any(change.worse for change in changed))
 
 
-class _Plan:
-    """What will run: `cases`, each a call (progress) -> Row; the peers' names; the setting."""
-
-    def __init__(
-        self, cases: Sequence[Callable[[Any], Row]], names: Sequence[str], setting: Any
-    ) -> None:
-        self.cases = cases
-        self.names = names
-        self.setting = setting
-
-
-def _plan(args: argparse.Namespace) -> _Plan:
+def _setting(args: argparse.Namespace) -> Setting:
     import torch
 
-    from vitfast.bench import modules, ops, peers, zoo
+    from vitfast.bench.peers import Setting
 
-    if args.batch < 1:
-        raise InputValueError(f"--batch {args.batch}: expected at least 1")
-    seconds = DEFAULT_SECONDS[args.level] if args.seconds is None else args.seconds
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise InputValueError(f"--seconds {args.seconds}: expected a positive number")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputValueError("--device cuda: torch sees no GPU here")
-    setting = peers.Setting(getattr(torch, DTYPES[args.dtype]), device, args.passes == "train")
+    dtype = args.dtype or ("bf16" if device == "cuda" and not args.level else "fp32")
+    return Setting(getattr(torch, DTYPES[dtype]), device, args.passes == "train")
+
+
+def _options(args: argparse.Namespace) -> Options:
+    from vitfast.bench import ops, peers, suite
+
+    setting = _setting(args)
+    if args.seconds is not None and not (args.seconds > 0 and math.isfinite(args.seconds)):
+        raise InputValueError(f"--seconds {args.seconds}: expected a positive number")
+    default = {"cpu": ("eager,vendor", "eager"), "cuda": (GPU_PEERS, "eager,compile")}
+    for_ops, for_models = default[setting.device]
+    of_ops = peers.parse(
+        args.peers or for_ops, (*peers.PEERS, *ops.BACKENDS, *ops.ATTENTION_KERNELS)
+    )
+    of_models = of_ops
+    if args.level != "ops":
+        of_models = peers.parse(args.peers or for_models)
+    wanted = {"ops": of_ops, "blocks": of_models, "models": of_models}
+    if args.level:
+        wanted = {args.level: wanted[args.level]}
+    seconds = {k: v if args.seconds is None else args.seconds for k, v in DEFAULT_SECONDS.items()}
+    return suite.Options(wanted, seconds, not args.no_memory)
+
+
+def _part(args: argparse.Namespace) -> Part:
+    """The one part that the arguments describe."""
+    from vitfast.bench import suite, zoo
+
+    if args.batch < 1:
+        raise InputValueError(f"--batch {args.batch}: expected at least 1")
+    if args.minutes is not None:
+        raise InputValueError("--minutes is for `vitfast bench` without a level")
     size = None if args.img_size is None else zoo.parse_img_size(args.img_size)
-    if args.level == "ops":
-        names = peers.parse(args.peers or "eager,vendor", (*peers.PEERS, *ops.BACKENDS))
-        return _Plan(_op_cases(args, setting, size, names, seconds), names, setting)
-    if args.op or args.case:
-        raise InputValueError(f"--op and --case go with `vitfast bench ops`, not {args.level}")
-    names = peers.parse(args.peers or "eager")
-    model = args.model or DEFAULT_MODEL
-    zoo.check_name(model)
-
-    def measure(progress: Any) -> Row:
-        build = modules.block_case if args.level == "blocks" else modules.model_case
-        progress(f"building {model}", 0.0)
-        row = modules.measure(
-            build(model, size, args.batch, setting), names, seconds=seconds,
-            with_memory=not args.no_memory, progress=progress,
-        )  # fmt: skip
-        if args.level == "models" and not args.no_memory:
-            arguments = {
-                "model": model, "img_size": size, "batch": args.batch, "dtype": row.dtype,
-                "device": device, "train": setting.train, "threads": torch.get_num_threads(),
-            }  # fmt: skip
-            modules.add_model_memory(row, arguments, progress)
-        return row
-
-    return _Plan([measure], names, setting)
+    model = args.model
+    if args.level != "ops":
+        if args.op or args.case:
+            raise InputValueError(f"--op and --case go with `vitfast bench ops`, not {args.level}")
+        model = model or DEFAULT_MODEL
+        zoo.check_name(model)
+    elif model is None and (size is not None or args.batch != 1):
+        raise InputValueError("--img-size and --batch need --model: they are a model's")
+    elif model is not None and args.case:
+        raise InputValueError("--case names a sample of the specs; leave out --model")
+    return suite.Part(
+        args.level, model, size, args.batch, args.passes == "train", tuple(args.op or ()), args.case
+    )
 
 
-def _op_cases(
-    args: argparse.Namespace, setting: Any, size: Any, names: Sequence[str], seconds: float
-) -> list[Callable[[Any], Row]]:
-    from vitfast.bench import ops
-
-    specs = ops.specs(args.op)
-    if args.model is None:
-        if size is not None or args.batch != 1:
-            raise InputValueError("--img-size and --batch need --model: they are a model's")
-        cases = ops.real_cases(specs, setting, args.case)
-    else:
-        if args.case:
-            raise InputValueError("--case names a sample of the specs; leave out --model")
-        cases = ops.model_cases(specs, args.model, size, args.batch, setting)
-    if not cases:
-        wanted = ", ".join(args.op or ["any op"])
-        what = f"sample {args.case!r}" if args.case else args.model or "sample"
-        raise InputValueError(f"nothing to time: no {args.dtype} call of {wanted} in {what}")
-    return [
-        functools.partial(_measure_op, case, names, seconds, not args.no_memory) for case in cases
-    ]
+def _refuse_choices(args: argparse.Namespace) -> None:
+    """The standard set takes no choices of cases."""
+    given = {"--model": args.model, "--img-size": args.img_size, "--op": args.op,
+             "--case": args.case, "--pass train": args.passes == "train",
+             "--batch": args.batch != 1}  # fmt: skip
+    for name, value in given.items():
+        if value:
+            raise InputValueError(f"{name} needs a level: vitfast bench ops, blocks or models")
 
 
-def _measure_op(
-    case: Any, names: Sequence[str], seconds: float, with_memory: bool, progress: Any
-) -> Row:
-    from vitfast.bench import ops
+def _minutes(args: argparse.Namespace) -> float:
+    from vitfast.bench import suite
 
-    return ops.measure(case, names, seconds=seconds, with_memory=with_memory, progress=progress)
+    minutes = suite.MINUTES if args.minutes is None else args.minutes
+    if not (minutes > 0 and math.isfinite(minutes)):
+        raise InputValueError(f"--minutes {args.minutes}: expected a positive number")
+    return minutes
 
 
 def _show(

@@ -285,9 +285,7 @@ def product(
     )
 
 
-def transposed_product(
-    b: Matrix, x: torch.Tensor, out: torch.Tensor, *, accumulate: bool
-) -> None:
+def transposed_product(b: Matrix, x: torch.Tensor, out: torch.Tensor, *, accumulate: bool) -> None:
     """out[I, n] (+)= x^T B for x [k, I] with contiguous rows; a float32 `out` may accumulate."""
     total = rows_of(out)
     native.native().gemm(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,11 @@ def generator_of(*names: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*names))
 
 
+def rebuilt(old: Any, values: Iterable[Any]) -> Any:
+    """A tuple, named tuple or list like `old` of other values."""
+    return type(old)(*values) if hasattr(old, "_fields") else type(old)(values)
+
+
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     """`value` with every tensor in nested tuples, lists and dicts replaced by `change(tensor)`."""
     if isinstance(value, torch.Tensor):
@@ -34,7 +39,7 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     if isinstance(value, dict):
         return {k: map_tensors(v, change) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(v, change) for v in value)
+        return rebuilt(value, (map_tensors(v, change) for v in value))
     return value
 
 
@@ -45,7 +50,7 @@ def to_float64(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: to_float64(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(to_float64(v) for v in value)
+        return rebuilt(value, (to_float64(v) for v in value))
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.detach().double()
     return value

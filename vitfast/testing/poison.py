@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from vitfast.testing.inputs import rebuilt
+
 ZONE = 64
 """Elements of guard zone on either side of a tensor. A multiple of every vector width, so that an
 embedded tensor is as aligned as a fresh one."""
@@ -84,7 +86,7 @@ def guard_all(value: Any, found: list[Guarded], name: str = "input") -> Any:
     if isinstance(value, dict):
         return {k: guard_all(v, found, f"{name}.{k}") for k, v in value.items()}
     if isinstance(value, (tuple, list)):
-        return type(value)(guard_all(v, found, f"{name}[{i}]") for i, v in enumerate(value))
+        return rebuilt(value, (guard_all(v, found, f"{name}[{i}]") for i, v in enumerate(value)))
     return value
 
 

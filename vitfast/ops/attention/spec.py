@@ -182,6 +182,7 @@ SHAPES = (
     _sample("vit_base_224", 197, 12, 64, tags=("real", "check")),
     _sample("vit_small_224_batch_8", 197, 6, 64, batch=8, tags=("real",)),
     _sample("vit_base_1024", 4097, 12, 64, tags=("real", "large")),
+    _sample("vit_large_4k", 32_400, 16, 64, tags=("real", "large")),
     _sample("dinov2_small_518", 1370, 6, 64, tags=("real",)),
     _sample("dinov3_small_224", 201, 6, 64, _rope(5, half=True), tags=("real", "check")),
     _sample("eva02_base_224", 257, 12, 64, _rope(1), tags=("real", "check")),

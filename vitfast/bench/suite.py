@@ -1,0 +1,147 @@
+"""The standard set of measurements of a machine: what `vitfast bench` times without a level.
+
+Most important first, since it stops when its time is over: whole models, the ops of a ViT-B at
+their real shapes, attention over a 4K frame's 32,400 tokens, training.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vitfast.bench import modules, ops
+from vitfast.bench.peers import Setting, first_line
+from vitfast.bench.record import Row
+from vitfast.errors import InputValueError, VitfastError
+
+Measure = Callable[[modules.Progress], Row]
+MINUTES = 7.0
+
+
+@dataclass(frozen=True)
+class Part:
+    """One line of the set: a model at a level; or ops on their listed samples, without a model."""
+
+    level: str
+    model: str | None = "vit_base_patch16_224"
+    img_size: tuple[int, int] | None = None
+    batch: int = 1
+    train: bool = False
+    ops: tuple[str, ...] = ()
+    case: str | None = None
+
+    @property
+    def title(self) -> str:
+        size = "" if self.img_size is None else f" {self.img_size[0]}x{self.img_size[1]}"
+        names = " ".join((*self.ops, self.case or ""))
+        what = f"{self.model}{size} batch {self.batch}" if self.model else names
+        return f"{self.level} {what} {'train' if self.train else 'infer'}"
+
+
+UHD = (2160, 3840)
+PARTS = {
+    "cuda": (
+        Part("models", batch=256),
+        Part("models", "vit_large_patch16_224", UHD),
+        Part("ops", batch=64),
+        Part("ops", None, ops=("attention",), case="vit_large_4k"),
+        Part("ops", None, ops=("attention",), case="vit_large_4k", train=True),
+        Part("ops", batch=64, train=True),
+        Part("models", batch=64, train=True),
+        Part("blocks", "vit_large_patch16_224", UHD, train=True),
+    ),
+    "cpu": (
+        Part("models"),
+        Part("ops"),
+        Part("blocks", train=True),
+        Part("ops", train=True),
+        Part("blocks", img_size=(1024, 1024)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Of a run: peers and seconds of timed work a case, both by level."""
+
+    wanted: Mapping[str, Sequence[str]]
+    seconds: Mapping[str, float]
+    with_memory: bool = True
+
+
+def cases(part: Part, setting: Setting, options: Options) -> list[Measure]:
+    """What measures each case of a part.
+
+    Raises:
+        InputValueError: no such model or op, a size that a model cannot take, or no case.
+    """
+    setting = replace(setting, train=part.train)
+    if part.level != "ops":
+        return [functools.partial(_model, part, setting, options)]
+    specs = ops.specs(part.ops)
+    if part.model is None:
+        found = ops.real_cases(specs, setting, part.case)
+    else:
+        found = ops.model_cases(specs, part.model, part.img_size, part.batch, setting)
+    if not found:
+        wanted = ", ".join(part.ops or ["any op"])
+        what = f"sample {part.case!r}" if part.case else part.model or "sample"
+        raise InputValueError(f"nothing to time: no {setting.label} call of {wanted} in {what}")
+    return [functools.partial(_op, case, options) for case in found]
+
+
+def _op(case: ops.OpCase, options: Options, progress: modules.Progress) -> Row:
+    return ops.measure(
+        case, options.wanted["ops"], seconds=options.seconds["ops"],
+        with_memory=options.with_memory, progress=progress,
+    )  # fmt: skip
+
+
+def _model(part: Part, setting: Setting, options: Options, progress: modules.Progress) -> Row:
+    build = modules.block_case if part.level == "blocks" else modules.model_case
+    progress(f"building {part.model}", 0.0)
+    row = modules.measure(
+        build(part.model or "", part.img_size, part.batch, setting), options.wanted[part.level],
+        seconds=options.seconds[part.level], with_memory=options.with_memory, progress=progress,
+    )  # fmt: skip
+    if part.level == "models" and options.with_memory:
+        arguments = {
+            "model": part.model, "img_size": part.img_size, "batch": part.batch,
+            "dtype": row.dtype, "device": setting.device, "train": setting.train,
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        modules.add_model_memory(row, arguments, progress)
+    return row
+
+
+def _show(progress: modules.Progress, i: int, j: int, count: int, text: str, share: float) -> None:
+    """Progress of case `j` of `count` in part `i`."""
+    progress(text, i + (j + min(share, 1.0)) / count)
+
+
+def run(
+    parts: Sequence[Part], setting: Setting, options: Options, minutes: float,
+    progress: modules.Progress, clock: Callable[[], float] = time.monotonic,
+) -> tuple[list[Row], list[str]]:  # fmt: skip
+    """Rows, and a sentence for each thing that was left out: for want of time, or by an error."""
+    rows: list[Row] = []
+    notes: list[str] = []
+    end = clock() + 60 * minutes
+
+    for i, part in enumerate(parts):
+        try:
+            found = cases(part, setting, options) if clock() < end else []
+            for j, measure in enumerate(found):
+                if clock() > end:
+                    notes.append(f"{part.title}: {len(found) - j} cases left out, out of time")
+                    break
+                rows.append(measure(functools.partial(_show, progress, i, j, len(found))))
+            if not found:
+                notes.append(f"{part.title}: left out, out of time")
+        except (RuntimeError, VitfastError) as error:  # too little memory, no kernel for this card
+            notes.append(f"{part.title}: {type(error).__name__}: {first_line(error)}")
+    return rows, notes
