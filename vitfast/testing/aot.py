@@ -229,6 +229,17 @@ def differences(table: dict[str, dict[str, dict[str, int]]], known: dict[str, An
     ]
 
 
+def _as_text(version: str, kernels: dict[str, dict[str, dict[str, int]]]) -> str:
+    """The table as JSON with a line a kernel, so that a diff shows which changed."""
+    targets = [
+        f" {json.dumps(target)}: {{\n"
+        + ",\n".join(f"  {json.dumps(n)}: {json.dumps(found)}" for n, found in entries.items())
+        + "\n }"
+        for target, entries in kernels.items()
+    ]
+    return f'{{"triton": "{version}", "kernels": {{\n' + ",\n".join(targets) + "\n}}\n"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     action = parser.add_mutually_exclusive_group(required=True)
@@ -249,9 +260,7 @@ def main(argv: list[str] | None = None) -> int:
             old = merged.get(target, {}) if args.op or parts > 1 else {}
             merged[target] = dict(sorted({**old, **entries}.items()))
         TABLE.parent.mkdir(exist_ok=True)
-        TABLE.write_text(
-            json.dumps({"triton": triton.__version__, "kernels": merged}, indent=1) + "\n"
-        )
+        TABLE.write_text(_as_text(triton.__version__, merged))
     else:
         if known.get("triton") == triton.__version__:
             wrong += differences(table, known["kernels"])

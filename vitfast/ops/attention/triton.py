@@ -50,7 +50,9 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
     # Hopper and datacentre Blackwell keep operands out of registers.
     roomy = arch.is_amd or arch.capability // 10 in (9, 10)
-    if wide and arch.is_amd:
+    if not arch.has_dot:  # scalar products, whose operands all lie in shared memory
+        m, n = (32, 32) if d <= (96 if wide else 128) else (16, 8 if wide else 16)
+    elif wide and arch.is_amd:
         m, n = (32, 32) if d <= 96 and key["pass"] == "forward" else (16, 16)
     elif wide:
         m, n = (32, 16) if d <= 128 and key["pass"] == "forward" else (16, 16)
