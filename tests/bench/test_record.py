@@ -37,7 +37,9 @@ def test_ratio_is_how_many_times_faster_vitfast_is():
 
 def test_a_record_comes_back(tmp_path):
     path = tmp_path / "out.json"
-    record.write_json(path, record.document([row(2.0, eager=5.0)], {"name": "here"}, floors={}))
+    record.write_json(
+        path, record.bench_document([row(2.0, eager=5.0)], {"name": "here"}, floors={})
+    )
     found = record.read(path)
     assert found["machine"] == {"name": "here"}
     assert found["rows"][0]["ratios"] == {"eager": 2.5}
@@ -66,25 +68,25 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
 
 def test_a_better_ratio_and_a_slightly_worse_one_pass(tmp_path):
-    before = record.document([row(2.0, eager=5.0, openvino=2.0)], {})
+    before = record.bench_document([row(2.0, eager=5.0, openvino=2.0)], {})
     found = record.changes(before, [row(2.1, eager=5.0, openvino=2.2)])
     assert [(c.peer, c.worse) for c in found] == [("eager", False), ("openvino", False)]
     assert found[0].relative == pytest.approx(2.0 / 2.1 - 1)
 
 
 def test_more_than_ten_percent_worse_is_a_regression():
-    before = record.document([row(2.0, eager=5.0)], {})
+    before = record.bench_document([row(2.0, eager=5.0)], {})
     assert not record.changes(before, [row(2.2, eager=5.0)])[0].worse  # -9.1 %
     assert record.changes(before, [row(2.3, eager=5.0)])[0].worse  # -13 %
 
 
 def test_a_slower_machine_is_no_regression():
-    before = record.document([row(2.0, eager=5.0)], {})
+    before = record.bench_document([row(2.0, eager=5.0)], {})
     assert record.changes(before, [row(20.0, eager=50.0)])[0].relative == pytest.approx(0.0)
 
 
 def test_rows_and_peers_that_only_one_file_has_are_left_out():
-    before = record.document([row(2.0, eager=5.0, openvino=None)], {})
+    before = record.bench_document([row(2.0, eager=5.0, openvino=None)], {})
     now = [row(2.0, eager=5.0, openvino=2.0), row(2.0, case="layer_norm x", eager=4.0)]
     assert [(c.key[1], c.peer) for c in record.changes(before, now)] == [
         ("attention vit_base_224", "eager")

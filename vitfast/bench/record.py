@@ -90,17 +90,21 @@ class Row:
         return {**asdict(self), "ratios": self.ratios()}
 
 
-def document(rows: Iterable[Row], machine: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """What a results file holds."""
+def document(kind: str, machine: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What a results file holds: which command wrote it, when and where, and what it found."""
     return {
         "schema": SCHEMA,
-        "kind": "vitfast bench",
+        "kind": f"vitfast {kind}",
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv[1:],
         "machine": machine,
         **more,
-        "rows": [row.as_json() for row in rows],
     }
+
+
+def bench_document(rows: Iterable[Row], machine: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """`document` of `vitfast bench`."""
+    return document("bench", machine, **more, rows=[row.as_json() for row in rows])
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:

@@ -75,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
     for note in notes:
         print(note)
     if args.json:
-        record.write_json(args.json, record.document(rows, facts, floors=floors, left_out=notes))
+        record.write_json(
+            args.json, record.bench_document(rows, facts, floors=floors, left_out=notes)
+        )
     if earlier is None:
         return 0
     changed = record.changes(earlier, rows)

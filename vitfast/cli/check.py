@@ -54,9 +54,11 @@ def run(args: argparse.Namespace) -> int:
             found += verify.check_hardware(spec, args.seed)
     _show(found, machine.device_name(device))
     if args.json:
-        facts = {"kind": "vitfast check", "machine": machine.describe(device)}
-        facts |= {"seed": args.seed, "verified": verify.verified(found)}
-        record.write_json(args.json, {**facts, "findings": verify.as_json(found)})
+        kept = record.document(
+            "check", machine.describe(device), seed=args.seed, verified=verify.verified(found),
+            findings=verify.as_json(found),
+        )  # fmt: skip
+        record.write_json(args.json, kept)
     if args.trust:
         arch = tuning.arch_of(torch.device("cuda"))
         tuning.write_table(arch, verified=verify.verified(found))

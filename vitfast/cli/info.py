@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import Any
 
 COLUMNS = ("cpu", "triton", "cuda", "vendor", "reference")
@@ -44,7 +45,7 @@ def collect() -> dict[str, Any]:
         }
     return {
         "versions": found,
-        "machine": device.machine(),
+        "machine": {"python": sys.executable, **device.machine()},
         "location": vitfast.__path__[0],
         "native": native_facts(),
         "settings": {

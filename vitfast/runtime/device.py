@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import platform
-import sys
 from pathlib import Path
 
 import torch
@@ -39,7 +38,6 @@ def machine() -> dict[str, object]:
     """What a record of a measurement needs. Never initialises CUDA in a process without a GPU."""
     facts: dict[str, object] = {
         "platform": platform.platform(),
-        "python": sys.executable,
         "cpu": cpu_model(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),

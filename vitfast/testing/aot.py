@@ -1,6 +1,6 @@
 """Ahead-of-time compilation of every Triton kernel for GPUs that are not here.
 
-    python -m vitfast.testing.aot --check                    # against tests/gpu/resources.json
+    python -m vitfast.testing.aot --check      # in a checkout, against tests/gpu/resources.json
     python -m vitfast.testing.aot --write                    # make that table anew
     python -m vitfast.testing.aot --check --target sm_90 --op attention --shard 1/4
 
@@ -30,7 +30,8 @@ from typing import Any
 import vitfast.ops
 from vitfast.runtime.tuning import TARGETS, Arch, Variant
 
-TABLE = Path(__file__).resolve().parents[2] / "tests" / "gpu" / "resources.json"
+TABLE = Path("tests", "gpu", "resources.json")
+"""In a checkout."""
 _MAY_SPILL = {"sm_75", "gfx90a", "gfx1100", "gfx1201"}
 _MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)|\bv_(?:mfma|wmma|swmmac)_")
 
@@ -259,7 +260,6 @@ def main(argv: list[str] | None = None) -> int:
         for target, entries in table.items():
             old = merged.get(target, {}) if args.op or parts > 1 else {}
             merged[target] = dict(sorted({**old, **entries}.items()))
-        TABLE.parent.mkdir(exist_ok=True)
         TABLE.write_text(_as_text(triton.__version__, merged))
     else:
         if known.get("triton") == triton.__version__:
