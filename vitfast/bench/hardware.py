@@ -275,12 +275,18 @@ def _beyond_linear(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.linear_act(x, weight, act="gelu", backend=backend)
 
 
+def _beyond_patches(x: torch.Tensor, backend: str) -> torch.Tensor:
+    weight = randn(torch.Generator().manual_seed(0), 64, 4, 16, 16, dtype=torch.float16).cuda()
+    return ops.patch_embed(x.view(-1, 4, 16, 16), weight / 32, backend=backend).flatten(0, 1)
+
+
 _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "layer_norm": (2**21 + 128, lambda x, b: ops.layer_norm(x, backend=b)),
     "rms_norm": (2**21 + 128, lambda x, b: ops.rms_norm(x, backend=b)),
     "residual_add": (2**21 + 128, lambda x, b: ops.residual_add(x, x, backend=b)),
     "add_norm": (2**21 + 128, lambda x, b: ops.add_norm(x, x, backend=b)[1]),
     "linear_act": (2**21 + 128, _beyond_linear),
+    "patch_embed": (2**21 + 128, _beyond_patches),
     "attention": (
         2**21 + 128,
         lambda x, b: ops.attention(*(x.view(-1, 64, 16, 64),) * 3, backend=b).flatten(0, 1),

@@ -49,25 +49,26 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
     # Hopper and datacentre Blackwell keep operands out of registers.
-    roomy = arch.is_amd or arch.capability // 10 in (9, 10)
+    is_cdna, is_rdna = arch.warp_size == 64, arch.is_amd and arch.warp_size == 32
+    roomy = is_cdna or arch.capability // 10 in (9, 10)
     if not arch.has_dot:  # scalar products, whose operands all lie in shared memory
         m, n = (32, 32) if d <= (96 if wide else 128) else (16, 8 if wide else 16)
-    elif wide and arch.is_amd:
+    elif wide and is_cdna:
         m, n = (32, 32) if d <= 96 and key["pass"] == "forward" else (16, 16)
     elif wide:
         m, n = (32, 16) if d <= 128 and key["pass"] == "forward" else (16, 16)
     elif key["pass"] == "forward":
-        widest = 80 if arch.capability // 10 == 10 else 96
+        widest = 64 if is_rdna else 80 if arch.capability // 10 == 10 else 96
         m, n = (128, 64) if d <= widest else (64, 64) if d <= 128 else (64, 32)
     elif key["pass"] == "keys" and key["added"] and not roomy:
         m, n = 32, 32
     elif d <= 64 and roomy:
         m, n = 64, 64
-    elif d <= 128:
+    elif d <= 128 and not is_rdna:
         m, n = (32, 64) if key["pass"] == "keys" else (64, 32)
     else:
         m, n = 32, 32
-    warps = 4 if arch.is_amd else 8
+    warps = 4 if is_cdna else 8
     stages = 1 if arch.is_amd or wide or arch.shared_bytes < 80_000 else 2
     return Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
