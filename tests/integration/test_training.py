@@ -45,21 +45,23 @@ def pair(request):
     return plain, swapped
 
 
-def train(model, dtype=None, checkpointing=False):
-    """Losses of STEPS steps of a fresh copy, and the copy."""
+def train(model, dtype=None, checkpointing=False, scale=None):
+    """Losses of STEPS steps of a fresh copy, and the copy. `scale`: where a GradScaler begins."""
     model = copy.deepcopy(model)
     if checkpointing:
         model.set_grad_checkpointing()
     # With the default eps a gradient that is zero but for rounding would make whole steps.
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, eps=1e-5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
     losses = []
     torch.manual_seed(1)
     for images, labels in zip(*data(), strict=True):
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             loss = torch.nn.functional.cross_entropy(model(images).float(), labels)
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         losses.append(loss.detach())
     return torch.stack(losses), model
 
@@ -89,6 +91,23 @@ def test_bfloat16_autocast_follows_timm(pair, plain_run):
     # No further from float32 than timm in bfloat16 is, but for luck.
     ours, theirs = ((x - plain_run[0]).abs().mean() for x in (losses, timms))
     assert ours <= 2 * theirs + 5e-3
+
+
+def test_float16_autocast_and_a_gradient_scaler_follow_timm(pair, plain_run):
+    """The scale begins so large that gradients overflow: such steps are left out, as with timm."""
+    losses, model = train(pair[1], torch.float16, scale=2.0**24)
+    timms, other = train(pair[0], torch.float16, scale=2.0**24)
+    assert losses.isfinite().all() and timms.isfinite().all()
+    for trained in (model, other):
+        assert all(p.isfinite().all() for p in trained.parameters())
+    torch.testing.assert_close(losses, timms, rtol=0.02, atol=0.02)
+    calm, _ = train(pair[1], torch.float16, scale=2.0**8)
+    assert not torch.equal(calm, losses), "no step was left out: nothing was tested"
+    ours, theirs = (
+        (x - plain_run[0]).abs().mean()
+        for x in (calm, train(pair[0], torch.float16, scale=2.0**8)[0])
+    )
+    assert ours <= 2 * theirs + 2e-3
 
 
 def test_gradient_checkpointing_changes_nothing(pair):

@@ -340,3 +340,25 @@ def test_bad_arguments_are_refused_before_anything_runs():
     for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()
+
+
+# ---- mixed dtypes --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [False, True])
+@pytest.mark.parametrize("op", [residual_add, add_norm])
+def test_a_float16_branch_beside_a_float32_residual(op, gamma):
+    """Autocast's mix, in which the kernels have no say: forward and backward by the reference."""
+
+    def run(backend):
+        x = make(2, 5, C).requires_grad_()
+        branch = make(2, 5, C, dtype=torch.float16, seed=1).requires_grad_()
+        scale = torch.tensor([0.0, 1.25])
+        options = {"gamma": 1 + 0.1 * make(C, seed=2)} if gamma else {}
+        found = op(x, branch, drop_scale=scale, backend=backend, **options)
+        found = found if isinstance(found, tuple) else (found,)
+        grads = torch.autograd.grad(found, (x, branch), [make(*t.shape, seed=3) for t in found])
+        assert [g.dtype for g in grads] == [torch.float32, torch.float16]
+        return (*found, *grads)
+
+    assert equal(run("auto"), run("reference"))

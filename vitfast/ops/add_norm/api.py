@@ -134,9 +134,9 @@ def _backward(
     grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
     x_dtype, branch_dtype, backend,
 ):  # fmt: skip
-    grad = grad_residual if grad_normed is None else grad_normed
+    like_branch = residual.new_empty(0, dtype=branch_dtype)  # it may not have been saved
     picked = DISPATCHER.pick(
-        backend, residual, grad, weight, bias, eps, gamma, drop_scale, norm, x_dtype, True,
+        backend, residual, like_branch, weight, bias, eps, gamma, drop_scale, norm, x_dtype, True,
         needs_backward=True,
     )  # fmt: skip
     return picked.backward(

@@ -99,7 +99,8 @@ def _fake(x, branch, gamma, drop_scale, backend):
 
 
 def _backward(grad, branch, gamma, drop_scale, branch_dtype, backend):
-    picked = DISPATCHER.pick(backend, grad, grad, gamma, drop_scale, needs_backward=True)
+    like_branch = grad.new_empty(0, dtype=branch_dtype)  # it may not have been saved
+    picked = DISPATCHER.pick(backend, grad, like_branch, gamma, drop_scale, needs_backward=True)
     return picked.backward(grad, branch, gamma, drop_scale, branch_dtype)
 
 
