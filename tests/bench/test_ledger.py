@@ -64,7 +64,7 @@ def test_an_outdated_page_is_seen(checkout, capsys):
 def test_no_record_no_claim(checkout):
     text = ledger.page(checkout)
     assert "## Measured" not in text
-    assert all(cell.startswith("compiled (") for cell in line(text, "sm_90")[2:])
+    assert all(cell.startswith("compiled, not run (") for cell in line(text, "sm_90")[2:])
     assert "¹" in "".join(line(text, "sm_75")) and "¹" not in "".join(line(text, "sm_90"))
 
 
@@ -85,8 +85,8 @@ def test_what_ran_shows_date_and_commit(checkout):
     assert cells["layer_norm"] == "run (2031-05-06, 0123456789ab)"
     assert cells["add_norm"] == "picked (2031-05-06, 0123456789ab)"
     assert cells["rms_norm"] == "wrong (2031-05-06, 0123456789ab)"
-    assert cells["attention"].startswith("compiled (")
-    assert line(text, "sm_80")[2].startswith("compiled (")
+    assert cells["attention"].startswith("compiled, not run (")
+    assert line(text, "sm_80")[2].startswith("compiled, not run (")
     assert "| layer_norm | triton    | 1       | 0.25      | ok      |" in text
     assert "| rms_norm   | triton    | 1       | inf       | wrong   |" in text
 

@@ -107,3 +107,14 @@ def test_only_what_records_show_is_picked_unasked(device, monkeypatch, op, n, wh
     assert dispatcher.pick("auto", x).name == ("reference" if why else "triton")
     assert dispatcher.pick("triton", x).name == "triton"
     assert not why or why in dispatcher.explain([x])
+
+
+def test_the_first_table_makes_its_folder(device, tmp_path, monkeypatch):
+    """An installed package has no folder of tables where none is shipped."""
+    monkeypatch.setattr(tuning, "LAUNCHES", tmp_path / "launches")
+    tuning.table.cache_clear()
+    arch = Arch("sm_100")
+    assert not tuning.has_run("add_norm", arch)
+    tuning.write_table(arch, verified=["add_norm"])
+    assert tuning.has_run("add_norm", arch)
+    assert not tuning.has_run("add_norm", device)

@@ -41,8 +41,8 @@ in [results](results); a test fails when it is out of date. How the figures were
 """
 TRITON = """\
 Every kernel x config x dtype is compiled ahead of time by Triton {version}, and runs in Triton's
-interpreter against float64, forward and backward. *Compiled* means no more than that: on such a
-GPU the kernel runs when it is asked for by name (`backend="triton"`), and `backend="auto"` takes
+interpreter against float64, forward and backward. *Not run* means: on no such GPU. There a kernel
+runs when it is asked for by name (`backend="triton"`), and `backend="auto"` takes
 the vendor's kernels until `vitfast check` has seen it right on that hardware. The number is that
 of compiled variants.
 """
@@ -105,7 +105,7 @@ def _by_target(kernels: dict[str, dict[str, Any]], records: list[dict[str, Any]]
 
 def _state(target: str, op: str, count: int, record: dict[str, Any] | None) -> str:
     if record is None or not _ran(record, op):
-        return f"compiled ({count})"
+        return f"compiled, not run ({count})"
     if op not in record["verified"]:
         return f"wrong ({_when(record)})"
     picked = "picked" if tuning.has_run(op, Arch(target)) else "run"

@@ -38,6 +38,9 @@ def run(args: argparse.Namespace) -> int:
         raise InputValueError("--trust is for GPUs: CPU kernels are trusted by the tests")
     if args.json:
         record.check_writable(args.json)
+    if args.trust:
+        arch = tuning.arch_of(torch.device("cuda"))
+        record.check_writable(tuning.path_of(arch))
     cases = verify.op_cases(specs(args.op))
     models = [] if args.op else [(f, d) for f in verify.MODELS for d in verify.MODEL_DTYPES]
     found: list[Finding] = []
@@ -60,7 +63,6 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
         record.write_json(args.json, kept)
     if args.trust:
-        arch = tuning.arch_of(torch.device("cuda"))
         tuning.write_table(arch, verified=verify.verified(found))
     return int(any(f.state == verify.WRONG for f in found))
 

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from vitfast.bench import tune
+    from vitfast.bench import record, tune
     from vitfast.bench.ops import specs
     from vitfast.runtime import tuning
 
@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.seconds > 0:
         raise InputValueError(f"--seconds {args.seconds}: expected a positive number")
     arch = tuning.arch_of(torch.device("cuda"))
+    record.check_writable(tuning.path_of(arch))
     entries = {name: list(old) for name, old in tuning.table(arch.name)["kernels"].items()}
     say = (lambda text: None) if args.quiet else print
     for spec in found_specs:

@@ -115,6 +115,12 @@ def table(arch: str) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {"verified": [], "kernels": {}}
 
 
+def path_of(arch: Arch) -> Path:
+    """The file of an architecture's table, in a folder that exists."""
+    LAUNCHES.mkdir(exist_ok=True)
+    return LAUNCHES / f"{arch.name}.json"
+
+
 def write_table(
     arch: Arch, *, verified: list[str] | None = None, kernels: dict[str, Any] | None = None
 ) -> Path:
@@ -124,7 +130,7 @@ def write_table(
         "verified": known["verified"] if verified is None else verified,
         "kernels": {**known["kernels"], **(kernels or {})},
     }
-    path = LAUNCHES / f"{arch.name}.json"
+    path = path_of(arch)
     path.write_text(json.dumps(known, indent=1) + "\n")
     for cached in (table, _launch_of, _choice_of):
         cached.cache_clear()
