@@ -115,6 +115,8 @@ def test_a_model_shows_what_it_passes_to_each_op():
     assert attention.autocast
     call = materialise(attention.spec, attention.sample, torch.bfloat16)
     assert next(t for _, t in call.tensors()).shape[:2] == (2, 17)
-    row = ops.measure(attention, ["eager"], seconds=0.01)
-    assert row.dtype == "bfloat16"
-    assert row.results["vitfast"].error_over_budget <= 1
+    for case in found:
+        row = ops.measure(case, ["eager"], seconds=0.01)
+        assert row.dtype == "bfloat16"
+        assert row.results["eager"].median_ms
+        assert row.results["vitfast"].error_over_budget <= 1

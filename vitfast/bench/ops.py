@@ -274,10 +274,14 @@ def _recording(
 def _recorder(
     spec: OpSpec, model: str, setting: Setting, taken: dict[Any, OpCase]
 ) -> Callable[..., Any]:
+    # What the formula depends on, not hints such as where else x is kept.
+    meant = set(inspect.signature(spec.reference).parameters)
+
     @functools.wraps(spec.public)
     def record(*args: Any, **kwargs: Any) -> Any:
-        kept = map_tensors((args, kwargs), lambda t: t.detach().clone())
-        facts = map_tensors((args, kwargs), lambda t: (tuple(t.shape), t.dtype))
+        arguments = (args, {name: value for name, value in kwargs.items() if name in meant})
+        kept = map_tensors(arguments, lambda t: t.detach().clone())
+        facts = map_tensors(arguments, lambda t: (tuple(t.shape), t.dtype))
         number = sum(c.spec is spec for c in taken.values()) + 1
         sample = Sample(f"{model} #{number}", lambda dtype, generator: kept)
         taken.setdefault((spec.name, repr(facts)), OpCase(spec, sample, setting, autocast=True))
