@@ -120,3 +120,12 @@ def test_a_model_shows_what_it_passes_to_each_op():
         assert row.dtype == "bfloat16"
         assert row.results["eager"].median_ms
         assert row.results["vitfast"].error_over_budget <= 1
+
+
+def test_the_judge_sends_back_the_gradients_that_the_contenders_get():
+    """Rounded to the working dtype: or its own rounding would be in every budget."""
+    spec = ops.specs(["residual_add"])[0]
+    sample = Sample("small", lambda d, g: (tuple(torch.ones(3, 8, dtype=d) for _ in "ab"), {}))
+    case = OpCase(spec, sample, Setting(torch.bfloat16, train=True))
+    judge = ops.Judge(case, materialise(spec, sample, torch.bfloat16))
+    assert torch.equal(judge.reference[1], judge.base[1].double())  # that of x: what came in

@@ -32,7 +32,7 @@ class Clock:
         return self.cost, output
 
 
-def tuned(costs, wrong=lambda launch: False, refuse=lambda launch: False):
+def tuned(costs, wrong=lambda launch: False, refuse=lambda launch: False, **options):
     clock = Clock()
 
     def public(x, *args, backend="auto", **kwargs):
@@ -43,7 +43,9 @@ def tuned(costs, wrong=lambda launch: False, refuse=lambda launch: False):
         return SPEC.public(x, *args, **kwargs) * (1.1 if wrong(launch) else 1)
 
     spec = replace(SPEC, public=public)
-    return tune.tune(spec, SAMPLE, torch.float32, False, device="cpu", seconds=0.1, watch=clock)
+    return tune.tune(
+        spec, SAMPLE, torch.float32, False, device="cpu", seconds=0.1, watch=clock, **options
+    )
 
 
 def test_a_faster_config_is_kept():
@@ -52,8 +54,32 @@ def test_a_faster_config_is_kept():
     assert found["norm"][0]["key"] == {"c": 13}
 
 
-def test_no_entry_without_gain():
-    assert tuned(lambda launch: 1.0) == {}
+def test_without_gain_the_first_is_kept():
+    """Or the entry of some other problem would stand in for it."""
+    (entry,) = tuned(lambda launch: 1.0)["norm"]
+    assert entry == {"key": {"c": 13}, "blocks": {"ROWS": 4}, "num_warps": 4, "num_stages": 2}
+
+
+def test_several_parts_are_changed_one_after_another():
+    seen = []
+
+    def costs(launch):
+        seen.append(launch)
+        return 1 / (launch.num_warps * launch.blocks["ROWS"] * launch.num_stages)
+
+    (entry,) = tuned(costs)["norm"]
+    assert (entry["num_warps"], entry["num_stages"], entry["blocks"]) == (8, 4, {"ROWS": 256})
+    assert len({str(launch) for launch in seen}) < 40
+
+
+def test_what_is_known_is_not_timed_again():
+    known = {"norm": [{"key": {"c": 13}}]}
+    assert tuned(lambda launch: 10 - launch.num_warps, known=known) == {}
+    assert tuned(lambda launch: 10 - launch.num_warps, known={"norm": [{"key": {"c": 14}}]})
+
+
+def test_nothing_begins_after_the_time_is_over():
+    assert tuned(lambda launch: 10 - launch.num_warps, until=0.0) == {}
 
 
 @pytest.mark.parametrize(
@@ -80,15 +106,23 @@ def test_which_backend_wins(costs, best, right):
     assert found == {"layer_norm.backend": [entry]}
 
 
-def test_switches_are_tried_both_ways():
-    found = list(tune.neighbours(Launch({"BLOCK_M": 64, "LAZY": 0}, 4, 2)))
-    assert {launch.blocks["LAZY"] for launch in found} == {0, 1}
-    assert {launch.blocks["BLOCK_M"] for launch in found} == {32, 64, 128}
+def test_neighbours_differ_in_one_part():
+    first = Launch({"BLOCK_M": 64, "LAZY": 0, "GROUP": 8, "OTHER": 3}, 4, 2)
+    m, lazy, group, other, warps, stages = tune.neighbours(first)
+    assert [launch.blocks["BLOCK_M"] for launch in m] == [32, 128]
+    assert [launch.blocks["LAZY"] for launch in lazy] == [1]
+    assert [launch.blocks["GROUP"] for launch in group] == [4, 16]  # never 0: kernels divide by it
+    assert other == []
+    assert [launch.num_warps for launch in warps] == [2, 8]
+    assert [launch.num_stages for launch in stages] == [1, 3, 4]
+    for launch in (*m, *lazy, *group, *warps, *stages):
+        parts = {**launch.blocks, **launch.options()}
+        assert sum(parts[n] != v for n, v in {**first.blocks, **first.options()}.items()) == 1
 
 
 def test_a_wrong_config_never_wins():
     found = tuned(lambda launch: 1 / launch.num_warps, wrong=lambda launch: launch.num_warps == 8)
-    assert found == {}
+    assert found["norm"][0]["num_warps"] == 4
 
 
 def test_refuses_without_a_gpu(capsys, monkeypatch):

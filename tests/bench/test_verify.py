@@ -109,3 +109,42 @@ def test_tables_show_the_worst_and_the_state():
         ("a", "cuda", "3.00", "wrong", ""),
     ]
     assert verify.model_table([finding(level="model")])[1] == [("a", "s", "0.20", "ok")]
+
+
+def test_a_wrong_or_unfinished_op_is_not_verified():
+    def found(op, state, level="op"):
+        return verify.Finding(level, op, "x", "", "", "triton", state)
+
+    findings = [
+        found("layer_norm", verify.OK), found("rms_norm", verify.OK),
+        found("rms_norm", verify.WRONG, "hardware"), found("attention", verify.REFUSED),
+        found("mlp", verify.OK),
+    ]  # fmt: skip
+    assert verify.verified(findings) == ["layer_norm", "mlp"]
+    assert verify.verified(findings, ["mlp: hardware"]) == ["layer_norm"]
+
+
+def test_processes_find_what_one_finds():
+    cases = verify.op_cases(ops.specs(["residual_add"]))[:2]
+    assert cases
+    alone = list(verify.check_ops(cases, "cpu"))
+    shared = list(verify.check_ops(cases, "cpu", workers=2))
+    assert [len(found) for found in shared] == [len(found) for found in alone]
+    assert [f.case for found in shared for f in found] == [f.case for found in alone for f in found]
+    assert {f.state for found in shared for f in found} <= {verify.OK, verify.REFUSED}
+
+
+def test_a_process_that_dies_condemns_its_op(monkeypatch, layer_norm):
+    """Found by its name, this sample does not exist: as good as a crash."""
+    (found,) = verify.check_ops([(layer_norm, Sample("no such", lambda *_: ((), {})))], "cpu", 1)
+    assert [(f.backend, f.state) for f in found] == [("triton", verify.WRONG)]
+    assert verify.verified(found) == []
+
+
+def test_plain_arithmetic_is_torchs_own_again_afterwards():
+    before = torch.backends.cudnn.allow_tf32
+    with verify.plain_arithmetic():
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert torch.backends.cudnn.allow_tf32 is before
+    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

@@ -57,3 +57,11 @@ def test_mistakes(vitfast):
         status, out, err = vitfast("check", *words)
         assert (status, out) == (2, "")
         assert len(err.splitlines()) == 1
+
+
+def test_what_finds_no_time_is_named(vitfast, one_model, tmp_path):
+    path = tmp_path / "check.json"
+    status, out, _ = vitfast("check", "--minutes", "1e-9", "--json", path)
+    assert status == 0
+    assert "vit: test_vit: left out, out of time" in out
+    assert json.loads(path.read_text())["left_out"] == ["vit: test_vit"] * 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -68,8 +70,10 @@ def work(rank: int, how: str, store: str, results) -> None:
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])
-def test_two_processes_follow_timm(how, tmp_path):
+def test_two_processes_follow_timm(how, tmp_path, monkeypatch):
     """Same losses, step by step, as timm's model under the same wrapper."""
+    # The processes import this module by its name; vitfast from where it is installed.
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[2])])
     context = mp.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()

@@ -69,6 +69,11 @@ COMPOSITIONS = {
         lambda x, w, b: ops.linear_act(x, w, b, "gelu"),
         lambda x, w, b: F.gelu(F.linear(x, w, b)),
     ),
+    "mlp": (
+        lambda d: (_t(2, 5, 8, dtype=d), _t(6, 8), _t(6), _t(8, 6), _t(8)),
+        ops.mlp,
+        lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
+    ),
     "patch_embed": (
         lambda d: (_t(2, 3, 8, 8, dtype=d), _t(6, 3, 4, 4), _t(6), None, None),
         lambda i, w, b, pos, prefix: ops.patch_embed(i, w, b, pos_embed=pos, prefix=prefix),

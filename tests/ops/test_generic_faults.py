@@ -317,7 +317,20 @@ GEMMS = {
     "patch_embed forward last_row_unwritten": on_only_output(unwritten_last_row),
     "patch_embed backward tokens_off_by_one": on_argument(0, lambda g: g.roll(1, 1)),
 }
-FAULTS = NORMS | ATTENTION | GEMMS
+MLP = {
+    "mlp forward gelu_tanh_for_erf": other_act("gelu", "gelu_tanh"),
+    "mlp forward first_bias_dropped": on_argument(2, none),
+    "mlp forward second_bias_dropped": on_argument(4, none),
+    "mlp forward other_half_gates": on_argument(6, OTHER_GATE.get),
+    "mlp forward hidden_units_out_of_step": on_argument(3, lambda w: w.roll(1, 1)),
+    "mlp forward truncated": on_output(truncated),
+    "mlp backward derivative_left_out": on_argument(7, lambda a: "none" if a == "gelu" else a),
+    "mlp backward activation_in_bfloat16": on_argument(6, in_bfloat16),
+    "mlp backward weight_not_transposed_back": on_argument(4, lambda w: w.roll(1, 0)),
+    "mlp backward first_bias_gradient_twice": on_output(lambda t: 2 * t, 2),
+    "mlp backward second_weight_gradient_off_by_one": on_output(lambda t: t.roll(1, 0), 3),
+}
+FAULTS = NORMS | ATTENTION | GEMMS | MLP
 
 
 def judge(case, which, backend):

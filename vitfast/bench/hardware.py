@@ -6,6 +6,7 @@ that need no GPU (`fuzz`, `determinism`) run on the CPU too.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import time
 import zlib
@@ -89,7 +90,12 @@ def fuzz_one(
 
 
 def random_call(op: str, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of an op, small and odd, that depend on the number only."""
+    """Arguments of an op, small and odd, that depend on the number only.
+
+    Sizes vary freely. What kernels are compiled for (head dim, patch, activation) comes from short
+    lists, or a GPU's time would go into compiling. No row is so short that its norm or its softmax
+    is constant, and its gradient nothing but rounding.
+    """
     g = torch.Generator().manual_seed(zlib.crc32(f"{op} {seed}".encode()))
 
     def pick(*choices: Any) -> Any:
@@ -105,7 +111,7 @@ def random_call(op: str, dtype: torch.dtype, seed: int) -> tuple[tuple[Any, ...]
 
 
 def _norm(pick, size, tensor):
-    c = pick(size(1, 80), size(81, 1100), 384, 768)
+    c = pick(size(3, 80), size(81, 1100), 384, 768)
     x = tensor(size(1, 3), size(1, 40), c)
     weight, bias = pick((None, None), (1 + tensor(c, scale=0.1), tensor(c, scale=0.1)))
     return (x, weight, bias, pick(1e-6, 1e-5)), {}
@@ -117,7 +123,7 @@ def _rms_norm(pick, size, tensor):
 
 
 def _residual(pick, size, tensor):
-    b, n, c = size(1, 3), size(1, 40), pick(size(1, 80), size(81, 1100), 768)
+    b, n, c = size(1, 3), size(1, 40), pick(size(3, 80), size(81, 1100), 768)
     options = {}
     if pick(True, False):
         options["gamma"] = tensor(c)
@@ -135,9 +141,9 @@ def _add_norm(pick, size, tensor):
 
 
 def _attention(pick, size, tensor):
-    b, h, d = size(1, 2), size(1, 3), pick(size(1, 40), 32, 64, 64, 72, 80, 88, 96, 128)
+    b, h, d = size(1, 2), size(1, 3), pick(13, 64, 64, 72, 128)
     n = pick(size(2, 20), size(21, 300))
-    k = pick(n, size(1, 200))
+    k = pick(n, size(2, 200))
     options: dict[str, Any] = {}
     if pick(True, False, False):
         options["bias"] = tensor(h, n, k)
@@ -154,7 +160,7 @@ def _attention(pick, size, tensor):
 def _linear_act(pick, size, tensor):
     m, n, k = size(1, 300), 2 * size(1, 150), pick(size(1, 70), size(71, 800))
     gate = pick(None, None, "first", "last")
-    act = pick("none", "relu", "gelu", "gelu_tanh", "quick_gelu", "silu", "sigmoid")
+    act = pick("none", "gelu", "silu")
     x, weight = tensor(m, k), tensor(n, k, scale=k**-0.5)
     return (x, weight, pick(None, tensor(n, scale=0.1)), act), {"gate": gate}
 
@@ -166,7 +172,7 @@ def _mlp(pick, size, tensor):
 
 
 def _patch_embed(pick, size, tensor):
-    p, q, cin, c = size(1, 16), size(1, 16), size(1, 4), size(1, 100)
+    (p, q, cin), c = pick((16, 16, 3), (14, 14, 3), (5, 3, 4)), size(1, 100)
     rows, columns, b = size(1, 6), size(1, 6), size(1, 3)
     n = rows * columns
     options: dict[str, Any] = {}
@@ -218,8 +224,12 @@ def graph_capture(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str
         call.run(spec.public, backend=backend)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = outputs_of(call.run(spec.public, backend=backend))
+    before = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            got = outputs_of(call.run(spec.public, backend=backend))
+    finally:  # a capture that fails leaves its stream the current one
+        torch.cuda.set_stream(before)
     for t in call.arguments.values():
         if isinstance(t, torch.Tensor) and t.is_floating_point():
             t.mul_(0.5)
@@ -238,11 +248,10 @@ def out_of_memory(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str
     used = torch.cuda.memory_reserved()
     torch.cuda.set_per_process_memory_fraction(max(used, 1 << 20) / total)
     hog = []
-    try:
-        while True:
-            hog.append(torch.empty(1 << 16, device="cuda"))
-    except torch.cuda.OutOfMemoryError:
-        pass
+    for size in (1 << 24, 1 << 20, 1 << 16):  # what both of the allocator's pools still have
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            while True:
+                hog.append(torch.empty(size, device="cuda"))
     try:
         call.run(spec.public, backend=backend)
     except torch.cuda.OutOfMemoryError:
@@ -257,8 +266,6 @@ def out_of_memory(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str
 
 def beyond_int32(op: str, backend: str) -> list[str]:
     """Tensors of more than 2^31 elements: their end is as right as their beginning."""
-    if op not in _BEYOND:
-        return []
     torch.cuda.empty_cache()
     rows, run = _BEYOND[op]
     x = torch.empty(rows, 1024, dtype=torch.float16, device="cuda")
@@ -307,7 +314,8 @@ def all_checks(spec: OpSpec, backend: str, seed: int) -> Iterator[tuple[str, lis
             )
     for name, check in checks.items():
         yield from _guarded(name, lambda c=check: c(spec, few[0], torch.float16, backend))
-    yield from _guarded("2^31 elements", lambda: beyond_int32(spec.name, backend))
+    if spec.name in _BEYOND:
+        yield from _guarded("2^31 elements", lambda: beyond_int32(spec.name, backend))
     ran, wrong = fuzz(spec, backend, "cuda", seed, 8.0, dtypes)
     yield f"fuzz: {ran} problems from seed {seed}", wrong
 

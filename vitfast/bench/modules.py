@@ -157,6 +157,9 @@ def measure(
             judge = Judge(case)
         except torch.OutOfMemoryError:
             row.note = "error not measured: the float64 reference does not fit in memory"
+        gc.collect()
+        if setting.device.startswith("cuda"):
+            torch.cuda.empty_cache()
     calls = {}
     for name in (*wanted, "vitfast"):
         say(f"preparing {name}", 0.0)
@@ -166,8 +169,11 @@ def measure(
             row.results[name] = Result(reason=str(error))
         gc.collect()
     added = {}
-    if with_memory and case.level == "blocks":
-        added = {name: memory.added_by(call, setting.device) for name, call in calls.items()}
+    if with_memory and (case.level == "blocks" or setting.device.startswith("cuda")):
+        held = 0.0 if case.level == "blocks" else _megabytes(case.module)
+        for name, call in calls.items():
+            more = memory.added_by(call, setting.device)
+            added[name] = None if more is None else held + more
     timings = interleave(
         calls,
         seconds=seconds,
@@ -195,6 +201,11 @@ def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: Progres
             row.results[name].peak_mb = peak_in_child({**case_arguments, "contender": name})
         except ChildError as error:
             row.note = "; ".join(filter(None, [row.note, f"memory of {name}: {error}"]))
+
+
+def _megabytes(module: nn.Module) -> float:
+    """What its parameters and buffers take."""
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values()) / 1e6
 
 
 class Judge:

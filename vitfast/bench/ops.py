@@ -132,6 +132,8 @@ def measure(
     added: dict[str, float | None] = {}
     for name, timed in calls.items():
         added[name] = memory.added_by(timed, setting.device) if with_memory else None
+    if "vitfast" not in calls:
+        raise BackendUnavailableError(f"{row.case}: {row.results['vitfast'].reason}")
     calls["vitfast"]()
     row.backend = spec.dispatcher.picked or ""
     timings = interleave(
@@ -159,9 +161,12 @@ class Judge:
     def __init__(self, case: OpCase, call: OpCall) -> None:
         self.worst: dict[str, float] = {}
         self.spec = case.spec
-        self.base = [t.clone() for t in _runner(case, call, case.spec.reference)()]
+        seeds: list[torch.Tensor] = []
+        self.base = [t.clone() for t in _runner(case, call, case.spec.reference, seeds)()]
         exact = replace(case, autocast=False)
-        self.reference = _runner(exact, call.float64(), case.spec.reference)()
+        # The gradients that came in, as they were rounded.
+        seeds = [seed.double() for seed in seeds]
+        self.reference = _runner(exact, call.float64(), case.spec.reference, seeds)()
         self.outputs = len(call.run(case.spec.reference)) if case.setting.train else len(self.base)
 
     def __call__(self, name: str, output: Sequence[torch.Tensor]) -> float:
@@ -189,23 +194,28 @@ def contender(case: OpCase, call: OpCall, name: str) -> Callable[[], tuple[torch
     elif name == "vitfast":
         function = functools.partial(spec.public, backend="auto")
     elif name in ATTENTION_KERNELS:
-        function = _vendor_kernel(case, call, name)
+        _check_vendor_kernel(case, call)
+        function = functools.partial(spec.public, backend="vendor")
     elif name in spec.dispatcher.backends:
         function = functools.partial(spec.public, backend=name)
     else:
         raise PeerUnavailableError("this op has no such backend")
     runner = _runner(case, call, function)
+    if name in ATTENTION_KERNELS:
+        runner = _forced(runner, name)
     try:
         runner()
+    except BackendUnavailableError:
+        raise
     except Exception as error:
-        if name not in ("compile", *ATTENTION_KERNELS):
+        if name == "vitfast":
             raise
         raise PeerUnavailableError(f"{name} failed: {first_line(error)}") from error
     return runner
 
 
-def _vendor_kernel(case: OpCase, call: OpCall, name: str) -> Callable[..., Any]:
-    """attention on one of the vendor's kernels."""
+def _check_vendor_kernel(case: OpCase, call: OpCall) -> None:
+    """Raises PeerUnavailableError where none of the vendor's attention kernels is asked."""
     if case.spec.name != "attention":
         raise PeerUnavailableError("a kernel for attention")
     if not case.setting.device.startswith("cuda"):
@@ -213,18 +223,28 @@ def _vendor_kernel(case: OpCase, call: OpCall, name: str) -> Callable[..., Any]:
     if set(as_passed(call)[1]) & {"mask", "bias"}:
         raise PeerUnavailableError("calls with a mask or bias run SDPA's memory-efficient kernel")
 
-    @functools.wraps(case.spec.public)
-    def run(*args: Any, **kwargs: Any) -> Any:
+
+def _forced(
+    runner: Callable[[], tuple[torch.Tensor, ...]], name: str
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """Forward and backward on one of the vendor's kernels."""
+
+    def run() -> tuple[torch.Tensor, ...]:
         with vendor.forcing(name):
-            return case.spec.public(*args, **kwargs, backend="vendor")
+            return runner()
 
     return run
 
 
 def _runner(
-    case: OpCase, call: OpCall, function: Callable[..., Any]
-) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """Forward, or forward and backward with fixed gradients; gives outputs, then gradients."""
+    case: OpCase, call: OpCall, function: Callable[..., Any],
+    seeds: list[torch.Tensor] | None = None,
+) -> Callable[[], tuple[torch.Tensor, ...]]:  # fmt: skip
+    """Forward, or forward and backward; gives outputs, then gradients.
+
+    Args:
+        seeds: gradients of the outputs; filled in where it is empty.
+    """
     context = replace(case.setting, dtype=case.setting.dtype if case.autocast else torch.float32)
     if not case.setting.train:
 
@@ -237,7 +257,7 @@ def _runner(
     names = [name for name in call.floating() if name not in UNTRAINED]
     leaves = call.requiring_grad(names)
     wanted = [leaves.arguments[name] for name in names]
-    seeds: list[torch.Tensor] = []
+    seeds = [] if seeds is None else seeds
 
     def both() -> tuple[torch.Tensor, ...]:
         with context.autocast():

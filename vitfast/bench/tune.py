@@ -1,21 +1,21 @@
 """Finding launch configs by timing, once, for a table that is then committed.
 
-Every kernel that an op launches on a sample is tried with its neighbours: each tile size halved and
-doubled, other numbers of warps and stages. A config must give what the heuristic's gives, within
-the error criterion, and win by more than the noise.
+For every kernel that an op launches on a sample, one part of its config is changed at a time (a
+tile size halved or doubled, other numbers of warps and stages) while that helps. A config must give
+what the reference gives, within the error criterion, and win by more than the noise.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from vitfast import ops
 from vitfast.bench.timer import Stopwatch, interleave, stopwatch
 from vitfast.ops.attention import vendor
 from vitfast.ops.spec import OpSpec, Sample
@@ -23,7 +23,7 @@ from vitfast.runtime.tuning import Launch, asking, watching
 from vitfast.testing.cases import Case
 
 GAIN = 1.02
-"""A config that is not this much faster than the heuristic's is not worth a line in a table."""
+"""A config that is not this much faster than another is no better."""
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,28 @@ def picks_of(call: Callable[[], Any]) -> list[Pick]:
     return list(found.values())
 
 
-def neighbours(launch: Launch) -> Iterator[Launch]:
-    """Configs to try beside one: tiles from a half to twice, switches, 2 to 8 warps, 1 to 4 stages.
+_SIZES = {
+    "LAZY": (0, 1),
+    "POLYNOMIAL": (0, 1),
+    "GROUP": (4, 8, 16),
+    "num_warps": (2, 4, 8),
+    "num_stages": (1, 2, 3, 4),
+}
+"""What a part of a config is tried with; tiles with half and twice their size, else nothing."""
 
-    A block of size 0 or 1 that is not called BLOCK_... or ROWS is a switch.
-    """
-    names = list(launch.blocks)
-    sizes = [
-        [s for s in (b // 2, b, b * 2) if 1 <= s <= 256]
-        if name.startswith(("BLOCK", "ROWS"))
-        else [0, 1]
-        for name, b in launch.blocks.items()
-    ]
-    for blocks in itertools.product(*sizes):
-        for warps, stages in itertools.product((2, 4, 8), (1, 2, 3, 4)):
-            other = Launch(dict(zip(names, blocks, strict=True)), warps, stages)
-            if other != launch:
-                yield other
+
+def neighbours(launch: Launch) -> Iterator[list[Launch]]:
+    """Configs that differ from one in a single part, a list a part."""
+
+    def sizes(name: str, now: int) -> tuple[int, ...]:
+        if name.startswith(("BLOCK", "ROWS")):
+            return tuple(s for s in (now // 2, now * 2) if 1 <= s <= 256)
+        return tuple(s for s in _SIZES.get(name, ()) if s != now)
+
+    for name, now in launch.blocks.items():
+        yield [replace(launch, blocks={**launch.blocks, name: s}) for s in sizes(name, now)]
+    for option, now in launch.options().items():
+        yield [replace(launch, **{option: s}) for s in sizes(option, now)]
 
 
 def runner(case: Case, train: bool, device: str) -> Callable[..., Any]:
@@ -97,25 +102,56 @@ def tune(
     *,
     device: str = "cuda",
     seconds: float = 10.0,
+    until: float = math.inf,
+    known: Mapping[str, list[dict[str, Any]]] | None = None,
     watch: Stopwatch | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Table entries {kernel: [entry]} for the kernels of one op on one sample."""
+    """Table entries {kernel: [entry]} for the kernels of one op on one sample.
+
+    Args:
+        until: no search begins after this time of `time.monotonic`.
+        known: entries that exist; what they have is not searched again.
+    """
     case = Case(spec, sample, dtype)
     run = runner(case, train, device)
     found: dict[str, list[dict[str, Any]]] = {}
     for pick in picks_of(run):
-        best = _best(pick, run, case, train, seconds, watch or stopwatch(device), say)
-        if best is not None:
-            found.setdefault(pick.kernel, []).append(best.entry())
+        if _has(known, pick.kernel, pick.key):
+            continue
+        if time.monotonic() > until:
+            say(f"{pick.kernel} {dict(pick.key)}: left out, out of time")
+            continue
+        best = _best(pick, run, case, train, seconds, until, watch or stopwatch(device), say)
+        found.setdefault(pick.kernel, []).append(best.entry())
     return found
 
 
+def _has(
+    known: Mapping[str, list[dict[str, Any]]] | None, what: str, key: Mapping[str, int | str]
+) -> bool:
+    return any(entry["key"] == key for entry in (known or {}).get(what, []))
+
+
+def searches(spec: OpSpec) -> list[Callable[..., dict[str, list[dict[str, Any]]]]]:
+    """What there is to find out of an op, in this order: both sides of the last are tuned then."""
+    has_triton = "triton" in spec.dispatcher.backends
+    return [
+        *([tune] if has_triton else []),
+        *([tune_vendor] if spec.name == "attention" else []),
+        *([tune_backend] if has_triton else []),
+    ]
+
+
 def _best(
-    pick: Pick, run: Callable[[], Any], case: Case, train: bool, seconds: float,
+    pick: Pick, run: Callable[[], Any], case: Case, train: bool, seconds: float, until: float,
     watch: Stopwatch, say: Callable[[str], None],
-) -> Pick | None:  # fmt: skip
-    """The fastest right neighbour of a pick; None where nothing beats it."""
+) -> Pick:  # fmt: skip
+    """The fastest right config on the way from a pick, one part of it changed at a time.
+
+    Where the first is not beaten it is kept in the table too: the next problem's config must not
+    stand in for it.
+    """
 
     def running(launch: Launch) -> Callable[[], Any]:
         def change(kernel: str, key: Mapping[str, int | str], default: Launch) -> Launch:
@@ -127,26 +163,37 @@ def _best(
 
         return call
 
-    start, _ = watch(running(pick.launch), 3)
-    calls = {"heuristic": running(pick.launch)}
-    launches = {"heuristic": pick.launch}
-    for launch in neighbours(pick.launch):
+    def cost(launch: Launch) -> float:
+        """Seconds of three calls; infinite for a config that is wrong or does not run."""
         call = running(launch)
         try:
-            output = call()
-            if not _right(case, output, train):
-                continue
-            elapsed, _ = watch(call, 3)
+            return watch(call, 3)[0] if _right(case, call(), train) else math.inf
         except Exception as error:  # too much shared memory, a tile the kernel cannot take, ...
             say(f"{pick.kernel} {launch}: {type(error).__name__}")
-            continue
-        if elapsed < 1.1 * start:
-            calls[str(launch)], launches[str(launch)] = call, launch
-    times = interleave(calls, seconds=seconds, watch=watch)
-    best = min(times, key=lambda name: times[name].median)
-    gain = times["heuristic"].median / times[best].median
-    say(f"{pick.kernel} {dict(pick.key)}: {best}, {gain:.2f} times the heuristic's speed")
-    return Pick(pick.kernel, pick.key, launches[best]) if gain > GAIN else None
+            return math.inf
+
+    best, least = pick.launch, cost(pick.launch)
+    tried = {str(best)}
+    improved = True
+    while improved and time.monotonic() < until:
+        improved = False
+        for part in range(len(list(neighbours(best)))):
+            for launch in list(neighbours(best))[part]:
+                if str(launch) in tried or time.monotonic() > until:
+                    continue
+                tried.add(str(launch))
+                elapsed = cost(launch)
+                if elapsed < least / GAIN:
+                    best, least, improved = launch, elapsed, True
+    gain = 1.0
+    if best != pick.launch:
+        times = interleave(
+            {"first": running(pick.launch), "best": running(best)}, seconds=seconds, watch=watch
+        )
+        gain = times["first"].median / times["best"].median
+    say(f"{pick.kernel} {dict(pick.key)}: {best}, {gain:.2f} times the first one's speed, "
+        f"of {len(tried)}")  # fmt: skip
+    return Pick(pick.kernel, pick.key, best if gain > GAIN else pick.launch)
 
 
 def _right(case: Case, output: Any, train: bool) -> bool:
@@ -161,7 +208,8 @@ def _right(case: Case, output: Any, train: bool) -> bool:
 
 def tune_backend(
     spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, *, device: str = "cuda",
-    seconds: float = 4.0, watch: Stopwatch | None = None,
+    seconds: float = 4.0, until: float = math.inf,
+    known: Mapping[str, list[dict[str, Any]]] | None = None, watch: Stopwatch | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """Whether Triton's kernels win where the op leaves that to the table; after `tune`."""
@@ -170,6 +218,9 @@ def tune_backend(
     with asking() as asked:
         run("auto")
     keys = [(what, key) for what, key in asked if what.endswith(".backend")]
+    keys = [(what, key) for what, key in keys if not _has(known, what, key)]
+    if not keys or time.monotonic() > until:
+        return {}
     calls: dict[str, Callable[[], Any]] = {}
     for name in ("triton", "vendor", "reference"):
         if name not in spec.dispatcher.backends:
@@ -181,7 +232,7 @@ def tune_backend(
                 calls[name] = call
         except Exception as error:  # not for this call, or too much memory
             say(f"{spec.name}: {name}: {type(error).__name__}")
-    if not keys or not calls:
+    if not calls:
         return {}
     times = interleave(calls, seconds=seconds, watch=watch or stopwatch(device))
     best = min(times, key=lambda name: times[name].median)
@@ -191,16 +242,20 @@ def tune_backend(
 
 
 def tune_vendor(
-    sample: Sample, dtype: torch.dtype, train: bool, *, seconds: float = 4.0,
+    spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, *, device: str = "cuda",
+    seconds: float = 4.0, until: float = math.inf,
+    known: Mapping[str, list[dict[str, Any]]] | None = None, watch: Stopwatch | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
     """The fastest of SDPA's kernels and xformers for one unmasked attention on this GPU."""
-    spec = ops.spec_of("attention")
     case = Case(spec, sample, dtype)
-    if set(case.call.arguments) & {"mask", "bias"}:
+    if set(case.call.arguments) & {"mask", "bias"} or time.monotonic() > until:
         return {}
-    call = case.call.map(lambda t: t.to("cuda"))
-    grads = [g.to("cuda") for g in case.output_grads] if train else []
+    call = case.call.map(lambda t: t.to(device))
+    key = vendor.key_of(call.arguments["q"], train)
+    if _has(known, "attention.vendor", key):
+        return {}
+    grads = [g.to(device) for g in case.output_grads] if train else []
 
     def running(name: str) -> Callable[[], Any]:
         def run() -> Any:
@@ -219,9 +274,9 @@ def tune_vendor(
                 calls[name] = running(name)
         except Exception as error:  # not installed, or not for this head dim or card
             say(f"{name}: {type(error).__name__}")
-    times = interleave(calls, seconds=seconds, watch=stopwatch("cuda"))
+    if not calls:
+        return {}
+    times = interleave(calls, seconds=seconds, watch=watch or stopwatch(device))
     best = min(times, key=lambda name: times[name].median)
-    q = call.arguments["q"]
-    key = vendor.key_of(q, train)
     say(f"{key}: {best}, {times[best].median * 1e6:.0f} us")
     return {"attention.vendor": [{"key": key, "choice": best}]}

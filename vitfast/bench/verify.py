@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +16,7 @@ import torch
 from vitfast.bench import modules, peers
 from vitfast.bench.peers import Setting, first_line
 from vitfast.errors import BackendUnavailableError
+from vitfast.ops import spec_of
 from vitfast.ops.spec import OpSpec, Sample
 from vitfast.testing.cases import Case
 from vitfast.testing.errors import ErrorReport
@@ -19,6 +24,8 @@ from vitfast.testing.errors import ErrorReport
 OWN_KERNELS = {"triton", "cuda"}
 """Backends that are vitfast's own GPU code."""
 OK, WRONG, REFUSED = "ok", "wrong", "cannot run"
+GPU_WORKERS = 4
+"""Processes that check ops on a GPU: compiling the kernels takes longer than running them."""
 DEPTH = 2
 """Blocks of a checked model: enough for one to feed another."""
 MODELS = {
@@ -82,6 +89,67 @@ def check_op(spec: OpSpec, sample: Sample, device: str = "cpu") -> Iterator[Find
                 yield replace(found, picked=backend == picked)
 
 
+def check_ops(
+    cases: Sequence[tuple[OpSpec, Sample]], device: str, workers: int = 0
+) -> Iterator[list[Finding]]:
+    """What `check_op` finds for each case, in their order.
+
+    Args:
+        workers: processes to share the work among, for a GPU, whose kernels are compiled on the
+            CPU; 0 for none but this one.
+    """
+    if not workers:
+        yield from ([*check_op(spec, sample, device)] for spec, sample in cases)
+        return
+    names = [(spec.name, sample.name) for spec, sample in cases]
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, context, initializer=torch.set_num_threads, initargs=(threads,)
+    ) as pool:
+        futures = [pool.submit(_check_named, op, sample, device) for op, sample in names]
+        for (op, sample), future in zip(names, futures, strict=True):
+            try:
+                yield future.result()
+            except Exception as error:  # the process died, or the GPU with it
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                yield [
+                    Finding("op", op, sample, "", "", name, WRONG, reason=reason)
+                    for name in sorted(OWN_KERNELS & spec_of(op).dispatcher.backends.keys())
+                ]
+
+
+def _check_named(op: str, sample: str, device: str) -> list[Finding]:
+    spec = spec_of(op)
+    with plain_arithmetic():
+        found = [*check_op(spec, next(s for s in spec.samples if s.name == sample), device)]
+    if device == "cuda":
+        torch.cuda.synchronize()  # what a kernel broke shows here, not in the next case
+    return found
+
+
+@contextlib.contextmanager
+def plain_arithmetic() -> Iterator[None]:
+    """Within, torch's own GPU kernels neither round to TF32 nor add in half precision.
+
+    They do by default in convolutions and some products, and their errors would hide ours.
+    """
+    matmul = torch.backends.cuda.matmul
+    flags = [
+        (torch.backends.cudnn, "allow_tf32"),
+        (matmul, "allow_fp16_reduced_precision_reduction"),
+        (matmul, "allow_bf16_reduced_precision_reduction"),
+    ]
+    before = [getattr(owner, name) for owner, name in flags]
+    try:
+        for owner, name in flags:
+            setattr(owner, name, False)
+        yield
+    finally:
+        for (owner, name), value in zip(flags, before, strict=True):
+            setattr(owner, name, value)
+
+
 def check_hardware(spec: OpSpec, seed: int) -> Iterator[Finding]:
     """What only a GPU can show of an op's own kernels: see `vitfast.bench.hardware`."""
     from vitfast.bench import hardware
@@ -94,9 +162,9 @@ def check_hardware(spec: OpSpec, seed: int) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-def verified(found: Iterable[Finding]) -> list[str]:
-    """Ops whose own GPU kernels ran here and were never wrong."""
-    ran: dict[str, bool] = {}
+def verified(found: Iterable[Finding], left_out: Sequence[str] = ()) -> list[str]:
+    """Ops whose own GPU kernels ran here and were never wrong, in no check left out either."""
+    ran: dict[str, bool] = {name.split(":")[0]: False for name in left_out}
     for f in found:
         if f.level != "model" and f.backend in OWN_KERNELS and f.state != REFUSED:
             ran[f.name] = ran.get(f.name, True) and f.state == OK
@@ -134,14 +202,8 @@ def _forward(case: Case, backend: str, device: str) -> list[ErrorReport]:
 
 
 def _backward(case: Case, backend: str, device: str) -> list[ErrorReport]:
-    if device == "cpu":
-        return case.judge_gradients(case.gradients(case.trained, backend=backend))
-    found = case.call.map(lambda t: t.to(device)).gradients(
-        case.spec.public,
-        [g.to(device) for g in case.output_grads],
-        names=case.trained,
-        backend=backend,
-    )
+    call = case.call.map(lambda t: t.to(device))
+    found = case.gradients(case.trained, call, backend=backend)
     return case.judge_gradients({n: None if t is None else t.cpu() for n, t in found.items()})
 
 

@@ -55,8 +55,16 @@ def run(args: argparse.Namespace) -> int:
     earlier = record.read(args.compare) if args.compare else None
     if args.json:
         record.check_writable(args.json)
+    facts = machine.describe(setting.device)
     rows: list[Row] = []
     notes: list[str] = []
+
+    def keep(rows: list[Row], notes: list[str]) -> None:
+        if args.json:
+            floors = machine.floors(setting.device, setting.dtype)
+            kept = record.bench_document(rows, facts, floors=floors, left_out=notes)
+            record.write_json(args.json, kept)
+
     if args.level:
         found = suite.cases(_part(args), setting, options)
         with progress_bar(len(found)) as show:
@@ -67,17 +75,14 @@ def run(args: argparse.Namespace) -> int:
         _refuse_choices(args)
         parts = suite.PARTS[setting.device]
         with progress_bar(len(parts)) as show:
-            rows, notes = suite.run(parts, setting, options, _minutes(args), show)
+            minutes = _minutes(args, suite.MINUTES[setting.device])
+            rows, notes = suite.run(parts, setting, options, minutes, show, keep=keep)
             floors = machine.floors(setting.device, setting.dtype)
-    facts = machine.describe(setting.device)
     _show(rows, facts, floors, list(dict.fromkeys(n for names in options.wanted.values()
                                                   for n in names)))  # fmt: skip
     for note in notes:
         print(note)
-    if args.json:
-        record.write_json(
-            args.json, record.bench_document(rows, facts, floors=floors, left_out=notes)
-        )
+    keep(rows, notes)
     if earlier is None:
         return 0
     changed = record.changes(earlier, rows)
@@ -152,10 +157,8 @@ def _refuse_choices(args: argparse.Namespace) -> None:
             raise InputValueError(f"{name} needs a level: vitfast bench ops, blocks or models")
 
 
-def _minutes(args: argparse.Namespace) -> float:
-    from vitfast.bench import suite
-
-    minutes = suite.MINUTES if args.minutes is None else args.minutes
+def _minutes(args: argparse.Namespace, default: float) -> float:
+    minutes = default if args.minutes is None else args.minutes
     if not (minutes > 0 and math.isfinite(minutes)):
         raise InputValueError(f"--minutes {args.minutes}: expected a positive number")
     return minutes

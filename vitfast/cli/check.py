@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vitfast.errors import InputValueError
@@ -18,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--op", action="append", metavar="NAME", help="only this op; may be repeated; no models")
     add("--seed", type=int, default=0, help="first of the random problems on a GPU")
+    add(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="start nothing after these; on a GPU 7 by default",
+    )
     add("--json", metavar="FILE", help="write the findings too")
     add("--trust", action="store_true", help="on a GPU: from now on pick, on this architecture, "
         "the Triton kernels of every op that was right here")  # fmt: skip
@@ -36,34 +45,62 @@ def run(args: argparse.Namespace) -> int:
         raise InputValueError("--device cuda: torch sees no GPU here")
     if args.trust and device != "cuda":
         raise InputValueError("--trust is for GPUs: CPU kernels are trusted by the tests")
+    if args.minutes is None:
+        args.minutes = 7.0 if device == "cuda" else math.inf
+    if not args.minutes > 0:
+        raise InputValueError(f"--minutes {args.minutes}: expected a positive number")
     if args.json:
         record.check_writable(args.json)
     if args.trust:
         arch = tuning.arch_of(torch.device("cuda"))
         record.check_writable(tuning.path_of(arch))
-    cases = verify.op_cases(specs(args.op))
+    checked = specs(args.op)
+    hardware = checked if device == "cuda" else []
     models = [] if args.op else [(f, d) for f in verify.MODELS for d in verify.MODEL_DTYPES]
+    cases = verify.op_cases(checked)
+    end = time.monotonic() + 60 * args.minutes
     found: list[Finding] = []
-    checked = specs(args.op) if device == "cuda" else []
-    with progress_bar(len(cases) + len(models) + len(checked)) as show:
-        for i, (spec, sample) in enumerate(cases):
-            show(f"{spec.name} {sample.name}", i)
-            found += verify.check_op(spec, sample, device)
-        for i, (family, dtype) in enumerate(models):
-            show(f"{family}: {verify.MODELS[family]}", len(cases) + i)
-            found += verify.check_model(family, dtype, device)
-        for i, spec in enumerate(checked):
-            show(f"{spec.name}: hardware", len(cases) + len(models) + i)
-            found += verify.check_hardware(spec, args.seed)
+    left_out: list[str] = []
+
+    def stages() -> Iterator[tuple[str, Callable[[], Iterable[Finding]]]]:
+        for spec in hardware:
+            yield f"{spec.name}: hardware", partial(verify.check_hardware, spec, args.seed)
+        for family, dtype in models:
+            name = f"{family}: {verify.MODELS[family]}"
+            yield name, partial(verify.check_model, family, dtype, device)
+
+    def keep() -> None:
+        if args.json:
+            facts = machine.describe(device)
+            record.write_json(args.json, record.document(
+                "check", facts, seed=args.seed, verified=verify.verified(found, left_out),
+                left_out=left_out, findings=verify.as_json(found),
+            ))  # fmt: skip
+
+    with (
+        progress_bar(len(cases) + len(hardware) + len(models)) as show,
+        verify.plain_arithmetic(),
+    ):
+        results = verify.check_ops(cases, device, verify.GPU_WORKERS if device == "cuda" else 0)
+        show(f"{len(cases)} cases of ops", 0)
+        for i, ((spec, sample), more) in enumerate(zip(cases, results, strict=True)):
+            found += more
+            show(f"{spec.name} {sample.name}", i + 1)
+        keep()
+        for i, (name, check) in enumerate(stages()):
+            show(name, len(cases) + i)
+            if time.monotonic() > end:
+                left_out.append(name)
+                continue
+            found += check()
+            keep()
     _show(found, machine.device_name(device))
-    if args.json:
-        kept = record.document(
-            "check", machine.describe(device), seed=args.seed, verified=verify.verified(found),
-            findings=verify.as_json(found),
-        )  # fmt: skip
-        record.write_json(args.json, kept)
+    for name in left_out:
+        print(f"{name}: left out, out of time")
+    keep()
     if args.trust:
-        tuning.write_table(arch, verified=verify.verified(found))
+        known = set(tuning.table(arch.name)["verified"]) - {spec.name for spec in checked}
+        tuning.write_table(arch, verified=sorted(known | {*verify.verified(found, left_out)}))
     return int(any(f.state == verify.WRONG for f in found))
 
 

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from vitfast.errors import InputValueError
+
+if TYPE_CHECKING:
+    from vitfast.ops.spec import OpSpec, Sample
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -15,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--op", action="append", metavar="NAME", help="only this op; may be repeated")
     add("--dtype", action="append", choices=DTYPES, help="default: bfloat16 and float16")
     add("--case", metavar="NAME", help="only the sample of this name, large ones included")
-    add("--seconds", type=float, default=4.0, metavar="S", help="timed work a kernel and case")
+    add("--seconds", type=float, default=1.0, metavar="S", help="timed work a comparison")
+    add("--minutes", type=float, default=7.0, metavar="M", help="start nothing after these; "
+        "what the table has is not timed again, so that a second run goes on")  # fmt: skip
     add("--quiet", action="store_true", help="only the table's path")
 
 
@@ -27,41 +35,45 @@ def run(args: argparse.Namespace) -> int:
     from vitfast.runtime import tuning
 
     found_specs = specs(args.op)
+    for name in ("seconds", "minutes"):
+        value = getattr(args, name)
+        if not (value > 0 and math.isfinite(value)):
+            raise InputValueError(f"--{name} {value}: expected a positive number")
     if not torch.cuda.is_available():
         raise InputValueError("tune: torch sees no GPU here; configs are timed, not guessed")
-    if not args.seconds > 0:
-        raise InputValueError(f"--seconds {args.seconds}: expected a positive number")
     arch = tuning.arch_of(torch.device("cuda"))
     record.check_writable(tuning.path_of(arch))
     entries = {name: list(old) for name, old in tuning.table(arch.name)["kernels"].items()}
     say = (lambda text: None) if args.quiet else print
-    for spec in found_specs:
-        samples = [
-            s
-            for s in spec.samples
-            if (s.name == args.case if args.case else "real" in s.tags and "large" not in s.tags)
-        ]
-        for sample in samples:
-            for name in args.dtype or DTYPES[:2]:
-                for train in (False, True):
-                    say(f"{spec.name} {sample.name} {name} {'train' if train else 'infer'}")
-                    found = {}
-                    if "triton" in spec.dispatcher.backends:
-                        found = tune.tune(
-                            spec, sample, getattr(torch, name), train,
-                            seconds=args.seconds, say=say,
-                        )  # fmt: skip
-                    if spec.name == "attention":
-                        found |= tune.tune_vendor(sample, getattr(torch, name), train, say=say)
-                    _add(entries, found)
-                    tuning.write_table(arch, kernels=entries)  # an interrupted run keeps its work
-                    if "triton" in spec.dispatcher.backends:
-                        # Both sides as they are now tuned.
-                        _add(entries, tune.tune_backend(
-                            spec, sample, getattr(torch, name), train, say=say
-                        ))  # fmt: skip
+    end = time.monotonic() + 60 * args.minutes
+    dtypes = args.dtype or DTYPES[:2]
+    for i, spec in enumerate(found_specs):
+        # Each op gets an equal part of what is left.
+        until = time.monotonic() + max(end - time.monotonic(), 0.0) / (len(found_specs) - i)
+        for sample, name, train in _problems(spec, args.case, dtypes):
+            title = f"{spec.name} {sample.name} {name} {'train' if train else 'infer'}"
+            if time.monotonic() > until:
+                say(f"{title}: left out, out of time")
+                continue
+            say(title)
+            for search in tune.searches(spec):
+                _add(entries, search(
+                    spec, sample, getattr(torch, name), train,
+                    seconds=args.seconds, until=until, known=entries, say=say,
+                ))  # fmt: skip
+                tuning.write_table(arch, kernels=entries)  # later searches run with what was found
     print(tuning.write_table(arch, kernels=entries))
     return 0
+
+
+def _problems(
+    spec: OpSpec, case: str | None, dtypes: Sequence[str]
+) -> Iterator[tuple[Sample, str, bool]]:
+    for sample in spec.samples:
+        if sample.name == case if case else "real" in sample.tags and "large" not in sample.tags:
+            for name in dtypes:
+                for train in (False, True):
+                    yield sample, name, train
 
 
 def _add(entries: dict[str, Any], found: dict[str, Any]) -> None:

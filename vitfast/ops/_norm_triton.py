@@ -17,7 +17,7 @@ import triton.language as tl
 
 from vitfast.ops import _norm
 from vitfast.ops._norm import LAYER, NONE, RMS
-from vitfast.runtime.gpu import NAMES, guard
+from vitfast.runtime.gpu import COUNTS, NAMES, guard
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 _PROGRAMS = 512
@@ -31,7 +31,7 @@ def _offsets(row, n, outer, inner):
     return (row // n) * outer + (row % n) * inner
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr, bias_ptr, residual_ptr, normed_ptr,
     stats_ptr, rows, n, c, x_outer, x_inner, branch_outer, branch_inner, eps,
@@ -76,7 +76,7 @@ def forward_kernel(
             tl.store(stats_ptr + row * 2 + 1, rstd, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_ptr, grad_residual_ptr, residual_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr,
     stats_ptr, dx_ptr, dbranch_ptr, dgamma_ptr, dweight_ptr, dbias_ptr, rows, n, c,

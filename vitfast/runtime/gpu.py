@@ -24,6 +24,10 @@ NAMES = {
     torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 """Triton's names of dtypes, as in the signature of a kernel ("*fp16")."""
+COUNTS = (
+    "rows", "n", "tokens", "prefix", "batch", "heads", "queries", "keys", "per_image", "columns",
+)  # fmt: skip
+"""Arguments of kernels that change from call to call: one compiled kernel serves them all."""
 
 
 @functools.cache
@@ -117,5 +121,6 @@ def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of a tl.dot: TF32 only where torch's own setting allows it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    # Unlike `allow_tf32`, this may be read whichever of torch's two settings was used.
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and dtype == torch.float32 else "ieee"

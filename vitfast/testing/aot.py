@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import vitfast.ops
+from vitfast.runtime import gpu
 from vitfast.runtime.tuning import TARGETS, Arch, Variant
 
 TABLE = Path("tests", "gpu", "resources.json")
@@ -76,10 +77,7 @@ def compile_variant(v: Variant, target: str) -> Any:
     return triton.compile(source, target=gpu, options=options)
 
 
-_COUNTS = {
-    "rows", "cols", "n", "batch", "heads", "queries", "keys", "per_image", "columns", "mask_q",
-    "mask_k", "z_value", "z_gate",
-}  # fmt: skip
+_UNEVEN = {*gpu.COUNTS, "mask_q", "mask_k", "z_value", "z_gate"}
 """Integer arguments that real models do not give in multiples of 16."""
 
 
@@ -90,7 +88,7 @@ def _attrs(v: Variant) -> dict[tuple[int, ...], list[list[Any]]]:
         for i, name in enumerate(v.kernel.arg_names)
         if name not in v.constants
         and (v.signature[name].startswith("*") or v.signature[name] == "i32")
-        and name not in _COUNTS
+        and name not in _UNEVEN
     }
 
 

@@ -102,8 +102,11 @@ class Case:
     ) -> dict[str, torch.Tensor | None]:
         """As `outputs`, but the gradients for these arguments (`differentiable` by default)."""
         names = self.differentiable if names is None else names
-        with _guarded(self.call if call is None else call) as guarded:
-            return guarded.gradients(self.spec.public, self.output_grads, names=names, **options)
+        call = self.call if call is None else call
+        device = next(t for _, t in call.tensors()).device
+        grads = [g.to(device) for g in self.output_grads]
+        with _guarded(call) as guarded:
+            return guarded.gradients(self.spec.public, grads, names=names, **options)
 
     def judge(self, outputs: Sequence[torch.Tensor], label: str = "auto") -> list[ErrorReport]:
         """Reports on outputs of a forward call; `label` (the backend, say) goes into messages."""

@@ -66,7 +66,7 @@ def guard(tensor: torch.Tensor, name: str = "input", shift: int = 0) -> Guarded:
     A kernel that reads outside sees NaN; one that writes anywhere is caught by `Guarded.check`.
 
     Args:
-        tensor: dense CPU tensor of any strides, expanded ones included.
+        tensor: dense tensor of any strides, expanded ones included; on a CPU or a GPU.
         shift: elements to move the start by, to take its alignment away.
     """
     guarded = _embed(name, tensor, ZONE + shift)
@@ -79,8 +79,8 @@ def guard(tensor: torch.Tensor, name: str = "input", shift: int = 0) -> Guarded:
 
 
 def guard_all(value: Any, found: list[Guarded], name: str = "input") -> Any:
-    """`guard` for every dense CPU tensor in nested tuples, lists and dicts; appends to `found`."""
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu":
+    """`guard` for every dense tensor in nested tuples, lists and dicts; appends to `found`."""
+    if isinstance(value, torch.Tensor) and value.device.type in _DEVICES:
         found.append(guard(value, name))
         return found[-1].tensor
     if isinstance(value, dict):
@@ -90,13 +90,14 @@ def guard_all(value: Any, found: list[Guarded], name: str = "input") -> Any:
     return value
 
 
+_DEVICES = ("cpu", "cuda")
 _FACTORIES = ((torch, ("empty", "empty_like", "empty_strided", "empty_permuted")),
               (torch.Tensor, ("new_empty", "new_empty_strided")))  # fmt: skip
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[list[Guarded]]:
-    """Inside, PyTorch's uninitialised CPU tensors are NaN (0xFF bytes) and stand between guards.
+    """Inside, PyTorch's uninitialised tensors are NaN (0xFF bytes) and stand between guards.
 
     An output element that no kernel wrote is then NaN, whatever the allocator had left there. On
     leaving, the guard zones of everything allocated are checked. Not for use under torch.compile.
@@ -129,7 +130,7 @@ def _poisoning(original: Callable[..., Any], name: str, allocated: list[Guarded]
         if (
             kwargs.get("out") is not None
             or isinstance(fresh, FakeTensor)
-            or fresh.device.type != "cpu"
+            or fresh.device.type not in _DEVICES
             or fresh.layout != torch.strided
         ):
             return fresh
@@ -146,15 +147,16 @@ def _embed(name: str, like: torch.Tensor, offset: int) -> Guarded:
     """A tensor of this size, stride and dtype in a storage of 0xFF bytes."""
     size, stride, width = like.size(), like.stride(), like.element_size()
     span = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-    storage = _empty((offset + span + ZONE) * width, dtype=torch.uint8).fill_(0xFF)
-    placed = _empty(0, dtype=like.dtype)
+    device = like.device
+    storage = _empty((offset + span + ZONE) * width, dtype=torch.uint8, device=device).fill_(0xFF)
+    placed = _empty(0, dtype=like.dtype, device=device)
     # set_ rather than a view: outputs of autograd functions must not look like views of something.
     with torch.no_grad():
         placed.set_(storage.untyped_storage(), offset, size, stride)
     gaps = None
     if like.numel() < span or 0 in stride:
-        gaps = torch.ones(span, dtype=torch.bool)
-        gaps[_positions(size, stride)] = False
+        gaps = torch.ones(span, dtype=torch.bool, device=device)
+        gaps[_positions(size, stride).to(device)] = False
         gaps = gaps.repeat_interleave(width)
     return Guarded(name, placed, storage, offset * width, (offset + span) * width, gaps)
 

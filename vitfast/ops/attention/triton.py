@@ -21,7 +21,7 @@ from vitfast.ops.attention.vendor import INPUTS, wants_gradient
 from vitfast.runtime.gpu import NAMES, guard, precision
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
-HEAD_DIMS = (32, 64, 72, 80, 88, 96, 104, 112, 128, 256)
+HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 112, 128, 256)
 
 
 def split_dim(d: int) -> tuple[int, int]:
@@ -59,7 +59,10 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
         m, n = (32, 16) if d <= 128 and key["pass"] == "forward" else (16, 16)
     elif key["pass"] == "forward":
         widest = 64 if is_rdna else 80 if arch.capability // 10 == 10 else 96
-        m, n = (128, 64) if d <= widest else (64, 64) if d <= 128 else (64, 32)
+        if key["added"]:
+            m, n = (64, 64) if d <= 64 else (64, 32)
+        else:
+            m, n = (128, 64) if d <= widest else (64, 64) if d <= 128 else (64, 32)
     elif key["pass"] == "keys" and key["added"] and not roomy:
         m, n = 32, 32
     elif d <= 64 and roomy:
@@ -203,15 +206,15 @@ def _launch_backward(grad, call, out, stats, dq, dk, dv):
 def variants(arch: Arch) -> list[Variant]:
     """Every pass x head dim x dtype; with a bias for the passes that serve BEiT; each switch."""
     found = prologue.variants(arch)
-    for which in ("forward", "keys", "queries", "bias"):
-        kernel = getattr(kernels, f"{which}_kernel")
-        for d in HEAD_DIMS:
-            for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                for bias in (True,) if which == "bias" else (False, True) if d == 64 else (False,):
-                    found.append(_variant(arch, which, kernel, d, dtype, bias))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for which in ("forward", "keys", "queries", "bias"):
+            for d in HEAD_DIMS:
+                for form in _forms(which, d):
+                    found.append(_variant(arch, which, d, dtype, form))
+        found += [_delta_variant(d, dtype) for d in (64, 72, 128, 256)]
     for switch in _SWITCHES:
         for dtype in (torch.float16, torch.bfloat16):
-            plain = _variant(arch, "forward", kernels.forward_kernel, 64, dtype, False)
+            plain = _variant(arch, "forward", 64, dtype)
             blocks = {**plain.launch.blocks, switch: 1}
             found.append(
                 replace(
@@ -224,21 +227,51 @@ def variants(arch: Arch) -> list[Variant]:
     return found
 
 
-def _variant(arch, which, kernel, d, dtype, bias):
-    key = _key(which, dtype, d, 1024, bias)
+def _forms(which: str, d: int) -> tuple[str, ...]:
+    """What is compiled of a pass: the usual call, and at some head dims what masked calls need."""
+    if which == "bias":
+        return ("bias",)
+    return ("", "bias", "mask", "float-mask", "causal") if d in (16, 64, 128) else ("",)
+
+
+def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "") -> Variant:
+    kernel = getattr(kernels, f"{which}_kernel")
+    key = _key(which, dtype, d, 1024, form in ("bias", "mask", "float-mask"))
     launch = launch_of(f"attention.{which}", arch, key, launch_heuristic)
-    constants = {**_constants(dtype, d, False, False), **launch.blocks}
+    constants = {**_constants(dtype, d, form == "mask", form == "causal"), **launch.blocks}
     # Contiguous head dims, as of a packed qkv.
-    constants |= {n: 1 for n in kernel.arg_names if n in ("q_d", "k_d", "v_d", "grad_d", "bias_k")}
-    constants["mask_ptr"] = None
-    if not bias:
+    inner = ("q_d", "k_d", "v_d", "grad_d", "bias_k", "mask_k")
+    constants |= {n: 1 for n in kernel.arg_names if n in inner}
+    if "mask" not in form:
+        constants["mask_ptr"] = None
+    if form != "bias":
         constants["bias_ptr"] = None
-    signature = {}
-    for name in kernel.arg_names:
-        if name.endswith("_ptr"):
-            wide = name in ("stats_ptr", "delta_ptr", "dbias_ptr")
-            signature[name] = "*fp32" if wide else f"*{NAMES[dtype]}"
-        else:
-            signature[name] = "fp32" if name == "scale" else "i32"
-    name = f"{which}-d{d}-{NAMES[dtype]}{'-bias' if bias and which != 'bias' else ''}"
+    name = f"{which}-d{d}-{NAMES[dtype]}{f'-{form}' if form and which != 'bias' else ''}"
+    signature = _signature(kernel, dtype)
+    if form == "mask":
+        signature["mask_ptr"] = "*u8"
     return Variant(name, kernel, signature, constants, launch, dots=dtype != torch.float32)
+
+
+def _delta_variant(d: int, dtype: torch.dtype) -> Variant:
+    launch = Launch({"BLOCK_M": 16}, 4, 2)
+    constants = {
+        "D": d, "BLOCK_D": triton.next_power_of_2(d), "ACC": tl.float32, "grad_d": 1,
+        **launch.blocks,
+    }  # fmt: skip
+    kernel = kernels.delta_kernel
+    return Variant(
+        f"delta-d{d}-{NAMES[dtype]}", kernel, _signature(kernel, dtype), constants, launch
+    )
+
+
+def _signature(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
+    wide = ("stats_ptr", "delta_ptr", "dbias_ptr")
+    return {
+        name: ("*fp32" if name in wide else f"*{NAMES[dtype]}")
+        if name.endswith("_ptr")
+        else "fp32"
+        if name == "scale"
+        else "i32"
+        for name in kernel.arg_names
+    }

@@ -14,6 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitfast.runtime.gpu import COUNTS
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Found by Lawson's iteration on the relative error.
 COEFFICIENTS0 = tl.constexpr(0.99992807)
@@ -122,7 +124,7 @@ def _shared_exp2(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(tl.join(tl.exp2(a), _polynomial_exp2(b)), [ROWS, COLUMNS])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, out_ptr, stats_ptr, batch, heads, queries, keys, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
@@ -207,7 +209,7 @@ def forward_kernel(
         tl.store(stats_ptr + at, total, mask=m < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
     out_ptr, grad_ptr, delta_ptr, heads, queries, grad_b, grad_n, grad_h, grad_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -227,17 +229,21 @@ def delta_kernel(
 
 @triton.jit
 def _row_state(stats_ptr, delta_ptr, pair, batch, heads, m, queries):
-    """Shift, 1 / sum (0 for a row that sees nothing) and delta of some queries."""
+    """Shift, 1 / sum and delta of some queries.
+
+    1 / sum is 0 for a row that sees nothing. It is NaN, and so is all that follows, where the
+    forward ran on a GPU backend that leaves no statistics.
+    """
     at = pair.to(tl.int64) * queries + m
     pairs = tl.full([], batch, tl.int64) * heads
     live = m < queries
     shift = tl.load(stats_ptr + at, mask=live, other=0.0)
     total = tl.load(stats_ptr + pairs * queries + at, mask=live, other=1.0)
-    inverse = tl.where(total > 0, 1.0 / tl.where(total > 0, total, 1.0), 0.0)
+    inverse = tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
     return shift, inverse, tl.load(delta_ptr + at, mask=live, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def keys_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, grad_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
     batch, heads, queries, keys, scale,
@@ -305,7 +311,7 @@ def keys_kernel(
         _put(dv_ptr, dv2, n, keys, dv_n, D1, D, D2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def queries_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, grad_ptr, stats_ptr, delta_ptr, dq_ptr,
     batch, heads, queries, keys, scale,
@@ -367,7 +373,7 @@ def queries_kernel(
         _put(dq_ptr, dq2 * scale, m, queries, dq_n, D1, D, D2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def bias_kernel(
     q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, grad_ptr, stats_ptr, delta_ptr, dbias_ptr,
     batch, heads, queries, keys, scale,

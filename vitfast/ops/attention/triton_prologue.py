@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.attention.reference import Call
-from vitfast.runtime.gpu import NAMES, guard
+from vitfast.runtime.gpu import COUNTS, NAMES, guard
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 _NORMS = {"": 0, "layer": 1, "rms": 2}
@@ -40,7 +40,7 @@ def _partner(column, HALF: tl.constexpr, D: tl.constexpr):
     return column ^ 1, tl.where(column % 2 == 0, -1.0, 1.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, rope_ptr, out_ptr, rows, tokens, heads, prefix,
     x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, eps,
@@ -81,7 +81,7 @@ def forward_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_ptr, x_ptr, weight_ptr, rope_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, tokens, heads,
     prefix, x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, dx_b, dx_n, dx_h, eps,

@@ -51,28 +51,31 @@ def differentiate(
 def compute(call: Call) -> torch.Tensor:
     """out [B, Nq, H, D] by differentiable torch ops."""
     q, k, v = prologue(call)
+    dtype = v.dtype
     mask = _merged_mask(call, q, k)
     is_causal = call.is_causal and mask is None
     chosen = kernel(call)
-    if chosen == "xformers" and mask is None and not is_causal:
+    if chosen == "xformers" and not is_causal:
         return _xformers(q, k, v, call.scale)
-    with _only(chosen):
+    if q.device.type == "cuda" and mask is not None and mask.dtype not in (torch.bool, q.dtype):
+        # The memory-efficient kernel wants one dtype, and rounding the mask would be felt.
+        q, k, v = (t.to(mask.dtype) for t in (q, k, v))
+    with _choosing(chosen):
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=is_causal, scale=call.scale
         )
-    return out.transpose(1, 2).contiguous()
+    return out.to(dtype).transpose(1, 2).contiguous()
 
 
 KERNELS = {
-    "cudnn": ("CUDNN_ATTENTION",),
-    "flash": ("FLASH_ATTENTION",),
-    "efficient": ("EFFICIENT_ATTENTION",),
-    "masked": ("EFFICIENT_ATTENTION", "MATH"),
-    "xformers": ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH"),
+    "cudnn": "CUDNN_ATTENTION",
+    "flash": "FLASH_ATTENTION",
+    "efficient": "EFFICIENT_ATTENTION",
 }
-"""Kernels of torch's SDPA by the names of `vitfast`'s tables; more than one: the first that can."""
-UNMASKED = ("cudnn", "flash", "efficient", "xformers")
+"""Kernels of torch's SDPA by the names of `vitfast`'s tables."""
+UNMASKED = (*KERNELS, "xformers")
 """Those that `vitfast tune` chooses from."""
+_USUAL = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
 
 
 def kernel(call: Call) -> str:
@@ -115,12 +118,18 @@ def forcing(name: str) -> Iterator[None]:
         _forced.pop()
 
 
-def _only(chosen: str) -> contextlib.AbstractContextManager[None]:
-    """Within, SDPA may pick these kernels only."""
+def _choosing(chosen: str) -> contextlib.AbstractContextManager[None]:
+    """Within, SDPA runs this kernel; unless it is `forcing`, another where that one cannot.
+
+    A table's pick is that of the nearest problem, and may not take this one.
+    """
     if not chosen:
         return contextlib.nullcontext()
-    backends = [getattr(SDPBackend, name) for name in KERNELS[chosen]]
-    return sdpa_kernel(backends, set_priority=len(backends) > 1)
+    if _forced and chosen in KERNELS:
+        return sdpa_kernel([getattr(SDPBackend, KERNELS[chosen])])
+    first = [KERNELS[chosen]] if chosen in KERNELS else []
+    names = dict.fromkeys((*first, *_USUAL))
+    return sdpa_kernel([getattr(SDPBackend, n) for n in names], set_priority=bool(first))
 
 
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -162,10 +171,15 @@ def can_run(call: Call) -> list[str]:
 
 
 def no_stats(call: Call, out: torch.Tensor) -> torch.Tensor:
-    """Statistics of a forward that leaves none: sums of -1 tell native.backward so."""
+    """Statistics of a forward that leaves none.
+
+    Sums of -1 tell the backward of another backend so; on a GPU, where nobody can look without
+    waiting, NaN spoils its gradients for all to see.
+    """
     batch, queries, heads, _ = out.shape
     shape = (2, batch, heads, queries) if call.save_stats else (0,)
-    return out.new_full(shape, -1.0, dtype=torch.promote_types(out.dtype, torch.float32))
+    missing = float("nan") if out.device.type == "cuda" else -1.0
+    return out.new_full(shape, missing, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.runtime.gpu import NAMES, guard, precision
+from vitfast.runtime.gpu import COUNTS, NAMES, guard, precision
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 ACTS = {
@@ -84,7 +84,7 @@ def _weights(w_ptr, n, k, cols, depth, stride_n, stride_k, DTYPE: tl.constexpr):
     return tl.load(w_ptr + at, mask=(k < depth)[:, None] & (n < cols)[None, :], other=0.0).to(DTYPE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     x_ptr, w_ptr, bias_ptr, gate_w_ptr, gate_bias_ptr, y_ptr, z_ptr, rows, cols, depth,
     x_m, x_k, w_n, w_k, gate_n, gate_k, z_m, z_value, z_gate,
@@ -131,7 +131,7 @@ def forward_kernel(
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_ptr, z_ptr, dz_ptr, sums_ptr, gate_sums_ptr, rows, cols, grad_m, z_m, z_value, z_gate,
     ACT: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,

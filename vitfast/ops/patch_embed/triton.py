@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.patch_embed.reference import normalise
-from vitfast.runtime.gpu import NAMES, guard, precision
+from vitfast.runtime.gpu import COUNTS, NAMES, guard, precision
 from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     image_ptr, w_ptr, bias_ptr, pos_ptr, mean_ptr, std_ptr, out_ptr, rows, cols, per_image, columns,
     image_b, image_c, image_h, image_w, w_n, out_b, out_t, pos_b, pos_t,
