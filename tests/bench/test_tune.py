@@ -12,6 +12,7 @@ import vitfast.ops
 from vitfast.bench import tune
 from vitfast.cli.main import main
 from vitfast.errors import BackendUnavailableError
+from vitfast.ops.attention import vendor
 from vitfast.runtime.tuning import Arch, Launch, choice_of, launch_of
 
 SPEC = vitfast.ops.spec_of("layer_norm")
@@ -43,9 +44,8 @@ def tuned(costs, wrong=lambda launch: False, refuse=lambda launch: False, **opti
         return SPEC.public(x, *args, **kwargs) * (1.1 if wrong(launch) else 1)
 
     spec = replace(SPEC, public=public)
-    return tune.tune(
-        spec, SAMPLE, torch.float32, False, device="cpu", seconds=0.1, watch=clock, **options
-    )
+    terms = tune.Terms("cpu", seconds=0.1, watch=clock, **options)
+    return tune.tune(spec, SAMPLE, torch.float32, False, terms)
 
 
 def test_a_faster_config_is_kept():
@@ -101,7 +101,8 @@ def test_which_backend_wins(costs, best, right):
 
     backends = dict.fromkeys(("triton", "vendor", "reference"))
     spec = replace(SPEC, public=public, dispatcher=SimpleNamespace(backends=backends))
-    found = tune.tune_backend(spec, SAMPLE, torch.float32, False, device="cpu", watch=clock)
+    terms = tune.Terms("cpu", seconds=0.1, watch=clock)
+    found = tune.tune_backend(spec, SAMPLE, torch.float32, False, terms)
     entry = {"key": {"c": 13}, "choice": best if right else "reference"}
     assert found == {"layer_norm.backend": [entry]}
 
@@ -129,3 +130,27 @@ def test_refuses_without_a_gpu(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(["tune"]) == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+def test_the_vendor_kernel_that_is_fastest_and_right():
+    """On a CPU all names run SDPA's one kernel; the clock tells them apart."""
+    spec = vitfast.ops.spec_of("attention")
+    sample = next(s for s in spec.samples if s.name == "head_dim_24")
+    costs = {"cudnn": 3.0, "flash": 1.0, "efficient": 0.5, "xformers": 0.1}
+    clock = Clock()
+
+    def public(q, *args, backend="auto", **kwargs):
+        name = vendor._forced[-1]
+        clock.cost += costs[name]
+        if name == "xformers":
+            raise ImportError(name)
+        return spec.public(q, *args, backend=backend, **kwargs) * (2 if name == "efficient" else 1)
+
+    terms = tune.Terms("cpu", seconds=0.1, watch=clock)
+    arguments = (replace(spec, public=public), sample, torch.float32)
+    found = tune.tune_vendor(*arguments, False, terms)
+    ((entry,),) = found.values()
+    assert entry["choice"] == "flash"
+    assert entry["key"]["pass"] == "infer" and entry["key"]["head_dim"] == 24
+    assert tune.tune_vendor(*arguments, False, replace(terms, known=found)) == {}
+    assert tune.tune_vendor(*arguments, True, replace(terms, known=found)) != {}

@@ -18,7 +18,7 @@ from vitfast.testing import aot  # noqa: E402
 
 KNOWN = json.loads(Path(__file__).with_name("resources.json").read_text())
 TARGETS = tuple(KNOWN["kernels"])
-SHARE = 12
+SHARE = 20
 """CI compiles every so many-th kernel of each target."""
 
 

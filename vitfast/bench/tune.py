@@ -11,7 +11,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,49 @@ class Pick:
             "num_warps": self.launch.num_warps,
             "num_stages": self.launch.num_stages,
         }
+
+
+Entries = dict[str, list[dict[str, Any]]]
+"""Of a device's table: {kernel or choice: [entry]}."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """How to search.
+
+    Args:
+        seconds: timed work a comparison.
+        until: no search begins after this time of `time.monotonic`.
+        known: entries that exist; what they have is not searched again.
+        watch: the clock; that of the device by default.
+        say: gets a line about each finding.
+    """
+
+    device: str = "cuda"
+    seconds: float = 4.0
+    until: float = math.inf
+    known: Entries = field(default_factory=dict)
+    watch: Stopwatch | None = None
+    say: Callable[[str], None] = lambda text: None
+
+    @property
+    def clock(self) -> Stopwatch:
+        return self.watch or stopwatch(self.device)
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.until
+
+    def has(self, what: str, key: Mapping[str, int | str]) -> bool:
+        return any(entry["key"] == key for entry in self.known.get(what, []))
+
+    def fastest(self, calls: dict[str, Callable[[], Any]], what: str) -> str:
+        """The call with the lowest median."""
+        times = interleave(calls, seconds=self.seconds, watch=self.clock)
+        best = min(times, key=lambda name: times[name].median)
+        shown = ", ".join(f"{name} {t.median * 1e6:.0f} us" for name, t in times.items())
+        self.say(f"{what}: {best} of {shown}")
+        return best
 
 
 def picks_of(call: Callable[[], Any]) -> list[Pick]:
@@ -76,7 +119,7 @@ def neighbours(launch: Launch) -> Iterator[list[Launch]]:
 
     for name, now in launch.blocks.items():
         yield [replace(launch, blocks={**launch.blocks, name: s}) for s in sizes(name, now)]
-    for option, now in launch.options().items():
+    for option, now in {"num_warps": launch.num_warps, "num_stages": launch.num_stages}.items():
         yield [replace(launch, **{option: s}) for s in sizes(option, now)]
 
 
@@ -94,46 +137,23 @@ def runner(case: Case, train: bool, device: str) -> Callable[..., Any]:
     return run
 
 
-def tune(
-    spec: OpSpec,
-    sample: Sample,
-    dtype: torch.dtype,
-    train: bool,
-    *,
-    device: str = "cuda",
-    seconds: float = 10.0,
-    until: float = math.inf,
-    known: Mapping[str, list[dict[str, Any]]] | None = None,
-    watch: Stopwatch | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, list[dict[str, Any]]]:
-    """Table entries {kernel: [entry]} for the kernels of one op on one sample.
-
-    Args:
-        until: no search begins after this time of `time.monotonic`.
-        known: entries that exist; what they have is not searched again.
-    """
+def tune(spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, terms: Terms) -> Entries:
+    """Launch configs for the kernels of one op on one sample."""
     case = Case(spec, sample, dtype)
-    run = runner(case, train, device)
-    found: dict[str, list[dict[str, Any]]] = {}
+    run = runner(case, train, terms.device)
+    found: Entries = {}
     for pick in picks_of(run):
-        if _has(known, pick.kernel, pick.key):
+        if terms.has(pick.kernel, pick.key):
             continue
-        if time.monotonic() > until:
-            say(f"{pick.kernel} {dict(pick.key)}: left out, out of time")
+        if terms.over:
+            terms.say(f"{pick.kernel} {dict(pick.key)}: left out, out of time")
             continue
-        best = _best(pick, run, case, train, seconds, until, watch or stopwatch(device), say)
+        best = _best(pick, run, case, train, terms)
         found.setdefault(pick.kernel, []).append(best.entry())
     return found
 
 
-def _has(
-    known: Mapping[str, list[dict[str, Any]]] | None, what: str, key: Mapping[str, int | str]
-) -> bool:
-    return any(entry["key"] == key for entry in (known or {}).get(what, []))
-
-
-def searches(spec: OpSpec) -> list[Callable[..., dict[str, list[dict[str, Any]]]]]:
+def searches(spec: OpSpec) -> list[Callable[[OpSpec, Sample, torch.dtype, bool, Terms], Entries]]:
     """What there is to find out of an op, in this order: both sides of the last are tuned then."""
     has_triton = "triton" in spec.dispatcher.backends
     return [
@@ -143,10 +163,7 @@ def searches(spec: OpSpec) -> list[Callable[..., dict[str, list[dict[str, Any]]]
     ]
 
 
-def _best(
-    pick: Pick, run: Callable[[], Any], case: Case, train: bool, seconds: float, until: float,
-    watch: Stopwatch, say: Callable[[str], None],
-) -> Pick:  # fmt: skip
+def _best(pick: Pick, run: Callable[[], Any], case: Case, train: bool, terms: Terms) -> Pick:
     """The fastest right config on the way from a pick, one part of it changed at a time.
 
     Where the first is not beaten it is kept in the table too: the next problem's config must not
@@ -167,33 +184,29 @@ def _best(
         """Seconds of three calls; infinite for a config that is wrong or does not run."""
         call = running(launch)
         try:
-            return watch(call, 3)[0] if _right(case, call(), train) else math.inf
+            return terms.clock(call, 3)[0] if _right(case, call(), train) else math.inf
         except Exception as error:  # too much shared memory, a tile the kernel cannot take, ...
-            say(f"{pick.kernel} {launch}: {type(error).__name__}")
+            terms.say(f"{pick.kernel} {launch}: {type(error).__name__}")
             return math.inf
 
     best, least = pick.launch, cost(pick.launch)
     tried = {str(best)}
     improved = True
-    while improved and time.monotonic() < until:
+    while improved and not terms.over:
         improved = False
         for part in range(len(list(neighbours(best)))):
             for launch in list(neighbours(best))[part]:
-                if str(launch) in tried or time.monotonic() > until:
+                if str(launch) in tried or terms.over:
                     continue
                 tried.add(str(launch))
                 elapsed = cost(launch)
                 if elapsed < least / GAIN:
                     best, least, improved = launch, elapsed, True
-    gain = 1.0
-    if best != pick.launch:
-        times = interleave(
-            {"first": running(pick.launch), "best": running(best)}, seconds=seconds, watch=watch
-        )
-        gain = times["first"].median / times["best"].median
-    say(f"{pick.kernel} {dict(pick.key)}: {best}, {gain:.2f} times the first one's speed, "
-        f"of {len(tried)}")  # fmt: skip
-    return Pick(pick.kernel, pick.key, best if gain > GAIN else pick.launch)
+    if best == pick.launch:
+        return pick
+    calls = {"first": running(pick.launch), str(best): running(best)}
+    won = terms.fastest(calls, f"{pick.kernel} {dict(pick.key)}, {len(tried)} tried")
+    return pick if won == "first" else Pick(pick.kernel, pick.key, best)
 
 
 def _right(case: Case, output: Any, train: bool) -> bool:
@@ -207,20 +220,17 @@ def _right(case: Case, output: Any, train: bool) -> bool:
 
 
 def tune_backend(
-    spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, *, device: str = "cuda",
-    seconds: float = 4.0, until: float = math.inf,
-    known: Mapping[str, list[dict[str, Any]]] | None = None, watch: Stopwatch | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, terms: Terms
+) -> Entries:
     """Whether Triton's kernels win where the op leaves that to the table; after `tune`."""
     case = Case(spec, sample, dtype)
-    run = runner(case, train, device)
+    run = runner(case, train, terms.device)
     with asking() as asked:
         run("auto")
-    keys = [(what, key) for what, key in asked if what.endswith(".backend")]
-    keys = [(what, key) for what, key in keys if not _has(known, what, key)]
-    if not keys or time.monotonic() > until:
+    found = [a for a in asked if a[0].endswith(".backend") and not terms.has(*a)]
+    if not found or terms.over:
         return {}
+    what, key = found[0]
     calls: dict[str, Callable[[], Any]] = {}
     for name in ("triton", "vendor", "reference"):
         if name not in spec.dispatcher.backends:
@@ -231,52 +241,34 @@ def tune_backend(
             if name != "triton" or _right(case, output, train):
                 calls[name] = call
         except Exception as error:  # not for this call, or too much memory
-            say(f"{spec.name}: {name}: {type(error).__name__}")
-    if not calls:
-        return {}
-    times = interleave(calls, seconds=seconds, watch=watch or stopwatch(device))
-    best = min(times, key=lambda name: times[name].median)
-    what, key = keys[0]
-    say(f"{what} {key}: {best}, " + ", ".join(f"{n} {t.median:.2e} s" for n, t in times.items()))
-    return {what: [{"key": key, "choice": best}]}
+            terms.say(f"{spec.name}: {name}: {type(error).__name__}")
+    return {what: [{"key": key, "choice": terms.fastest(calls, f"{what} {key}")}]} if calls else {}
 
 
 def tune_vendor(
-    spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, *, device: str = "cuda",
-    seconds: float = 4.0, until: float = math.inf,
-    known: Mapping[str, list[dict[str, Any]]] | None = None, watch: Stopwatch | None = None,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, list[dict[str, Any]]]:  # fmt: skip
+    spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, terms: Terms
+) -> Entries:
     """The fastest of SDPA's kernels and xformers for one unmasked attention on this GPU."""
     case = Case(spec, sample, dtype)
-    if set(case.call.arguments) & {"mask", "bias"} or time.monotonic() > until:
+    if set(case.call.arguments) & {"mask", "bias"} or terms.over:
         return {}
-    call = case.call.map(lambda t: t.to(device))
-    key = vendor.key_of(call.arguments["q"], train)
-    if _has(known, "attention.vendor", key):
+    key = vendor.key_of(case.call.arguments["q"], train)
+    if terms.has("attention.vendor", key):
         return {}
-    grads = [g.to(device) for g in case.output_grads] if train else []
+    run = runner(case, train, terms.device)
 
-    def running(name: str) -> Callable[[], Any]:
-        def run() -> Any:
-            with vendor.forcing(name):
-                if train:
-                    return call.gradients(spec.public, grads, names=["q"], backend="vendor")
-                with torch.no_grad():
-                    return call.run(spec.public, backend="vendor")
-
-        return run
+    def forced(name: str) -> Any:
+        with vendor.forcing(name):
+            return run("vendor")
 
     calls = {}
     for name in vendor.UNMASKED:
+        call = functools.partial(forced, name)
         try:
-            if _right(case, running(name)(), train):
-                calls[name] = running(name)
+            if _right(case, call(), train):
+                calls[name] = call
         except Exception as error:  # not installed, or not for this head dim or card
-            say(f"{name}: {type(error).__name__}")
+            terms.say(f"{name}: {type(error).__name__}")
     if not calls:
         return {}
-    times = interleave(calls, seconds=seconds, watch=watch or stopwatch(device))
-    best = min(times, key=lambda name: times[name].median)
-    say(f"{key}: {best}, {times[best].median * 1e6:.0f} us")
-    return {"attention.vendor": [{"key": key, "choice": best}]}
+    return {"attention.vendor": [{"key": key, "choice": terms.fastest(calls, f"vendor {key}")}]}

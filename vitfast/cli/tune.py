@@ -56,11 +56,9 @@ def run(args: argparse.Namespace) -> int:
                 say(f"{title}: left out, out of time")
                 continue
             say(title)
+            terms = tune.Terms(seconds=args.seconds, until=until, known=entries, say=say)
             for search in tune.searches(spec):
-                _add(entries, search(
-                    spec, sample, getattr(torch, name), train,
-                    seconds=args.seconds, until=until, known=entries, say=say,
-                ))  # fmt: skip
+                _add(entries, search(spec, sample, getattr(torch, name), train, terms))
                 tuning.write_table(arch, kernels=entries)  # later searches run with what was found
     print(tuning.write_table(arch, kernels=entries))
     return 0

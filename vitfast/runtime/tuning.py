@@ -69,8 +69,11 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
-    def options(self) -> dict[str, int]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+    def options(self) -> dict[str, Any]:
+        """Options of a launch. Triton's own choice of fusing a * b + c differs by version."""
+        return {
+            "num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True,
+        }  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,7 @@ def compile_variant(v: Variant, target: str) -> Any:
         if arch.is_amd
         else GPUTarget("cuda", arch.capability, 32)
     )
-    options = {**v.launch.options(), "enable_fp_fusion": True}
-    return triton.compile(source, target=gpu, options=options)
+    return triton.compile(source, target=gpu, options=v.launch.options())
 
 
 _UNEVEN = {*gpu.COUNTS, "mask_q", "mask_k", "z_value", "z_gate"}

@@ -164,6 +164,9 @@ def backward(
     return tuple(grads.values())
 
 
+_DELTA = Launch({"BLOCK_M": 16}, 4, 2)
+
+
 def _launch_backward(grad, call, out, stats, dq, dk, dv):
     """Writes dq, dk and dv; gives the bias's gradient [H, Nq, Nk], or None."""
     q, k, v = call.q, call.k, call.v
@@ -177,9 +180,11 @@ def _launch_backward(grad, call, out, stats, dq, dk, dv):
     inputs = (q, k, v, mask, bias, grad, stats, delta)
     steps = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     with guard(q):
-        kernels.delta_kernel[(triton.cdiv(queries, 16) * batch * heads,)](
+        tiles = triton.cdiv(queries, _DELTA.blocks["BLOCK_M"])
+        kernels.delta_kernel[(tiles * batch * heads,)](
             out, grad, delta, heads, queries, *grad.stride(), D=d,
-            BLOCK_D=triton.next_power_of_2(d), ACC=constants["ACC"], BLOCK_M=16, num_warps=4,
+            BLOCK_D=triton.next_power_of_2(d), ACC=constants["ACC"], **_DELTA.blocks,
+            **_DELTA.options(),
         )  # fmt: skip
         launch = _launch("keys", call)
         kernels.keys_kernel[(triton.cdiv(keys, launch.blocks["BLOCK_N"]) * batch * heads,)](
@@ -254,14 +259,13 @@ def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "")
 
 
 def _delta_variant(d: int, dtype: torch.dtype) -> Variant:
-    launch = Launch({"BLOCK_M": 16}, 4, 2)
     constants = {
         "D": d, "BLOCK_D": triton.next_power_of_2(d), "ACC": tl.float32, "grad_d": 1,
-        **launch.blocks,
+        **_DELTA.blocks,
     }  # fmt: skip
     kernel = kernels.delta_kernel
     return Variant(
-        f"delta-d{d}-{NAMES[dtype]}", kernel, _signature(kernel, dtype), constants, launch
+        f"delta-d{d}-{NAMES[dtype]}", kernel, _signature(kernel, dtype), constants, _DELTA
     )
 
 

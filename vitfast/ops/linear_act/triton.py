@@ -285,20 +285,23 @@ def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted
     return tuple(found)
 
 
+_BACKWARD = Launch({"BLOCK_M": 16, "BLOCK_N": 128}, 4, 1)
+
+
 def _pre_activation_gradient(grad, z, gate_weight, act, gate, gated, wide):
     """dz [M, N or 2N], and its sums over rows in the order of z's columns."""
     m, n = grad.shape
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     dz = z.new_empty((m, z.shape[-1]))
-    block_m, block_n = 16, 128
-    across, blocks = triton.cdiv(n, block_n), min(triton.cdiv(m, block_m), _PROGRAMS)
+    blocks = min(triton.cdiv(m, _BACKWARD.blocks["BLOCK_M"]), _PROGRAMS)
+    across = triton.cdiv(n, _BACKWARD.blocks["BLOCK_N"])
     partial = z.new_empty((2 if gated else 1, blocks, n), dtype=wide)
     value, through = _places(gate_weight, gate, n)
     with guard(grad):
         backward_kernel[(across * blocks,)](
             grad, z, dz, partial[0], partial[1] if gated else None, m, n, grad.stride(0),
             z.shape[-1], value, through, ACT=ACTS[act], ACC=_acc(grad.dtype), GATED=gated,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=4, num_stages=1,
+            **_BACKWARD.blocks, **_BACKWARD.options(),
         )  # fmt: skip
     sums = partial.sum(1, dtype=torch.float64)
     if gated and value > through:
@@ -310,10 +313,10 @@ def _pre_activation_gradient(grad, z, gate_weight, act, gate, gated, wide):
 
 
 def variants(arch: Arch) -> list[Variant]:
-    """fc1 with GELU and SwiGLU, forward and backward, in each dtype; shapes of ViT-B and -L."""
+    """Every activation, and GEGLU and SwiGLU, in each dtype, forward and backward; fc1 of ViT-B."""
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for act, gated in (("none", False), ("gelu", False), ("silu", True)):
+        for act, gated in (*((act, False) for act in ACTS), ("gelu", True), ("silu", True)):
             found.append(_forward_variant(arch, dtype, act, gated))
             if act != "none":
                 found.append(_backward_variant(dtype, act, gated))
@@ -349,10 +352,10 @@ def _forward_variant(arch, dtype, act, gated):
 
 def _backward_variant(dtype, act, gated):
     constants = {
-        "ACT": ACTS[act], "ACC": tl.float32, "GATED": gated, "BLOCK_M": 16, "BLOCK_N": 128
+        "ACT": ACTS[act], "ACC": tl.float32, "GATED": gated, **_BACKWARD.blocks
     }  # fmt: skip
     if not gated:
         constants["gate_sums_ptr"] = None
     signature = _signature(backward_kernel, constants, NAMES[dtype])
     name = f"backward-{act}{'-gated' if gated else ''}-{NAMES[dtype]}"
-    return Variant(name, backward_kernel, signature, constants, Launch({}, 4, 1))
+    return Variant(name, backward_kernel, signature, constants, _BACKWARD)
