@@ -56,7 +56,8 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
     elif wide and is_cdna:
         m, n = (32, 32) if d <= 96 and key["pass"] == "forward" else (16, 16)
     elif wide:
-        m, n = (32, 16) if d <= 128 and key["pass"] == "forward" else (16, 16)
+        plain = key["pass"] == "forward" and (d > 16 or not key["added"])
+        m, n = (32, 16) if d <= 128 and plain else (16, 16)
     elif key["pass"] == "forward":
         widest = 64 if is_rdna else 80 if arch.capability // 10 == 10 else 96
         if key["added"]:
