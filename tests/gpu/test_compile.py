@@ -6,6 +6,7 @@ CI compiles a part; all of it: python -m vitfast.testing.aot --check
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,8 +30,11 @@ def test_a_part_of_the_kernels(target):
     assert table[target]
     if KNOWN["triton"] == triton.__version__:
         assert wrong == aot.differences(table, KNOWN["kernels"]) == []
-    else:  # other compilers allot registers otherwise; the tiles were cut for this one
-        assert [why for why in wrong if " spills " not in why] == []
+    else:
+        # Other compilers allot registers otherwise: the tiles were cut for this one. Triton 3.6
+        # has no dots of 8 keys, needed where the kernels refuse anyway, nor the switch on sm_100.
+        known = re.compile(r" spills |^sm_75 .*does not compile|^sm_100 .*-lazy: does not compile")
+        assert [why for why in wrong if not known.search(why)] == []
 
 
 @pytest.mark.parametrize("target", TARGETS)

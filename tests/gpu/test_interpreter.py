@@ -18,9 +18,11 @@ SHARDS = 4
 def test_kernels_in_the_interpreter(shard):
     """The shards are as many, so that runners with several workers can spread them."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--no-header",
+        [sys.executable, "-m", "pytest", "-q", "-x", "-rs", "-p", "no:cacheprovider", "--no-header",
          "tests/interpreter", f"--shard={shard}/{SHARDS}"],
         cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    if "cannot run on this NumPy" in done.stdout:
+        pytest.skip("this Triton's interpreter cannot run on this NumPy")
     assert " passed" in done.stdout

@@ -60,7 +60,8 @@ def may_fuse(x: object, *others: object) -> bool:
         if other is not None and type(other) not in PLAIN:
             return False
     if torch.compiler.is_compiling():
-        return not torch.compiler.is_exporting()
+        # The function of the same name is always true in what torch 2.11 compiles.
+        return not torch.compiler._is_exporting_flag
     return not (
         torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
