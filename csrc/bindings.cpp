@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/window.h"
 #include "common/pages.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
@@ -303,6 +304,78 @@ void bind_attention(py::module_& m) {
         "See csrc/cpu/attention.h. dbias is [H, Nq, Nk], contiguous.");
 }
 
+// ---- windowed attention --------------------------------------------------------------------------
+
+// dtype, (B, H, W, heads, D), (wh, ww, sh, sw), roll_first, cosine, qkv, its strides of
+// (B, H, W, 3, heads), scale, table, pad
+using WindowProblem =
+    std::tuple<int, std::array<int64_t, 5>, std::array<int64_t, 4>, bool, bool, uintptr_t,
+               std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t>;
+
+WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
+  const auto& [dtype, sizes, window, roll_first, cosine, qkv, strides, scale, table, pad] = problem;
+  require(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16),
+          "window_attention: dtype must be float32 or bfloat16");
+  require(threads > 0, "window_attention: threads must be positive");
+  require(qkv != 0 && out != 0 && scale != 0, "window_attention: null address");
+  for (const int64_t size : sizes) require(size > 0, "window_attention: sizes must be positive");
+  for (const int64_t stride : strides) require(stride >= 0, "window_attention: negative stride");
+  const auto& [wh, ww, sh, sw] = window;
+  require(wh > 0 && ww > 0 && wh * ww <= 1 << 16, "window_attention: window out of range");
+  require(0 <= sh && sh < wh && 0 <= sw && sw < ww, "window_attention: shift out of range");
+  require(sizes[4] <= 256, "window_attention: head dim must be at most 256");
+  WindowArgs a{};
+  a.dtype = static_cast<DType>(dtype);
+  a.B = sizes[0];
+  a.H = sizes[1];
+  a.W = sizes[2];
+  a.heads = sizes[3];
+  a.D = sizes[4];
+  a.wh = wh;
+  a.ww = ww;
+  a.sh = sh;
+  a.sw = sw;
+  a.roll_first = roll_first;
+  a.cosine = cosine;
+  a.qkv = reinterpret_cast<const void*>(qkv);
+  a.sb = strides[0];
+  a.sy = strides[1];
+  a.sx = strides[2];
+  a.s3 = strides[3];
+  a.shead = strides[4];
+  a.out = reinterpret_cast<void*>(out);
+  a.scale = floats(scale);
+  a.table = floats(table);
+  a.pad = floats(pad);
+  a.stats = mutable_floats(stats);
+  a.threads = threads;
+  return a;
+}
+
+void window_forward_checked(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
+  window_forward(window_args(problem, out, stats, threads));
+}
+
+void window_backward_checked(const WindowProblem& problem, uintptr_t out, uintptr_t stats,
+                             uintptr_t dout, uintptr_t dqkv, uintptr_t dtable, uintptr_t dpad,
+                             uintptr_t dscale, int threads) {
+  const WindowArgs a = window_args(problem, out, stats, threads);
+  require(stats != 0, "window_backward: stats are missing");
+  require(dout != 0 && dqkv != 0, "window_backward: null address");
+  require(dtable == 0 || a.table != nullptr, "window_backward: dtable without a table");
+  require(dpad == 0 || a.pad != nullptr, "window_backward: dpad without pad");
+  require(dscale == 0 || a.cosine, "window_backward: dscale needs attention by cosine");
+  window_backward(a, {reinterpret_cast<const void*>(dout), reinterpret_cast<void*>(dqkv),
+                      mutable_floats(dtable), mutable_floats(dpad), mutable_floats(dscale)});
+}
+
+void bind_window(py::module_& m) {
+  m.def("window_backward", &window_backward_checked, Release(),
+        "See csrc/cpu/window.h. Addresses are 0 where a gradient is not wanted.");
+  m.def("window_forward", &window_forward_checked, Release(),
+        "See csrc/cpu/window.h. Addresses are 0 where a tensor is absent.");
+}
+
 // ---- linear_act ---------------------------------------------------------------------------------
 
 using GemmRowsArg = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>>;
@@ -467,6 +540,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of vitfast";
   bind_isa(m);
   bind_attention(m);
+  bind_window(m);
   bind_linear_act(m);
   bind_norm(m);
   bind_patch_embed(m);

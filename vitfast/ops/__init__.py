@@ -17,6 +17,7 @@ from vitfast.ops.mlp.api import mlp
 from vitfast.ops.patch_embed.api import patch_embed
 from vitfast.ops.residual_add.api import residual_add
 from vitfast.ops.rms_norm.api import rms_norm
+from vitfast.ops.window_attention.api import window_attention
 
 if TYPE_CHECKING:
     from vitfast.ops.spec import OpSpec
@@ -30,6 +31,7 @@ NAMES = (
     "linear_act",
     "mlp",
     "patch_embed",
+    "window_attention",
 )
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "rms_norm",
     "spec_of",
     "specs",
+    "window_attention",
 ]
 
 

@@ -1,0 +1,273 @@
+// The forward of flash attention over a block of queries, whatever the queries and keys are: rows of a
+// dense problem (attention_forward.cpp) or of a window (window_forward.cpp).
+#pragma once
+#include "attention_tile.h"
+
+namespace vitfast {
+namespace VITFAST_ISA {
+namespace {
+
+constexpr int64_t kTileKeys = 96;  // S (24 KiB) and one panel of V stay in L1
+
+// Scores of one block of queries against a tile of keys: S[key][query], and the running maximum.
+template <class M>
+struct Scores {
+  const typename M::Elem *panel, *lanes;
+  int64_t units;
+  float *s, *max;
+  template <int R, int NV>
+  inline void run() const {
+    vf acc[R][NV] = {};
+    multiply<M, R, NV>(panel, lanes, units, acc);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      vf top = load(max + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        store(s + r * kBlock + v * kLanes, acc[r][v]);
+        top = vmax(top, acc[r][v]);
+      }
+      store(max + v * kLanes, top);
+    }
+  }
+};
+
+// O[d][query] = O * alpha + V^T P for a group of d.
+template <class M>
+struct Output {
+  const typename M::Elem *panel, *lanes;
+  int64_t units;
+  float* o;
+  const float* alpha;
+  template <int R, int NV>
+  inline void run() const {
+    // A tile is summed on its own: fewer roundings in a chain than on top of all tiles before.
+    vf acc[R][NV] = {};
+    multiply<M, R, NV>(panel, lanes, units, acc);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const vf scale = load(alpha + v * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        float* at = o + r * kBlock + v * kLanes;
+        store(at, fma(load(at), scale, acc[r][v]));
+      }
+    }
+  }
+};
+
+// P = 2^(S * c - max * c), in place or as bfloat16 pairs; returns the sums over keys.
+template <int NV>
+inline void exponentials(F32, float* s, int64_t keys, float c, const float* shift, float* sum, float*) {
+  vf offset[NV], total[NV];
+  for (int v = 0; v < NV; ++v) {
+    offset[v] = load(shift + v * kLanes);
+    total[v] = zero();
+  }
+  const vf cc = splat(c);
+  for (int64_t k = 0; k < keys; ++k) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      float* at = s + k * kBlock + v * kLanes;
+      const vf p = exp2_nonpositive(load(at) * cc - offset[v]);
+      total[v] = total[v] + p;
+      store(at, p);
+    }
+  }
+  for (int v = 0; v < NV; ++v) store(sum + v * kLanes, total[v]);
+}
+
+#if defined(VITFAST_HAS_BF16_DOT)
+template <int NV>
+inline void exponentials(Bf16, float* s, int64_t keys, float c, const float* shift, float* sum,
+                         uint32_t* pairs) {
+  vf offset[NV], total[NV];
+  for (int v = 0; v < NV; ++v) {
+    offset[v] = load(shift + v * kLanes);
+    total[v] = zero();
+  }
+  const vf cc = splat(c);
+  for (int64_t k = 0; k < keys; k += 2) {
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const float* at = s + k * kBlock + v * kLanes;
+      const vf p0 = exp2_bf16(load(at) * cc - offset[v]);
+      const vf p1 = k + 1 < keys ? exp2_bf16(load(at + kBlock) * cc - offset[v]) : zero();
+      total[v] = total[v] + (p0 + p1);
+      _mm512_storeu_si512(pairs + (k / 2) * kBlock + v * kLanes, pair_bf16(p0, p1));
+    }
+  }
+  for (int v = 0; v < NV; ++v) store(sum + v * kLanes, total[v]);
+}
+#endif
+
+template <class M>
+inline void exponentials(int vecs, float* s, int64_t keys, float c, const float* shift, float* sum,
+                         typename M::Elem* pairs) {
+  switch (vecs) {
+    case 1: exponentials<1>(M{}, s, keys, c, shift, sum, pairs); break;
+#if defined(__AVX512F__)
+    case 4: exponentials<4>(M{}, s, keys, c, shift, sum, pairs); break;
+    case 3: exponentials<3>(M{}, s, keys, c, shift, sum, pairs); break;
+#endif
+    default: exponentials<2>(M{}, s, keys, c, shift, sum, pairs); break;
+  }
+}
+
+// Per-thread memory, carved from one allocation.
+template <class M>
+struct Workspace {
+  typedef typename M::Elem Elem;
+  typedef typename M::Row Row;
+  Elem *q, *k, *v, *pairs;  // q: [block][unit][kBlock]; k, v: panels
+  float *o, *s, *row;       // o: [block][d][kBlock]
+  float *max, *sum;         // [block][kBlock]
+  Row* rows;
+
+  static int64_t bytes(int64_t blocks, int64_t D) { return Workspace().carve(nullptr, blocks, D); }
+  int64_t carve(char* base, int64_t blocks, int64_t D) {
+    const int64_t units = ceil_div(D, M::kPair), width = units * M::kPair;
+    int64_t used = 0;
+    used = take(base, used, q, blocks * units * kBlock);
+    used = take(base, used, k, kTileKeys * units);
+    used = take(base, used, v, ceil_div(kTileKeys, M::kPair) * D);
+    used = take(base, used, pairs, M::kPair == 1 ? 0 : kTileKeys / 2 * kBlock);
+    used = take(base, used, o, blocks * D * kBlock);
+    used = take(base, used, s, kTileKeys * kBlock);
+    used = take(base, used, row, D);
+    used = take(base, used, max, blocks * kBlock);
+    used = take(base, used, sum, blocks * kBlock);
+    return take(base, used, rows, (kTileKeys > kBlock ? kTileKeys : kBlock) * width);
+  }
+};
+
+inline const float* probabilities(const Workspace<F32>& w, F32) { return w.s; }
+#if defined(VITFAST_HAS_BF16_DOT)
+inline const uint32_t* probabilities(const Workspace<Bf16>& w, Bf16) { return w.pairs; }
+#endif
+
+// O[d][query] / sum -> out(query)[d] for queries [0, count); out gives null for one that nobody wants.
+template <class T, class Out>
+inline void write_output(const float* o, const float* sum, int64_t count, int64_t D, int64_t sd, const Out& out) {
+  for (int64_t m = 0; m < count; m += kLanes) {
+    const int n = static_cast<int>(min64(kLanes, count - m));
+    const vf total = load(sum + m);
+    const vf inverse = select(total == 0.f, zero(), splat(1.f) / total);
+    T* rows[kLanes];
+    for (int i = 0; i < n; ++i) rows[i] = out(m + i);
+    int64_t d = 0;
+    if (sd == 1)
+      for (; d + kLanes <= D; d += kLanes) {
+        vf r[kLanes];
+        for (int i = 0; i < kLanes; ++i) r[i] = load(o + (d + i) * kBlock + m) * inverse;
+        transpose(r);
+        for (int i = 0; i < n; ++i)
+          if (rows[i]) store(rows[i] + d, r[i]);
+      }
+    for (; d < D; ++d) {
+      const vf value = load(o + d * kBlock + m) * inverse;
+      for (int i = 0; i < n; ++i)
+        if (rows[i]) from_float(value[i], rows[i] + d * sd);
+    }
+  }
+}
+
+inline void flip_signs(float* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = -p[i];
+}
+inline void flip_signs(uint32_t* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] ^= 0x80008000u;
+}
+
+// Queries [q0, q1) of a problem P, which has
+//   D; scale; terms (whether something is added to the scores); last_key(q1), past the keys they see;
+//   hidden(first, count, k0): no query of a block sees a key from k0 on;
+//   queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
+//   add(first, count, k0, keys, s): adds to scores in powers of two;
+//   write(first, count, o, sum, max, c): takes O, its sums, and the maxima in units of c.
+template <class M, class P>
+inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
+  typedef typename M::Row Row;
+  const int64_t D = p.D, units = ceil_div(D, M::kPair), width = units * M::kPair;
+  const int64_t blocks = ceil_div(q1 - q0, kBlock);
+  // A scale of 0 would turn a maximum of -inf into NaN; as a product of its own it does not.
+  const bool terms = p.terms || p.scale == 0.f;
+  // The maximum runs over raw scores, so a negative scale goes into q as a change of sign.
+  const bool negate = p.scale < 0;
+  const float factor = (negate ? -p.scale : p.scale) * kLog2e;
+  int64_t ld;
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
+    const Row* rows = p.queries(first, count, width, w, &ld);
+    pack_lanes<M>(rows, ld, count, units, w.q + i * units * kBlock);
+    if (negate) flip_signs(w.q + i * units * kBlock, units * kBlock);
+  }
+  for (int64_t i = 0; i < blocks * kBlock; i += kLanes) {
+    store(w.max + i, splat(-kInf));
+    store(w.sum + i, zero());
+  }
+  std::memset(w.o, 0, static_cast<size_t>(blocks * D * kBlock) * 4);
+
+  const int64_t last_key = p.last_key(q1);
+  for (int64_t k0 = 0; k0 < last_key; k0 += kTileKeys) {
+    const int64_t keys = min64(kTileKeys, last_key - k0);
+    const Row* rows = p.keys(k0, keys, width, w, &ld);
+    pack_rows<M>(rows, ld, keys, units, w.k);
+    rows = p.values(k0, keys, D, w, &ld);
+    pack_columns(rows, ld, keys, D, w.v);
+    const int64_t key_units = ceil_div(keys, M::kPair);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
+      if (p.hidden(first, count, k0)) continue;
+      const int vecs = static_cast<int>(ceil_div(count, kLanes));
+      alignas(64) float top[kBlock], alpha[kBlock], shift[kBlock], sum[kBlock];
+      float* max = w.max + i * kBlock;
+      float* total = w.sum + i * kBlock;
+      for (int m = 0; m < kBlock; m += kLanes) store(top + m, load(max + m));
+      const typename M::Elem* lanes = w.q + i * units * kBlock;
+      if (terms) {
+        alignas(64) float unused[kBlock];
+        for (int m = 0; m < kBlock; m += kLanes) store(unused + m, zero());
+        for_groups(keys, [&](int64_t r, int n) {
+          with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, unused});
+        });
+        for (int64_t j = 0; j < keys * kBlock; j += kLanes) store(w.s + j, load(w.s + j) * splat(factor));
+        p.add(first, count, k0, keys, w.s);
+        for (int64_t k = 0; k < keys; ++k)
+          for (int m = 0; m < vecs * kLanes; m += kLanes)
+            store(top + m, vmax(load(top + m), load(w.s + k * kBlock + m)));
+      } else {
+        for_groups(keys, [&](int64_t r, int n) {
+          with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, top});
+        });
+      }
+      const float c = terms ? 1.f : factor;
+      for (int m = 0; m < vecs * kLanes; m += kLanes) {
+        const vf now = load(top + m);
+        // All keys so far masked: any finite shift keeps exp2(-inf) = 0 and avoids inf - inf.
+        const vf safe = select(now == -kInf, zero(), now) * splat(c);
+        store(shift + m, safe);
+        store(alpha + m, exp2_nonpositive(load(max + m) * splat(c) - safe));
+        store(max + m, now);
+      }
+      exponentials<M>(vecs, w.s, keys, c, shift, sum, w.pairs);
+      for (int m = 0; m < vecs * kLanes; m += kLanes)
+        store(total + m, load(total + m) * load(alpha + m) + load(sum + m));
+      const typename M::Elem* p = probabilities(w, M{});
+      for_groups(D, [&](int64_t d, int n) {
+        with_tile(n, vecs,
+                  Output<M>{w.v + d * key_units, p, key_units, w.o + (i * D + d) * kBlock, alpha});
+      });
+    }
+  }
+
+  for (int64_t i = 0; i < blocks; ++i) {
+    const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
+    p.write(first, count, w.o + i * D * kBlock, w.sum + i * kBlock, w.max + i * kBlock,
+            terms ? 1.f : factor);
+  }
+}
+
+}  // namespace
+}  // namespace VITFAST_ISA
+}  // namespace vitfast

@@ -1,0 +1,340 @@
+// Windowed attention, backward: five products per window and head, the scores recomputed from the
+// saved maximum and sum. Floor: 10 B heads windows N^2 D flops, or 8 reads and writes of
+// [B, H, W, heads, D] (qkv, out, dout in; dqkv out), whichever takes longer.
+//
+// One task is a head and a range of (batch, window)s, which depends on the shape alone. What windows
+// share (table, padding, scale) is summed within a task in order, then over tasks in order: the same
+// bits at any thread count. A token lies in one window, so no two tasks write the same gradient.
+#include "../common/parallel.h"
+#include "../common/scratch.h"
+#include "attention_products.h"
+#include "window_rows.h"
+
+namespace vitfast {
+namespace VITFAST_ISA {
+namespace {
+
+constexpr int64_t kMostRanges = 16;
+constexpr int64_t kMostBytes = 64 << 20;  // of all tasks' sums for the table
+
+// The gradient of the scores' factor: sum of dS * raw. dS sums to zero over a query's keys, but for
+// the rounding of delta, which times the mean of raw would be felt: it is taken off again.
+struct Logits {
+  float *product, *rest, *mean;  // [kBlock]: sums over keys of dS * raw, dS and P * raw
+
+  void clear() const {
+    for (int m = 0; m < kBlock; m += kLanes) {
+      store(product + m, zero());
+      store(rest + m, zero());
+      store(mean + m, zero());
+    }
+  }
+  void add(int m, vf p, vf ds, vf raw) const {
+    store(product + m, fma(ds, raw, load(product + m)));
+    store(rest + m, load(rest + m) + ds);
+    store(mean + m, fma(p, raw, load(mean + m)));
+  }
+  double total() const {
+    double sum = 0;
+    for (int m = 0; m < kBlock; ++m) sum += product[m] - static_cast<double>(rest[m]) * mean[m];
+    return sum;
+  }
+};
+
+template <class M>
+struct Workspace {
+  typedef typename M::Elem Elem;
+  Elem *k_rows, *v_rows, *k_columns;                // panels of all keys of a window
+  Elem *q_lanes, *g_lanes, *q_columns, *g_columns;  // one block of queries; g is dout
+  Elem *over_keys, *over_queries;                   // a tile as operand of a product
+  float *p, *ds;                                    // [key][query] tiles
+  float *dq, *dk, *dv;                              // [d][query]; [tile][d][key]
+  float *row, *x, *shift, *inverse, *delta, *grads, *bands, *bias;
+  int64_t* token;
+  Logits logits;
+  typename M::Row* rows;
+
+  static int64_t bytes(int64_t N, int64_t D, bool biased) { return Workspace().carve(nullptr, N, D, biased); }
+  int64_t carve(char* base, int64_t N, int64_t D, bool biased) {
+    const int64_t units = ceil_div(D, M::kPair), block_units = kBlock / M::kPair;
+    const int64_t tiles = ceil_div(N, kBlock), ld = tiles * kBlock;
+    int64_t used = 0;
+    used = take(base, used, k_rows, ld * units);
+    used = take(base, used, v_rows, ld * units);
+    used = take(base, used, k_columns, tiles * block_units * D);
+    used = take(base, used, q_lanes, units * kBlock);
+    used = take(base, used, g_lanes, units * kBlock);
+    used = take(base, used, q_columns, block_units * D);
+    used = take(base, used, g_columns, block_units * D);
+    used = take(base, used, over_keys, block_units * kBlock);
+    used = take(base, used, over_queries, block_units * kBlock);
+    used = take(base, used, p, static_cast<int64_t>(kBlock * kBlock));
+    used = take(base, used, ds, static_cast<int64_t>(kBlock * kBlock));
+    used = take(base, used, dq, D * kBlock);
+    used = take(base, used, dk, ld * D);
+    used = take(base, used, dv, ld * D);
+    used = take(base, used, row, D);
+    used = take(base, used, x, D);
+    used = take(base, used, shift, static_cast<int64_t>(kBlock));
+    used = take(base, used, inverse, static_cast<int64_t>(kBlock));
+    used = take(base, used, delta, static_cast<int64_t>(kBlock));
+    used = take(base, used, grads, kBlock * ceil_div(D, kLanes) * kLanes);
+    used = take(base, used, bands, ld);
+    used = take(base, used, bias, biased ? N * ld : 0);
+    used = take(base, used, token, ld);
+    used = take(base, used, logits.product, static_cast<int64_t>(kBlock));
+    used = take(base, used, logits.rest, static_cast<int64_t>(kBlock));
+    used = take(base, used, logits.mean, static_cast<int64_t>(kBlock));
+    return take(base, used, rows, kBlock * units * M::kPair);
+  }
+};
+
+// What a task sums over its windows; null where nobody asked.
+struct Sums {
+  float* table;   // [N][ld], as bias
+  double* pad;    // [3][D]
+  double* scale;  // one number
+};
+
+template <class M>
+struct Backward {
+  typedef typename M::Row Row;
+  const WindowArgs& a;
+  const WindowGrads& g;
+  int64_t N, D, units, width, tiles, ld, windows;
+
+  Backward(const WindowArgs& args, const WindowGrads& grads)
+      : a(args), g(grads), N(grid(args).tokens), D(args.D), units(ceil_div(args.D, M::kPair)),
+        width(units * M::kPair), tiles(ceil_div(N, kBlock)), ld(tiles * kBlock),
+        windows(grid(args).high * grid(args).wide) {}
+
+  int64_t block_units() const { return kBlock / M::kPair; }
+  template <class T>
+  const T* token_of(const void* map, int64_t batch, int64_t head, int64_t token) const {
+    return static_cast<const T*>(map) + ((batch * a.H * a.W + token) * a.heads + head) * D;
+  }
+  // A row of out or dout as floats; zeros in the padding, which leaves the window unseen.
+  void read_map(const void* map, int64_t batch, int64_t head, int64_t token, float* row) const {
+    for (int64_t d = 0; d < D; ++d)
+      row[d] = token < 0                ? 0.f
+               : a.dtype == DType::f32 ? token_of<float>(map, batch, head, token)[d]
+                                       : to_float(token_of<bf16_t>(map, batch, head, token)[d]);
+  }
+
+  void run(int64_t batch, int64_t index, int64_t head, const Sums& sums, const Workspace<M>& w) const {
+    const bool several = map_window(a, index, w.token, w.bands);
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = t * kBlock, count = min64(kBlock, N - first);
+      gather(a, batch, head, 1, w.token + first, count, width, w.row, w.rows);
+      pack_rows<M>(w.rows, width, count, units, w.k_rows + first * units);
+      pack_columns(w.rows, width, count, D, w.k_columns + t * block_units() * D);
+      gather(a, batch, head, 2, w.token + first, count, width, w.row, w.rows);
+      pack_rows<M>(w.rows, width, count, units, w.v_rows + first * units);
+    }
+    std::memset(w.dk, 0, static_cast<size_t>(ld * D) * 4);
+    std::memset(w.dv, 0, static_cast<size_t>(ld * D) * 4);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t q0 = i * kBlock, count = min64(kBlock, N - q0);
+      load_queries(batch, index, head, q0, count, w);
+      std::memset(w.dq, 0, static_cast<size_t>(D * kBlock) * 4);
+      w.logits.clear();
+      for (int64_t t = 0; t < tiles; ++t)
+        tile(head, q0, count, t, several, sums, w);
+      if (sums.scale) *sums.scale += w.logits.total();
+      write(batch, head, 0, q0, count, w.dq, a.scale[head], sums, w);
+    }
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t first = t * kBlock, count = min64(kBlock, N - first);
+      write(batch, head, 1, first, count, w.dk + first * D, a.scale[head], sums, w);
+      write(batch, head, 2, first, count, w.dv + first * D, 1.f, sums, w);
+    }
+  }
+
+  void load_queries(int64_t batch, int64_t index, int64_t head, int64_t q0, int64_t count,
+                    const Workspace<M>& w) const {
+    gather(a, batch, head, 0, w.token + q0, count, width, w.row, w.rows);
+    pack_lanes<M>(w.rows, width, count, units, w.q_lanes);
+    pack_columns(w.rows, width, count, D, w.q_columns);
+    const float* shift = a.stats + ((batch * windows + index) * a.heads + head) * N + q0;
+    const float* sum_of = shift + a.B * windows * a.heads * N;
+    for (int64_t m = 0; m < kBlock; ++m) {
+      w.delta[m] = 0.f;
+      w.shift[m] = 0.f;
+      w.inverse[m] = 0.f;  // no query: P = 0
+      if (m >= count) continue;
+      read_map(g.dout, batch, head, w.token[q0 + m], w.row);
+      read_map(a.out, batch, head, w.token[q0 + m], w.x);
+      double sum = 0;
+      for (int64_t d = 0; d < D; ++d) {
+        sum += static_cast<double>(w.row[d]) * w.x[d];
+        from_float(w.row[d], w.rows + m * width + d);
+      }
+      for (int64_t d = D; d < width; ++d) from_float(0.f, w.rows + m * width + d);
+      w.delta[m] = static_cast<float>(sum);
+      w.shift[m] = shift[m];
+      w.inverse[m] = 1.f / sum_of[m];
+    }
+    pack_lanes<M>(w.rows, width, count, units, w.g_lanes);
+    pack_columns(w.rows, width, count, D, w.g_columns);
+  }
+
+  void tile(int64_t head, int64_t q0, int64_t queries, int64_t t, bool several, const Sums& sums,
+            const Workspace<M>& w) const {
+    const int64_t k0 = t * kBlock, keys = min64(kBlock, N - k0);
+    const int q_vecs = static_cast<int>(ceil_div(queries, kLanes));
+    const int k_vecs = static_cast<int>(ceil_div(keys, kLanes));
+    product<Store, M>(w.k_rows + k0 * units, keys, w.q_lanes, q_vecs, units, w.p);
+    product<Store, M>(w.v_rows + k0 * units, keys, w.g_lanes, q_vecs, units, w.ds);
+    const vf factor = splat(a.scale[head] * kLog2e);
+    for (int64_t k = 0; k < kBlock; ++k) {
+      const vf band = splat(w.bands[min64(k0 + k, N - 1)]);
+      for (int m = 0; m < kBlock; m += kLanes) {
+        float* p = w.p + k * kBlock + m;
+        float* ds = w.ds + k * kBlock + m;
+        if (k >= keys || m >= q_vecs * kLanes) {
+          store(p, zero());
+          store(ds, zero());
+          continue;
+        }
+        const vf raw = load(p);
+        vf s = raw * factor;
+        if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
+        if (several) s = s + select(load(w.bands + q0 + m) == band, zero(), splat(kHidden));
+        const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
+        const vf gradient = value * (load(ds) - load(w.delta + m));
+        store(p, value);
+        store(ds, gradient);
+        if (sums.scale) w.logits.add(m, value, gradient, raw);
+        if (sums.table) {
+          float* sum = sums.table + (k0 + k) * ld + q0 + m;
+          store(sum, load(sum) + gradient);
+        }
+      }
+    }
+    const int64_t key_units = ceil_div(keys, M::kPair), query_units = ceil_div(queries, M::kPair);
+    product<Accumulate, M>(w.k_columns + t * block_units() * D, D, over_keys(M{}, w.ds, keys, w.over_keys),
+                           q_vecs, key_units, w.dq);
+    product<Accumulate, M>(w.g_columns, D, over_queries(M{}, w.p, w.over_queries), k_vecs, query_units,
+                           w.dv + k0 * D);
+    product<Accumulate, M>(w.q_columns, D, over_queries(M{}, w.ds, w.over_queries), k_vecs, query_units,
+                           w.dk + k0 * D);
+  }
+
+  // factor * acc[d][i] through the normalisation, to tokens first + i of part 0, 1 or 2 of dqkv.
+  void write(int64_t batch, int64_t head, int part, int64_t first, int64_t count, const float* acc, float factor,
+             const Sums& sums, const Workspace<M>& w) const {
+    const int64_t across = ceil_div(D, kLanes) * kLanes;
+    for (int64_t d = 0; d < D; d += kLanes)
+      transpose_rows(acc + d * kBlock, static_cast<int64_t>(kBlock), static_cast<int>(min64(kLanes, D - d)),
+                     count, w.grads + d, across);
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = w.grads + i * across;
+      const int64_t token = w.token[first + i];
+      if (a.cosine && part < 2) {
+        read_token(a, batch, head, part, token, w.x);
+        const float inverse = inverse_length(w.x, D);
+        const bool clamped = inverse >= 1e12f;  // a length below the smallest is a constant
+        double dot = 0;
+        for (int64_t d = 0; d < D; ++d) {
+          w.x[d] *= inverse;
+          dot += static_cast<double>(w.x[d]) * row[d];
+        }
+        const float along = clamped ? 0.f : static_cast<float>(dot);
+        for (int64_t d = 0; d < D; ++d) row[d] = (row[d] - w.x[d] * along) * (inverse * factor);
+      } else if (part < 2) {
+        for (int64_t d = 0; d < D; ++d) row[d] *= factor;
+      }
+      if (token < 0) {
+        if (sums.pad)
+          for (int64_t d = 0; d < D; ++d) sums.pad[part * D + d] += row[d];
+        continue;
+      }
+      const int64_t at = (((batch * a.H * a.W + token) * 3 + part) * a.heads + head) * D;
+      if (a.dtype == DType::f32) {
+        std::memcpy(static_cast<float*>(g.dqkv) + at, row, static_cast<size_t>(D) * 4);
+        continue;
+      }
+      bf16_t* out = static_cast<bf16_t*>(g.dqkv) + at;
+      int64_t d = 0;
+      for (; d + kLanes <= D; d += kLanes) store(out + d, load(row + d));
+      for (; d < D; ++d) from_float(row[d], out + d);
+    }
+  }
+
+  // The table's gradient of one head: every pair of tokens of the same relative position.
+  void fold(int64_t head, const float* pairs, int64_t ranges, int64_t stride) const {
+    const int64_t across = 2 * a.ww - 1;
+    float* out = g.dtable + head * (2 * a.wh - 1) * across;
+    for (int64_t dy = 1 - a.wh; dy < a.wh; ++dy)
+      for (int64_t dx = 1 - a.ww; dx < a.ww; ++dx) {
+        double sum = 0;
+        for (int64_t yk = dy < 0 ? -dy : 0; yk < a.wh && yk + dy < a.wh; ++yk)
+          for (int64_t xk = dx < 0 ? -dx : 0; xk < a.ww && xk + dx < a.ww; ++xk) {
+            const float* at = pairs + (yk * a.ww + xk) * ld + (yk + dy) * a.ww + xk + dx;
+            for (int64_t r = 0; r < ranges; ++r) sum += at[r * stride];
+          }
+        out[(dy + a.wh - 1) * across + dx + a.ww - 1] = static_cast<float>(sum);
+      }
+  }
+};
+
+template <class M>
+void backward(const WindowArgs& a, const WindowGrads& g) {
+  const Backward<M> op(a, g);
+  const int threads = a.threads < 1 ? 1 : a.threads;
+  const int64_t D = a.D, all = a.B * op.windows;
+  const int64_t pairs = g.dtable ? op.N * op.ld : 0, small = 3 * D + 1;
+  // Functions of the shape only.
+  int64_t ranges = min64(kMostRanges, all);
+  while (ranges > 1 && a.heads * ranges * pairs * 4 > kMostBytes) ranges /= 2;
+  const int64_t tasks = a.heads * ranges, bytes = align64(Workspace<M>::bytes(op.N, D, a.table));
+  Scratch scratch(threads * bytes), tables(tasks * pairs * 4), others(tasks * small * 8);
+  std::memset(tables.ptr, 0, static_cast<size_t>(tasks * pairs) * 4);
+  std::memset(others.ptr, 0, static_cast<size_t>(tasks * small) * 8);
+  parallel_for(tasks, threads, [&](int64_t begin, int64_t end, int thread) {
+    Workspace<M> w;
+    w.carve(scratch.as<char>(thread * bytes), op.N, D, a.table);
+    for (int64_t i = op.N; i < op.ld; ++i) w.bands[i] = 0.f;
+    int64_t filled = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t head = task / ranges, range = task % ranges;
+      if (a.table && filled != head) fill_bias(a, head, op.ld, w.bias);
+      filled = head;
+      double* mine = others.as<double>() + task * small;
+      const Sums sums{pairs ? tables.as<float>() + task * pairs : nullptr, g.dpad ? mine : nullptr,
+                      g.dscale ? mine + 3 * D : nullptr};
+      for (int64_t i = all * range / ranges; i < all * (range + 1) / ranges; ++i)
+        op.run(i / op.windows, i % op.windows, head, sums, w);
+    }
+  });
+  if (g.dtable)
+    parallel_for(a.heads, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t head = begin; head < end; ++head)
+        op.fold(head, tables.as<float>() + head * ranges * pairs, ranges, pairs);
+    });
+  for (int64_t head = 0; head < a.heads; ++head) {
+    const double* first = others.as<double>() + head * ranges * small;
+    auto total = [&](int64_t at) {
+      double sum = 0;
+      for (int64_t r = 0; r < ranges; ++r) sum += first[r * small + at];
+      return static_cast<float>(sum);
+    };
+    if (g.dscale) g.dscale[head] = total(3 * D);
+    if (!g.dpad) continue;
+    for (int64_t part = 0; part < 3; ++part)
+      for (int64_t d = 0; d < D; ++d) g.dpad[(part * a.heads + head) * D + d] = total(part * D + d);
+  }
+}
+
+}  // namespace
+
+void window_backward(const WindowArgs& a, const WindowGrads& g) {
+  if (a.B == 0 || a.H == 0 || a.W == 0 || a.heads == 0) return;
+#if defined(VITFAST_HAS_BF16_DOT)
+  if (a.dtype == DType::bf16) return backward<Bf16>(a, g);
+#endif
+  backward<F32>(a, g);
+}
+
+}  // namespace VITFAST_ISA
+}  // namespace vitfast

@@ -1,0 +1,124 @@
+"""Windowed attention in plain PyTorch: the definition.
+
+Swin's (Liu et al. 2021, timm `SwinTransformerBlock._attn` around `WindowAttention`) and, by
+cosine, Swin V2's (Liu et al. 2022, timm `swin_transformer_v2`): cyclic shift, padding to whole
+windows, partition, softmax(scale * q k^T + bias + mask) v in each window, merge, crop, shift back.
+Scores and softmax are float32 (float64 for float64); what enters the second matrix product has v's
+dtype, and so have q and k of length 1.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+MASKED = -100.0
+"""Added between tokens that only the cyclic shift brought together; timm's number."""
+LARGEST_SCALE = math.log(100.0)
+"""Of V2's learned scale, before the exponential."""
+
+
+def window_attention(
+    qkv: torch.Tensor,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    table: torch.Tensor | None = None,
+    pad: torch.Tensor | None = None,
+    logit_scale: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    roll_first: bool = True,
+) -> torch.Tensor:
+    batch, high, wide, _, heads, dim = qkv.shape
+    padded = tuple(-(-size // w) * w for size, w in zip((high, wide), window, strict=True))
+    back = tuple(-s for s in shift)
+    x = qkv.roll(back, (1, 2)) if roll_first else qkv
+    x = _padded(x, padded, pad)
+    x = x if roll_first else x.roll(back, (1, 2))
+    q, k, v = partition(x, window).transpose(3, 4).unbind(2)  # [B, windows, heads, N, D]
+
+    wide_dtype = torch.promote_types(qkv.dtype, torch.float32)
+    if logit_scale is not None:
+        q, k = (_unit(t, wide_dtype) for t in (q, k))
+    factor = factors(logit_scale, heads, dim, scale, wide_dtype, qkv.device)
+    scores = q.to(wide_dtype) @ k.to(wide_dtype).mT * factor[:, None, None]
+    if table is not None:
+        index = relative_index(window, qkv.device)
+        scores = scores + table.to(wide_dtype)[index].permute(2, 0, 1)
+    if any(shift):
+        bands = band_map(padded, window, shift, qkv.device).view(1, *padded, 1, 1, 1)
+        bands = partition(bands, window)[0, :, 0, :, 0, 0]  # [windows, N]
+        hidden = bands[:, None, :, None] != bands[:, None, None, :]
+        scores = scores + MASKED * hidden.to(wide_dtype)
+    out = scores.softmax(-1).to(v.dtype) @ v
+
+    out = merge(out, window, padded)
+    out = out if roll_first else out.roll(shift, (1, 2))
+    out = out[:, :high, :wide]
+    return (out.roll(shift, (1, 2)) if roll_first else out).contiguous()
+
+
+def _padded(x: torch.Tensor, size: tuple[int, int], pad: torch.Tensor | None) -> torch.Tensor:
+    """More rows and columns at the bottom and right, every token of them `pad` (zeros)."""
+    batch, high, wide = x.shape[:3]
+    if (high, wide) == size:
+        return x
+    token = x.new_zeros(x.shape[3:]) if pad is None else pad.to(x.dtype)
+    right = token.expand(batch, high, size[1] - wide, *token.shape)
+    below = token.expand(batch, size[0] - high, size[1], *token.shape)
+    return torch.cat([torch.cat([x, right], 2), below], 1)
+
+
+def partition(x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """[B, H, W, 3, heads, D] to [B, windows, 3, N, heads, D]; H and W whole windows."""
+    batch, high, wide, parts, heads, dim = x.shape
+    h, w = window
+    x = x.reshape(batch, high // h, h, wide // w, w, parts, heads, dim)
+    windows = (high // h) * (wide // w)
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, windows, parts, h * w, heads, dim)
+
+
+def merge(x: torch.Tensor, window: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+    """[B, windows, heads, N, D] to [B, H, W, heads, D]."""
+    batch, _, heads, _, dim = x.shape
+    (h, w), (high, wide) = window, size
+    x = x.reshape(batch, high // h, wide // w, heads, h, w, dim)
+    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, high, wide, heads, dim)
+
+
+def _unit(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    return F.normalize(x.to(wide), dim=-1).to(x.dtype)
+
+
+def factors(
+    logit_scale: torch.Tensor | None, heads: int, dim: int, scale: float | None,
+    dtype: torch.dtype, device: torch.device,
+) -> torch.Tensor:  # fmt: skip
+    """What each head's scores are multiplied by, [heads]."""
+    if logit_scale is not None:
+        return logit_scale.to(dtype).clamp(max=LARGEST_SCALE).exp()
+    return torch.full((heads,), dim**-0.5 if scale is None else scale, dtype=dtype, device=device)
+
+
+def relative_index(window: tuple[int, int], device: torch.device) -> torch.Tensor:
+    """[N, N]: row of a table [(2 h - 1)(2 w - 1), heads] for a query and a key of a window."""
+    h, w = window
+    y, x = (t.flatten() for t in torch.meshgrid(
+        torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij"
+    ))  # fmt: skip
+    return (y[:, None] - y + h - 1) * (2 * w - 1) + (x[:, None] - x + w - 1)
+
+
+def band_map(
+    size: tuple[int, int], window: tuple[int, int], shift: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """[H, W]: number of the region that a token of the shifted map comes from."""
+
+    def bands(length: int, w: int, s: int) -> torch.Tensor:
+        at = torch.arange(length, device=device)
+        return (at >= length - w).int() + (at >= length - s).int() if s else torch.zeros_like(at)
+
+    rows, columns = map(bands, size, window, shift)
+    return 3 * rows[:, None] + columns
