@@ -40,6 +40,10 @@ def good(op: str) -> dict[str, object]:
             "image": t(2, 3, 8, 12), "weight": t(6, 3, 4, 4), "bias": t(6),
             "pos_embed": t(1, 6, 6), "prefix": t(1, 1, 6),
         },
+        "window_attention": lambda: {
+            "qkv": t(2, 9, 6, 3, 2, 8), "table": t(49, 2), "pad": t(3, 2, 8), "logit_scale": t(2),
+            "window": (4, 4), "shift": (2, 2),
+        },
     }[op]()  # fmt: skip
 
 
@@ -210,6 +214,17 @@ PARTICULAR = [
     ("patch_embed", {"pos_embed": Z(1, 5, 6)}, ValueError, ["pos_embed", "5", "6 or 7"]),
     ("patch_embed", {"prefix": Z(3, 1, 6)}, ValueError, ["prefix", r"\(3, 1, 6\)"]),
     ("patch_embed", {"prefix": Z(1, 6)}, ValueError, ["prefix", r"\(1, 6\)"]),
+    ("window_attention", {"qkv": Z(2, 9, 6, 2, 2, 8)}, ValueError, ["qkv", "3, heads, D"]),
+    ("window_attention", {"qkv": Z(2, 9, 6, 48)}, ValueError, ["qkv", "3, heads, D"]),
+    ("window_attention", {"window": 4}, TypeError, ["window", "4"]),
+    ("window_attention", {"window": (4.0, 4)}, TypeError, ["window", "4.0"]),
+    ("window_attention", {"window": (0, 4)}, ValueError, ["window", "0"]),
+    ("window_attention", {"window": (4, 5)}, ValueError, ["table", r"\(49, 2\)", r"\(63, 2\)"]),
+    ("window_attention", {"shift": (4, 0)}, ValueError, ["shift", r"\(4, 4\)", r"\(4, 0\)"]),
+    ("window_attention", {"shift": (-1, 0)}, ValueError, ["shift", "-1"]),
+    ("window_attention", {"scale": 0.5}, ValueError, ["scale", "logit_scale"]),
+    ("window_attention", {"logit_scale": None, "scale": float("nan")}, ValueError, ["scale"]),
+    ("window_attention", {"logit_scale": Z(2, 1, 1)}, ValueError, ["logit_scale", r"\(2,\)"]),
 ]  # fmt: skip
 
 

@@ -74,6 +74,13 @@ COMPOSITIONS = {
         ops.mlp,
         lambda x, w1, b1, w2, b2: F.linear(F.gelu(F.linear(x, w1, b1)), w2, b2),
     ),
+    "window_attention": (
+        lambda d: (_t(2, 4, 4, 3, 2, 8, dtype=d), _t(49, 2)),
+        lambda qkv, table: ops.window_attention(qkv, (4, 4), table=table),
+        lambda qkv, table: F.scaled_dot_product_attention(
+            *qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
+        ),
+    ),
     "patch_embed": (
         lambda d: (_t(2, 3, 8, 8, dtype=d), _t(6, 3, 4, 4), _t(6), None, None),
         lambda i, w, b, pos, prefix: ops.patch_embed(i, w, b, pos_embed=pos, prefix=prefix),

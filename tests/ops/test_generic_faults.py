@@ -330,7 +330,35 @@ MLP = {
     "mlp backward first_bias_gradient_twice": on_output(lambda t: 2 * t, 2),
     "mlp backward second_weight_gradient_off_by_one": on_output(lambda t: t.roll(1, 0), 3),
 }
-FAULTS = NORMS | ATTENTION | GEMMS | MLP
+
+
+def axes_of_the_shift_swapped(sound, qkv, window, shift, *rest):
+    turned = tuple(min(s, w - 1) for s, w in zip(reversed(shift), window, strict=True))
+    return sound(qkv, window, turned, *rest)
+
+
+WINDOWS = {
+    "window_attention forward shift_dropped": on_argument(2, lambda s: (0, 0)),
+    "window_attention forward axes_of_the_shift_swapped": axes_of_the_shift_swapped,
+    "window_attention forward table_upside_down": on_argument(3, lambda t: t.flip(0)),
+    "window_attention forward bias_dropped": on_argument(3, none),
+    "window_attention forward padding_as_zeros": on_argument(4, none),
+    "window_attention forward dot_for_cosine": on_argument(5, none),
+    "window_attention forward largest_scale_of_50": on_argument(5, lambda s: s.clamp(max=3.912)),
+    "window_attention forward pads_before_it_rolls": on_argument(7, lambda first: not first),
+    "window_attention forward heads_swapped": on_output(lambda o: o.roll(1, 3)),
+    "window_attention forward images_swapped": on_output(lambda o: o.roll(1, 0)),
+    "window_attention forward last_row_unwritten": on_output(unwritten_last_row),
+    "window_attention forward truncated": on_output(truncated),
+    "window_attention backward dq_and_dk_swapped": on_output(lambda g: g[:, :, :, [1, 0, 2]]),
+    "window_attention backward truncated": on_output(truncated),
+    "window_attention backward shift_dropped": on_argument(5, lambda s: (0, 0)),
+    "window_attention backward table_upside_down": on_output(lambda t: t.flip(0), 1),
+    "window_attention backward padding_twice": on_output(lambda t: 2 * t, 2),
+    "window_attention backward exponential_of_the_scale_left_out": on_output(lambda t: t / 4, 3),
+    "window_attention backward delta_of_another_row": on_argument(1, lambda out: out.roll(1, 1)),
+}
+FAULTS = NORMS | ATTENTION | GEMMS | MLP | WINDOWS
 
 
 def judge(case, which, backend):

@@ -185,6 +185,16 @@ def _patch_embed(pick, size, tensor):
     return (tensor(b, cin, rows * p, columns * q), weight, pick(None, tensor(c))), options
 
 
+def _window_attention(pick, size, tensor):
+    heads, dim = size(1, 3), pick(16, 32, 44)
+    window = pick((4, 4), (7, 7), (5, 6))
+    shift = pick((0, 0), (window[0] // 2, window[1] // 2), (0, 1))
+    qkv = tensor(size(1, 2), size(1, 20), size(1, 20), 3, heads, dim)
+    table = tensor((2 * window[0] - 1) * (2 * window[1] - 1), heads)
+    pad = pick(None, tensor(3, heads, dim))
+    return (qkv, window, shift, table, pad), {"roll_first": pick(True, False)}
+
+
 _RANDOM: dict[str, Callable[..., Any]] = {
     "layer_norm": _norm,
     "rms_norm": _rms_norm,
@@ -194,6 +204,7 @@ _RANDOM: dict[str, Callable[..., Any]] = {
     "linear_act": _linear_act,
     "mlp": _mlp,
     "patch_embed": _patch_embed,
+    "window_attention": _window_attention,
 }
 
 

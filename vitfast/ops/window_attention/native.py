@@ -13,7 +13,7 @@ def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save
     why = reasons()
     if qkv.device.type != "cpu":
         why.append(f"qkv is on {qkv.device}; the kernels run on the CPU")
-    if qkv.dtype not in DTYPE_CODES:
+    if qkv.dtype not in (torch.float32, torch.bfloat16):
         why.append(f"qkv has dtype {qkv.dtype}; the kernels take float32 and bfloat16")
     if qkv.shape[-1] > 256:
         why.append(f"head dim {qkv.shape[-1]} is above 256")
@@ -53,7 +53,7 @@ def backward(
     )  # fmt: skip
     dtable, dpad, dscale = sums
     if dtable is not None:
-        dtable = dtable.t().to(table.dtype, memory_format=torch.contiguous_format)
+        dtable = dtable.t().contiguous().to(table.dtype)
     if dpad is not None:
         dpad = dpad.to(pad.dtype)
     if dscale is not None:  # of exp(min(x, largest))
