@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     mine = [i for i in items if zlib.crc32(i.nodeid.encode()) % parts == part - 1]
     config.hook.pytest_deselected(items=[i for i in items if i not in set(mine)])
     items[:] = mine
-    if mine and not _runs_loops():
+    if INTERPRETING and not _runs_loops():
         for item in mine:
             item.add_marker(pytest.mark.skip(reason=UNFIT))
 
