@@ -16,6 +16,8 @@ from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import LayerNorm, RmsNorm
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
+from vitfast.layers.swin import SwinTransformerBlock
+from vitfast.layers.swin import WindowAttention as SwinWindowAttention
 from vitfast.layers.torch_norm import LayerNorm as TorchLayerNorm
 
 __all__ = [
@@ -36,5 +38,7 @@ __all__ = [
     "RelPosBlock",
     "RmsNorm",
     "SwiGLU",
+    "SwinTransformerBlock",
+    "SwinWindowAttention",
     "TorchLayerNorm",
 ]

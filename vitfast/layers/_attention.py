@@ -24,7 +24,8 @@ class Attention(NamedTuple):
 
     qkv: one packed projection [3 A, C], or three [A, C]. q_norm, k_norm: norms over the head dim.
     prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: how
-    many heads of q share one of k and v (grouped-query attention).
+    many heads of q share one of k and v (grouped-query attention). table: bias by relative
+    position in a window.
     """
 
     heads: int
@@ -36,6 +37,22 @@ class Attention(NamedTuple):
     prefix: int = 0
     rope_half: bool = False
     kv_groups: int = 1
+    table: torch.Tensor | None = None
+
+
+class Windows(NamedTuple):
+    """That tokens are the rows of a map, and see only those of their window.
+
+    size: rows and columns of the map; window, shift: as `ops.window_attention` takes them.
+    """
+
+    size: tuple[int, int]
+    window: tuple[int, int]
+    shift: tuple[int, int] = (0, 0)
+
+    @property
+    def padded(self) -> bool:
+        return any(s % w for s, w in zip(self.size, self.window, strict=True))
 
 
 PLANS: dict[type[nn.Module], Callable[[nn.Module], Attention]] = {}
@@ -107,19 +124,34 @@ def attend(
     rope: torch.Tensor | None = None,
     is_causal: bool = False,
     normed: Normed | None = None,
+    windows: Windows | None = None,
 ) -> torch.Tensor:
     """What timm's fused forward computes for x [B, N, C], by the differentiable ops.
 
     Args:
+        windows: where attention is within windows; then without the other terms.
         normed: how x came from the residual stream, which then is all that is saved.
     """
     qkv = split_heads([ops.linear_act(x, *w, normed=normed) for w in plan.qkv], plan)
-    out = ops.attention(
-        *qkv, mask=mask, bias=bias, is_causal=is_causal, **prologue(plan, rope)
-    ).flatten(2)
+    if windows is None:
+        out = ops.attention(
+            *qkv, mask=mask, bias=bias, is_causal=is_causal, **prologue(plan, rope)
+        ).flatten(2)
+    else:
+        (packed,) = qkv
+        out = ops.window_attention(
+            packed.unflatten(1, windows.size), windows.window, windows.shift, plan.table,
+            padding(plan, windows, packed),
+        ).flatten(3).flatten(1, 2)  # fmt: skip
     if plan.norm is not None:
         out = _norm.apply(out, plan.norm)
     return ops.linear_act(out, *plan.proj)
+
+
+def padding(plan: Attention, windows: Windows, qkv: torch.Tensor) -> torch.Tensor | None:
+    """q, k and v of a zero token, [3, heads, D], where the map does not end with a window."""
+    bias = plan.qkv[0].bias
+    return None if bias is None or not windows.padded else bias.view(qkv.shape[2:])
 
 
 def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:

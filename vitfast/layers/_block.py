@@ -52,6 +52,11 @@ def with_gammas(module: nn.Module) -> Block:
     )
 
 
+def without_layer_scale(module: nn.Module) -> Block:
+    """A block without LayerScale (Swin)."""
+    return _plan(module._modules, None, None)
+
+
 def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None) -> Block:
     return Block(
         _norm.child(children, "norm1"),

@@ -18,12 +18,13 @@ from vitfast.layers._norm import Norm
 from vitfast.ops import _gemm, _onednn
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.attention import native as attention_op
+from vitfast.ops.window_attention import native as window_op
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 from vitfast.settings import settings
 
 if TYPE_CHECKING:
-    from vitfast.layers._attention import Attention
+    from vitfast.layers._attention import Attention, Windows
     from vitfast.layers._block import Block
     from vitfast.layers._guard import Linear
 
@@ -43,6 +44,7 @@ def block(
     bias: torch.Tensor | None = None,
     rope: torch.Tensor | None = None,
     is_causal: bool = False,
+    windows: Windows | None = None,
 ) -> torch.Tensor | None:
     """The block on x [B, N, C], or None where it takes the public ops to compute or to complain.
 
@@ -60,18 +62,24 @@ def block(
 
     qkv = _projected(x, plan, operand, chunks, normed)
     qkv = _attention.split_heads([t.unflatten(0, (batch, tokens)) for t in qkv], plan.attn)
-    q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
-    attended = attention_op.forward_direct(
-        q,
-        k,
-        v,
-        scale=q.shape[-1] ** -0.5,
-        mask=mask,
-        bias=bias,
-        is_causal=is_causal,
-        out=torch.empty(q.shape, dtype=operand),
-        **_attention.prologue(plan.attn, rope),
-    )
+    if windows is None:
+        q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
+        attended = attention_op.forward_direct(
+            q,
+            k,
+            v,
+            scale=q.shape[-1] ** -0.5,
+            mask=mask,
+            bias=bias,
+            is_causal=is_causal,
+            out=torch.empty(q.shape, dtype=operand),
+            **_attention.prologue(plan.attn, rope),
+        )
+    else:
+        attended, _ = window_op.forward(
+            qkv[0].unflatten(1, windows.size), windows.window, windows.shift, plan.attn.table,
+            _attention.padding(plan.attn, windows, qkv[0]), None, None, True, False,
+        )  # fmt: skip
     out = _gemm.empty(x.shape, stream)
     _finish(x, attended.view(len(x), -1), plan, operand, chunks, normed, out)
     return out.view(batch, tokens, channels)
@@ -222,6 +230,7 @@ def _fits(
     return (
         dim * attn.heads == width
         and dim <= MOST_HEAD_DIM
+        and (attn.table is None or attn.table.dtype in norm_op.DTYPES and attn.table.is_cpu)
         and _vector(plan.gamma1, channels)
         and _vector(plan.gamma2, channels)
         and _addend(mask)
