@@ -51,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
     from vitfast.bench.progress import progress_bar
 
     # Everything a user can get wrong is found before the long work.
-    setting, options = _setting(args), _options(args)
+    setting = _setting(args)
+    options = _options(args, setting.device)
     earlier = record.read(args.compare) if args.compare else None
     if args.json:
         record.check_writable(args.json)
@@ -70,14 +71,13 @@ def run(args: argparse.Namespace) -> int:
         with progress_bar(len(found)) as show:
             for i, measure in enumerate(found):
                 rows.append(measure(lambda text, share, i=i: show(text, i + min(share, 1.0))))
-            floors = machine.floors(setting.device, setting.dtype)
     else:
         _refuse_choices(args)
         parts = suite.PARTS[setting.device]
         with progress_bar(len(parts)) as show:
             minutes = _minutes(args, suite.MINUTES[setting.device])
             rows, notes = suite.run(parts, setting, options, minutes, show, keep=keep)
-            floors = machine.floors(setting.device, setting.dtype)
+    floors = machine.floors(setting.device, setting.dtype)
     _show(rows, facts, floors, list(dict.fromkeys(n for names in options.wanted.values()
                                                   for n in names)))  # fmt: skip
     for note in notes:
@@ -102,14 +102,13 @@ def _setting(args: argparse.Namespace) -> Setting:
     return Setting(getattr(torch, DTYPES[dtype]), device, args.passes == "train")
 
 
-def _options(args: argparse.Namespace) -> Options:
+def _options(args: argparse.Namespace, device: str) -> Options:
     from vitfast.bench import ops, peers, suite
 
-    setting = _setting(args)
     if args.seconds is not None and not (args.seconds > 0 and math.isfinite(args.seconds)):
         raise InputValueError(f"--seconds {args.seconds}: expected a positive number")
     default = {"cpu": ("eager,vendor", "eager"), "cuda": (GPU_PEERS, "eager,compile")}
-    for_ops, for_models = default[setting.device]
+    for_ops, for_models = default[device]
     of_ops = peers.parse(
         args.peers or for_ops, (*peers.PEERS, *ops.BACKENDS, *ops.ATTENTION_KERNELS)
     )

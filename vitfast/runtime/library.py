@@ -7,6 +7,7 @@ in every recorded call; the figures are in benchmarks/README.md.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -99,6 +100,13 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """For a body whose inputs are cast already: float32 matrix products have to stay float32."""
+    if autocast_dtype(device) is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def autocast_args(

@@ -88,3 +88,8 @@ def empty(
     if t.nbytes >= _LARGE and t.is_cpu and _load()[0] is not None:
         native().advise_large_pages(t.data_ptr(), t.nbytes)
     return t
+
+
+def address(t: torch.Tensor | None) -> int:
+    """Where a tensor's elements begin; 0 for one that is absent or has none."""
+    return 0 if t is None or t.numel() == 0 else t.data_ptr()

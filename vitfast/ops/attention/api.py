@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -13,7 +12,13 @@ from vitfast.ops.attention import native, reference, vendor
 from vitfast.ops.attention.reference import Call
 from vitfast.runtime import checks, gpu
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.library import autocast_args, autocast_dtype, define, needs_grad
+from vitfast.runtime.library import (
+    autocast_args,
+    autocast_dtype,
+    define,
+    needs_grad,
+    without_autocast,
+)
 
 
 def attention(
@@ -237,7 +242,7 @@ def _forward(*args):
     if 0 in sizes(call):
         out, stats = _fake(*args)
         return out.zero_(), stats.zero_()
-    with _no_autocast(call.q):
+    with without_autocast(call.q.device):
         return chosen.forward(call)
 
 
@@ -255,7 +260,7 @@ def _backward(grad, out, stats, *args):
     chosen = DISPATCHER.pick(backend, call, needs_backward=True)
     if 0 in sizes(call):
         return tuple(g.zero_() for g in _backward_fake(grad, out, stats, *args))
-    with _no_autocast(call.q):
+    with without_autocast(call.q.device):
         return chosen.backward(grad, call, out, stats)
 
 
@@ -267,13 +272,6 @@ def _backward_fake(grad, out, stats, *args):
         else call.q.new_empty(0)
         for n in vendor.INPUTS
     )
-
-
-def _no_autocast(q):
-    """The inputs are cast already; within, float32 matrix products have to stay float32."""
-    if autocast_dtype(q.device) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(q.device.type, enabled=False)
 
 
 def _setup_context(ctx, inputs, output):

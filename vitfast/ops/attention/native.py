@@ -7,7 +7,7 @@ import torch
 from vitfast.ops.attention import vendor
 from vitfast.ops.attention.reference import Call
 from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.native import DTYPE_CODES, native, reasons, threads
+from vitfast.runtime.native import DTYPE_CODES, address, native, reasons, threads
 
 _NORMS = {"": 0, None: 0, "layer": 1, "rms": 2}
 _MASK_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 3}
@@ -138,8 +138,8 @@ def backward(
         _view(dq),
         _view(dk),
         _view(dv),
-        _address(grads["bias"]),
-        tuple(_address(grads[n]) for n in affine),
+        address(grads["bias"]),
+        tuple(address(grads[n]) for n in affine),
         threads(),
     )  # fmt: skip
     for name in ("bias", *affine):
@@ -184,7 +184,7 @@ def _prologue(keep, norm, qw, qb, kw, kb, eps, rope, prefix, half):
     """What happens to q and k on their way in; None for nothing."""
     if not norm and rope is None:
         return None
-    affine = tuple(_address(_float32(keep, t)) for t in (qw, qb, kw, kb))
+    affine = tuple(address(_float32(keep, t)) for t in (qw, qb, kw, kb))
     if rope is None:
         return (_NORMS[norm], eps, affine, 0, (0, 0, 0), 0, False)
     rope = rope.float()
@@ -203,10 +203,6 @@ def _float32(keep, t):
     t = t.float().contiguous()
     keep.append(t)
     return t
-
-
-def _address(t):
-    return 0 if t is None or t.numel() == 0 else t.data_ptr()
 
 
 BACKEND = Backend("cpu", forward, can_run, backward, reasons)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -12,7 +11,7 @@ from vitfast.ops.autodiff import gradients
 from vitfast.ops.window_attention import native, reference
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.library import autocast_dtype, define, needs_grad
+from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
 
 INPUTS = ("qkv", "table", "pad", "logit_scale")
 """Differentiable inputs, in the order of the outputs of `vitfast::window_attention_backward`."""
@@ -163,7 +162,7 @@ def _forward(
             qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, save_stats, backend
         )
         return out.zero_(), stats.zero_()
-    with _no_autocast(qkv):
+    with without_autocast(qkv.device):
         return chosen.forward(*args)
 
 
@@ -186,7 +185,7 @@ def _backward(
             torch.zeros_like(t, memory_format=torch.contiguous_format) if w else qkv.new_empty(0)
             for t, w in zip(tensors, wanted, strict=True)
         )
-    with _no_autocast(qkv):
+    with without_autocast(qkv.device):
         return chosen.backward(grad, out, stats, *args, wanted)
 
 
@@ -198,13 +197,6 @@ def _backward_fake(
         torch.empty_like(t, memory_format=torch.contiguous_format) if w else qkv.new_empty(0)
         for t, w in zip((qkv, table, pad, logit_scale), wanted, strict=True)
     )
-
-
-def _no_autocast(qkv):
-    """The inputs are cast already; within, float32 matrix products have to stay float32."""
-    if autocast_dtype(qkv.device) is None:
-        return contextlib.nullcontext()
-    return torch.autocast(qkv.device.type, enabled=False)
 
 
 def _setup_context(ctx, inputs, output):

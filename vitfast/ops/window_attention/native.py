@@ -6,7 +6,7 @@ import torch
 
 from vitfast.ops.window_attention.reference import LARGEST_SCALE, factors
 from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.native import DTYPE_CODES, native, reasons, threads
+from vitfast.runtime.native import DTYPE_CODES, address, native, reasons, threads
 
 
 def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save_stats):
@@ -28,7 +28,7 @@ def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save
     stats = qkv.new_empty(stats_shape(qkv, window) if save_stats else 0, dtype=torch.float32)
     keep: list[torch.Tensor] = []  # converted tensors have to outlive the call
     problem = _problem(keep, qkv, window, shift, table, pad, logit_scale, scale, roll_first)
-    native().window_forward(problem, out.data_ptr(), _address(stats), threads())
+    native().window_forward(problem, out.data_ptr(), address(stats), threads())
     return out, stats
 
 
@@ -49,7 +49,7 @@ def backward(
     ]
     native().window_backward(
         problem, out.data_ptr(), stats.data_ptr(), grad.data_ptr(), dqkv.data_ptr(),
-        *map(_address, sums), threads(),
+        *map(address, sums), threads(),
     )  # fmt: skip
     dtable, dpad, dscale = sums
     if dtable is not None:
@@ -76,7 +76,7 @@ def _problem(keep, qkv, window, shift, table, pad, logit_scale, scale, roll_firs
     problem = (
         DTYPE_CODES[qkv.dtype], (batch, high, wide, heads, dim), (*window, *shift), roll_first,
         logit_scale is not None, qkv.data_ptr(), (sb, sy, sx, s3, sh), by_head.data_ptr(),
-        _address(by_position), _address(padding),
+        address(by_position), address(padding),
     )  # fmt: skip
     keep += [t for t in (qkv, by_head, by_position, padding) if t is not None]
     return problem
@@ -86,10 +86,6 @@ def stats_shape(qkv: torch.Tensor, window: tuple[int, int]) -> tuple[int, ...]:
     batch, high, wide, _, heads, _ = qkv.shape
     windows = -(-high // window[0]) * -(-wide // window[1])
     return 2, batch, windows, heads, window[0] * window[1]
-
-
-def _address(t: torch.Tensor | None) -> int:
-    return 0 if t is None or t.numel() == 0 else t.data_ptr()
 
 
 BACKEND = Backend("cpu", forward, can_run, backward, reasons)
