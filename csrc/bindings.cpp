@@ -13,15 +13,15 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/attention.h"
-#include "cpu/window.h"
 #include "common/pages.h"
+#include "cpu/attention.h"
 #include "cpu/gemm.h"
 #include "cpu/isa.h"
 #include "cpu/linear_backward.h"
 #include "cpu/norm.h"
 #include "cpu/patchify.h"
 #include "cpu/weights.h"
+#include "cpu/window.h"
 
 namespace py = pybind11;
 using namespace vitfast;
@@ -307,17 +307,19 @@ void bind_attention(py::module_& m) {
 // ---- windowed attention --------------------------------------------------------------------------
 
 // dtype, (B, H, W, heads, D), (wh, ww, sh, sw), roll_first, cosine, qkv, its strides of
-// (B, H, W, 3, heads), scale, table, pad
+// (B, H, W, 3, heads), scale, table, pad; (first, last) of a stripe or None
 using WindowProblem =
     std::tuple<int, std::array<int64_t, 5>, std::array<int64_t, 4>, bool, bool, uintptr_t,
-               std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t>;
+               std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t,
+               std::optional<std::array<int64_t, 2>>>;
 
 WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
-  const auto& [dtype, sizes, window, roll_first, cosine, qkv, strides, scale, table, pad] = problem;
+  const auto& [dtype, sizes, window, roll_first, cosine, qkv, strides, scale, table, pad, stripe] =
+      problem;
   require(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16),
           "window_attention: dtype must be float32 or bfloat16");
   require(threads > 0, "window_attention: threads must be positive");
-  require(qkv != 0 && out != 0 && scale != 0, "window_attention: null address");
+  require(qkv != 0 && scale != 0, "window_attention: null address");
   for (const int64_t size : sizes) require(size > 0, "window_attention: sizes must be positive");
   for (const int64_t stride : strides) require(stride >= 0, "window_attention: negative stride");
   const auto& [wh, ww, sh, sw] = window;
@@ -335,6 +337,12 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
   a.ww = ww;
   a.sh = sh;
   a.sw = sw;
+  const int64_t high = (a.H + wh - 1) / wh;
+  a.stripe = stripe.has_value();
+  a.first = stripe ? (*stripe)[0] : 0;
+  a.last = stripe ? (*stripe)[1] : high;
+  require(0 <= a.first && a.first < a.last && a.last <= high, "window_attention: stripe out of range");
+  require(!a.stripe || (a.B == 1 && roll_first && stats == 0), "window_attention: not for stripes");
   a.roll_first = roll_first;
   a.cosine = cosine;
   a.qkv = reinterpret_cast<const void*>(qkv);
@@ -353,13 +361,14 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
 }
 
 void window_forward_checked(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
+  require(out != 0, "window_forward: null address");
   window_forward(window_args(problem, out, stats, threads));
 }
 
-void window_backward_checked(const WindowProblem& problem, uintptr_t out, uintptr_t stats,
-                             uintptr_t dout, uintptr_t dqkv, uintptr_t dtable, uintptr_t dpad,
-                             uintptr_t dscale, int threads) {
-  const WindowArgs a = window_args(problem, out, stats, threads);
+void window_backward_checked(const WindowProblem& problem, uintptr_t stats, uintptr_t dout,
+                             uintptr_t dqkv, uintptr_t dtable, uintptr_t dpad, uintptr_t dscale,
+                             int threads) {
+  const WindowArgs a = window_args(problem, 0, stats, threads);
   require(stats != 0, "window_backward: stats are missing");
   require(dout != 0 && dqkv != 0, "window_backward: null address");
   require(dtable == 0 || a.table != nullptr, "window_backward: dtable without a table");

@@ -14,11 +14,13 @@ struct WindowArgs {
   int64_t B, H, W, heads, D;
   int64_t wh, ww;  // window
   int64_t sh, sw;  // cyclic shift, 0 <= s < window
+  int64_t first, last;  // rows of windows to compute: [first, last)
+  int stripe;      // qkv and out hold only their rows, of the map already rolled back by sh
   int roll_first;  // shift, then pad (timm); else pad, then shift
   int cosine;      // q and k are scaled to length 1
   const void* qkv;  // [B, H, W, 3, heads, D], unit stride along D
   int64_t sb, sy, sx, s3, shead;
-  void* out;           // [B, H, W, heads, D], contiguous
+  void* out;           // [B, H, W, heads, D], contiguous; not for the backward
   const float* scale;  // [heads], of the scores
   const float* table;  // [heads, 2 wh - 1, 2 ww - 1], added by relative position; or null
   const float* pad;    // [3, heads, D]: q, k and v of padding, which is attended to; null: zeros

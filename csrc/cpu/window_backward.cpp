@@ -1,6 +1,6 @@
 // Windowed attention, backward: five products per window and head, the scores recomputed from the
-// saved maximum and sum. Floor: 10 B heads windows N^2 D flops, or 8 reads and writes of
-// [B, H, W, heads, D] (qkv, out, dout in; dqkv out), whichever takes longer.
+// saved maximum and sum. Floor: 10 B heads windows N^2 D flops, or 7 reads and writes of
+// [B, H, W, heads, D] (qkv, dout in; dqkv out), whichever takes longer.
 //
 // One task is a head and a range of (batch, window)s, which depends on the shape alone. What windows
 // share (table, padding, scale) is summed within a task in order, then over tasks in order: the same
@@ -17,45 +17,20 @@ namespace {
 constexpr int64_t kMostRanges = 16;
 constexpr int64_t kMostBytes = 64 << 20;  // of all tasks' sums for the table
 
-// The gradient of the scores' factor: sum of dS * raw. dS sums to zero over a query's keys, but for
-// the rounding of delta, which times the mean of raw would be felt: it is taken off again.
-struct Logits {
-  float *product, *rest, *mean;  // [kBlock]: sums over keys of dS * raw, dS and P * raw
-
-  void clear() const {
-    for (int m = 0; m < kBlock; m += kLanes) {
-      store(product + m, zero());
-      store(rest + m, zero());
-      store(mean + m, zero());
-    }
-  }
-  void add(int m, vf p, vf ds, vf raw) const {
-    store(product + m, fma(ds, raw, load(product + m)));
-    store(rest + m, load(rest + m) + ds);
-    store(mean + m, fma(p, raw, load(mean + m)));
-  }
-  double total() const {
-    double sum = 0;
-    for (int m = 0; m < kBlock; ++m) sum += product[m] - static_cast<double>(rest[m]) * mean[m];
-    return sum;
-  }
-};
-
 template <class M>
 struct Workspace {
   typedef typename M::Elem Elem;
   Elem *k_rows, *v_rows, *k_columns;                // panels of all keys of a window
   Elem *q_lanes, *g_lanes, *q_columns, *g_columns;  // one block of queries; g is dout
   Elem *over_keys, *over_queries;                   // a tile as operand of a product
-  float *p, *ds;                                    // [key][query] tiles
+  float *p, *ds, *raw;  // [key][query], all keys; ds is dP at first, raw q k where wanted
   float *dq, *dk, *dv;                              // [d][query]; [tile][d][key]
-  float *row, *x, *shift, *inverse, *delta, *grads, *bands, *bias;
+  float *row, *x, *shift, *inverse, *delta, *scale, *grads, *bands, *bias;
   int64_t* token;
-  Logits logits;
   typename M::Row* rows;
 
-  static int64_t bytes(int64_t N, int64_t D, bool biased) { return Workspace().carve(nullptr, N, D, biased); }
-  int64_t carve(char* base, int64_t N, int64_t D, bool biased) {
+  static int64_t bytes(int64_t N, int64_t D, bool biased, bool cosine) { return Workspace().carve(nullptr, N, D, biased, cosine); }
+  int64_t carve(char* base, int64_t N, int64_t D, bool biased, bool cosine) {
     const int64_t units = ceil_div(D, M::kPair), block_units = kBlock / M::kPair;
     const int64_t tiles = ceil_div(N, kBlock), ld = tiles * kBlock;
     int64_t used = 0;
@@ -68,8 +43,9 @@ struct Workspace {
     used = take(base, used, g_columns, block_units * D);
     used = take(base, used, over_keys, block_units * kBlock);
     used = take(base, used, over_queries, block_units * kBlock);
-    used = take(base, used, p, static_cast<int64_t>(kBlock * kBlock));
-    used = take(base, used, ds, static_cast<int64_t>(kBlock * kBlock));
+    used = take(base, used, p, ld * kBlock);
+    used = take(base, used, ds, ld * kBlock);
+    used = take(base, used, raw, cosine ? ld * kBlock : 0);
     used = take(base, used, dq, D * kBlock);
     used = take(base, used, dk, ld * D);
     used = take(base, used, dv, ld * D);
@@ -78,13 +54,11 @@ struct Workspace {
     used = take(base, used, shift, static_cast<int64_t>(kBlock));
     used = take(base, used, inverse, static_cast<int64_t>(kBlock));
     used = take(base, used, delta, static_cast<int64_t>(kBlock));
+    used = take(base, used, scale, static_cast<int64_t>(kBlock));
     used = take(base, used, grads, kBlock * ceil_div(D, kLanes) * kLanes);
     used = take(base, used, bands, ld);
     used = take(base, used, bias, biased ? N * ld : 0);
     used = take(base, used, token, ld);
-    used = take(base, used, logits.product, static_cast<int64_t>(kBlock));
-    used = take(base, used, logits.rest, static_cast<int64_t>(kBlock));
-    used = take(base, used, logits.mean, static_cast<int64_t>(kBlock));
     return take(base, used, rows, kBlock * units * M::kPair);
   }
 };
@@ -109,16 +83,13 @@ struct Backward {
         windows(grid(args).high * grid(args).wide) {}
 
   int64_t block_units() const { return kBlock / M::kPair; }
-  template <class T>
-  const T* token_of(const void* map, int64_t batch, int64_t head, int64_t token) const {
-    return static_cast<const T*>(map) + ((batch * a.H * a.W + token) * a.heads + head) * D;
-  }
-  // A row of out or dout as floats; zeros in the padding, which leaves the window unseen.
-  void read_map(const void* map, int64_t batch, int64_t head, int64_t token, float* row) const {
+  // A row of dout as floats; zeros in the padding, which leaves the window unseen.
+  void read_gradient(int64_t batch, int64_t head, int64_t token, float* row) const {
+    const int64_t at = ((batch * a.H * a.W + token) * a.heads + head) * D;
     for (int64_t d = 0; d < D; ++d)
       row[d] = token < 0                ? 0.f
-               : a.dtype == DType::f32 ? token_of<float>(map, batch, head, token)[d]
-                                       : to_float(token_of<bf16_t>(map, batch, head, token)[d]);
+               : a.dtype == DType::f32 ? static_cast<const float*>(g.dout)[at + d]
+                                       : to_float(static_cast<const bf16_t*>(g.dout)[at + d]);
   }
 
   void run(int64_t batch, int64_t index, int64_t head, const Sums& sums, const Workspace<M>& w) const {
@@ -137,10 +108,11 @@ struct Backward {
       const int64_t q0 = i * kBlock, count = min64(kBlock, N - q0);
       load_queries(batch, index, head, q0, count, w);
       std::memset(w.dq, 0, static_cast<size_t>(D * kBlock) * 4);
-      w.logits.clear();
       for (int64_t t = 0; t < tiles; ++t)
-        tile(head, q0, count, t, several, sums, w);
-      if (sums.scale) *sums.scale += w.logits.total();
+        scores(head, q0, static_cast<int>(ceil_div(count, kLanes)), t, several, sums.scale, w);
+      for (int64_t t = 0; t < tiles; ++t) tile(q0, count, t, sums, w);
+      if (sums.scale)
+        for (int64_t m = 0; m < count; ++m) *sums.scale += w.scale[m];
       write(batch, head, 0, q0, count, w.dq, a.scale[head], sums, w);
     }
     for (int64_t t = 0; t < tiles; ++t) {
@@ -158,19 +130,13 @@ struct Backward {
     const float* shift = a.stats + ((batch * windows + index) * a.heads + head) * N + q0;
     const float* sum_of = shift + a.B * windows * a.heads * N;
     for (int64_t m = 0; m < kBlock; ++m) {
-      w.delta[m] = 0.f;
+      w.delta[m] = w.scale[m] = 0.f;
       w.shift[m] = 0.f;
       w.inverse[m] = 0.f;  // no query: P = 0
       if (m >= count) continue;
-      read_map(g.dout, batch, head, w.token[q0 + m], w.row);
-      read_map(a.out, batch, head, w.token[q0 + m], w.x);
-      double sum = 0;
-      for (int64_t d = 0; d < D; ++d) {
-        sum += static_cast<double>(w.row[d]) * w.x[d];
-        from_float(w.row[d], w.rows + m * width + d);
-      }
+      read_gradient(batch, head, w.token[q0 + m], w.row);
+      for (int64_t d = 0; d < D; ++d) from_float(w.row[d], w.rows + m * width + d);
       for (int64_t d = D; d < width; ++d) from_float(0.f, w.rows + m * width + d);
-      w.delta[m] = static_cast<float>(sum);
       w.shift[m] = shift[m];
       w.inverse[m] = 1.f / sum_of[m];
     }
@@ -178,45 +144,61 @@ struct Backward {
     pack_columns(w.rows, width, count, D, w.g_columns);
   }
 
-  void tile(int64_t head, int64_t q0, int64_t queries, int64_t t, bool several, const Sums& sums,
-            const Workspace<M>& w) const {
+  // P and dP of a tile, and what its keys add to delta, the sum of P dP: only where delta comes from
+  // the very same P does dS sum to zero over the keys, and the table's gradient lives on that.
+  void scores(int64_t head, int64_t q0, int vecs, int64_t t, bool several, bool cosine,
+              const Workspace<M>& w) const {
     const int64_t k0 = t * kBlock, keys = min64(kBlock, N - k0);
-    const int q_vecs = static_cast<int>(ceil_div(queries, kLanes));
-    const int k_vecs = static_cast<int>(ceil_div(keys, kLanes));
-    product<Store, M>(w.k_rows + k0 * units, keys, w.q_lanes, q_vecs, units, w.p);
-    product<Store, M>(w.v_rows + k0 * units, keys, w.g_lanes, q_vecs, units, w.ds);
+    float *p = w.p + k0 * kBlock, *dp = w.ds + k0 * kBlock;
+    product<Store, M>(w.k_rows + k0 * units, keys, w.q_lanes, vecs, units, p);
+    product<Store, M>(w.v_rows + k0 * units, keys, w.g_lanes, vecs, units, dp);
     const vf factor = splat(a.scale[head] * kLog2e);
-    for (int64_t k = 0; k < kBlock; ++k) {
-      const vf band = splat(w.bands[min64(k0 + k, N - 1)]);
-      for (int m = 0; m < kBlock; m += kLanes) {
-        float* p = w.p + k * kBlock + m;
-        float* ds = w.ds + k * kBlock + m;
-        if (k >= keys || m >= q_vecs * kLanes) {
-          store(p, zero());
-          store(ds, zero());
-          continue;
-        }
-        const vf raw = load(p);
+    for (int64_t k = 0; k < keys; ++k, p += kBlock, dp += kBlock) {
+      const vf band = splat(w.bands[k0 + k]);
+      for (int m = 0; m < vecs * kLanes; m += kLanes) {
+        const vf raw = load(p + m);
         vf s = raw * factor;
         if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
         if (several) s = s + select(load(w.bands + q0 + m) == band, zero(), splat(kHidden));
         const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
-        const vf gradient = value * (load(ds) - load(w.delta + m));
-        store(p, value);
-        store(ds, gradient);
-        if (sums.scale) w.logits.add(m, value, gradient, raw);
-        if (sums.table) {
-          float* sum = sums.table + (k0 + k) * ld + q0 + m;
-          store(sum, load(sum) + gradient);
-        }
+        store(p + m, value);
+        store(w.delta + m, fma(value, load(dp + m), load(w.delta + m)));
+        if (!cosine) continue;
+        store(w.raw + (k0 + k) * kBlock + m, raw);
       }
     }
+  }
+
+  // dS from P, dP and delta, and what follows from it.
+  void tile(int64_t q0, int64_t queries, int64_t t, const Sums& sums, const Workspace<M>& w) const {
+    const int64_t k0 = t * kBlock, keys = min64(kBlock, N - k0);
+    const int q_vecs = static_cast<int>(ceil_div(queries, kLanes));
+    const int k_vecs = static_cast<int>(ceil_div(keys, kLanes));
+    float *p = w.p + k0 * kBlock, *ds = w.ds + k0 * kBlock;
+    for (int64_t k = 0; k < kBlock; ++k)
+      for (int m = 0; m < kBlock; m += kLanes) {
+        float *at_p = p + k * kBlock + m, *at_ds = ds + k * kBlock + m;
+        if (k >= keys || m >= q_vecs * kLanes) {
+          store(at_p, zero());
+          store(at_ds, zero());
+          continue;
+        }
+        const vf gradient = load(at_p) * (load(at_ds) - load(w.delta + m));
+        store(at_ds, gradient);
+        if (sums.scale) {
+          const vf raw = load(w.raw + (k0 + k) * kBlock + m);
+          store(w.scale + m, fma(gradient, raw, load(w.scale + m)));
+        }
+        if (!sums.table) continue;
+        float* sum = sums.table + (k0 + k) * ld + q0 + m;
+        store(sum, load(sum) + gradient);
+      }
     const int64_t key_units = ceil_div(keys, M::kPair), query_units = ceil_div(queries, M::kPair);
-    product<Accumulate, M>(w.k_columns + t * block_units() * D, D, over_keys(M{}, w.ds, keys, w.over_keys),
+    product<Accumulate, M>(w.k_columns + t * block_units() * D, D, over_keys(M{}, ds, keys, w.over_keys),
                            q_vecs, key_units, w.dq);
-    product<Accumulate, M>(w.g_columns, D, over_queries(M{}, w.p, w.over_queries), k_vecs, query_units,
+    product<Accumulate, M>(w.g_columns, D, over_queries(M{}, p, w.over_queries), k_vecs, query_units,
                            w.dv + k0 * D);
-    product<Accumulate, M>(w.q_columns, D, over_queries(M{}, w.ds, w.over_queries), k_vecs, query_units,
+    product<Accumulate, M>(w.q_columns, D, over_queries(M{}, ds, w.over_queries), k_vecs, query_units,
                            w.dk + k0 * D);
   }
 
@@ -287,13 +269,13 @@ void backward(const WindowArgs& a, const WindowGrads& g) {
   // Functions of the shape only.
   int64_t ranges = min64(kMostRanges, all);
   while (ranges > 1 && a.heads * ranges * pairs * 4 > kMostBytes) ranges /= 2;
-  const int64_t tasks = a.heads * ranges, bytes = align64(Workspace<M>::bytes(op.N, D, a.table));
+  const int64_t tasks = a.heads * ranges, bytes = align64(Workspace<M>::bytes(op.N, D, a.table, g.dscale));
   Scratch scratch(threads * bytes), tables(tasks * pairs * 4), others(tasks * small * 8);
   std::memset(tables.ptr, 0, static_cast<size_t>(tasks * pairs) * 4);
   std::memset(others.ptr, 0, static_cast<size_t>(tasks * small) * 8);
   parallel_for(tasks, threads, [&](int64_t begin, int64_t end, int thread) {
     Workspace<M> w;
-    w.carve(scratch.as<char>(thread * bytes), op.N, D, a.table);
+    w.carve(scratch.as<char>(thread * bytes), op.N, D, a.table, g.dscale);
     for (int64_t i = op.N; i < op.ld; ++i) w.bands[i] = 0.f;
     int64_t filled = -1;
     for (int64_t task = begin; task < end; ++task) {

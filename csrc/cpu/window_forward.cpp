@@ -94,7 +94,7 @@ template <class M>
 void forward(const WindowArgs& a) {
   const int threads = a.threads < 1 ? 1 : a.threads;
   const Grid g = grid(a);
-  const int64_t N = g.tokens, blocks = ceil_div(N, kBlock), windows = g.high * g.wide;
+  const int64_t N = g.tokens, blocks = ceil_div(N, kBlock), windows = (a.last - a.first) * g.wide;
   const int64_t work = Workspace<M>::bytes(blocks, a.D), bytes = work + Map::bytes(N, a.table);
   Scratch scratch(bytes * threads);
   parallel_for(a.heads * a.B * windows, threads, [&](int64_t begin, int64_t end, int thread) {
@@ -110,7 +110,7 @@ void forward(const WindowArgs& a) {
         head = task / (a.B * windows);
         if (a.table) fill_bias(a, head, blocks * kBlock, map.bias);
       }
-      const int64_t batch = task / windows % a.B, index = task % windows;
+      const int64_t batch = task / windows % a.B, index = a.first * g.wide + task % windows;
       const bool several = map_window(a, index, map.token, map.bands);
       const Window<M> window{a,
                              batch,

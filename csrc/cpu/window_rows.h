@@ -38,7 +38,8 @@ inline bool map_window(const WindowArgs& a, int64_t index, int64_t* token, float
   const int64_t high = g.high * a.wh, wide = g.wide * a.ww;
   bool several = false;
   for (int64_t i = 0; i < a.wh; ++i) {
-    const int64_t y = place(y0 + i, a.H, high, a.sh, a.roll_first);
+    const int64_t y = a.stripe ? place(y0 + i, a.H, high, 0, true) - a.first * a.wh
+                               : place(y0 + i, a.H, high, a.sh, a.roll_first);
     const int row = band(y0 + i, high, a.wh, a.sh);
     for (int64_t j = 0; j < a.ww; ++j) {
       const int64_t x = place(x0 + j, a.W, wide, a.sw, a.roll_first);

@@ -1,4 +1,4 @@
-"""Swin's block and attention beside timm's, at sizes that windows divide and at others."""
+"""Blocks and attention of Swin (V1, V2) beside timm's, at sizes windows divide and others."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import copy
 import pytest
 import timm
 import torch
-from timm.models.swin_transformer import SwinTransformerBlock, WindowAttention
+from timm.models import swin_transformer as v1
+from timm.models import swin_transformer_v2 as v2
 
 from vitfast import layers, restore, swap
+from vitfast.layers import _inference
 
 C, HEADS = 32, 2
 BLOCKS = {
@@ -24,46 +26,73 @@ BLOCKS = {
     "no_qkv_bias": dict(
         input_resolution=(9, 9), window_size=4, shift_size=2, qkv_bias=False
     ),
-    "narrow_heads": dict(input_resolution=(8, 8), window_size=4, shift_size=2, head_dim=8),
     "drop_path": dict(input_resolution=(8, 8), window_size=4, shift_size=2, drop_path=0.5),
 }  # fmt: skip
+CLASSES = {"v1": v1.SwinTransformerBlock, "v2": v2.SwinTransformerV2Block}
+ATTENTIONS = {
+    v1.WindowAttention: layers.SwinWindowAttention,
+    v2.WindowAttention: layers.SwinV2WindowAttention,
+}
+MODELS = {"v1": "swin_tiny_patch4_window7_224", "v2": "swinv2_tiny_window8_256"}
+both = pytest.mark.parametrize("version", CLASSES)
 
 
-def block(name: str, **more) -> SwinTransformerBlock:
-    return SwinTransformerBlock(C, num_heads=HEADS, **BLOCKS[name], **more)
+def block(name: str, version: str = "v1", **more) -> torch.nn.Module:
+    return CLASSES[version](C, num_heads=HEADS, **BLOCKS[name], **more)
 
 
 def image(name: str, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, *BLOCKS[name]["input_resolution"], C)
 
 
+@both
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", BLOCKS)
-def test_block(parity, lively, name, training, autocast):
-    parity(lively(block(name)).train(training), image(name, 4), autocast=autocast)
+def test_block(parity, lively, name, training, autocast, version):
+    parity(lively(block(name, version)).train(training), image(name, 4), autocast=autocast)
 
 
+def test_heads_narrower_than_the_block(parity, lively):
+    parity(lively(block("shifted", head_dim=8)), image("shifted"))
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_block_dtypes(parity, lively, dtype):
-    parity(lively(block("odd")).to(dtype).eval(), image("odd").to(dtype))
+def test_block_dtypes(parity, lively, dtype, version):
+    parity(lively(block("odd", version)).to(dtype).eval(), image("odd").to(dtype))
 
 
-def test_attention_without_a_mask(parity, lively):
-    module = lively(WindowAttention(C, HEADS, window_size=(4, 5)))
-    assert type(parity(module, torch.randn(6, 20, C))) is layers.SwinWindowAttention
+@both
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("chunk", [50, 130, 300])
+@pytest.mark.parametrize("size", [(28, 15), (29, 17), (22, 17), (24, 17)], ids=str)
+def test_stripes(parity, lively, monkeypatch, size, chunk, autocast, version):
+    """A map of several chunks; the last stripe wraps around its end, or lies wholly past it."""
+    monkeypatch.setattr(_inference, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(_inference, "WHOLE_ROWS", 300)
+    module = CLASSES[version](C, size, num_heads=HEADS, window_size=7, shift_size=3)
+    parity(lively(module).eval(), torch.randn(2, *size, C), autocast=autocast, backward=False)
 
 
-def test_attention_with_a_mask_is_timm(lively):
-    theirs = lively(WindowAttention(C, HEADS, window_size=4))
+@pytest.mark.parametrize("cls", ATTENTIONS)
+def test_attention_without_a_mask(parity, lively, cls):
+    module = lively(cls(C, num_heads=HEADS, window_size=(4, 5)))
+    assert type(parity(module, torch.randn(6, 20, C))) is ATTENTIONS[cls]
+
+
+@pytest.mark.parametrize("cls", ATTENTIONS)
+def test_attention_with_a_mask_is_timm(lively, cls):
+    theirs = lively(cls(C, num_heads=HEADS, window_size=(4, 4)))
     ours = copy.deepcopy(theirs)
     swap(ours)
     x, mask = torch.randn(6, 16, C), torch.randn(3, 16, 16)
     assert torch.equal(ours(x, mask), theirs(x, mask))
 
 
-def test_dropout_of_the_attention_is_timm(lively):
-    theirs = lively(block("shifted", attn_drop=0.5)).train()
+@both
+def test_dropout_of_the_attention_is_timm(lively, version):
+    theirs = lively(block("shifted", version, attn_drop=0.5)).train()
     ours = copy.deepcopy(theirs)
     swap(ours)
     x = image("shifted")
@@ -74,29 +103,33 @@ def test_dropout_of_the_attention_is_timm(lively):
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-def model(**more):
+def model(version="v1", **more):
     options = dict(img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4))
-    return timm.create_model("swin_tiny_patch4_window7_224", **options | more, num_classes=10)
+    return timm.create_model(MODELS[version], **options | more, num_classes=10)
 
 
+@both
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_model(parity, lively, autocast):
-    swapped = parity(lively(model()).eval(), torch.randn(2, 3, 64, 64), autocast=autocast)
-    assert {type(b) for s in swapped.layers for b in s.blocks} == {layers.SwinTransformerBlock}
+def test_model(parity, lively, autocast, version):
+    swapped = parity(lively(model(version)).eval(), torch.randn(2, 3, 64, 64), autocast=autocast)
+    wanted = {layers.SwinTransformerBlock, layers.SwinTransformerV2Block}
+    assert {type(b) for s in swapped.layers for b in s.blocks} < wanted
 
 
-def test_another_size_every_call(parity, lively):
-    module = lively(model(strict_img_size=False)).eval()
+@both
+def test_another_size_every_call(parity, lively, version):
+    module = lively(model(version, strict_img_size=False)).eval()
     for size in ((64, 64), (52, 76), (96, 40)):
         parity(module, torch.randn(1, 3, *size), backward=False)
 
 
+@both
 @pytest.mark.parametrize(
     "change", [dict(img_size=(96, 80)), dict(window_size=(5, 6)), dict(always_partition=True)],
     ids=str,
 )  # fmt: skip
-def test_sizes_set_after_the_swap(lively, change):
-    theirs = lively(model(strict_img_size=False)).eval()
+def test_sizes_set_after_the_swap(lively, change, version):
+    theirs = lively(model(version, strict_img_size=False)).eval()
     ours = copy.deepcopy(theirs)
     swap(ours)
     x = torch.randn(1, 3, *change.get("img_size", (64, 64)))
@@ -108,28 +141,35 @@ def test_sizes_set_after_the_swap(lively, change):
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_changed_table_counts_at_once(lively):
-    module = lively(block("shifted")).eval()
+@pytest.mark.parametrize(
+    "version, name",
+    [("v1", "relative_position_bias_table"), ("v2", "cpb_mlp.2.weight"), ("v2", "logit_scale"),
+     ("v2", "q_bias")],
+)  # fmt: skip
+def test_a_changed_parameter_counts_at_once(lively, version, name):
+    module = lively(block("shifted", version)).eval()
     swap(module)
     x = image("shifted")
     with torch.no_grad():
         before = module(x)
-        module.attn.relative_position_bias_table.normal_(std=2)
+        module.attn.get_parameter(name).normal_(std=2)
         after = module(x)
         restore(module)
         torch.testing.assert_close(after, module(x), rtol=1e-4, atol=1e-5)
     assert (before - after).abs().max() > 1e-2
 
 
-def test_a_size_that_timm_was_not_told_of_is_refused_as_by_timm(lively):
-    ours = lively(block("shifted")).eval()
+@both
+def test_a_size_that_timm_was_not_told_of_is_refused_as_by_timm(lively, version):
+    ours = lively(block("shifted", version)).eval()
     swap(ours)
     with pytest.raises(RuntimeError):
         ours(torch.randn(1, 21, 21, C))
 
 
-def test_intermediate_features(lively):
-    theirs = lively(model()).eval()
+@both
+def test_intermediate_features(lively, version):
+    theirs = lively(model(version)).eval()
     ours = copy.deepcopy(theirs)
     swap(ours)
     x = torch.randn(1, 3, 64, 64)
@@ -139,8 +179,9 @@ def test_intermediate_features(lively):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_one_graph(lively):
-    module = lively(model()).eval()
+@both
+def test_one_graph(lively, version):
+    module = lively(model(version)).eval()
     swap(module)
     graphs = []
 

@@ -61,13 +61,16 @@ def test_activations(act, dtype):
     assert ((run(weight, x, bias, act).double() - expected).abs() <= rounding).all()
 
 
-def test_a_packing_is_used_again_and_only_below_the_row_limit():
+def test_a_packing_is_used_again_unless_it_is_large_beside_many_rows():
     weight, x = layer()
     first = _onednn.CACHE.get(weight, torch.float32)
     assert _onednn.CACHE.get(weight, torch.float32)[0] is first[0]
     _onednn.clear_weight_cache()
-    run(weight, torch.randn(_onednn.CACHE_ROWS, 40))
+    many = torch.randn(_onednn.CACHE_ROWS, 40)
+    run(torch.randn(_onednn.CACHE_ELEMENTS // 40 + 1, 40), many)
     assert len(_onednn.CACHE) == 0
+    run(weight, many)
+    assert len(_onednn.CACHE) == 1
 
 
 EDITS = {

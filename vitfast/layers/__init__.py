@@ -18,6 +18,8 @@ from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
 from vitfast.layers.swin import SwinTransformerBlock
 from vitfast.layers.swin import WindowAttention as SwinWindowAttention
+from vitfast.layers.swin_v2 import SwinTransformerV2Block
+from vitfast.layers.swin_v2 import WindowAttention as SwinV2WindowAttention
 from vitfast.layers.torch_norm import LayerNorm as TorchLayerNorm
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "RmsNorm",
     "SwiGLU",
     "SwinTransformerBlock",
+    "SwinTransformerV2Block",
+    "SwinV2WindowAttention",
     "SwinWindowAttention",
     "TorchLayerNorm",
 ]

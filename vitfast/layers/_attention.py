@@ -24,8 +24,8 @@ class Attention(NamedTuple):
 
     qkv: one packed projection [3 A, C], or three [A, C]. q_norm, k_norm: norms over the head dim.
     prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: how
-    many heads of q share one of k and v (grouped-query attention). table: bias by relative
-    position in a window.
+    many heads of q share one of k and v (grouped-query attention). table, logit_scale: as
+    `ops.window_attention` takes them.
     """
 
     heads: int
@@ -38,6 +38,12 @@ class Attention(NamedTuple):
     rope_half: bool = False
     kv_groups: int = 1
     table: torch.Tensor | None = None
+    logit_scale: torch.Tensor | None = None
+
+    def padding(self, windows: Windows) -> torch.Tensor | None:
+        """q, k and v of a zero token, [3, heads, D], where the map does not end with a window."""
+        bias = self.qkv[0].bias
+        return None if bias is None or not windows.padded else bias.view(3, self.heads, -1)
 
 
 class Windows(NamedTuple):
@@ -141,17 +147,11 @@ def attend(
         (packed,) = qkv
         out = ops.window_attention(
             packed.unflatten(1, windows.size), windows.window, windows.shift, plan.table,
-            padding(plan, windows, packed),
+            plan.padding(windows), plan.logit_scale,
         ).flatten(3).flatten(1, 2)  # fmt: skip
     if plan.norm is not None:
         out = _norm.apply(out, plan.norm)
     return ops.linear_act(out, *plan.proj)
-
-
-def padding(plan: Attention, windows: Windows, qkv: torch.Tensor) -> torch.Tensor | None:
-    """q, k and v of a zero token, [3, heads, D], where the map does not end with a window."""
-    bias = plan.qkv[0].bias
-    return None if bias is None or not windows.padded else bias.view(qkv.shape[2:])
 
 
 def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:

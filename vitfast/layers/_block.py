@@ -1,9 +1,13 @@
-"""The pre-norm residual block that ViT, EVA, BEiT and RelPos share.
+"""The residual block that ViT, EVA, BEiT, RelPos and Swin share.
 
     x = x + drop_path1(gamma1 * attn(norm1(x)))
     x = x + drop_path2(gamma2 * mlp(norm2(x)))
 
-The residual add of the first line and the norm of the second are one pass over memory.
+The residual add of the first line and the norm of the second are one pass over memory. In Swin V2
+the norms come last (res-post-norm):
+
+    x = x + drop_path1(norm1(attn(x)))
+    x = x + drop_path2(norm2(mlp(x)))
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from vitfast.runtime.library import autocast_dtype
 
 
 class Block(NamedTuple):
-    """What a block holds. gamma: LayerScale [C] or None."""
+    """What a block holds. gamma: LayerScale [C] or None; None where the norms come last."""
 
     norm1: Norm
     attn: Attention
@@ -35,6 +39,7 @@ class Block(NamedTuple):
     mlp: Mlp
     gamma2: torch.Tensor | None
     drop2: DropRate | None
+    norms_last: bool = False
 
 
 def with_layer_scale(module: nn.Module) -> Block:
@@ -55,6 +60,11 @@ def with_gammas(module: nn.Module) -> Block:
 def without_layer_scale(module: nn.Module) -> Block:
     """A block without LayerScale (Swin)."""
     return _plan(module._modules, None, None)
+
+
+def with_norms_last(module: nn.Module) -> Block:
+    """A block whose norms come after attention and MLP (Swin V2)."""
+    return without_layer_scale(module)._replace(norms_last=True)
 
 
 def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None) -> Block:
@@ -98,6 +108,10 @@ def _tensors(values: tuple) -> Iterator[torch.Tensor]:
 def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     operand = operand_dtype(x)
+    if block.norms_last:
+        branch = _attention.attend(x, block.attn, **attention)
+        x = _add_normed(x, branch, block.norm1, block.drop1)
+        return _add_normed(x, _mlp.apply(x, block.mlp), block.norm2, block.drop2)
     branch = _attention.attend(
         _norm.apply(x, block.norm1, operand),
         block.attn,
@@ -122,6 +136,13 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
         gamma=block.gamma2,
         drop_scale=_drop_scale(branch, block.gamma2, block.drop2),
     )
+
+
+def _add_normed(
+    x: torch.Tensor, branch: torch.Tensor, norm: Norm, drop: DropRate | None
+) -> torch.Tensor:
+    branch = _norm.apply(branch, norm)
+    return ops.residual_add(x, branch, drop_scale=_drop_scale(branch, None, drop))
 
 
 def _normed(source: torch.Tensor, norm: Norm) -> Normed:

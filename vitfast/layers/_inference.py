@@ -56,88 +56,159 @@ def block(
     if stream is None or not _fits(x, plan, lower, mask, bias, rope):
         return None
     batch, tokens, channels = x.shape
-    x = x.reshape(-1, channels)
-    chunks = _chunks(len(x))
-    normed = _gemm.empty((chunks[0].stop, channels), operand)
-
-    qkv = _projected(x, plan, operand, chunks, normed)
-    qkv = _attention.split_heads([t.unflatten(0, (batch, tokens)) for t in qkv], plan.attn)
-    if windows is None:
-        q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
-        attended = attention_op.forward_direct(
-            q,
-            k,
-            v,
-            scale=q.shape[-1] ** -0.5,
-            mask=mask,
-            bias=bias,
-            is_causal=is_causal,
-            out=torch.empty(q.shape, dtype=operand),
-            **_attention.prologue(plan.attn, rope),
-        )
-    else:
-        attended, _ = window_op.forward(
-            qkv[0].unflatten(1, windows.size), windows.window, windows.shift, plan.attn.table,
-            _attention.padding(plan.attn, windows, qkv[0]), None, None, True, False,
-        )  # fmt: skip
-    out = _gemm.empty(x.shape, stream)
-    _finish(x, attended.view(len(x), -1), plan, operand, chunks, normed, out)
+    steps = _Steps(plan, batch * tokens, operand, stream)
+    if windows is not None:
+        return _windowed(x, steps, windows)
+    rows = x.reshape(-1, channels)
+    qkv = [t.unflatten(0, (batch, tokens)) for t in steps.project(rows)]
+    attended = _attend(_attention.split_heads(qkv, plan.attn), plan, mask, bias, rope, is_causal)
+    del qkv  # as large as three maps
+    out = _gemm.empty(rows.shape, stream)
+    steps.finish(rows, attended.view(len(rows), -1), out)
     return out.view(batch, tokens, channels)
 
 
-def _projected(
-    x: torch.Tensor, plan: Block, operand: torch.dtype, chunks: list[slice], normed: torch.Tensor
-) -> list[torch.Tensor]:
-    """norm1 and the projection(s) to q, k and v: [rows, 3 A], or three of [rows, A]."""
-    layers = [_linear(linear, len(x), operand) for linear in plan.attn.qkv]
-    if len(chunks) == 1:
-        part = _normalise(x, plan.norm1, normed)
-        return [layer(part) for layer in layers]
-    sizes = [linear.weight.shape[0] for linear in plan.attn.qkv]
-    results = [_gemm.empty((len(x), size), operand) for size in sizes]
-    for chunk in chunks:
-        rows = x[chunk]
-        part = _normalise(rows, plan.norm1, normed[: len(rows)])
-        for layer, result in zip(layers, results, strict=True):
-            result[chunk] = layer(part)
-    return results
-
-
-def _finish(
-    x: torch.Tensor,
-    attended: torch.Tensor,
+def _attend(
+    qkv: list[torch.Tensor],
     plan: Block,
-    operand: torch.dtype,
-    chunks: list[slice],
-    normed: torch.Tensor,
-    out: torch.Tensor,
-) -> None:
-    """Everything after the attention, into `out` [rows, C]."""
-    mlp, norm2 = plan.mlp, plan.norm2
-    proj = _linear(plan.attn.proj, len(x), operand)
-    fc1 = _linear(mlp.fc1, len(x), operand, mlp.act, mlp.packed, mlp.gate)
-    fc2 = _linear(mlp.fc2, len(x), operand)
-    for chunk in chunks:
-        part, stream = attended[chunk], out[chunk]
-        if plan.attn.norm is not None:
-            part = _normalise(part, plan.attn.norm, part)
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    is_causal: bool,
+) -> torch.Tensor:
+    q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(2)
+    return attention_op.forward_direct(
+        q,
+        k,
+        v,
+        scale=q.shape[-1] ** -0.5,
+        mask=mask,
+        bias=bias,
+        is_causal=is_causal,
+        out=torch.empty(q.shape, dtype=q.dtype),
+        **_attention.prologue(plan.attn, rope),
+    )
+
+
+def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
+    """The block on a map x [B, H W, C], from norm1 to the end in one chunk after the other.
+
+    A chunk is some images, or some rows of windows of one. Only x and the result are as large as
+    the map.
+    """
+    attn = steps.plan.attn
+    batch, tokens, channels = x.shape
+    (high, wide), window, shift = windows
+    heads = (3, attn.heads, attn.proj.weight.shape[1] // attn.heads)
+    terms = window_op.terms(*heads[1:], attn.table, attn.padding(windows), attn.logit_scale)
+
+    def run(rows: torch.Tensor, out: torch.Tensor, stripe: tuple[int, int] | None) -> None:
+        (qkv,) = steps.project(rows.view(-1, channels))
+        qkv = qkv.view(len(rows) if stripe is None else 1, -1, wide, *heads)
+        attended = _gemm.empty((*qkv.shape[:3], *heads[1:]), qkv.dtype)
+        window_op.run(qkv, attended, (high, wide), window, shift, terms, stripe=stripe)
+        del qkv
+        attended = attended.view(-1, heads[1] * heads[2])
+        steps.finish(rows.view(-1, channels), attended, out.view(-1, channels))
+
+    out = _gemm.empty(x.shape, steps.stream)
+    if tokens <= WHOLE_ROWS:
+        images = max(1, WHOLE_ROWS // tokens)
+        for rows, result in zip(x.contiguous().split(images), out.split(images), strict=True):
+            run(rows, result, None)
+        return out
+    count = -(-high // window[0])
+    step = max(1, CHUNK_ROWS // (window[0] * wide))
+    maps = (t.view(batch, high, wide, channels) for t in (x.contiguous(), out))
+    for image, result in zip(*maps, strict=True):
+        for first in range(0, count, step):
+            stripe = first, min(first + step, count)
+            # The stripe's rows of the map rolled back: those past its end are the first.
+            begin, end = (min(i * window[0], high) + shift[0] for i in stripe)
+            if end <= high:
+                run(image[begin:end], result[begin:end], stripe)
+                continue
+            pieces = [slice(begin, high), slice(max(begin - high, 0), end - high)]
+            rows = torch.cat([image[piece] for piece in pieces])
+            both = _gemm.empty(rows.shape, steps.stream)
+            run(rows, both, stripe)
+            sizes = [max(high - begin, 0), end - max(begin, high)]
+            for piece, part in zip(pieces, both.split(sizes), strict=True):
+                result[piece] = part
+    return out
+
+
+class _Steps:
+    """The steps of a block that work row by row, ready to run on any of `rows` rows."""
+
+    def __init__(self, plan: Block, rows: int, operand: torch.dtype, stream: torch.dtype) -> None:
+        attn, mlp = plan.attn, plan.mlp
+        self.plan, self.operand, self.stream = plan, operand, stream
+        self._qkv = [_linear(linear, rows, operand) for linear in attn.qkv]
+        self._proj = _linear(attn.proj, rows, operand)
+        self._fc1 = _linear(mlp.fc1, rows, operand, mlp.act, mlp.packed, mlp.gate)
+        self._fc2 = _linear(mlp.fc2, rows, operand)
+        self._normed = _gemm.empty((min(rows, WHOLE_ROWS), len(attn.proj.weight)), operand)
+
+    def project(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """norm1 and the projection(s) to q, k and v: [rows, 3 A], or three of [rows, A]."""
+        chunks = _chunks(len(x))
+        if len(chunks) == 1:
+            part = self._to_qkv(x)
+            return [layer(part) for layer in self._qkv]
+        sizes = [linear.weight.shape[0] for linear in self.plan.attn.qkv]
+        results = [_gemm.empty((len(x), size), self.operand) for size in sizes]
+        for chunk in chunks:
+            part = self._to_qkv(x[chunk])
+            for layer, result in zip(self._qkv, results, strict=True):
+                result[chunk] = layer(part)
+        return results
+
+    def _to_qkv(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.plan.norms_last:
+            return _normalise(x, self.plan.norm1, self._normed[: len(x)])
+        return x.to(self.operand)
+
+    def finish(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
+        """Everything after the attention, into `out` [rows, C]."""
+        norm = self.plan.attn.norm
+        for chunk in _chunks(len(x)):
+            part = attended[chunk]
+            if norm is not None:
+                part = _normalise(part, norm, part)
+            finish = self._norm_last if self.plan.norms_last else self._norm_first
+            finish(x[chunk], self._proj(part), out[chunk])
+
+    def _norm_first(self, x: torch.Tensor, branch: torch.Tensor, out: torch.Tensor) -> None:
+        plan = self.plan
         part = norm_op.forward(
-            norm_op.KINDS[norm2.kind],
-            x[chunk],
-            branch=proj(part),
+            norm_op.KINDS[plan.norm2.kind],
+            x,
+            branch=branch,
             gamma=plan.gamma1,
-            weight=norm2.weight,
-            bias=norm2.bias,
-            eps=norm2.eps,
-            residual_out=stream,
-            normed_out=normed[: len(stream)],
+            weight=plan.norm2.weight,
+            bias=plan.norm2.bias,
+            eps=plan.norm2.eps,
+            residual_out=out,
+            normed_out=self._normed[: len(x)],
         )[1]
-        hidden = fc1(part)
-        if mlp.norm is not None:
-            hidden = _normalise(hidden, mlp.norm, hidden)
         norm_op.forward(
-            norm_op.NONE, stream, branch=fc2(hidden), gamma=plan.gamma2, residual_out=stream
+            norm_op.NONE, out, branch=self._mlp(part), gamma=plan.gamma2, residual_out=out
         )
+
+    def _norm_last(self, x: torch.Tensor, branch: torch.Tensor, out: torch.Tensor) -> None:
+        _add_normed(x, branch, self.plan.norm1, out)
+        _add_normed(out, self._mlp(out.to(self.operand)), self.plan.norm2, out)
+
+    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self._fc1(x)
+        norm = self.plan.mlp.norm
+        return self._fc2(hidden if norm is None else _normalise(hidden, norm, hidden))
+
+
+def _add_normed(x: torch.Tensor, branch: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
+    normed = _normalise(branch, norm, _gemm.empty(branch.shape, out.dtype))
+    norm_op.forward(norm_op.NONE, x, branch=normed, residual_out=out)
 
 
 def _linear(

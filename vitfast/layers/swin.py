@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from timm.models import swin_transformer
 
-from vitfast.layers import _attention, _block, _guard
-from vitfast.layers._attention import Attention, Windows
+from vitfast.layers import _attention, _block, _guard, _windowed
+from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
 
 
@@ -36,10 +36,8 @@ class WindowAttention(Layer, swin_transformer.WindowAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        plan = None if mask is not None else _guard.ready(plan_attention, self, x)
-        if plan is None or x.ndim != 3 or x.shape[1] != self.window_area:
-            return super().forward(x, mask=mask)
-        return _attention.attend(x, plan, windows=Windows(self.window_size, self.window_size))
+        out = _windowed.attend(self, x, mask, plan_attention)
+        return super().forward(x, mask=mask) if out is None else out
 
 
 class SwinTransformerBlock(Layer, swin_transformer.SwinTransformerBlock):
@@ -49,15 +47,8 @@ class SwinTransformerBlock(Layer, swin_transformer.SwinTransformerBlock):
     plan = staticmethod(_block.without_layer_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_block.without_layer_scale, self, x)
-        if plan is None or x.ndim != 4:
-            return super().forward(x)
-        size = (x.shape[1], x.shape[2])
-        # timm cuts its mask for the size it was told, and works with no other.
-        if any(self.shift_size) and not self.dynamic_mask and size != tuple(self.input_resolution):
-            return super().forward(x)
-        windows = Windows(size, tuple(self.window_size), tuple(self.shift_size))
-        return _block.run(x.flatten(1, 2), plan, windows=windows).unflatten(1, size)
+        out = _windowed.run_block(self, x, _block.without_layer_scale)
+        return super().forward(x) if out is None else out
 
 
 _attention.PLANS |= {

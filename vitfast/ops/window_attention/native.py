@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from vitfast.ops.window_attention.reference import LARGEST_SCALE, factors
@@ -26,20 +28,71 @@ def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save
     batch, high, wide, _, heads, dim = qkv.shape
     out = qkv.new_empty(batch, high, wide, heads, dim)
     stats = qkv.new_empty(stats_shape(qkv, window) if save_stats else 0, dtype=torch.float32)
-    keep: list[torch.Tensor] = []  # converted tensors have to outlive the call
-    problem = _problem(keep, qkv, window, shift, table, pad, logit_scale, scale, roll_first)
-    native().window_forward(problem, out.data_ptr(), address(stats), threads())
+    with_terms = terms(heads, dim, table, pad, logit_scale, scale)
+    run(qkv, out, (high, wide), window, shift, with_terms, roll_first=roll_first, stats=stats)
     return out, stats
+
+
+class Terms(NamedTuple):
+    """What the kernels add to and multiply with; float32, contiguous."""
+
+    scale: torch.Tensor  # [heads]
+    table: torch.Tensor | None  # [heads, positions]
+    pad: torch.Tensor | None  # [3, heads, D]
+    cosine: bool
+
+
+def terms(
+    heads: int,
+    dim: int,
+    table: torch.Tensor | None,
+    pad: torch.Tensor | None,
+    logit_scale: torch.Tensor | None,
+    scale: float | None = None,
+) -> Terms:
+    """The arguments of the op as the kernels want them; ready for several calls of `run`."""
+    f32 = torch.float32
+    return Terms(
+        factors(logit_scale, heads, dim, scale, f32, torch.device("cpu")).contiguous(),
+        None if table is None else table.to(f32).t().contiguous(),
+        None if pad is None else pad.to(f32).contiguous(),
+        logit_scale is not None,
+    )
+
+
+def run(
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    size: tuple[int, int],
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    terms: Terms,
+    *,
+    roll_first: bool = True,
+    stats: torch.Tensor | None = None,
+    stripe: tuple[int, int] | None = None,
+) -> None:
+    """The forward into `out`; checks nothing beyond what addresses need.
+
+    Args:
+        qkv: [B, H, W, 3, heads, D]; out: [B, H, W, heads, D], contiguous.
+        size: H and W of the map.
+        stripe: (first, last): only these rows of windows, of one image. Then qkv and out hold just
+            their rows of the map, which has been rolled back by shift[0] already.
+    """
+    qkv = _unit_stride(qkv)
+    problem = _problem(qkv, size, window, shift, terms, roll_first, stripe)
+    native().window_forward(problem, out.data_ptr(), address(stats), threads())
 
 
 def backward(
     grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, wanted
 ):  # fmt: skip
     if stats.flatten()[-1] < 0:  # the forward ran on another backend, which saves none
-        out, stats = forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, True)
-    keep: list[torch.Tensor] = []
-    problem = _problem(keep, qkv, window, shift, table, pad, logit_scale, scale, roll_first)
-    grad = grad.contiguous()
+        _, stats = forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, True)
+    qkv, grad = _unit_stride(qkv), grad.contiguous()
+    with_terms = terms(*qkv.shape[-2:], table, pad, logit_scale, scale)
+    problem = _problem(qkv, qkv.shape[1:3], window, shift, with_terms, roll_first)
     dqkv = qkv.new_empty(qkv.shape)
     sums = [
         qkv.new_empty((*t.shape[1:], *t.shape[:1]) if t is table else t.shape, dtype=torch.float32)
@@ -48,7 +101,7 @@ def backward(
         for t, w in zip((table, pad, logit_scale), wanted[1:], strict=True)
     ]
     native().window_backward(
-        problem, out.data_ptr(), stats.data_ptr(), grad.data_ptr(), dqkv.data_ptr(),
+        problem, stats.data_ptr(), grad.data_ptr(), dqkv.data_ptr(),
         *map(address, sums), threads(),
     )  # fmt: skip
     dtable, dpad, dscale = sums
@@ -64,22 +117,18 @@ def backward(
     return tuple(qkv.new_empty(0) if t is None else t for t in found)
 
 
-def _problem(keep, qkv, window, shift, table, pad, logit_scale, scale, roll_first):
-    """`WindowProblem` of csrc/bindings.cpp; keeps what it converts."""
-    batch, high, wide, _, heads, dim = qkv.shape
-    qkv = qkv if qkv.stride(-1) == 1 or dim == 1 else qkv.contiguous()
-    f32 = torch.float32
-    by_head = factors(logit_scale, heads, dim, scale, f32, qkv.device).contiguous()
-    by_position = None if table is None else table.to(f32).t().contiguous()
-    padding = None if pad is None else pad.to(f32).contiguous()
+def _unit_stride(qkv: torch.Tensor) -> torch.Tensor:
+    return qkv if qkv.stride(-1) == 1 or qkv.shape[-1] == 1 else qkv.contiguous()
+
+
+def _problem(qkv, size, window, shift, terms, roll_first, stripe=None):
+    """`WindowProblem` of csrc/bindings.cpp."""
     sb, sy, sx, s3, sh, _ = qkv.stride()
-    problem = (
-        DTYPE_CODES[qkv.dtype], (batch, high, wide, heads, dim), (*window, *shift), roll_first,
-        logit_scale is not None, qkv.data_ptr(), (sb, sy, sx, s3, sh), by_head.data_ptr(),
-        address(by_position), address(padding),
+    return (
+        DTYPE_CODES[qkv.dtype], (qkv.shape[0], *size, *qkv.shape[-2:]), (*window, *shift),
+        roll_first, terms.cosine, qkv.data_ptr(), (sb, sy, sx, s3, sh), terms.scale.data_ptr(),
+        address(terms.table), address(terms.pad), stripe,
     )  # fmt: skip
-    keep += [t for t in (qkv, by_head, by_position, padding) if t is not None]
-    return problem
 
 
 def stats_shape(qkv: torch.Tensor, window: tuple[int, int]) -> tuple[int, ...]:

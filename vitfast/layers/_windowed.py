@@ -1,0 +1,40 @@
+"""What the drop-ins of Swin and Swin V2 share: a map's windows, and when timm has to run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vitfast.layers import _attention, _block, _guard
+from vitfast.layers._attention import Attention, Windows
+from vitfast.layers._block import Block
+
+
+def attend(
+    module: Any, x: torch.Tensor, mask: torch.Tensor | None, plan: Callable[[Any], Attention]
+) -> torch.Tensor | None:
+    """Attention of windows x [windows, N, C]; None where it is for timm's forward."""
+    window = tuple(module.window_size)
+    if mask is not None or x.ndim != 3 or x.shape[1] != window[0] * window[1]:
+        return None
+    planned = _guard.ready(plan, module, x)
+    return planned and _attention.attend(x, planned, windows=Windows(window, window))
+
+
+def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> torch.Tensor | None:
+    """The block on a map x [B, H, W, C]; None where it is for timm's forward."""
+    planned = _guard.ready(plan, module, x)
+    if planned is None or x.ndim != 4:
+        return None
+    size = (x.shape[1], x.shape[2])
+    # timm cuts its mask for the size it was told, and works with no other.
+    if (
+        any(module.shift_size)
+        and not module.dynamic_mask
+        and size != tuple(module.input_resolution)
+    ):
+        return None
+    windows = Windows(size, tuple(module.window_size), tuple(module.shift_size))
+    return _block.run(x.flatten(1, 2), planned, windows=windows).unflatten(1, size)

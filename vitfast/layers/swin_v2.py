@@ -1,0 +1,58 @@
+"""Drop-ins for the window attention and block of timm's Swin Transformer V2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models import swin_transformer_v2
+
+from vitfast.layers import _attention, _block, _guard, _windowed
+from vitfast.layers._attention import Attention
+from vitfast.layers._base import Layer
+from vitfast.layers._guard import Linear
+
+
+def plan_attention(module: Any) -> Attention:
+    """How timm's Swin V2 `WindowAttention` computes."""
+    children = module._modules
+    _guard.check_no_dropout(children, "attn_drop")
+    _guard.check_no_dropout(children, "proj_drop")
+    weight = _guard.linear(children, "qkv").weight
+    # The whole module is called, whatever became of it: hooks and replaced layers count.
+    position = module.cpb_mlp(module.relative_coords_table).view(-1, module.num_heads)
+    return Attention(
+        heads=module.num_heads,
+        qkv=(Linear(weight, _attention.packed_bias(module)),),
+        proj=_guard.linear(children, "proj"),
+        table=16 * torch.sigmoid(position),
+        logit_scale=_guard.tensor(module, "logit_scale").flatten(),
+    )
+
+
+class WindowAttention(Layer, swin_transformer_v2.WindowAttention):
+    """`timm.models.swin_transformer_v2.WindowAttention`, as that of Swin."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        out = _windowed.attend(self, x, mask, plan_attention)
+        return super().forward(x, mask=mask) if out is None else out
+
+
+class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
+    """`timm.models.swin_transformer_v2.SwinTransformerV2Block`, as `SwinTransformerBlock`."""
+
+    role = "block"
+    plan = staticmethod(_block.with_norms_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _windowed.run_block(self, x, _block.with_norms_last)
+        return super().forward(x) if out is None else out
+
+
+_attention.PLANS |= {
+    swin_transformer_v2.WindowAttention: plan_attention,
+    WindowAttention: plan_attention,
+}
