@@ -183,7 +183,8 @@ inline void flip_signs(uint32_t* p, int64_t n) {
 //   D; scale; terms (whether something is added to the scores); last_key(q1), past the keys they see;
 //   hidden(first, count, k0): no query of a block sees a key from k0 on;
 //   queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
-//   add(first, count, k0, keys, s): adds to scores in powers of two;
+//   add_scores(w, lanes, units, factor, first, count, k0, keys, top): w.s = scores * factor with what is
+//     added to them, in powers of two, and their maximum with `top`;
 //   write(first, count, o, sum, max, c): takes O, its sums, and the maxima in units of c.
 template <class M, class P>
 inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
@@ -226,16 +227,7 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
       for (int m = 0; m < kBlock; m += kLanes) store(top + m, load(max + m));
       const typename M::Elem* lanes = w.q + i * units * kBlock;
       if (terms) {
-        alignas(64) float unused[kBlock];
-        for (int m = 0; m < kBlock; m += kLanes) store(unused + m, zero());
-        for_groups(keys, [&](int64_t r, int n) {
-          with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, unused});
-        });
-        for (int64_t j = 0; j < keys * kBlock; j += kLanes) store(w.s + j, load(w.s + j) * splat(factor));
-        p.add(first, count, k0, keys, w.s);
-        for (int64_t k = 0; k < keys; ++k)
-          for (int m = 0; m < vecs * kLanes; m += kLanes)
-            store(top + m, vmax(load(top + m), load(w.s + k * kBlock + m)));
+        p.add_scores(w, lanes, units, factor, first, count, k0, keys, top);
       } else {
         for_groups(keys, [&](int64_t r, int n) {
           with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, top});

@@ -45,10 +45,21 @@ struct Dense {
   const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
     return fetch_rows<Row>(value, begin, count, width, w.rows, w.row, ld);
   }
-  void add(int64_t first, int64_t count, int64_t k0, int64_t keys, float* s) const {
-    if (a.mask.ptr) add_term(a.mask, mask_base, first, count, k0, keys, s);
-    if (a.bias.ptr) add_term(a.bias, bias_base, first, count, k0, keys, s);
-    if (a.causal) add_causal(first, count, k0, keys, s);
+  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor, int64_t first,
+                  int64_t count, int64_t k0, int64_t keys, float* top) const {
+    alignas(64) float unused[kBlock];
+    for (int m = 0; m < kBlock; m += kLanes) store(unused + m, zero());
+    const int vecs = static_cast<int>(ceil_div(count, kLanes));
+    for_groups(keys, [&](int64_t r, int n) {
+      with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, unused});
+    });
+    for (int64_t j = 0; j < keys * kBlock; j += kLanes) store(w.s + j, load(w.s + j) * splat(factor));
+    if (a.mask.ptr) add_term(a.mask, mask_base, first, count, k0, keys, w.s);
+    if (a.bias.ptr) add_term(a.bias, bias_base, first, count, k0, keys, w.s);
+    if (a.causal) add_causal(first, count, k0, keys, w.s);
+    for (int64_t k = 0; k < keys; ++k)
+      for (int m = 0; m < vecs * kLanes; m += kLanes)
+        store(top + m, vmax(load(top + m), load(w.s + k * kBlock + m)));
   }
   template <class T>
   void write_as(int64_t first, int64_t count, const float* o, const float* sum) const {

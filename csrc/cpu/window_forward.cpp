@@ -2,8 +2,7 @@
 // 4 reads and writes of [B, H, W, heads, D], whichever takes longer: at 7 x 7 windows, the traffic.
 #include "../common/parallel.h"
 #include "../common/scratch.h"
-#include "attention_block.h"
-#include "window_rows.h"
+#include "window_tile.h"
 
 namespace vitfast {
 namespace VITFAST_ISA {
@@ -38,19 +37,20 @@ struct Window {
   const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
     return rows(2, begin, count, width, w, ld);
   }
-  void add(int64_t first, int64_t count, int64_t k0, int64_t keys, float* s) const {
-    for (int64_t k = 0; k < keys; ++k) {
-      float* row = s + k * kBlock;
-      if (bias) {
-        const float* from = bias + (k0 + k) * ld_bias + first;
-        for (int64_t m = 0; m < count; m += kLanes) store(row + m, load(row + m) + load(from + m));
-      }
-      if (bands) {
-        const vf mine = splat(bands[k0 + k]);
-        for (int64_t m = 0; m < count; m += kLanes)
-          store(row + m, load(row + m) + select(load(bands + first + m) == mine, zero(), splat(kHidden)));
-      }
-    }
+  // The product of keys k.. and queries `first`.. that makes their scores.
+  template <class Keys>
+  TermScores<M, Keys> scores(const Keys& keys, const typename M::Elem* lanes, int64_t units, float factor,
+                             int64_t first, int64_t k, float* s, float* max) const {
+    return {keys, lanes, units, factor, bias ? bias + k * ld_bias + first : nullptr, ld_bias,
+            bands ? bands + first : nullptr, bands ? bands + k : nullptr, s, max};
+  }
+  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor, int64_t first,
+                  int64_t count, int64_t k0, int64_t keys, float* top) const {
+    const int vecs = static_cast<int>(ceil_div(count, kLanes));
+    for_groups(keys, [&](int64_t r, int n) {
+      with_tile(n, vecs, scores(PanelKeys<M>{w.k + r * units}, lanes, units, factor, first, k0 + r,
+                                w.s + r * kBlock, top));
+    });
   }
   template <class T>
   void write_as(int64_t first, int64_t count, const float* o, const float* sum) const {
@@ -75,56 +75,140 @@ struct Window {
   }
 };
 
+// Windows of up to kBlock tokens whose rows hold whole units of a product.
+template <class M>
+inline bool is_tile(const WindowArgs& a) {
+  return a.wh * a.ww <= kBlock && a.D % M::kPair == 0;
+}
+
+// Per-thread memory of a tile, beside that of all windows.
+template <class M>
+struct Tile {
+  typedef typename M::Elem Elem;
+  typedef typename M::Row Row;
+  const Row** rows;    // [3][kBlock]: q, k, v of each token
+  const Elem** units;  // [kBlock]
+  Row* copies;         // [3][kBlock][D]: of length 1 for attention by cosine; padding
+  Elem *q, *values;    // [unit][kBlock]; [unit of keys][D]
+
+  static int64_t bytes(int64_t D) { return Tile().carve(nullptr, D); }
+  int64_t carve(char* base, int64_t D) {
+    int64_t used = 0;
+    used = take(base, used, rows, 3 * static_cast<int64_t>(kBlock));
+    used = take(base, used, units, static_cast<int64_t>(kBlock));
+    used = take(base, used, copies, 3 * kBlock * D);
+    used = take(base, used, q, D / M::kPair * kBlock);
+    return take(base, used, values, M::kPair == 1 ? 0 : kBlock / 2 * D);
+  }
+};
+
+constexpr int64_t kCached = 2 << 20;  // bytes of qkv that the caches hand out fast enough
+
+template <class M>
+inline void attend_tile(const Window<M>& p, const Tile<M>& t, const Workspace<M>& w) {
+  typedef typename M::Row Row;
+  const WindowArgs& a = p.a;
+  const int64_t N = p.N, D = p.D, units = D / M::kPair, key_units = ceil_div(N, M::kPair);
+  const int vecs = static_cast<int>(ceil_div(N, kLanes));
+  constexpr int64_t kLine = 64 / sizeof(Row);
+  const bool ahead = 3 * a.B * a.H * a.W * a.heads * D * static_cast<int64_t>(sizeof(Row)) > kCached && !a.stripe;
+  for (int part = 0; part < 3; ++part) {
+    const int64_t offset = p.batch * a.sb + part * a.s3 + p.head * a.shead;
+    const Row** rows = t.rows + part * kBlock;
+    for (int64_t i = 0; i < N; ++i) {
+      const int64_t token = p.token[i];
+      Row* copy = t.copies + (part * kBlock + i) * D;
+      if (token >= 0 && (part == 2 || !a.cosine)) {
+        rows[i] = static_cast<const Row*>(a.qkv) + offset + token / a.W * a.sy + token % a.W * a.sx;
+        // The same of the window to the right, which mostly is the next.
+        if (ahead)
+          for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(rows[i] + a.ww * a.sx + d);
+      } else {
+        gather(a, p.batch, p.head, part, p.token + i, 1, D, w.row, copy);
+        rows[i] = copy;
+      }
+    }
+  }
+  pack_lanes_of<M>(t.rows, N, units, t.q);
+  pair_values(t.rows + 2 * kBlock, N, D, t.values, t.units);
+  alignas(64) float sum[kBlock];
+  for (int m = 0; m < kBlock; m += kLanes) store(w.max + m, splat(-kInf));
+  for_groups(N, [&](int64_t r, int n) {
+    with_tile(n, vecs, p.scores(RowKeys<M>{t.rows + kBlock + r}, t.q, units, p.scale * kLog2e, 0, r,
+                                w.s + r * kBlock, w.max));
+  });
+  for (int m = 0; m < vecs * kLanes; m += kLanes) {
+    const vf top = load(w.max + m);  // a finite shift avoids inf - inf
+    store(w.max + m, select(top == -kInf, zero(), top));
+  }
+  exponentials<M>(vecs, w.s, N, 1.f, w.max, sum, w.pairs);
+  for_groups(D, [&](int64_t d, int n) {
+    with_tile(n, vecs, TileOutput<M>{{t.units, d}, probabilities(w, M{}), key_units, w.o + d * kBlock});
+  });
+  p.write(0, N, w.o, sum, w.max, 1.f);
+}
+
 // What a thread holds of a window beside the workspace.
 struct Map {
   int64_t* token;
   float *bands, *bias;
 
-  static int64_t bytes(int64_t N, bool biased) { return Map().carve(nullptr, N, biased); }
-  int64_t carve(char* base, int64_t N, bool biased) {
+  static int64_t bytes(int64_t N, int64_t pairs) { return Map().carve(nullptr, N, pairs); }
+  int64_t carve(char* base, int64_t N, int64_t pairs) {
     const int64_t ld = ceil_div(N, kBlock) * kBlock;
     int64_t used = 0;
     used = take(base, used, token, ld);
     used = take(base, used, bands, ld);
-    return take(base, used, bias, biased ? N * ld : 0);
+    return take(base, used, bias, pairs);
   }
 };
+
+constexpr int64_t kSharedBias = 1 << 17;  // floats: the bias of all heads that stays in cache
 
 template <class M>
 void forward(const WindowArgs& a) {
   const int threads = a.threads < 1 ? 1 : a.threads;
   const Grid g = grid(a);
-  const int64_t N = g.tokens, blocks = ceil_div(N, kBlock), windows = (a.last - a.first) * g.wide;
-  const int64_t work = Workspace<M>::bytes(blocks, a.D), bytes = work + Map::bytes(N, a.table);
-  Scratch scratch(bytes * threads);
-  parallel_for(a.heads * a.B * windows, threads, [&](int64_t begin, int64_t end, int thread) {
+  const int64_t N = g.tokens, blocks = ceil_div(N, kBlock), ld = blocks * kBlock;
+  const int64_t windows = a.B * (a.last - a.first) * g.wide, pairs = a.table ? N * ld : 0;
+  // A window's heads one after the other read memory in order; but a large bias is filled for one head
+  // and used for all windows.
+  const bool by_window = a.heads * pairs <= kSharedBias;
+  const bool tile = is_tile<M>(a);
+  const int64_t own_pairs = by_window ? 0 : pairs;
+  const int64_t work = Workspace<M>::bytes(blocks, a.D), map_bytes = Map::bytes(N, own_pairs);
+  const int64_t bytes = work + map_bytes + (tile ? Tile<M>::bytes(a.D) : 0);
+  Scratch scratch(bytes * threads), shared(by_window ? a.heads * pairs * 4 : 0);
+  if (by_window && pairs)
+    parallel_for(a.heads, threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t head = begin; head < end; ++head) fill_bias(a, head, ld, shared.as<float>() + head * pairs);
+    });
+  parallel_for(a.heads * windows, threads, [&](int64_t begin, int64_t end, int thread) {
     char* base = scratch.as<char>(thread * bytes);
     Workspace<M> w;
     w.carve(base, blocks, a.D);
     Map map;
-    map.carve(base + work, N, a.table);
-    for (int64_t i = N; i < blocks * kBlock; ++i) map.bands[i] = 0.f;
-    int64_t head = -1;
+    map.carve(base + work, N, own_pairs);
+    Tile<M> t{};
+    if (tile) t.carve(base + work + map_bytes, a.D);
+    for (int64_t i = N; i < ld; ++i) map.bands[i] = 0.f;
+    int64_t mapped = -1, filled = -1;
+    bool several = false;
     for (int64_t task = begin; task < end; ++task) {
-      if (task / (a.B * windows) != head) {
-        head = task / (a.B * windows);
-        if (a.table) fill_bias(a, head, blocks * kBlock, map.bias);
-      }
-      const int64_t batch = task / windows % a.B, index = a.first * g.wide + task % windows;
-      const bool several = map_window(a, index, map.token, map.bands);
-      const Window<M> window{a,
-                             batch,
-                             index,
-                             head,
-                             a.D,
-                             a.scale[head],
-                             a.table || several,
-                             map.token,
-                             several ? map.bands : nullptr,
-                             a.table ? map.bias : nullptr,
-                             blocks * kBlock,
-                             N};
-      attend<M>(window, 0, N, w);
+      const int64_t window = by_window ? task / a.heads : task % windows;
+      const int64_t head = by_window ? task % a.heads : task / windows;
+      const int64_t batch = window / (windows / a.B), index = a.first * g.wide + window % (windows / a.B);
+      if (window != mapped) several = map_window(a, index, map.token, map.bands);
+      if (!by_window && head != filled && a.table) fill_bias(a, head, ld, map.bias);
+      mapped = window;
+      filled = head;
+      const float* bias = by_window ? shared.as<float>() + head * pairs : map.bias;
+      const Window<M> p{a, batch, index, head, a.D, a.scale[head], a.table || several, map.token,
+                        several ? map.bands : nullptr, a.table ? bias : nullptr, ld, N};
+      if (tile)
+        attend_tile<M>(p, t, w);
+      else
+        attend<M>(p, 0, N, w);
     }
   });
 }

@@ -66,10 +66,15 @@ inline void fill_bias(const WindowArgs& a, int64_t head, int64_t ld, float* bias
     }
 }
 
+inline vf rounded(vf x, DType dtype) { return dtype == DType::f32 ? x : from_bf16(to_bf16(x)); }
+
 // 1 / max(|x|, 1e-12), as torch.nn.functional.normalize.
 inline float inverse_length(const float* x, int64_t D) {
-  double sum = 0;
-  for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(x[d]) * x[d];
+  vf squares = zero();
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) squares = fma(load(x + d), load(x + d), squares);
+  double sum = sum_lanes(squares);
+  for (; d < D; ++d) sum += static_cast<double>(x[d]) * x[d];
   const double length = __builtin_sqrt(sum);
   return static_cast<float>(1.0 / (length > 1e-12 ? length : 1e-12));
 }
@@ -97,8 +102,10 @@ inline void read_token(const WindowArgs& a, int64_t batch, int64_t head, int par
 inline void fetch_token(const WindowArgs& a, int64_t batch, int64_t head, int part, int64_t token, float* row) {
   read_token(a, batch, head, part, token, row);
   if (!a.cosine || part == 2) return;
-  const float inverse = inverse_length(row, a.D);
-  for (int64_t d = 0; d < a.D; ++d) row[d] = rounded(row[d] * inverse, a.dtype);
+  const vf inverse = splat(inverse_length(row, a.D));
+  int64_t d = 0;
+  for (; d + kLanes <= a.D; d += kLanes) store(row + d, rounded(load(row + d) * inverse, a.dtype));
+  for (; d < a.D; ++d) row[d] = rounded(row[d] * inverse[0], a.dtype);
 }
 
 // Rows of tokens, `width` elements each and zero beyond D, into `out`.
