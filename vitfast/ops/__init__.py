@@ -16,6 +16,7 @@ from vitfast.ops.linear_act.api import linear_act
 from vitfast.ops.mlp.api import mlp
 from vitfast.ops.norm_add.api import norm_add
 from vitfast.ops.patch_embed.api import patch_embed
+from vitfast.ops.patch_merge.api import patch_merge
 from vitfast.ops.residual_add.api import residual_add
 from vitfast.ops.rms_norm.api import rms_norm
 from vitfast.ops.window_attention.api import window_attention
@@ -33,6 +34,7 @@ NAMES = (
     "linear_act",
     "mlp",
     "patch_embed",
+    "patch_merge",
     "window_attention",
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "mlp",
     "norm_add",
     "patch_embed",
+    "patch_merge",
     "residual_add",
     "rms_norm",
     "spec_of",
