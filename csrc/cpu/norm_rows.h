@@ -1,6 +1,7 @@
 // What the forward and the backward of the norms share: loops over a row, statistics, layout.
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include "../common/parallel.h"
 #include "../common/scratch.h"
@@ -103,12 +104,30 @@ inline void stretches(const Rows& r, int64_t b, int64_t n, int64_t C, const F& f
   }
 }
 
+// Bits as they are: conversions may lose denormals.
+template <class T>
+inline void copy(const T* from, T* to, Whole, bool past) {
+  std::conditional_t<std::is_same_v<T, float>, vf, vh> bits;
+  std::memcpy(&bits, from, sizeof bits);
+  if (past)
+    stream(to, bits);
+  else
+    store(to, bits);
+}
+template <class T>
+inline void copy(const T* from, T* to, Part s, bool) {
+  std::memcpy(to, from, s.n * sizeof(T));
+}
 template <class From, class To>
 void convert(const void* from_, void* to_, bool stream_out, int64_t C) {
   const From* from = static_cast<const From*>(from_);
   To* to = static_cast<To*>(to_);
-  over(C, [&](int64_t c, int, auto span)
-              VITFAST_INLINE { put(to + c, load(from + c, span), span, stream_out); });
+  over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
+    if constexpr (std::is_same_v<From, To>)
+      copy(from + c, to + c, span, stream_out);
+    else
+      put(to + c, load(from + c, span), span, stream_out);
+  });
 }
 // A row or [C] vector as floats: where it lies, or converted into `scratch`.
 inline const float* floats(const void* p, DType dtype, float* scratch, int64_t C) {
