@@ -49,10 +49,7 @@ WriteRow write_row_for(DType y, bool based) {
 
 // The row as it is, in another dtype and place.
 void copy_row(const Rows& from, const Rows& to, int64_t b, int64_t n, bool stream_out, int64_t C) {
-  const bool wide = to.dtype == DType::f32;
-  const auto copy = from.dtype == DType::f32
-                        ? (wide ? convert<float, float> : convert<float, bf16_t>)
-                        : (wide ? convert<bf16_t, float> : convert<bf16_t, bf16_t>);
+  const Convert copy = convert_for(from.dtype, to.dtype);
   char* const row = at(to, b, n);
   stretches(from, b, n, C, [&](const void* pixel, int64_t c, int64_t length) {
     if (pixel != nullptr)

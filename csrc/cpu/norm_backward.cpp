@@ -102,6 +102,9 @@ void norm_backward(const NormBackward& a) {
   const int64_t C = a.C, rows = a.B * a.N;
   const bool norm = a.kind != NormKind::none, rms = a.kind == NormKind::rms;
   const SecondPass second_pass = second_pass_for(a.dx.dtype, a.dbranch.dtype);
+  // The gradient of patches that no norm came after is the gradient itself, in another place.
+  const Convert scatter =
+      !norm && a.dx.H > 0 ? convert_for(a.grad_residual.dtype, a.dx.dtype) : nullptr;
   const bool branch_scaled = a.gamma.ptr != nullptr || a.drop_scale != nullptr;
 
   const auto bytes = [](const Rows& r) { return r.ptr != nullptr ? size_of(r.dtype) : 0; };
@@ -149,7 +152,7 @@ void norm_backward(const NormBackward& a) {
         };
         RowView v = {};
         v.drop = a.drop_scale != nullptr ? a.drop_scale[b] : 1.f;
-        v.grad_residual = row(a.grad_residual, 0);
+        if (scatter == nullptr) v.grad_residual = row(a.grad_residual, 0);
         if (a.dgamma.ptr != nullptr) v.branch = row(a.branch, 1);
         if (norm) {
           v.grad = row(a.grad_normed, 2);
@@ -167,10 +170,14 @@ void norm_backward(const NormBackward& a) {
           first_pass(v, weight, rms, sum_of[1], sum_of[2], C);
         }
         if (a.dx.H > 0) {
+          const char* grad = scatter != nullptr ? at(a.grad_residual, b, n) : nullptr;
           stretches(a.dx, b, n, C, [&](void* pixel, int64_t c, int64_t length) {
-            if (pixel != nullptr)
-              second_pass(v.from(c), norm ? weight + c : nullptr, nullptr, pixel, nullptr, nullptr,
-                          stream_x, false, length);
+            if (pixel == nullptr) return;
+            if (scatter != nullptr)
+              scatter(grad + c * size_of(a.grad_residual.dtype), pixel, stream_x, length);
+            else
+              second_pass(v.from(c), weight + c, nullptr, pixel, nullptr, nullptr, stream_x, false,
+                          length);
           });
         } else {
           void* dx = a.dx.ptr != nullptr ? at(a.dx, b, n) : nullptr;

@@ -96,8 +96,9 @@ template <class F>
 inline void stretches(const Rows& r, int64_t b, int64_t n, int64_t C, const F& f) {
   if (r.H == 0) return f(at(r, b, n), int64_t{0}, C);
   const int64_t across = (r.W + 1) / 2, length = C / 4;
+  const int64_t top = n / across * 2, left = n % across * 2;
   for (int k = 0; k < 4; ++k) {
-    const int64_t h = n / across * 2 + k % 2, w = n % across * 2 + k / 2;
+    const int64_t h = top + k % 2, w = left + k / 2;
     const int64_t offset = b * r.outer + h * r.inner + w * r.column;
     f(h < r.H && w < r.W ? static_cast<char*>(r.ptr) + offset * size_of(r.dtype) : nullptr,
       k * length, length);
@@ -129,6 +130,11 @@ void convert(const void* from_, void* to_, bool stream_out, int64_t C) {
       put(to + c, load(from + c, span), span, stream_out);
   });
 }
+using Convert = void (*)(const void*, void*, bool, int64_t);
+inline Convert convert_for(DType from, DType to) {
+  if (from == DType::f32) return to == DType::f32 ? convert<float, float> : convert<float, bf16_t>;
+  return to == DType::f32 ? convert<bf16_t, float> : convert<bf16_t, bf16_t>;
+}
 // A row or [C] vector as floats: where it lies, or converted into `scratch`.
 inline const float* floats(const void* p, DType dtype, float* scratch, int64_t C) {
   if (dtype == DType::f32) return static_cast<const float*>(p);
@@ -137,7 +143,7 @@ inline const float* floats(const void* p, DType dtype, float* scratch, int64_t C
 }
 inline const float* floats(const Rows& r, int64_t b, int64_t n, float* scratch, int64_t C) {
   if (r.H == 0) return floats(at(r, b, n), r.dtype, scratch, C);
-  const auto gather = r.dtype == DType::f32 ? convert<float, float> : convert<bf16_t, float>;
+  const Convert gather = convert_for(r.dtype, DType::f32);
   stretches(r, b, n, C, [&](const void* pixel, int64_t c, int64_t length) {
     if (pixel != nullptr)
       gather(pixel, scratch + c, false, length);

@@ -74,7 +74,8 @@ FAULTS = {
     "column past the edge": (NORM, "right[None, :] < width", "right[None, :] <= width",
                              "patch_merge", "odd_sizes"),
     "channels of the tile for the row's": (
-        NORM, "column // (BLOCK // 4) * (c // 4) + channel", "column", "patch_merge", "odd_sizes",
+        NORM, "(column // (BLOCK // 4)).to(tl.int64) * (c // 4) + channel", "column",
+        "patch_merge", "odd_sizes",
     ),
     "padding of ones in the backward": (
         NORM, "tl.load(residual_ptr + at, mask=mask & exists, other=0.0)",

@@ -42,7 +42,7 @@ def _columns(c, BLOCK: tl.constexpr, MERGE: tl.constexpr):
     if MERGE:
         channel = column % (BLOCK // 4)
         inside = channel < c // 4
-        column = column // (BLOCK // 4) * (c // 4) + channel
+        column = (column // (BLOCK // 4)).to(tl.int64) * (c // 4) + channel
     return column, inside
 
 
