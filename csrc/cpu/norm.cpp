@@ -24,14 +24,38 @@ double add_row(const void* x_, const void* branch_, const float* scale, void* re
   return sums.total();
 }
 
-template <class TY>
-void write_row(const float* row, const Moments& m, const float* weight, const float* bias, void* y_,
-               bool stream_out, int64_t C) {
+// y = normal * weight + bias, or base + scale times that.
+template <class TY, bool Based>
+void write_row(const float* row, const Moments& m, const float* weight, const float* bias,
+               const float* base, float scale_, void* y_, bool stream_out, int64_t C) {
   TY* y = static_cast<TY*>(y_);
   const vf mean = splat(m.mean), rstd = splat(m.rstd), shift = splat(m.shift);
+  const vf scale = splat(scale_);
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
     const vf normal = fma(load(row + c, span) - mean, rstd, shift);
-    put(y + c, fma(normal, load(weight + c, span), load(bias + c, span)), span, stream_out);
+    vf exact = fma(normal, load(weight + c, span), load(bias + c, span));
+    if constexpr (Based) exact = fma(exact, scale, load(base + c, span));
+    put(y + c, exact, span, stream_out);
+  });
+}
+
+using WriteRow = void (*)(const float*, const Moments&, const float*, const float*, const float*,
+                          float, void*, bool, int64_t);
+
+WriteRow write_row_for(DType y, bool based) {
+  if (y == DType::f32) return based ? write_row<float, true> : write_row<float, false>;
+  return based ? write_row<bf16_t, true> : write_row<bf16_t, false>;
+}
+
+// The row as it is, in another dtype and place.
+void copy_row(const Rows& from, const Rows& to, int64_t b, int64_t n, bool stream_out, int64_t C) {
+  const Convert copy = convert_for(from.dtype, to.dtype);
+  char* const row = at(to, b, n);
+  stretches(from, b, n, C, [&](const void* pixel, int64_t c, int64_t length) {
+    if (pixel != nullptr)
+      copy(pixel, row + c * size_of(to.dtype), stream_out, length);
+    else
+      std::memset(row + c * size_of(to.dtype), 0, length * size_of(to.dtype));
   });
 }
 
@@ -55,12 +79,15 @@ void norm_forward(const NormForward& a) {
   const bool norm = a.kind != NormKind::none;
   const AddRow add_row = rms ? add_row_for<true>(a.x.dtype, a.branch.dtype, a.residual.dtype)
                              : add_row_for<false>(a.x.dtype, a.branch.dtype, a.residual.dtype);
-  const auto write = a.normed.dtype == DType::f32 ? write_row<float> : write_row<bf16_t>;
+  const WriteRow write = write_row_for(a.normed.dtype, a.base.ptr != nullptr);
 
   const auto bytes = [](const Rows& r) { return r.ptr != nullptr ? size_of(r.dtype) : 0; };
   const int64_t call_bytes =
-      rows * C * (bytes(a.x) + bytes(a.branch) + bytes(a.residual) + bytes(a.normed));
-  const bool stream_residual = past_cache(a.residual, call_bytes);
+      rows * C *
+      (bytes(a.x) + bytes(a.branch) + bytes(a.base) + bytes(a.residual) + bytes(a.normed));
+  // A patch's row is written in four parts.
+  const bool whole_parts = a.x.H == 0 || C / 4 % kLanes == 0;
+  const bool stream_residual = whole_parts && past_cache(a.residual, call_bytes);
   const bool stream_normed = past_cache(a.normed, call_bytes);
   // A float residual is read back from the row just written, unless that went past the caches.
   const bool copy = norm && add && (stream_residual || a.residual.dtype != DType::f32);
@@ -82,20 +109,25 @@ void norm_forward(const NormForward& a) {
     for (int64_t i = begin; i < end; ++i) {
       if (new_sample && a.drop_scale != nullptr)
         scale = sample_scale(gamma, a.drop_scale[b], scale_scratch, C);
-      const float* row;
+      const float* row = nullptr;
       double sum = 0.;
       if (add) {
         void* residual = at(a.residual, b, n);
         sum = add_row(at(a.x, b, n), at(a.branch, b, n), scale, residual,
                       copy ? row_scratch : nullptr, stream_residual, C);
         row = copy ? row_scratch : static_cast<const float*>(residual);
-      } else {
-        row = floats(at(a.x, b, n), a.x.dtype, row_scratch, C);
+      } else if (norm) {
+        row = floats(a.x, b, n, row_scratch, C);
         sum = row_sum(row, C, rms);
+      } else {
+        copy_row(a.x, a.residual, b, n, stream_residual, C);
       }
       if (norm) {
         const Moments m = moments(row, C, sum, rms, a.eps);
-        write(row, m, weight, bias, at(a.normed, b, n), stream_normed, C);
+        const float* base =
+            a.base.ptr != nullptr ? floats(a.base, b, n, scale_scratch, C) : nullptr;
+        const float scale_of_norm = a.normed_scale != nullptr ? a.normed_scale[b] : 1.f;
+        write(row, m, weight, bias, base, scale_of_norm, at(a.normed, b, n), stream_normed, C);
         if (a.stats != nullptr) {
           a.stats[2 * i] = m.mean - m.shift / m.rstd;
           a.stats[2 * i + 1] = m.rstd;

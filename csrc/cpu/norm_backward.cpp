@@ -11,7 +11,24 @@ struct RowView {
   float mean, rstd;
   float mean_grad, mean_grad_x;  // means of g * weight and of g * weight * normal
   float drop;
+
+  // The same from channel c on.
+  RowView from(int64_t c) const {
+    const auto moved = [c](const float* p) { return p != nullptr ? p + c : nullptr; };
+    RowView v = *this;
+    v.grad = moved(grad), v.residual = moved(residual);
+    v.grad_residual = moved(grad_residual), v.branch = moved(branch);
+    return v;
+  }
 };
+
+// grad * scale, in `to`.
+const float* scaled(const float* grad, float scale, float* to, int64_t C) {
+  const vf factor = splat(scale);
+  over(C, [&](int64_t c, int, auto span)
+              VITFAST_INLINE { store(to + c, load(grad + c, span) * factor, span); });
+  return to;
+}
 
 // Means over the row; adds the row to the sums for weight and bias.
 void first_pass(RowView& v, const float* weight, bool rms, float* dweight, float* dbias,
@@ -85,7 +102,10 @@ void norm_backward(const NormBackward& a) {
   const int64_t C = a.C, rows = a.B * a.N;
   const bool norm = a.kind != NormKind::none, rms = a.kind == NormKind::rms;
   const SecondPass second_pass = second_pass_for(a.dx.dtype, a.dbranch.dtype);
-  const bool scaled = a.gamma.ptr != nullptr || a.drop_scale != nullptr;
+  // The gradient of patches that no norm came after is the gradient itself, in another place.
+  const Convert scatter =
+      !norm && a.dx.H > 0 ? convert_for(a.grad_residual.dtype, a.dx.dtype) : nullptr;
+  const bool branch_scaled = a.gamma.ptr != nullptr || a.drop_scale != nullptr;
 
   const auto bytes = [](const Rows& r) { return r.ptr != nullptr ? size_of(r.dtype) : 0; };
   const int64_t call_bytes = rows * C *
@@ -128,14 +148,16 @@ void norm_backward(const NormBackward& a) {
         if (new_sample && a.drop_scale != nullptr)
           scale = sample_scale(gamma, a.drop_scale[b], mine + 4 * vector, C);
         const auto row = [&](const Rows& r, int k) {
-          return r.ptr != nullptr ? floats(at(r, b, n), r.dtype, mine + k * vector, C) : nullptr;
+          return r.ptr != nullptr ? floats(r, b, n, mine + k * vector, C) : nullptr;
         };
         RowView v = {};
         v.drop = a.drop_scale != nullptr ? a.drop_scale[b] : 1.f;
-        v.grad_residual = row(a.grad_residual, 0);
+        if (scatter == nullptr) v.grad_residual = row(a.grad_residual, 0);
         if (a.dgamma.ptr != nullptr) v.branch = row(a.branch, 1);
         if (norm) {
           v.grad = row(a.grad_normed, 2);
+          if (a.normed_scale != nullptr)
+            v.grad = scaled(v.grad, a.normed_scale[b], mine + 2 * vector, C);
           v.residual = row(a.residual, 3);
           if (a.stats != nullptr) {
             v.mean = rms ? 0.f : a.stats[2 * i];
@@ -147,10 +169,22 @@ void norm_backward(const NormBackward& a) {
           }
           first_pass(v, weight, rms, sum_of[1], sum_of[2], C);
         }
-        void* dx = a.dx.ptr != nullptr ? at(a.dx, b, n) : nullptr;
-        void* dbranch = a.dbranch.ptr != nullptr ? at(a.dbranch, b, n) : nullptr;
-        second_pass(v, weight, scaled ? scale : nullptr, dx, dbranch, sum_of[0], stream_x,
-                    stream_branch, C);
+        if (a.dx.H > 0) {
+          const char* grad = scatter != nullptr ? at(a.grad_residual, b, n) : nullptr;
+          stretches(a.dx, b, n, C, [&](void* pixel, int64_t c, int64_t length) {
+            if (pixel == nullptr) return;
+            if (scatter != nullptr)
+              scatter(grad + c * size_of(a.grad_residual.dtype), pixel, stream_x, length);
+            else
+              second_pass(v.from(c), weight + c, nullptr, pixel, nullptr, nullptr, stream_x, false,
+                          length);
+          });
+        } else {
+          void* dx = a.dx.ptr != nullptr ? at(a.dx, b, n) : nullptr;
+          void* dbranch = a.dbranch.ptr != nullptr ? at(a.dbranch, b, n) : nullptr;
+          second_pass(v, weight, branch_scaled ? scale : nullptr, dx, dbranch, sum_of[0], stream_x,
+                      stream_branch, C);
+        }
         new_sample = ++n == a.N;
         if (new_sample) n = 0, ++b;
       }

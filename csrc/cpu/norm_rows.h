@@ -1,5 +1,8 @@
 // What the forward and the backward of the norms share: loops over a row, statistics, layout.
 #pragma once
+#include <cstring>
+#include <type_traits>
+
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "norm.h"
@@ -87,16 +90,67 @@ inline char* at(const Rows& r, int64_t b, int64_t n) {
   return static_cast<char*>(r.ptr) + (b * r.outer + n * r.inner) * size_of(r.dtype);
 }
 
+// f(address, c, length) for each stretch of a row in memory, from channel c on: the row, or the
+// four pixels of a patch, null past the map's edges.
+template <class F>
+inline void stretches(const Rows& r, int64_t b, int64_t n, int64_t C, const F& f) {
+  if (r.H == 0) return f(at(r, b, n), int64_t{0}, C);
+  const int64_t across = (r.W + 1) / 2, length = C / 4;
+  const int64_t top = n / across * 2, left = n % across * 2;
+  for (int k = 0; k < 4; ++k) {
+    const int64_t h = top + k % 2, w = left + k / 2;
+    const int64_t offset = b * r.outer + h * r.inner + w * r.column;
+    f(h < r.H && w < r.W ? static_cast<char*>(r.ptr) + offset * size_of(r.dtype) : nullptr,
+      k * length, length);
+  }
+}
+
+// Bits as they are: conversions may lose denormals.
 template <class T>
-inline const float* widen(const T* from, float* to, int64_t C) {
-  over(C, [&](int64_t c, int, auto span)
-              VITFAST_INLINE { store(to + c, load(from + c, span), span); });
-  return to;
+inline void copy(const T* from, T* to, Whole, bool past) {
+  std::conditional_t<std::is_same_v<T, float>, vf, vh> bits;
+  std::memcpy(&bits, from, sizeof bits);
+  if (past)
+    stream(to, bits);
+  else
+    store(to, bits);
+}
+template <class T>
+inline void copy(const T* from, T* to, Part s, bool) {
+  std::memcpy(to, from, s.n * sizeof(T));
+}
+template <class From, class To>
+void convert(const void* from_, void* to_, bool stream_out, int64_t C) {
+  const From* from = static_cast<const From*>(from_);
+  To* to = static_cast<To*>(to_);
+  over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
+    if constexpr (std::is_same_v<From, To>)
+      copy(from + c, to + c, span, stream_out);
+    else
+      put(to + c, load(from + c, span), span, stream_out);
+  });
+}
+using Convert = void (*)(const void*, void*, bool, int64_t);
+inline Convert convert_for(DType from, DType to) {
+  if (from == DType::f32) return to == DType::f32 ? convert<float, float> : convert<float, bf16_t>;
+  return to == DType::f32 ? convert<bf16_t, float> : convert<bf16_t, bf16_t>;
 }
 // A row or [C] vector as floats: where it lies, or converted into `scratch`.
 inline const float* floats(const void* p, DType dtype, float* scratch, int64_t C) {
-  return dtype == DType::f32 ? static_cast<const float*>(p)
-                             : widen(static_cast<const bf16_t*>(p), scratch, C);
+  if (dtype == DType::f32) return static_cast<const float*>(p);
+  convert<bf16_t, float>(p, scratch, false, C);
+  return scratch;
+}
+inline const float* floats(const Rows& r, int64_t b, int64_t n, float* scratch, int64_t C) {
+  if (r.H == 0) return floats(at(r, b, n), r.dtype, scratch, C);
+  const Convert gather = convert_for(r.dtype, DType::f32);
+  stretches(r, b, n, C, [&](const void* pixel, int64_t c, int64_t length) {
+    if (pixel != nullptr)
+      gather(pixel, scratch + c, false, length);
+    else
+      std::memset(scratch + c, 0, length * sizeof(float));
+  });
+  return scratch;
 }
 inline const float* floats(const Channels& v, float* scratch, int64_t C, float absent) {
   if (v.ptr != nullptr) return floats(v.ptr, v.dtype, scratch, C);
@@ -157,7 +211,9 @@ inline bool past_cache(const Rows& out, int64_t call_bytes) {
   const auto misaligned = [&](int64_t v) { return v % vector != 0; };
   return out.ptr != nullptr && call_bytes >= (int64_t{32} << 20) &&
          !misaligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(out.ptr))) &&
-         !misaligned(out.outer * size_of(out.dtype)) && !misaligned(out.inner * size_of(out.dtype));
+         !misaligned(out.outer * size_of(out.dtype)) &&
+         !misaligned(out.inner * size_of(out.dtype)) &&
+         !misaligned(out.column * size_of(out.dtype));
 }
 
 }  // namespace

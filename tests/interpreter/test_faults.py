@@ -54,6 +54,33 @@ FAULTS = {
                                       "layer_norm", "prime_width"),
     "drop scale of another sample": (NORM, "drop_ptr + row // n", "drop_ptr + row % n", "add_norm",
                                      "prime_width"),
+    "norm's scale of another sample": (NORM, "scale_ptr + row // n", "scale_ptr + row % n",
+                                       "norm_add", "prime_width"),
+    "gradient's scale left out": (
+        NORM, "            if scale_ptr is not None:\n                g *=",
+        "            if scale_ptr is None:\n                g *=", "norm_add", "prime_width",
+    ),
+    "stream of another row": (NORM, "(row, n, base_outer", "(row + 1, n, base_outer", "norm_add",
+                              "rms_small"),
+    "stream scaled too": (
+        NORM, "y += tl.load(base_ptr + at, mask=mask, other=0.0).to(ACC)",
+        "y += tl.load(base_ptr + at, mask=mask, other=0.0).to(ACC) * 0.75", "norm_add", "rms_small",
+    ),
+    "pixels right before down": (NORM, "down, right = quarter % 2, quarter // 2",
+                                 "right, down = quarter % 2, quarter // 2", "patch_merge",
+                                 "gathered"),
+    "line past the edge": (NORM, "down[None, :] < height", "down[None, :] <= height",
+                           "patch_merge", "odd_sizes"),
+    "column past the edge": (NORM, "right[None, :] < width", "right[None, :] <= width",
+                             "patch_merge", "odd_sizes"),
+    "channels of the tile for the row's": (
+        NORM, "(column // (BLOCK // 4)).to(tl.int64) * (c // 4) + channel", "column",
+        "patch_merge", "odd_sizes",
+    ),
+    "padding of ones in the backward": (
+        NORM, "tl.load(residual_ptr + at, mask=mask & exists, other=0.0)",
+        "tl.load(residual_ptr + at, mask=mask & exists, other=1.0)", "patch_merge", "odd_sizes",
+    ),
     "last row block": (LINEAR, "range(block, tl.cdiv(rows, BLOCK_M), blocks)",
                        "range(block, rows // BLOCK_M, blocks)", "linear_act", "wide_rows"),
     "tanh for erf": (LINEAR, "if ACT == 1:\n        x = tl", "if ACT == 2:\n        x = tl",
@@ -100,6 +127,7 @@ def test_a_planted_fault_is_caught(package, name):
     ("file", "old", "op"),
     [
         (NORM, "row = row.to(tl.int64)", "layer_norm"),
+        (NORM, "row = row.to(tl.int64)", "patch_merge"),
         (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "attention"),
     ],
 )

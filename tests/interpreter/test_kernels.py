@@ -40,6 +40,8 @@ _W = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).half()
 WIDE = [
     ("layer_norm", ((1, 3, 16), lambda x, b: vitfast.ops.layer_norm(x, backend=b))),
     ("add_norm", ((1, 3, 16), lambda x, b: vitfast.ops.add_norm(x, x, backend=b)[1])),
+    ("norm_add", ((1, 3, 16), lambda x, b: vitfast.ops.norm_add(x, x, backend=b))),
+    ("patch_merge", ((1, 3, 2, 4), lambda x, b: vitfast.ops.patch_merge(x, backend=b))),
     ("attention", ((1, 3, 2, 16), lambda x, b: vitfast.ops.attention(x, x, x, backend=b))),
     ("linear_act", ((1, 3, 16), lambda x, b: vitfast.ops.linear_act(x, _W, act="gelu", backend=b))),
 ]

@@ -29,6 +29,10 @@ def good(op: str) -> dict[str, object]:
             "x": t(2, 5, 8), "branch": t(2, 5, 8), "weight": t(8), "bias": t(8), "gamma": t(8),
             "drop_scale": t(2).abs(),
         },
+        "norm_add": lambda: {
+            "x": t(2, 5, 8), "branch": t(2, 5, 8), "weight": t(8), "bias": t(8),
+            "drop_scale": t(2).abs(),
+        },
         "residual_add": lambda: {
             "x": t(2, 5, 8), "branch": t(2, 5, 8), "gamma": t(8), "drop_scale": t(2).abs(),
         },
@@ -40,6 +44,7 @@ def good(op: str) -> dict[str, object]:
             "image": t(2, 3, 8, 12), "weight": t(6, 3, 4, 4), "bias": t(6),
             "pos_embed": t(1, 6, 6), "prefix": t(1, 1, 6),
         },
+        "patch_merge": lambda: {"x": t(2, 5, 6, 8), "weight": t(32), "bias": t(32)},
         "window_attention": lambda: {
             "qkv": t(2, 9, 6, 3, 2, 8), "table": t(49, 2), "pad": t(3, 2, 8), "logit_scale": t(2),
             "window": (4, 4), "shift": (2, 2),
@@ -184,6 +189,21 @@ PARTICULAR = [
     ("add_norm", {"branch": Z(2, 4, 8)}, ValueError, ["branch", r"\(2, 4, 8\)", r"\(2, 5, 8\)"]),
     ("add_norm", {"branch": Z(5, 8)}, ValueError, ["branch", r"\(5, 8\)"]),
     ("add_norm", {"drop_scale": Z(5)}, ValueError, ["drop_scale", r"\(5,\)", r"\(2,\)"]),
+    ("norm_add", {"eps": 0.0}, ValueError, ["eps"]),
+    ("norm_add", {"norm": "group"}, ValueError, ["norm", "group", "rms"]),
+    ("norm_add", {"norm": None}, ValueError, ["norm", "None", "rms"]),
+    ("norm_add", {"norm": "rms"}, ValueError, ["bias", "rms"]),
+    ("norm_add", {"branch": Z(2, 4, 8)}, ValueError, ["branch", r"\(2, 4, 8\)", r"\(2, 5, 8\)"]),
+    ("norm_add", {"weight": Z(5)}, ValueError, ["weight", r"\(5,\)", r"\(8,\)"]),
+    ("norm_add", {"drop_scale": Z(5)}, ValueError, ["drop_scale", r"\(5,\)", r"\(2,\)"]),
+    ("patch_merge", {"x": Z(2, 30, 8)}, ValueError, ["x", "B, H, W, C", r"\(2, 30, 8\)"]),
+    ("patch_merge", {"weight": Z(8)}, ValueError, ["weight", r"\(8,\)", r"\(32,\)"]),
+    ("patch_merge", {"bias": Z(2, 32)}, ValueError, ["bias", r"\(2, 32\)", r"\(32,\)"]),
+    ("patch_merge", {"eps": 0.0}, ValueError, ["eps"]),
+    ("patch_merge", {"norm": "none"}, ValueError, ["norm", "none", "rms", "None"]),
+    ("patch_merge", {"norm": "rms"}, ValueError, ["bias", "rms"]),
+    ("patch_merge", {"norm": None}, ValueError, ["None", "weight", "bias"]),
+    ("patch_merge", {"out_dtype": torch.int8}, TypeError, ["out_dtype", "int8"]),
     ("residual_add", {"gamma": Z(1)}, ValueError, ["gamma", r"\(1,\)", r"\(8,\)"]),
     ("residual_add", {"drop_scale": Z(2, 1, 1)}, ValueError, ["drop_scale", r"\(2,\)"]),
     ("mlp", {"act": "gelo"}, ValueError, ["act", "gelo", "gelu"]),
@@ -367,7 +387,9 @@ def test_norm_weights_in_float32_beside_bfloat16():
     assert ops.rms_norm(x, w).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("op", ["layer_norm", "rms_norm", "add_norm", "residual_add", "linear_act"])
+@pytest.mark.parametrize(
+    "op", ["layer_norm", "rms_norm", "add_norm", "norm_add", "residual_add", "linear_act"]
+)
 def test_rows_without_channels_or_without_tokens(op):
     for shape in ((0, 8), (2, 0, 8), (0, 5, 8)):
         arguments = {k: v for k, v in good(op).items() if k not in ("x", "branch", "drop_scale")}
@@ -377,6 +399,17 @@ def test_rows_without_channels_or_without_tokens(op):
         result = getattr(ops, op)(**arguments)
         result = result if isinstance(result, torch.Tensor) else result[0]
         assert result.shape[:-1] == shape[:-1] and result.numel() == 0
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 6, 8), (2, 0, 6, 8), (2, 5, 0, 8)])
+def test_maps_without_pixels(shape):
+    arguments = good("patch_merge") | {"x": torch.randn(shape).requires_grad_()}
+    arguments["weight"].requires_grad_()
+    y = ops.patch_merge(**arguments)
+    y.sum().backward()
+    assert y.shape == (shape[0], (shape[1] + 1) // 2, (shape[2] + 1) // 2, 32)
+    assert arguments["x"].grad.shape == shape
+    assert torch.equal(arguments["weight"].grad, torch.zeros(32))
 
 
 def test_images_without_batch_entries():

@@ -25,6 +25,11 @@ def _patch_embed(image, weight, bias, pos_embed, prefix):
     return x if prefix is None else torch.cat((prefix.expand(x.shape[0], -1, -1), x + pos_embed), 1)
 
 
+def _merge(x):
+    x = F.pad(x, (0, 0, 0, 0, 0, 1))
+    return x.unfold(1, 2, 2).unfold(2, 2, 2).permute(0, 1, 2, 5, 4, 3).flatten(3)
+
+
 # name -> (arguments, the op on them, torch's own composition on them)
 COMPOSITIONS = {
     "layer_norm": (
@@ -41,6 +46,11 @@ COMPOSITIONS = {
         lambda d: (_t(2, 5, 8, dtype=d), _t(2, 5, 8, dtype=LOW), _t(8), _t(8), _t(8)),
         lambda x, branch, w, b, gamma: ops.add_norm(x, branch, w, b, gamma=gamma),
         _add_norm,
+    ),
+    "norm_add_of_a_lowered_branch": (
+        lambda d: (_t(2, 5, 8, dtype=d), _t(2, 5, 8, dtype=LOW), _t(8), _t(8)),
+        ops.norm_add,
+        lambda x, branch, w, b: x + F.layer_norm(branch, (8,), w, b, 1e-6),
     ),
     "residual_add": (
         lambda d: (_t(2, 5, 8, dtype=d), _t(2, 5, 8, dtype=LOW)),
@@ -80,6 +90,16 @@ COMPOSITIONS = {
         lambda qkv, table: F.scaled_dot_product_attention(
             *qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind(0)
         ),
+    ),
+    "patch_merge": (
+        lambda d: (_t(2, 3, 6, 8, dtype=d), _t(32), _t(32)),
+        ops.patch_merge,
+        lambda x, w, b: F.layer_norm(_merge(x), (32,), w, b, 1e-5),
+    ),
+    "patch_merge_without_a_norm": (
+        lambda d: (_t(2, 3, 6, 8, dtype=d),),
+        lambda x: ops.patch_merge(x, norm=None),
+        lambda x: _merge(x),
     ),
     "patch_embed": (
         lambda d: (_t(2, 3, 8, 8, dtype=d), _t(6, 3, 4, 4), _t(6), None, None),

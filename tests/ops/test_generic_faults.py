@@ -133,6 +133,28 @@ def last_row_left_out_of_sums(sound, grad, x, *rest):
     return (sound(grad, x, *rest)[0], *sound(short, x, *rest)[1:])
 
 
+def bias_not_scaled(sound, x, branch, weight, bias, eps, drop_scale, *rest):
+    y, stats = sound(x, branch, weight, None, eps, drop_scale, *rest)
+    return y if bias is None else (y + bias).to(y.dtype), stats
+
+
+def sums_not_scaled(sound, grad, branch, weight, bias, eps, drop_scale, *rest):
+    dbranch, *_ = sound(grad, branch, weight, bias, eps, drop_scale, *rest)
+    return dbranch, *sound(grad, branch, weight, bias, eps, None, *rest)[1:]
+
+
+def padding_left_out_of_statistics(sound, x, weight, bias, eps, norm, *rest):
+    """Each row's statistics over the pixels that exist."""
+    y, stats = sound(x, weight, bias, eps, norm, *rest)
+    if norm is None:
+        return y, stats
+    rows, ones = (sound(t, None, None, eps, None, *rest)[0] for t in (x, torch.ones_like(x)))
+    count = ones.float().sum(-1, keepdim=True)
+    mean = rows.float().sum(-1, keepdim=True) / count if norm == "layer" else 0.0
+    var = ((rows.float() - mean) * ones.float()).square().sum(-1, keepdim=True) / count
+    return _norm(rows, weight, bias, (var + eps).sqrt(), mean).to(y.dtype), stats
+
+
 NORMS = {
     "layer_norm forward eps_outside_the_root": eps_outside_the_root,
     "layer_norm forward unbiased_variance": unbiased_variance,
@@ -161,6 +183,21 @@ NORMS = {
     "add_norm backward gamma_ignored": on_argument(7, torch.ones_like),
     "add_norm backward drop_scale_of_another_sample": on_argument(8, lambda s: s.flip(0)),
     "add_norm backward gamma_and_weight_swapped": swapped(2, 3),
+    "norm_add forward stream_dropped": on_argument(0, torch.zeros_like),
+    "norm_add forward drop_scale_ignored": on_argument(5, none),
+    "norm_add forward bias_not_scaled": bias_not_scaled,
+    "norm_add forward other_norm": on_argument(6, lambda kind: "layer"),
+    "norm_add forward weight_in_bfloat16": on_argument(2, in_bfloat16),
+    "norm_add forward sum_normalised": lambda sound, x, branch, *rest: sound(
+        x, (x + branch).to(branch.dtype), *rest
+    ),
+    "norm_add forward last_row_unwritten": on_output(unwritten_last_row),
+    "norm_add backward drop_scale_ignored": on_argument(5, none),
+    "norm_add backward drop_scale_of_another_sample": on_argument(5, lambda s: s.flip(0)),
+    "norm_add backward sums_not_scaled": sums_not_scaled,
+    "norm_add backward statistics_in_bfloat16": on_argument(6, in_bfloat16),
+    "norm_add backward last_row_left_out_of_sums": last_row_left_out_of_sums,
+    "norm_add backward weight_and_bias_swapped": swapped(1, 2),
     "residual_add forward gamma_ignored": on_argument(2, none),
     "residual_add forward drop_scale_ignored": on_argument(3, torch.ones_like),
     "residual_add forward last_row_unwritten": on_only_output(unwritten_last_row),
@@ -332,6 +369,29 @@ MLP = {
 }
 
 
+def rows_before_columns(t):
+    """Channels top left, top right, bottom left, bottom right."""
+    return torch.cat([t.chunk(4, -1)[i] for i in (0, 2, 1, 3)], -1)
+
+
+PATCHES = {
+    "patch_merge forward rows_before_columns": on_output(rows_before_columns),
+    "patch_merge forward padding_left_out_of_statistics": padding_left_out_of_statistics,
+    "patch_merge forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
+    "patch_merge forward patches_off_by_one": on_output(lambda y: y.roll(1, 2)),
+    "patch_merge forward weight_in_bfloat16": on_argument(1, in_bfloat16),
+    "patch_merge forward bias_dropped": on_argument(2, none),
+    "patch_merge forward norm_left_out": on_argument(4, none),
+    "patch_merge forward last_row_unwritten": on_output(unwritten_last_row),
+    "patch_merge forward truncated": on_output(truncated),
+    "patch_merge backward rows_before_columns": on_argument(0, rows_before_columns),
+    "patch_merge backward last_row_unwritten": on_output(unwritten_last_row),
+    "patch_merge backward statistics_in_bfloat16": on_argument(5, in_bfloat16),
+    "patch_merge backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
+    "patch_merge backward weight_and_bias_swapped": swapped(1, 2),
+}
+
+
 def axes_of_the_shift_swapped(sound, qkv, window, shift, *rest):
     turned = tuple(min(s, w - 1) for s, w in zip(reversed(shift), window, strict=True))
     return sound(qkv, window, turned, *rest)
@@ -358,7 +418,7 @@ WINDOWS = {
     "window_attention backward exponential_of_the_scale_left_out": on_output(lambda t: t / 4, 3),
     "window_attention backward statistics_of_another_row": on_argument(2, lambda s: s.roll(1, -1)),
 }
-FAULTS = NORMS | ATTENTION | GEMMS | MLP | WINDOWS
+FAULTS = NORMS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS
 
 
 def judge(case, which, backend):

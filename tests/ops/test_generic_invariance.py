@@ -21,6 +21,7 @@ ROWWISE = {
     "layer_norm": lambda x, d: ops.layer_norm(x, randn(70, dtype=d), randn(70, dtype=d)),
     "rms_norm": lambda x, d: ops.rms_norm(x, randn(70, dtype=d)),
     "add_norm": lambda x, d: ops.add_norm(x, x * 2, randn(70, dtype=d))[1],
+    "norm_add": lambda x, d: ops.norm_add(x * 2, x, randn(70, dtype=d)),
     "residual_add": lambda x, d: ops.residual_add(x, x * 2, gamma=randn(70, dtype=d)),
 }
 

@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale
 
 from vitfast.errors import DeviceError, InputTypeError, InputValueError
-from vitfast.ops import _norm, add_norm, layer_norm, residual_add, rms_norm, spec_of
+from vitfast.ops import (
+    _norm,
+    add_norm,
+    layer_norm,
+    norm_add,
+    patch_merge,
+    residual_add,
+    rms_norm,
+    spec_of,
+)  # fmt: skip
 from vitfast.runtime import native
 from vitfast.settings import ISA_LEVELS, settings
 from vitfast.testing.cases import Case
@@ -22,6 +31,7 @@ pytestmark = pytest.mark.usefixtures("needs_native")
 
 # Rows for several threads and blocks of the backward, the last of them not full.
 B, N, C = 3, 341, 77
+OPS = ["layer_norm", "rms_norm", "add_norm", "norm_add", "residual_add", "patch_merge"]
 
 
 def make(*shape, dtype=torch.float32, seed=0):
@@ -63,14 +73,17 @@ def test_the_same_bits_with_any_number_of_threads(arguments):
 
 
 @pytest.mark.parametrize("level", ISA_LEVELS)
-@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "add_norm", "residual_add"])
+@pytest.mark.parametrize("name", OPS)
 def test_every_instruction_set(name, level):
     if ISA_LEVELS.index(level) > native.native().best_isa():
         pytest.skip(f"this CPU has no {level}")
     settings.cpu_isa = level
     assert native.isa() == level
     spec = spec_of(name)
-    wanted = {"prime_width", "width_1023", "width_1", "autocast_training", "to_bfloat16", "rms"}
+    wanted = {
+        "prime_width", "width_1023", "width_1", "autocast_training", "to_bfloat16", "rms",
+        "odd_sizes", "gathered", "rows_for_many_blocks",
+    }  # fmt: skip
     samples = [s for s in spec.samples if s.name in wanted]
     assert len(samples) >= 2
     for sample, dtype in itertools.product(samples, DTYPES):
@@ -222,20 +235,45 @@ def test_the_kernel_refuses_impossible_arguments():
     x = torch.zeros(2, 4)
     rows = (x.data_ptr(), 0, 4, 4)
 
-    def call(kind=0, sizes=(1, 2, 4), x=rows, branch=None, residual=None, normed=rows, threads=1):
+    def call(
+        kind=0, sizes=(1, 2, 4), x=rows, branch=None, residual=None, normed=rows, base=None,
+        normed_scale=0, threads=1,
+    ):  # fmt: skip
         native.native().norm_forward(
-            kind, *sizes, x, branch, residual, normed, None, None, None, 0, 1e-6, 0, threads
+            kind, *sizes, x, branch, residual, normed, None, None, None, 0, base, normed_scale,
+            1e-6, 0, threads,
+        )  # fmt: skip
+
+    def backward(kind=0, sizes=(1, 2, 4), grad=rows, residual=rows, dx=rows, scale=0, branch=None):
+        native.native().norm_backward(
+            kind, *sizes, grad, None, residual, None, dx, branch, *(None,) * 5, 0, scale, 1e-6, 0, 1
         )
 
+    patches = (x.data_ptr(), 0, 8, 4, 2, 3, 1)  # 2 x 3 pixels of one channel
     call()
+    call(x=patches)
+    backward()
+    backward(residual=patches, dx=patches)
     for wrong in (
         {"kind": 3}, {"kind": 2}, {"sizes": (1, 0, 4)}, {"sizes": (1, 2, -4)}, {"x": None},
         {"x": (0, 0, 4, 4)}, {"x": (x.data_ptr(), 2, 4, 4)}, {"branch": rows}, {"normed": None},
         {"residual": rows}, {"threads": 0},
-        {"branch": rows, "residual": (x.data_ptr(), 1, 4, 4)},
+        {"branch": rows, "residual": (x.data_ptr(), 1, 4, 4)}, {"normed_scale": x.data_ptr()},
+        {"kind": 2, "normed": None, "residual": rows, "base": rows},
+        {"branch": rows, "residual": rows, "base": rows}, {"base": patches}, {"normed": patches},
+        {"x": patches, "branch": rows, "residual": rows}, {"x": patches, "sizes": (1, 3, 4)},
+        {"x": patches, "sizes": (1, 2, 3)}, {"x": (x.data_ptr(), 0, 8, 4, 0, 3, 1)},
+        {"x": (0, 0, 8, 4, 2, 3, 1)},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="norm"):
             call(**wrong)
+    for wrong in (
+        {"grad": None}, {"residual": patches}, {"dx": patches}, {"grad": patches},
+        {"residual": patches, "dx": patches, "branch": rows},
+        {"residual": patches, "dx": patches, "sizes": (1, 1, 4)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="norm"):
+            backward(**wrong)
 
 
 # ---- gradients -----------------------------------------------------------------------------------
@@ -335,6 +373,9 @@ def test_bad_arguments_are_refused_before_anything_runs():
         (InputValueError, "1-D", lambda: residual_add(vector, vector, drop_scale=torch.ones(8))),
         (InputValueError, "norm must be", lambda: add_norm(x, x, norm="batch")),
         (InputValueError, "no bias", lambda: add_norm(x, x, vector, vector, norm="rms")),
+        (InputValueError, "norm must be", lambda: norm_add(x, x, norm="batch")),
+        (InputValueError, "B, H, W, C", lambda: patch_merge(x)),
+        (InputValueError, "32", lambda: patch_merge(x[None], vector)),
         (DeviceError, "meta", lambda: add_norm(x, x, vector.to("meta"))),
     ]
     for error, message, call in cases:

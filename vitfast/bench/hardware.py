@@ -140,6 +140,21 @@ def _add_norm(pick, size, tensor):
     return (x, branch, 1 + tensor(c, scale=0.1), bias, 1e-6), {**options, "norm": kind}
 
 
+def _norm_add(pick, size, tensor):
+    (x, branch, weight, bias, eps), options = _add_norm(pick, size, tensor)
+    options.pop("gamma", None)
+    return (x, branch, weight, bias, eps), options
+
+
+def _patch_merge(pick, size, tensor):
+    c = pick(size(3, 80), 96, 128, 192, 384)
+    x = tensor(size(1, 3), size(1, 14), size(1, 14), c)
+    norm = pick("layer", "layer", "rms", None)
+    weight = None if norm is None else 1 + tensor(4 * c, scale=0.1)
+    bias = tensor(4 * c, scale=0.1) if norm == "layer" else None
+    return (x, weight, bias), {"norm": norm}
+
+
 def _attention(pick, size, tensor):
     b, h, d = size(1, 2), size(1, 3), pick(13, 64, 64, 72, 128)
     n = pick(size(2, 20), size(21, 300))
@@ -200,11 +215,13 @@ _RANDOM: dict[str, Callable[..., Any]] = {
     "layer_norm": _norm,
     "rms_norm": _rms_norm,
     "add_norm": _add_norm,
+    "norm_add": _norm_add,
     "residual_add": _residual,
     "attention": _attention,
     "linear_act": _linear_act,
     "mlp": _mlp,
     "patch_embed": _patch_embed,
+    "patch_merge": _patch_merge,
     "window_attention": _window_attention,
 }
 
@@ -299,11 +316,17 @@ def _beyond_patches(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.patch_embed(x.view(-1, 4, 16, 16), weight / 32, backend=backend).flatten(0, 1)
 
 
+def _beyond_merge(x: torch.Tensor, backend: str) -> torch.Tensor:
+    return ops.patch_merge(x.view(-1, 2, 4, 1024), backend=backend).view(-1, 1024)
+
+
 _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "layer_norm": (2**21 + 128, lambda x, b: ops.layer_norm(x, backend=b)),
     "rms_norm": (2**21 + 128, lambda x, b: ops.rms_norm(x, backend=b)),
     "residual_add": (2**21 + 128, lambda x, b: ops.residual_add(x, x, backend=b)),
     "add_norm": (2**21 + 128, lambda x, b: ops.add_norm(x, x, backend=b)[1]),
+    "norm_add": (2**21 + 128, lambda x, b: ops.norm_add(x, x, backend=b)),
+    "patch_merge": (2**21 + 128, _beyond_merge),
     "linear_act": (2**21 + 128, _beyond_linear),
     "patch_embed": (2**21 + 128, _beyond_patches),
     "attention": (

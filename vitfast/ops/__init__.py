@@ -14,7 +14,9 @@ from vitfast.ops.attention.api import attention
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.ops.linear_act.api import linear_act
 from vitfast.ops.mlp.api import mlp
+from vitfast.ops.norm_add.api import norm_add
 from vitfast.ops.patch_embed.api import patch_embed
+from vitfast.ops.patch_merge.api import patch_merge
 from vitfast.ops.residual_add.api import residual_add
 from vitfast.ops.rms_norm.api import rms_norm
 from vitfast.ops.window_attention.api import window_attention
@@ -26,11 +28,13 @@ NAMES = (
     "layer_norm",
     "rms_norm",
     "add_norm",
+    "norm_add",
     "residual_add",
     "attention",
     "linear_act",
     "mlp",
     "patch_embed",
+    "patch_merge",
     "window_attention",
 )
 
@@ -40,7 +44,9 @@ __all__ = [
     "layer_norm",
     "linear_act",
     "mlp",
+    "norm_add",
     "patch_embed",
+    "patch_merge",
     "residual_add",
     "rms_norm",
     "spec_of",

@@ -1,4 +1,4 @@
-"""What layer_norm, rms_norm, add_norm and residual_add share: calls into csrc/cpu/norm.h, fakes.
+"""What the norms, residual_add and patch_merge share: calls into csrc/cpu/norm.h, fakes.
 
 `forward` is also what layers call in inference, without the dispatcher: it checks nothing beyond
 what memory safety of its own outputs needs.
@@ -7,6 +7,7 @@ what memory safety of its own outputs needs.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -20,6 +21,15 @@ KINDS = {"layer": LAYER, "rms": RMS}
 DTYPES = (torch.float32, torch.bfloat16)
 _WIDEST = 16384
 """Channels of the widest row that a Triton program holds in registers."""
+
+
+def check_kind(
+    op: str, norm: object, bias: torch.Tensor | None, wanted: str = "'layer' or 'rms'"
+) -> None:
+    if norm not in KINDS:
+        raise InputValueError(f"{op}: norm must be {wanted}, got {norm!r}")
+    if norm == "rms" and bias is not None:
+        raise InputValueError(f"{op}: norm='rms' takes no bias")
 
 
 def reasons(
@@ -36,14 +46,18 @@ def reasons(
 
 
 def triton_reasons(
-    x: torch.Tensor, *others: torch.Tensor | None, out_dtype: torch.dtype | None = None
+    x: torch.Tensor,
+    *others: torch.Tensor | None,
+    out_dtype: torch.dtype | None = None,
+    channels: int | None = None,
 ) -> list[str]:
     """Why the Triton kernels cannot take these tensors; empty when they can."""
     why = gpu.reasons(x, *others)
     if not why and out_dtype == torch.bfloat16 and x.device.type == "cpu":
         why.append("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
-    if x.shape[-1] > _WIDEST:
-        why.append(f"rows of {x.shape[-1]} channels; the kernels hold at most {_WIDEST}")
+    channels = channels or x.shape[-1]
+    if channels > _WIDEST:
+        why.append(f"rows of {channels} channels; the kernels hold at most {_WIDEST}")
     return why
 
 
@@ -61,6 +75,9 @@ def forward(
     save_stats: bool = False,
     residual_out: torch.Tensor | None = None,
     normed_out: torch.Tensor | None = None,
+    base: torch.Tensor | None = None,
+    normed_scale: torch.Tensor | None = None,
+    merge: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """residual = x + drop_scale * gamma * branch, then its norm, in one pass over memory.
 
@@ -69,29 +86,33 @@ def forward(
         x, branch: [..., C], float32 or bfloat16 each. Without a branch x itself is normalised.
         gamma, weight, bias: [C], float32 or bfloat16 each.
         drop_scale: [B], broadcast over all but the first dimension.
-        out_dtype: dtype of the normed tensor; the residual's by default.
+        out_dtype: dtype of the normed tensor, or of x's copy with kind NONE and no branch; the
+            residual's by default.
+        base, normed_scale: x's shape and [B]; normed is base + normed_scale * norm, without a
+            branch.
+        merge: x is a map [B, H, W, C / 4], whose 2x2 patches are the rows; without a branch.
         residual_out, normed_out: tensors of x's shape to write to, such as row slices of larger
             ones; their last dimension must be contiguous. The residual may go exactly over x or
             branch, the normed tensor over any of the three.
 
     Returns:
-        residual (None without a branch), normed (None with kind NONE), and statistics
-        [rows, 2] in float32, mean and 1 / sqrt(var + eps) (None unless save_stats).
+        residual (None without a branch, unless kind is NONE), normed (None with kind NONE), and
+        statistics [rows, 2] in float32, mean and 1 / sqrt(var + eps) (None unless save_stats).
     """
-    shape = x.shape
+    shape = merged_shape(x) if merge else x.shape
     device = x.device
     residual = normed = stats = None
-    if branch is not None:
+    if branch is not None or kind == NONE:
         residual = residual_out
         if residual is None:
-            dtype = residual_dtype(x, branch, gamma)
+            dtype = out_dtype or x.dtype if branch is None else residual_dtype(x, branch, gamma)
             residual = native.empty(shape, dtype, device)
     if kind != NONE:
         normed = normed_out
         if normed is None:
             dtype = out_dtype or (x if residual is None else residual).dtype
             normed = native.empty(shape, dtype, device)
-    numel = x.numel()
+    numel = math.prod(shape)
     if save_stats:
         stats = torch.empty((math.prod(shape[:-1]), 2), dtype=torch.float32, device=device)
     if numel == 0:
@@ -100,15 +121,16 @@ def forward(
     b = shape[0] if len(shape) > 1 else 1
     nc = numel // b
     # The names keep contiguous copies alive until the kernel has run.
-    x, branch = dense(x), dense(branch)
+    x = dense_map(x) if merge else dense(x)
+    branch, base = dense(branch), dense(base)
     gamma, weight, bias = vector(gamma), vector(weight), vector(bias)
-    drop_scale = _float_vector(drop_scale)
+    drop_scale, normed_scale = _float_vector(drop_scale), _float_vector(normed_scale)
     native.native().norm_forward(
         kind,
         b,
         nc // c,
         c,
-        _rows(x, nc, c),
+        _map(x) if merge else _rows(x, nc, c),
         _rows(branch, nc, c),
         _out_rows(residual, shape, nc, c),
         _out_rows(normed, shape, nc, c),
@@ -116,6 +138,8 @@ def forward(
         _channels(weight),
         _channels(bias),
         0 if drop_scale is None else drop_scale.data_ptr(),
+        _rows(base, nc, c),
+        0 if normed_scale is None else normed_scale.data_ptr(),
         eps,
         0 if stats is None else stats.data_ptr(),
         native.threads(),
@@ -139,31 +163,34 @@ def backward(
     x_dtype: torch.dtype | None = None,
     x_wanted: bool = True,
     branch_dtype: torch.dtype | None = None,
+    normed_scale: torch.Tensor | None = None,
+    merge: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `forward` for x, branch, gamma, weight and bias, in one pass over memory.
 
     Args:
         residual: what was normalised: the residual, or x itself without a branch. With kind NONE
-            only its shape counts.
+            only its shape counts. With merge it is the map, and x's gradient one too.
         stats: of the forward; None or empty: computed again.
         branch: given where gamma's gradient is wanted; an absent gamma counts as ones.
         x_dtype: dtype of x's gradient; residual's by default.
         branch_dtype: dtype of the branch's gradient; None where none is wanted.
+        normed_scale: [B], factor of grad_normed.
 
     Returns:
         dx, dbranch, dgamma, dweight, dbias; empty where absent or not wanted.
     """
-    shape = residual.shape
+    shape = merged_shape(residual) if merge else residual.shape
     if grad_normed is None:
         kind = NONE
-    dx = _empty(residual, shape, (x_dtype or residual.dtype) if x_wanted else None)
+    dx = _empty(residual, residual.shape, (x_dtype or residual.dtype) if x_wanted else None)
     dbranch = _empty(residual, shape, branch_dtype)
     scale = branch if gamma is None else gamma
     dgamma = _empty(residual, shape[-1:], None if branch is None else scale.dtype)
     dweight = _empty(residual, shape[-1:], None if weight is None else weight.dtype)
     dbias = _empty(residual, shape[-1:], None if bias is None else bias.dtype)
     outputs = dx, dbranch, dgamma, dweight, dbias
-    numel = residual.numel()
+    numel = math.prod(shape)
     if numel == 0:
         return dx, dbranch, *(t.zero_() for t in outputs[2:])
     c = shape[-1]
@@ -174,9 +201,12 @@ def backward(
         dbias.zero_()
         residual = weight = None
     grad_normed, grad_residual = dense(grad_normed), dense(grad_residual)
-    residual, branch = dense(residual), dense(branch)
+    if residual is not None:
+        residual = dense_map(residual) if merge else dense(residual)
+    branch = dense(branch)
     gamma, weight = vector(gamma), vector(weight)
-    drop_scale = _float_vector(drop_scale)
+    drop_scale, normed_scale = _float_vector(drop_scale), _float_vector(normed_scale)
+    rows_of_x = _map if merge else partial(_rows, nc=nc, c=c)
     wanted = kind != NONE
     native.native().norm_backward(
         kind,
@@ -185,9 +215,9 @@ def backward(
         c,
         _rows(grad_normed, nc, c),
         _rows(grad_residual, nc, c),
-        _rows(residual, nc, c),
+        rows_of_x(residual),
         _rows(branch, nc, c),
-        _rows(dx, nc, c) if x_wanted else None,
+        rows_of_x(dx) if x_wanted else None,
         _rows(dbranch, nc, c) if branch_dtype is not None else None,
         _channels(gamma),
         _channels(weight),
@@ -195,6 +225,7 @@ def backward(
         _channels(dweight) if wanted and weight is not None else None,
         _channels(dbias) if wanted and bias is not None else None,
         0 if drop_scale is None else drop_scale.data_ptr(),
+        0 if normed_scale is None else normed_scale.data_ptr(),
         eps,
         0 if stats is None else stats.data_ptr(),
         native.threads(),
@@ -237,6 +268,24 @@ def _rows(t: torch.Tensor | None, nc: int, c: int) -> tuple[int, int, int, int] 
     return t.data_ptr(), DTYPE_CODES[t.dtype], t.stride(0), t.stride(-2)
 
 
+def merged_shape(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """[B, H, W, C] to [B, ceil(H / 2), ceil(W / 2), 4 C]."""
+    b, h, w, c = x.shape
+    return b, (h + 1) // 2, (w + 1) // 2, 4 * c
+
+
+def dense_map(t: torch.Tensor) -> torch.Tensor:
+    """The map itself where its pixels are contiguous, else a contiguous copy."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+
+
+def _map(t: torch.Tensor | None) -> tuple[int, ...] | None:
+    if t is None:
+        return None
+    outer, line, column, _ = t.stride()
+    return t.data_ptr(), DTYPE_CODES[t.dtype], outer, line, t.shape[1], t.shape[2], column
+
+
 def _out_rows(
     t: torch.Tensor | None, shape: torch.Size, nc: int, c: int
 ) -> tuple[int, int, int, int] | None:
@@ -274,10 +323,11 @@ def present(*pairs: tuple[torch.Tensor | None, torch.Tensor]) -> list[torch.Tens
     return [None if t is None else grad for t, grad in pairs]
 
 
-def fake_stats(x: torch.Tensor, save_stats: bool) -> torch.Tensor:
+def fake_stats(x: torch.Tensor, save_stats: bool, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Statistics of rows of x's shape, and of its dtype by default."""
     if not save_stats:
         return absent(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.promote_types(dtype or x.dtype, torch.float32)
     return torch.empty((math.prod(x.shape[:-1]), 2), dtype=dtype, device=x.device)
 
 

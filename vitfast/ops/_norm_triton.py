@@ -1,7 +1,8 @@
-"""Triton kernels of layer_norm, rms_norm, add_norm and residual_add: one pass over memory each.
+"""Triton kernels of the norms, residual_add and patch_merge: one pass over memory each.
 
-Floors, in units of one tensor read or written: a norm 2, add_norm 4 (read x and branch, write
-residual and normed), its backward 5 with both gradients coming in (read grad_normed, grad_residual,
+Floors, in units of one tensor read or written: a norm and patch_merge 2, norm_add 3 (read x and
+branch, write the sum), the backward of each 3, add_norm 4 (read x and branch, write residual and
+normed), its backward 5 with both gradients coming in (read grad_normed, grad_residual,
 residual; write dx, dbranch) and 6 with LayerScale (read branch). About 10 flops an element: memory
 decides. Whole rows stand in registers; sums over rows go to one partial row a program, added up
 afterwards in a fixed order, so that gradients are the same bits every time.
@@ -9,6 +10,7 @@ afterwards in a fixed order, so that gradients are the same bits every time.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,20 +33,52 @@ def _offsets(row, n, outer, inner):
     return (row // n) * outer + (row % n) * inner
 
 
+@triton.jit
+def _columns(c, BLOCK: tl.constexpr, MERGE: tl.constexpr):
+    """The channel of each column of a tile, and whether it exists; with MERGE the tile's quarters
+    are the pixels of a patch, each as wide as a power of two."""
+    column = tl.arange(0, BLOCK)
+    inside = column < c
+    if MERGE:
+        channel = column % (BLOCK // 4)
+        inside = channel < c // 4
+        column = (column // (BLOCK // 4)).to(tl.int64) * (c // 4) + channel
+    return column, inside
+
+
+@triton.jit
+def _pixels(row, n, outer, inner, side, height, width, BLOCK: tl.constexpr):
+    """Where the elements of 2x2 patches are in a map, and whether they are inside it."""
+    row = row.to(tl.int64)
+    across = (width + 1) // 2
+    h, w = (row % n) // across * 2, (row % n) % across * 2
+    quarter = (tl.arange(0, BLOCK) // (BLOCK // 4)).to(tl.int64)
+    down, right = quarter % 2, quarter // 2
+    at = ((row // n) * outer + h * inner + w * side)[:, None]
+    at += (down * inner + right * side + tl.arange(0, BLOCK) % (BLOCK // 4))[None, :]
+    exists = h[:, None] + down[None, :] < height
+    return at, exists & (w[:, None] + right[None, :] < width)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr, bias_ptr, residual_ptr, normed_ptr,
-    stats_ptr, rows, n, c, x_outer, x_inner, branch_outer, branch_inner, eps,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    x_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr, bias_ptr, base_ptr, scale_ptr,
+    residual_ptr, normed_ptr, stats_ptr, rows, n, c, x_outer, x_inner, branch_outer, branch_inner,
+    base_outer, base_inner, x_side, map_height, map_width, eps,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, MERGE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
+    column, inside = _columns(c, BLOCK, MERGE)
     live = row < rows
-    inside = column < c
     mask = live[:, None] & inside[None, :]
-    at = _offsets(row, n, x_outer, x_inner)[:, None] + column[None, :]
     out = row[:, None] * c + column[None, :]
-    r = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
+    if MERGE:
+        at, exists = _pixels(row, n, x_outer, x_inner, x_side, map_height, map_width, BLOCK)
+        r = tl.load(x_ptr + at, mask=mask & exists, other=0.0).to(ACC)
+    else:
+        at = _offsets(row, n, x_outer, x_inner)[:, None] + column[None, :]
+        r = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     if branch_ptr is not None:
         at = _offsets(row, n, branch_outer, branch_inner)[:, None] + column[None, :]
         b = tl.load(branch_ptr + at, mask=mask, other=0.0).to(ACC)
@@ -52,7 +86,9 @@ def forward_kernel(
             b *= tl.load(gamma_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
         if drop_ptr is not None:
             b *= tl.load(drop_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
-        rounded = (r + b).to(residual_ptr.dtype.element_ty)
+        r += b
+    if residual_ptr is not None:
+        rounded = r.to(residual_ptr.dtype.element_ty)
         tl.store(residual_ptr + out, rounded, mask=mask)
         r = rounded.to(ACC)
     if KIND != 2:
@@ -70,6 +106,11 @@ def forward_kernel(
             y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
         if bias_ptr is not None:
             y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
+        if scale_ptr is not None:
+            y *= tl.load(scale_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
+        if base_ptr is not None:
+            at = _offsets(row, n, base_outer, base_inner)[:, None] + column[None, :]
+            y += tl.load(base_ptr + at, mask=mask, other=0.0).to(ACC)
         tl.store(normed_ptr + out, y.to(normed_ptr.dtype.element_ty), mask=mask)
         if stats_ptr is not None:
             tl.store(stats_ptr + row * 2, mean, mask=live)
@@ -79,14 +120,15 @@ def forward_kernel(
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
     grad_ptr, grad_residual_ptr, residual_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr,
-    stats_ptr, dx_ptr, dbranch_ptr, dgamma_ptr, dweight_ptr, dbias_ptr, rows, n, c,
+    scale_ptr, stats_ptr, dx_ptr, dbranch_ptr, dgamma_ptr, dweight_ptr, dbias_ptr, rows, n, c,
     grad_outer, grad_inner, grad_residual_outer, grad_residual_inner, residual_outer,
-    residual_inner, branch_outer, branch_inner, eps,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
+    residual_inner, branch_outer, branch_inner, residual_side, dx_outer, dx_inner, dx_side,
+    map_height, map_width, eps,
+    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, MERGE: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0)
-    column = tl.arange(0, BLOCK)
-    inside = column < c
+    column, inside = _columns(c, BLOCK, MERGE)
     dgamma = tl.zeros([BLOCK], ACC)
     dweight = tl.zeros([BLOCK], ACC)
     dbias = tl.zeros([BLOCK], ACC)
@@ -102,8 +144,17 @@ def backward_kernel(
         if KIND != 2:
             at = _offsets(row, n, grad_outer, grad_inner)[:, None] + column[None, :]
             g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(ACC)
-            at = _offsets(row, n, residual_outer, residual_inner)[:, None] + column[None, :]
-            r = tl.load(residual_ptr + at, mask=mask, other=0.0).to(ACC)
+            if scale_ptr is not None:
+                g *= tl.load(scale_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
+            if MERGE:
+                at, exists = _pixels(
+                    row, n, residual_outer, residual_inner, residual_side, map_height, map_width,
+                    BLOCK,
+                )  # fmt: skip
+                r = tl.load(residual_ptr + at, mask=mask & exists, other=0.0).to(ACC)
+            else:
+                at = _offsets(row, n, residual_outer, residual_inner)[:, None] + column[None, :]
+                r = tl.load(residual_ptr + at, mask=mask, other=0.0).to(ACC)
             if stats_ptr is not None:
                 mean = tl.load(stats_ptr + row * 2, mask=live, other=0.0).to(ACC)
                 rstd = tl.load(stats_ptr + row * 2 + 1, mask=live, other=0.0).to(ACC)
@@ -123,7 +174,10 @@ def backward_kernel(
                 d -= (tl.sum(g, axis=1) / c)[:, None]
             dr += d * rstd[:, None]
         out = row[:, None] * c + column[None, :]
-        if dx_ptr is not None:
+        if MERGE:
+            at, exists = _pixels(row, n, dx_outer, dx_inner, dx_side, map_height, map_width, BLOCK)
+            tl.store(dx_ptr + at, dr.to(dx_ptr.dtype.element_ty), mask=mask & exists)
+        elif dx_ptr is not None:
             tl.store(dx_ptr + out, dr.to(dx_ptr.dtype.element_ty), mask=mask)
         if drop_ptr is not None:
             dr *= tl.load(drop_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
@@ -157,8 +211,8 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     return Launch({"ROWS": rows}, warps, 1)
 
 
-def _launch(x: torch.Tensor, which: str) -> Launch:
-    key = {"pass": which, "c": x.shape[-1], "dtype": str(x.dtype).removeprefix("torch.")}
+def _launch(x: torch.Tensor, which: str, c: int) -> Launch:
+    key = {"pass": which, "c": c, "dtype": str(x.dtype).removeprefix("torch.")}
     return launch_of(f"norm.{which}", arch_of(x.device), key, launch_heuristic)
 
 
@@ -173,34 +227,49 @@ def _steps(t: torch.Tensor | None, nc: int, c: int) -> tuple[int, int]:
     return t.stride(0), t.stride(-2)
 
 
+def _map_steps(t: torch.Tensor | None) -> tuple[int, int, int]:
+    """Strides of images, of lines and of pixels."""
+    return t.stride()[:3] if t is not None else (0, 0, 0)
+
+
 def forward(
     kind: int, x: torch.Tensor, *, branch: torch.Tensor | None = None,
     gamma: torch.Tensor | None = None, drop_scale: torch.Tensor | None = None,
     weight: torch.Tensor | None = None, bias: torch.Tensor | None = None, eps: float = 1e-6,
     out_dtype: torch.dtype | None = None, save_stats: bool = False,
+    base: torch.Tensor | None = None, normed_scale: torch.Tensor | None = None,
+    merge: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """As `vitfast.ops._norm.forward`."""
-    residual = normed = None
-    if branch is not None:
-        residual = x.new_empty(x.shape, dtype=_norm.residual_dtype(x, branch, gamma))
+    residual = normed = stats = None
+    shape = _norm.merged_shape(x) if merge else x.shape
+    if branch is not None or kind == NONE:
+        dtype = out_dtype or x.dtype if branch is None else _norm.residual_dtype(x, branch, gamma)
+        residual = x.new_empty(shape, dtype=dtype)
     if kind != NONE:
         dtype = out_dtype or (x if residual is None else residual).dtype
-        normed = x.new_empty(x.shape, dtype=dtype)
-    stats = _norm.fake_stats(x, True) if save_stats and kind != NONE else None
+        normed = x.new_empty(shape, dtype=dtype)
+        if save_stats:
+            stats = _norm.fake_stats(normed, True, x.dtype)
     if x.numel() == 0:
         return residual, normed, stats
-    c = x.shape[-1]
-    b = x.shape[0] if x.ndim > 1 else 1
-    nc = x.numel() // b
-    x, branch = _norm.dense(x), _norm.dense(branch)
-    gamma, weight, bias, drop_scale = map(_norm.vector, (gamma, weight, bias, drop_scale))
+    c = shape[-1]
+    b = shape[0] if x.ndim > 1 else 1
+    nc = math.prod(shape) // b
+    x = _norm.dense_map(x) if merge else _norm.dense(x)
+    branch, base = _norm.dense(branch), _norm.dense(base)
+    gamma, weight, bias, drop_scale, normed_scale = map(
+        _norm.vector, (gamma, weight, bias, drop_scale, normed_scale)
+    )
     rows = b * nc // c
-    launch = _launch(x, "forward")
+    launch = _launch(x, "forward", c)
+    x_outer, x_inner, x_side = _map_steps(x) if merge else (*_steps(x, nc, c), 0)
     with guard(x):
         forward_kernel[(triton.cdiv(rows, launch.blocks["ROWS"]),)](
-            x, branch, gamma, drop_scale, weight, bias, residual, normed, stats, rows, nc // c, c,
-            *_steps(x, nc, c), *_steps(branch, nc, c), eps,
-            KIND=kind, BLOCK=triton.next_power_of_2(c), ACC=_acc(x.dtype),
+            x, branch, gamma, drop_scale, weight, bias, base, normed_scale, residual, normed, stats,
+            rows, nc // c, c, x_outer, x_inner, *_steps(branch, nc, c), *_steps(base, nc, c),
+            x_side, *(x.shape[1:3] if merge else (0, 0)), eps,
+            KIND=kind, BLOCK=triton.next_power_of_2(c), ACC=_acc(x.dtype), MERGE=merge,
             **launch.blocks, **launch.options(),
         )  # fmt: skip
     return residual, normed, stats
@@ -213,14 +282,15 @@ def backward(
     drop_scale: torch.Tensor | None = None, weight: torch.Tensor | None = None,
     bias: torch.Tensor | None = None, eps: float = 1e-6, x_dtype: torch.dtype | None = None,
     x_wanted: bool = True, branch_dtype: torch.dtype | None = None,
+    normed_scale: torch.Tensor | None = None, merge: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """As `vitfast.ops._norm.backward`."""
     if grad_normed is None:
         kind = NONE
-    shape = residual.shape
+    shape = _norm.merged_shape(residual) if merge else residual.shape
     absent = _norm.absent(residual)
     scale = branch if gamma is None else gamma
-    dx = residual.new_empty(shape, dtype=x_dtype or residual.dtype) if x_wanted else None
+    dx = residual.new_empty(residual.shape, dtype=x_dtype or residual.dtype) if x_wanted else None
     dbranch = None if branch_dtype is None else residual.new_empty(shape, dtype=branch_dtype)
     vectors = (None if branch is None else scale, weight, bias)
     if residual.numel() == 0:
@@ -228,10 +298,10 @@ def backward(
         return absent if dx is None else dx, absent if dbranch is None else dbranch, *sums
     c = shape[-1]
     b = shape[0] if residual.ndim > 1 else 1
-    nc = residual.numel() // b
+    nc = math.prod(shape) // b
     rows = b * nc // c
     wide = torch.promote_types(residual.dtype, torch.float32)
-    launch = _launch(residual, "backward")
+    launch = _launch(residual, "backward", c)
     programs = min(triton.cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
     normed = kind != NONE
     partial = [
@@ -239,17 +309,21 @@ def backward(
         for v, wanted in zip(vectors, (True, normed, normed), strict=True)
     ]
     grad_normed, grad_residual = _norm.dense(grad_normed), _norm.dense(grad_residual)
-    source = _norm.dense(residual) if normed else None
+    source = (_norm.dense_map if merge else _norm.dense)(residual) if normed else None
     stats = stats if normed and stats is not None and stats.numel() else None
     branch = _norm.dense(branch)
-    gamma_, weight_, drop_scale = map(_norm.vector, (gamma, weight, drop_scale))
+    gamma_, weight_, drop_scale, normed_scale = map(
+        _norm.vector, (gamma, weight, drop_scale, normed_scale)
+    )
+    outer, inner, side = _map_steps(source) if merge else (*_steps(source, nc, c), 0)
     with guard(residual):
         backward_kernel[(programs,)](
             grad_normed, grad_residual, source, branch, gamma_, drop_scale,
-            weight_ if normed else None, stats, dx, dbranch, *partial, rows, nc // c, c,
-            *_steps(grad_normed, nc, c), *_steps(grad_residual, nc, c), *_steps(source, nc, c),
-            *_steps(branch, nc, c), eps,
-            KIND=kind, BLOCK=triton.next_power_of_2(c), ACC=_acc(residual.dtype),
+            weight_ if normed else None, normed_scale, stats, dx, dbranch, *partial, rows, nc // c,
+            c, *_steps(grad_normed, nc, c), *_steps(grad_residual, nc, c), outer, inner,
+            *_steps(branch, nc, c), side, *_map_steps(dx if merge else None),
+            *(residual.shape[1:3] if merge else (0, 0)), eps,
+            KIND=kind, BLOCK=triton.next_power_of_2(c), ACC=_acc(residual.dtype), MERGE=merge,
             **launch.blocks, **launch.options(),
         )  # fmt: skip
     sums = [
@@ -267,21 +341,17 @@ def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # ---- ahead of time -------------------------------------------------------------------------------
 
 _WIDTHS = (384, 768, 1408)
-_TENSORS = {
-    "forward": ("x", "branch", "gamma", "drop", "weight", "bias", "residual", "normed", "stats"),
-    "backward": (
-        "grad", "grad_residual", "residual", "branch", "gamma", "drop", "weight", "stats", "dx",
-        "dbranch", "dgamma", "dweight", "dbias",
-    ),
-}  # fmt: skip
-_SUMS = ("stats", "dgamma", "dweight", "dbias", "drop")
+_SUMS = ("stats", "dgamma", "dweight", "dbias", "drop", "scale")
 
 
-def variants(arch: Arch, kind: int, present: dict[str, set[str]]) -> list[Variant]:
+def variants(
+    arch: Arch, kind: int, present: dict[str, set[str]], widths: tuple[int, ...] = _WIDTHS,
+    merge: bool = False,
+) -> list[Variant]:  # fmt: skip
     """Every pass x width of real models x dtype; `present` names the tensors of each pass."""
     found = []
     for which, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
-        for c in _WIDTHS:
+        for c in widths:
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
                 launch = launch_of(
                     f"norm.{which}", arch,
@@ -290,7 +360,7 @@ def variants(arch: Arch, kind: int, present: dict[str, set[str]]) -> list[Varian
                 )  # fmt: skip
                 constants: dict[str, Any] = {
                     "KIND": kind, "BLOCK": triton.next_power_of_2(c), "ACC": tl.float32,
-                    **launch.blocks,
+                    "MERGE": merge, **launch.blocks,
                 }  # fmt: skip
                 signature = {}
                 for name in kernel.arg_names:

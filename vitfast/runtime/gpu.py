@@ -26,6 +26,7 @@ NAMES = {
 """Triton's names of dtypes, as in the signature of a kernel ("*fp16")."""
 COUNTS = (
     "rows", "n", "tokens", "prefix", "batch", "heads", "queries", "keys", "per_image", "columns",
+    "map_height", "map_width",
 )  # fmt: skip
 """Arguments of kernels that change from call to call: one compiled kernel serves them all."""
 

@@ -10,7 +10,6 @@ from vitfast.ops.autodiff import gradients
 from vitfast.ops.layer_norm import api as layer_norm_api
 from vitfast.ops.residual_add import api as residual_add_api
 from vitfast.ops.residual_add.reference import drop_gradient, scale_gradients
-from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define, needs_grad
@@ -57,10 +56,7 @@ def add_norm(
     """
     residual_add_api.check("add_norm", x, branch, gamma, drop_scale)
     layer_norm_api.check("add_norm", x, weight, bias, eps, out_dtype)
-    if norm not in _norm.KINDS:
-        raise checks.InputValueError(f"add_norm: norm must be 'layer' or 'rms', got {norm!r}")
-    if norm == "rms" and bias is not None:
-        raise checks.InputValueError("add_norm: norm='rms' takes no bias")
+    _norm.check_kind("add_norm", norm, bias)
     out_dtype = out_dtype or layer_norm_api.autocast_out_dtype(x)
     save_stats = needs_grad(x, branch, weight, bias, gamma, drop_scale)
     residual, normed, _ = _OP(

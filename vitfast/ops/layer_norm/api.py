@@ -52,15 +52,16 @@ def check(
     bias: torch.Tensor | None,
     eps: float,
     out_dtype: torch.dtype | None,
+    channels: int | None = None,
 ) -> None:
-    """The checks that all norms share."""
+    """The checks that all norms share; weight and bias are [channels], by default x's."""
     checks.check_tensor(op, "x", x)
     if x.ndim == 0:
         raise checks.InputValueError(f"{op}: x must have at least one dimension, got a scalar")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None:
             checks.check_tensor(op, name, t)
-            checks.check_shape(op, name, t, (x.shape[-1],))
+            checks.check_shape(op, name, t, (x.shape[-1] if channels is None else channels,))
     checks.check_same_device(op, x=x, weight=weight, bias=bias)
     checks.check_eps(op, eps)
     if out_dtype is not None and out_dtype not in checks.FLOATS:
