@@ -7,5 +7,5 @@ FAMILY = Family(
     name="swin_v2",
     models=("swin_transformer_v2",),
     sample="swinv2_tiny_window8_256",
-    layers=(layers.SwinTransformerV2Block, layers.SwinV2WindowAttention),
+    layers=(layers.SwinTransformerV2Block, layers.SwinV2WindowAttention, layers.SwinV2PatchMerging),
 )

@@ -16,8 +16,10 @@ from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import LayerNorm, RmsNorm
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
+from vitfast.layers.swin import PatchMerging as SwinPatchMerging
 from vitfast.layers.swin import SwinTransformerBlock
 from vitfast.layers.swin import WindowAttention as SwinWindowAttention
+from vitfast.layers.swin_v2 import PatchMerging as SwinV2PatchMerging
 from vitfast.layers.swin_v2 import SwinTransformerV2Block
 from vitfast.layers.swin_v2 import WindowAttention as SwinV2WindowAttention
 from vitfast.layers.torch_norm import LayerNorm as TorchLayerNorm
@@ -40,8 +42,10 @@ __all__ = [
     "RelPosBlock",
     "RmsNorm",
     "SwiGLU",
+    "SwinPatchMerging",
     "SwinTransformerBlock",
     "SwinTransformerV2Block",
+    "SwinV2PatchMerging",
     "SwinV2WindowAttention",
     "SwinWindowAttention",
     "TorchLayerNorm",

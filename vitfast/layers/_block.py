@@ -141,8 +141,15 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
 def _add_normed(
     x: torch.Tensor, branch: torch.Tensor, norm: Norm, drop: DropRate | None
 ) -> torch.Tensor:
-    branch = _norm.apply(branch, norm)
-    return ops.residual_add(x, branch, drop_scale=_drop_scale(branch, None, drop))
+    return ops.norm_add(
+        x,
+        branch,
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        drop_scale=_drop_scale(branch, None, drop),
+        norm=norm.kind,
+    )
 
 
 def _normed(source: torch.Tensor, norm: Norm) -> Normed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -138,6 +138,57 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
     return out
 
 
+class Merge(NamedTuple):
+    """Swin's downsampling: reduction(norm(patches)), or the norm last."""
+
+    reduction: Linear
+    norm: Norm
+    norm_last: bool
+
+
+def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
+    """2x2 patches of a map x [B, H, W, C] reduced; None where it is for the public ops."""
+    lower = autocast_dtype(x.device)
+    operand = lower or x.dtype
+    if not _on_cpu(x, lower):
+        return None
+    shape = norm_op.merged_shape(x)
+    weight, bias = plan.reduction
+    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    width = len(weight) if plan.norm_last else shape[-1]
+    if not (
+        _tensor(weight, (len(weight), shape[-1]), dtypes)
+        and _vector(bias, len(weight), dtypes)
+        and _vector(plan.norm.weight, width)
+        and _vector(plan.norm.bias, width)
+    ):
+        return None
+    batch, high, wide, _ = shape
+    rows = batch * high * wide
+    reduction = _linear(plan.reduction, rows, operand)
+
+    def patches(part: torch.Tensor) -> torch.Tensor:
+        if plan.norm_last:
+            found = norm_op.forward(norm_op.NONE, part, out_dtype=operand, merge=True)[0]
+        else:
+            found = norm_op.forward(
+                norm_op.KINDS[plan.norm.kind], part, weight=plan.norm.weight, bias=plan.norm.bias,
+                eps=plan.norm.eps, out_dtype=operand, merge=True,
+            )[1]  # fmt: skip
+        y = reduction(found.view(-1, shape[-1]))
+        return _normalise(y, plan.norm, y) if plan.norm_last else y
+
+    if rows <= WHOLE_ROWS:
+        return patches(x).view(batch, high, wide, -1)
+    out = _gemm.empty((batch, high, wide, len(weight)), operand)
+    step = max(1, CHUNK_ROWS // wide)
+    for image, result in zip(x, out, strict=True):
+        for first in range(0, high, step):
+            part = image[None, 2 * first : 2 * (first + step)]
+            result[first : first + step] = patches(part).view(-1, wide, len(weight))
+    return out
+
+
 class _Steps:
     """The steps of a block that work row by row, ready to run on any of `rows` rows."""
 
@@ -207,8 +258,15 @@ class _Steps:
 
 
 def _add_normed(x: torch.Tensor, branch: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
-    normed = _normalise(branch, norm, _gemm.empty(branch.shape, out.dtype))
-    norm_op.forward(norm_op.NONE, x, branch=normed, residual_out=out)
+    norm_op.forward(
+        norm_op.KINDS[norm.kind],
+        branch,
+        weight=norm.weight,
+        bias=norm.bias,
+        eps=norm.eps,
+        base=x,
+        normed_out=out,
+    )
 
 
 def _linear(
@@ -257,6 +315,12 @@ def _stream_dtype(x: torch.Tensor, plan: Block, operand: torch.dtype) -> torch.d
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
+def _on_cpu(x: torch.Tensor, lower: torch.dtype | None) -> bool:
+    if settings.backend not in ("auto", "cpu") or native.reasons():
+        return False
+    return x.is_cpu and x.numel() > 0 and {x.dtype, lower or x.dtype} <= _DTYPES
+
+
 def _fits(
     x: torch.Tensor,
     plan: Block,
@@ -266,9 +330,7 @@ def _fits(
     rope: torch.Tensor | None,
 ) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked."""
-    if settings.backend not in ("auto", "cpu") or native.reasons():
-        return False
-    if not x.is_cpu or x.ndim != 3 or not x.numel() or not {x.dtype, lower or x.dtype} <= _DTYPES:
+    if x.ndim != 3 or not _on_cpu(x, lower):
         return False
     attn, mlp = plan.attn, plan.mlp
     batch, tokens, channels = x.shape

@@ -1,4 +1,4 @@
-"""Drop-ins for the window attention and block of timm's Swin Transformer."""
+"""Drop-ins for the parts of timm's Swin Transformer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import swin_transformer
 
-from vitfast.layers import _attention, _block, _guard, _windowed
+from vitfast.layers import _attention, _block, _guard, _patch_merging, _windowed
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
 
@@ -48,6 +48,16 @@ class SwinTransformerBlock(Layer, swin_transformer.SwinTransformerBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = _windowed.run_block(self, x, _block.without_layer_scale)
+        return super().forward(x) if out is None else out
+
+
+class PatchMerging(Layer, swin_transformer.PatchMerging):
+    """`timm.models.swin_transformer.PatchMerging` on `vitfast.ops.patch_merge`."""
+
+    plan = staticmethod(_patch_merging.norm_first)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _patch_merging.run(self, x, _patch_merging.norm_first)
         return super().forward(x) if out is None else out
 
 

@@ -1,4 +1,4 @@
-"""Drop-ins for the window attention and block of timm's Swin Transformer V2."""
+"""Drop-ins for the parts of timm's Swin Transformer V2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import swin_transformer_v2
 
-from vitfast.layers import _attention, _block, _guard, _windowed
+from vitfast.layers import _attention, _block, _guard, _patch_merging, _windowed
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Linear
@@ -49,6 +49,16 @@ class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = _windowed.run_block(self, x, _block.with_norms_last)
+        return super().forward(x) if out is None else out
+
+
+class PatchMerging(Layer, swin_transformer_v2.PatchMerging):
+    """`timm.models.swin_transformer_v2.PatchMerging` on `vitfast.ops.patch_merge`."""
+
+    plan = staticmethod(_patch_merging.norm_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _patch_merging.run(self, x, _patch_merging.norm_last)
         return super().forward(x) if out is None else out
 
 

@@ -1,0 +1,45 @@
+"""What the downsampling between the stages of Swin and Swin V2 shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from vitfast import ops
+from vitfast.layers import _block, _guard, _inference, _norm
+from vitfast.layers._inference import Merge
+
+
+def norm_first(module: nn.Module) -> Merge:
+    """How timm's `PatchMerging` of Swin computes."""
+    children = module._modules
+    return Merge(_guard.linear(children, "reduction"), _norm.child(children, "norm"), False)
+
+
+def norm_last(module: nn.Module) -> Merge:
+    """How timm's `PatchMerging` of Swin V2 computes."""
+    return norm_first(module)._replace(norm_last=True)
+
+
+def run(
+    module: nn.Module, x: torch.Tensor, plan: Callable[[nn.Module], Merge]
+) -> torch.Tensor | None:
+    """The layer on a map x [B, H, W, C]; None where it is for timm's forward."""
+    merge = _guard.ready(plan, module, x)
+    if merge is None or x.ndim != 4:
+        return None
+    if not torch.compiler.is_compiling() and not _guard.records_grad(
+        x, *merge.reduction, merge.norm.weight, merge.norm.bias
+    ):
+        out = _inference.merge(x, merge)
+        if out is not None:
+            return out
+    norm = merge.norm
+    if merge.norm_last:
+        return _norm.apply(ops.linear_act(ops.patch_merge(x, norm=None), *merge.reduction), norm)
+    merged = ops.patch_merge(
+        x, norm.weight, norm.bias, norm.eps, norm=norm.kind, out_dtype=_block.operand_dtype(x)
+    )
+    return ops.linear_act(merged, *merge.reduction)
