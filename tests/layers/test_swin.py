@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
 
 from vitfast import layers, restore, swap
-from vitfast.layers import _inference
+from vitfast.layers import _inference, _position
 
 C, HEADS = 32, 2
 BLOCKS = {
@@ -165,6 +166,55 @@ def test_a_size_that_timm_was_not_told_of_is_refused_as_by_timm(lively, version)
     swap(ours)
     with pytest.raises(RuntimeError):
         ours(torch.randn(1, 21, 21, C))
+
+
+MERGING = {"v1": v1.PatchMerging, "v2": v2.PatchMerging}
+
+
+@both
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(8, 6), (7, 9), (1, 1), (6, 5)], ids=str)
+def test_merging(parity, lively, version, size, autocast):
+    module = parity(lively(MERGING[version](24)), torch.randn(2, *size, 24), autocast=autocast)
+    assert isinstance(module, (layers.SwinPatchMerging, layers.SwinV2PatchMerging))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_merging_dtypes(parity, lively, version, dtype):
+    parity(lively(MERGING[version](24)).to(dtype), torch.randn(1, 5, 6, 24, dtype=dtype))
+
+
+@both
+@pytest.mark.parametrize("size", [(30, 12), (13, 15)], ids=str)
+def test_merging_in_chunks(parity, lively, monkeypatch, version, size):
+    monkeypatch.setattr(_inference, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(_inference, "WHOLE_ROWS", 30)
+    parity(lively(MERGING[version](16)).eval(), torch.randn(3, *size, 16), backward=False)
+
+
+def test_a_position_mlp_with_a_hook_is_called_every_time(lively):
+    module = lively(block("shifted", "v2")).eval()
+    swap(module)
+    calls = []
+    with torch.no_grad():
+        module(image("shifted"))
+        module.attn.cpb_mlp[0].register_forward_hook(lambda *_: calls.append(1))
+        module(image("shifted"))
+        module(image("shifted"))
+    assert len(calls) == 2
+
+
+def test_positions_are_kept_without_autograd_only(lively):
+    module = lively(block("shifted", "v2")).eval()
+    swap(module)
+    with torch.no_grad():
+        first = module.plan(module).attn.table
+        assert module.plan(module).attn.table is first
+    assert module.plan(module).attn.table.requires_grad
+    del module
+    gc.collect()
+    assert not _position._KEPT
 
 
 @both

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import swin_transformer_v2
 
-from vitfast.layers import _attention, _block, _guard, _patch_merging, _windowed
+from vitfast.layers import _attention, _block, _guard, _patch_merging, _position, _windowed
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Linear
@@ -19,13 +19,11 @@ def plan_attention(module: Any) -> Attention:
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
     weight = _guard.linear(children, "qkv").weight
-    # The whole module is called, whatever became of it: hooks and replaced layers count.
-    position = module.cpb_mlp(module.relative_coords_table).view(-1, module.num_heads)
     return Attention(
         heads=module.num_heads,
         qkv=(Linear(weight, _attention.packed_bias(module)),),
         proj=_guard.linear(children, "proj"),
-        table=16 * torch.sigmoid(position),
+        table=_position.table(module.cpb_mlp, module.relative_coords_table, module.num_heads),
         logit_scale=_guard.tensor(module, "logit_scale").flatten(),
     )
 

@@ -170,16 +170,16 @@ class WeightCache:
     def get(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """The packing of a weight [N, K] for products of this dtype, new if need be."""
         key = (id(weight), dtype)
-        state = _state(weight)
+        found = state(weight)
         entry = self._entries.get(key)
-        if entry is not None and entry.state == state and entry.weight() is weight:
+        if entry is not None and entry.state == found and entry.weight() is weight:
             return entry.pieces
         pieces = _pack(weight, dtype)
         drop = partial(_drop, weakref.ref(self), key)
         nbytes = weight.numel() * dtype.itemsize
         with self._lock:
             self._remove(key)
-            self._entries[key] = _Entry(weakref.ref(weight, drop), state, pieces, nbytes)
+            self._entries[key] = _Entry(weakref.ref(weight, drop), found, pieces, nbytes)
             self.bytes += nbytes
             while self.bytes > self.most_bytes and len(self._entries) > 1:
                 self._remove(next(iter(self._entries)))
@@ -209,7 +209,8 @@ def _drop(
         alive._remove(key)
 
 
-def _state(w: torch.Tensor) -> tuple[Any, ...]:
+def state(w: torch.Tensor) -> tuple[Any, ...]:
+    """What tells a matrix from what it was, see above; equal as long as it is the same."""
     (rows, columns), strides, address = w.shape, w.stride(), w.data_ptr()
     return (
         address,
