@@ -123,7 +123,7 @@ void norm_forward(const NormForward& a) {
         copy_row(a.x, a.residual, b, n, stream_residual, C);
       }
       if (norm) {
-        const Moments m = moments(row, C, sum, rms, a.eps);
+        const Moments m = moments(row, C, sum, rms, a.eps, padded_quarters(a.x, n));
         const float* base =
             a.base.ptr != nullptr ? floats(a.base, b, n, scale_scratch, C) : nullptr;
         const float scale_of_norm = a.normed_scale != nullptr ? a.normed_scale[b] : 1.f;

@@ -163,7 +163,8 @@ void norm_backward(const NormBackward& a) {
             v.mean = rms ? 0.f : a.stats[2 * i];
             v.rstd = a.stats[2 * i + 1];
           } else {
-            const Moments m = moments(v.residual, C, row_sum(v.residual, C, rms), rms, a.eps);
+            const Moments m = moments(v.residual, C, row_sum(v.residual, C, rms), rms, a.eps,
+                                      padded_quarters(a.residual, n));
             v.mean = m.mean - m.shift / m.rstd;
             v.rstd = m.rstd;
           }

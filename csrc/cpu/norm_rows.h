@@ -180,20 +180,38 @@ struct Moments {
   float shift;  // -(true mean - mean) * rstd: what rounding took from the mean, for outputs
 };
 
+// Bit k: quarter k of row n is a pixel past the edge of the map.
+inline int padded_quarters(const Rows& r, int64_t n) {
+  if (r.H == 0) return 0;
+  const int64_t across = (r.W + 1) / 2;
+  return (n / across * 2 + 1 == r.H ? 0b1010 : 0) | (n % across * 2 + 1 == r.W ? 0b1100 : 0);
+}
+
 // From the row and its sum (rms: its sum of squares). The second pass also sums the deviations:
 // they are exact where the mean is far from zero, and correct both the mean and the variance.
-inline Moments moments(const float* row, int64_t C, double sum, bool rms, double eps) {
+// Deviations of padding are all the same, and would all be rounded the same way in a float sum.
+inline Moments moments(const float* row, int64_t C, double sum, bool rms, double eps, int padded) {
   const double n = static_cast<double>(C);
   if (rms) return {0.f, static_cast<float>(1. / __builtin_sqrt(sum / n + eps)), 0.f};
   const vf mean = splat(static_cast<float>(sum / n));
   Sums first, second;
-  over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
+  const auto add = [&](int64_t c, int slot, auto span) VITFAST_INLINE {
     const vf d = keep(load(row + c, span) - mean, span);
     first.v[slot] = first.v[slot] + d;
     second.v[slot] = fma(d, d, second.v[slot]);
-  });
-  const double delta = first.total() / n;
-  double var = second.total() / n - delta * delta;
+  };
+  double zeros = 0.;
+  if (padded == 0) over(C, add);
+  for (int k = 0; padded != 0 && k < 4; ++k) {
+    if (padded >> k & 1)
+      zeros += n / 4.;
+    else
+      over(C / 4, [&](int64_t c, int slot, auto span)
+                      VITFAST_INLINE { add(k * (C / 4) + c, slot, span); });
+  }
+  const double m = mean[0];
+  const double delta = (first.total() - zeros * m) / n;
+  double var = (second.total() + zeros * m * m) / n - delta * delta;
   var = var < 0. ? 0. : var;  // a NaN stays
   const double rstd = 1. / __builtin_sqrt(var + eps);
   return {mean[0], static_cast<float>(rstd), static_cast<float>(-delta * rstd)};

@@ -65,17 +65,21 @@ def test_it_is_timms_merging_up_to_its_reduction(version, size, low):
 @each_dtype
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_it_is_the_norm_of_the_gathered_patches(size, dtype):
-    """To the bit, forward and backward."""
+    """Forward and backward; to the bit where there is no padding, whose statistics are exact."""
+    padded, tolerance = size[0] % 2 or size[1] % 2, 1e-5 if dtype == torch.float32 else 0.02
     x, weight, bias = make(2, *size, 13, dtype=dtype), *(make(52, seed=s) for s in (1, 2))
     gathered = patch_merge(x, norm=None, backend="cpu").requires_grad_()
     leaves = [gathered, *(t.detach().requires_grad_() for t in (weight, bias))]
     y = layer_norm(*leaves, 1e-5, backend="cpu")
     grads = torch.autograd.grad(y, leaves, make(*y.shape, dtype=dtype, seed=5))
     ours = train(x, weight, bias, backend="cpu")
-    assert equal((ours[0], *ours[2:]), (y, *grads[1:]))
+    for a, b in zip((ours[0], *ours[2:]), (y, *grads[1:]), strict=True):
+        assert torch.equal(a, b) or (
+            padded and torch.allclose(a, b, rtol=tolerance, atol=tolerance)
+        )
     leaf = x.clone().requires_grad_()
     (dx,) = torch.autograd.grad(patch_merge(leaf, norm=None, backend="cpu"), leaf, grads[0])
-    assert torch.equal(ours[1], dx)
+    torch.testing.assert_close(ours[1], dx)
     y = patch_merge(x, weight, norm="rms", backend="cpu")
     assert torch.equal(y, rms_norm(gathered.detach(), weight, 1e-5, backend="cpu"))
 
@@ -92,6 +96,16 @@ def test_gathering_keeps_every_value(dtype):
     low = patch_merge(x, norm=None, out_dtype=torch.bfloat16, backend="cpu")
     # Instruction sets differ in what they do to denormals.
     torch.testing.assert_close(low, y.bfloat16(), rtol=0, atol=1e-38, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [(4, 1), (1, 4), (1, 1)], ids=str)
+def test_padding_costs_no_accuracy(size):
+    """The deviations of padding are one number many times: a float sum would drift."""
+    x = make(32, *size, 384)
+    rows = patch_merge(x, norm=None).double()
+    exact = F.layer_norm(rows, (1536,), eps=1e-5)
+    error = (patch_merge(x, backend="cpu").double() - exact)[..., -384:]  # zeros before the norm
+    assert error.square().mean().sqrt() < 1e-8
 
 
 def test_nan_stays_in_its_patch():
