@@ -26,6 +26,7 @@ NAMES = {
 """Triton's names of dtypes, as in the signature of a kernel ("*fp16")."""
 COUNTS = (
     "rows", "n", "tokens", "prefix", "batch", "heads", "queries", "keys", "per_image", "columns",
+    "windows", "per", "high", "wide", "shift_y", "shift_x", "table_p", "table_h",
 )  # fmt: skip
 """Arguments of kernels that change from call to call: one compiled kernel serves them all."""
 
