@@ -80,9 +80,15 @@ def _constants(
     found = {
         "WH": window[0], "WW": window[1], "D": d, "BLOCK_D": _power(d),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32, "SHIFTED": shifted,
-        "ROLL_FIRST": roll_first, "PRECISION": precision(dtype),
+        "ROLL_FIRST": roll_first, "TURNED": _turns(window[0] * window[1]),
+        "PRECISION": precision(dtype),
     }  # fmt: skip
     return found | ({"WHOLE": _power(window[0] * window[1])} if which == "backward" else {})
+
+
+def _turns(tokens: int) -> bool:
+    """Whether to lay the table out by heads: where it is gathered anew for every tile."""
+    return tokens > 64
 
 
 def _packed(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -97,8 +103,8 @@ class _Problem:
         self.qkv, self.window, self.tokens = qkv, window, window[0] * window[1]
         self.windows = batch * triton.cdiv(high, window[0]) * triton.cdiv(wide, window[1])
         self.shape = (any(shift), roll_first)
-        if table is not None and self.tokens > 64:
-            table = table.t().contiguous().t()  # gathered anew for every tile
+        if table is not None and _turns(self.tokens):
+            table = table.t().contiguous().t()
         self.arguments = {
             "qkv_ptr": qkv, "table_ptr": table, "pad_ptr": _packed(pad),
             "logit_ptr": _packed(logit_scale), "windows": self.windows,

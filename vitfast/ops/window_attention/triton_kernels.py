@@ -37,33 +37,53 @@ def place(i, size, padded, shift, ROLL_FIRST: tl.constexpr):
 
 
 @triton.jit
-def band(i, padded, shift, WINDOW: tl.constexpr):
-    """Which of the bands that a cyclic shift brings together; all one without a shift."""
-    found = (i >= padded - WINDOW).to(tl.int32) + (i >= padded - shift).to(tl.int32)
-    return tl.where(shift == 0, 0, found)
-
-
-@triton.jit
 def tokens(
     n, w, high, wide, shift_y, shift_x, WH: tl.constexpr, WW: tl.constexpr,
     ROLL_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Of tokens n of window number w: image, row, column, whether in the map or padding, band."""
+    """Of tokens n of window number w: image, row and column, whether in the map or padding."""
     down, across = tl.cdiv(high, WH), tl.cdiv(wide, WW)
     w = tl.full([], w, tl.int32)
     b, w = w // (down * across), w % (down * across)
-    i, j = w // across * WH + n // WW, w % across * WW + n % WW
-    y = place(i, high, down * WH, shift_y, ROLL_FIRST)
-    x = place(j, wide, across * WW, shift_x, ROLL_FIRST)
+    y = place(w // across * WH + n // WW, high, down * WH, shift_y, ROLL_FIRST)
+    x = place(w % across * WW + n % WW, wide, across * WW, shift_x, ROLL_FIRST)
     inside, real = n < WH * WW, (y >= 0) & (x >= 0)
-    bands = 3 * band(i, down * WH, shift_y, WH) + band(j, across * WW, shift_x, WW)
-    return b.to(tl.int64), y.to(tl.int64), x.to(tl.int64), inside & real, inside & ~real, bands
+    return b.to(tl.int64), y.to(tl.int64), x.to(tl.int64), inside & real, inside & ~real
 
 
 @triton.jit
-def position(n, table_p, WW: tl.constexpr):
-    """Where tokens stand in the table of biases: a query's less a key's, plus `origin`."""
-    return (n // WW * (2 * WW - 1) + n % WW).to(tl.int64) * table_p
+def sides(n, shift_y, shift_x, WH: tl.constexpr, WW: tl.constexpr):
+    """Bits for tokens that a shift brought to a border window from the map's other end."""
+    return (n // WW >= WH - shift_y).to(tl.int32) * 2 + (n % WW >= WW - shift_x).to(tl.int32)
+
+
+@triton.jit
+def borders(w, high, wide, WH: tl.constexpr, WW: tl.constexpr):
+    """The bits of `sides` that count in window number w: those of the last row and column."""
+    down, across = tl.cdiv(high, WH), tl.cdiv(wide, WW)
+    w = tl.full([], w, tl.int32) % (down * across)
+    return (w // across == down - 1).to(tl.int32) * 2 + (w % across == across - 1).to(tl.int32)
+
+
+@triton.jit
+def apart(s, rows, columns, bits, SHIFTED: tl.constexpr):
+    """Scores in units of log2, less 100 natural ones between tokens of different sides."""
+    if SHIFTED:
+        s += tl.where((rows & bits)[:, None] != (columns & bits)[None, :], HIDDEN, 0.0)
+    return s
+
+
+@triton.jit
+def position(n, table_p, WW: tl.constexpr, TURNED: tl.constexpr):
+    """Where tokens stand in the table of biases: a query's less a key's, plus `origin`.
+
+    TURNED: the table is [heads, positions], and its offsets are in 32 bits, of which a tile of them
+    takes half the registers.
+    """
+    at = n // WW * (2 * WW - 1) + n % WW
+    if not TURNED:
+        at = at.to(tl.int64) * table_p
+    return at
 
 
 @triton.jit
@@ -135,14 +155,6 @@ def factor_of(scale, logit_ptr, h, ACC: tl.constexpr):
 
 
 @triton.jit
-def masked(s, bands_rows, bands_columns, SHIFTED: tl.constexpr):
-    """Scores in units of log2, less 100 natural ones between bands."""
-    if SHIFTED:
-        s += tl.where(bands_rows[:, None] != bands_columns[None, :], HIDDEN, 0.0)
-    return s
-
-
-@triton.jit
 def put(ptr, value, at, live, column, D: tl.constexpr):
     mask = live[:, None] & (column < D)[None, :]
     tl.store(ptr + at[:, None] + column[None, :], value.to(ptr.dtype.element_ty), mask=mask)
@@ -159,7 +171,7 @@ def forward_kernel(
     qkv_ptr, table_ptr, pad_ptr, logit_ptr, out_ptr, stats_ptr, windows, per, high, wide, heads,
     scale, shift_y, shift_x, qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, W, heads, D] of a tile of queries of `per` windows, over all keys of each.
@@ -177,14 +189,16 @@ def forward_kernel(
     width = tl.full([], heads, tl.int64) * D
     if table_ptr is not None:
         table_ptr = origin(table_ptr, h, table_p, table_h, WH, WW)
-        position_m = position(m, table_p, WW)
+        position_m = position(m, table_p, WW, TURNED)
         if N <= BLOCK_N:
             n = tl.arange(0, BLOCK_N)
-            bias = biases(table_ptr, position_m, position(n, table_p, WW), m < N, n < N, ACC)
+            bias = biases(
+                table_ptr, position_m, position(n, table_p, WW, TURNED), m < N, n < N, ACC
+            )
+    side = sides(m, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
-        b, y, x, live, padding, bands = tokens(
-            m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
-        )
+        bits = borders(w, high, wide, WH, WW)
+        b, y, x, live, padding = tokens(m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         q = rows_of(qkv_ptr, at, 0, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         q, length_q = units(q, ACC, COSINE)
@@ -193,7 +207,8 @@ def forward_kernel(
         o = tl.zeros([BLOCK_M, BLOCK_D], ACC)
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
-            image, yk, xk, live_k, padding_k, bands_k = tokens(
+            side_k = sides(n, shift_y, shift_x, WH, WW)
+            image, yk, xk, live_k, padding_k = tokens(
                 n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
             )
             at_k = b * qkv_b + yk * qkv_y + xk * qkv_x + h * qkv_h
@@ -205,10 +220,10 @@ def forward_kernel(
             if table_ptr is not None:
                 if N > BLOCK_N:
                     bias = biases(
-                        table_ptr, position_m, position(n, table_p, WW), m < N, n < N, ACC
+                        table_ptr, position_m, position(n, table_p, WW, TURNED), m < N, n < N, ACC
                     )
                 s += bias
-            s = masked(s, bands, bands_k, SHIFTED)
+            s = apart(s, side, side_k, bits, SHIFTED)
             if N % BLOCK_N != 0:
                 s = tl.where((n < N)[None, :], s, float("-inf"))
             higher = tl.maximum(shift, tl.max(s, 1))
@@ -237,7 +252,7 @@ def backward_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `per` windows of at most WHOLE tokens; softmax is made again.
@@ -256,8 +271,9 @@ def backward_kernel(
     width = tl.full([], heads, tl.int64) * D
     if table_ptr is not None:
         table_ptr = origin(table_ptr, h, table_p, table_h, WH, WW)
-        where = position(n, table_p, WW)
+        where = position(n, table_p, WW, TURNED)
         bias = biases(table_ptr, where, where, n < N, n < N, ACC)
+        bias = tl.where((n < N)[None, :], bias, float("-inf"))
     if dbias_ptr is not None:
         dbias = tl.zeros([WHOLE, WHOLE], ACC)
     if dpad_ptr is not None:
@@ -265,10 +281,10 @@ def backward_kernel(
         sum_v = sum_k
     if dscale_ptr is not None:
         cosines = tl.zeros([WHOLE], ACC)
+    side = sides(n, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
-        b, y, x, live, padding, bands = tokens(
-            n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
-        )
+        bits = borders(w, high, wide, WH, WW)
+        b, y, x, live, padding = tokens(n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         q = rows_of(qkv_ptr, at, 0, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         k = rows_of(qkv_ptr, at, 1, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
@@ -277,37 +293,37 @@ def backward_kernel(
         g = grads_of(grad_ptr, at * width + h * D, live, column, D)
         unit_q, inverse_q = units(q, ACC, COSINE)
         unit_k, inverse_k = units(k, ACC, COSINE)
-        raw = tl.dot(unit_q, tl.trans(unit_k), out_dtype=ACC, input_precision=PRECISION)
-        s = raw * (factor * LOG2E)
+        s = tl.dot(unit_q, tl.trans(unit_k), out_dtype=ACC, input_precision=PRECISION)
+        s *= factor * LOG2E
         if table_ptr is not None:
             s += bias
-        s = masked(s, bands, bands, SHIFTED)
-        if N < WHOLE:
+        s = apart(s, side, side, bits, SHIFTED)
+        if (N < WHOLE) and (table_ptr is None):
             s = tl.where((n < N)[None, :], s, float("-inf"))
         p = tl.exp2(s - tl.max(s, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None]
+        at = at * 3 * width + h * D
+        dv = tl.dot(tl.trans(p.to(g.dtype)), g, out_dtype=ACC, input_precision=PRECISION)
+        if dqkv_ptr is not None:
+            put(dqkv_ptr + 2 * width, dv, at, live, column, D)
+        if dpad_ptr is not None:
+            sum_v += summed(dv, padding)
         dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        p *= dp - tl.sum(p * dp, 1)[:, None]  # softmax's gradient
         if dbias_ptr is not None:
-            dbias += ds
+            dbias += p
+        ds = p.to(k.dtype)
+        dq = tl.dot(ds, unit_k, out_dtype=ACC, input_precision=PRECISION)
         if dscale_ptr is not None:
-            cosines += tl.sum(ds * raw, 1)
-        if (dqkv_ptr is not None) or (dpad_ptr is not None):
-            at = at * 3 * width + h * D
-            low = tl.trans(p.to(g.dtype))
-            dv = tl.dot(low, g, out_dtype=ACC, input_precision=PRECISION)
-            low = ds.to(k.dtype)
-            dq = tl.dot(low, unit_k, out_dtype=ACC, input_precision=PRECISION) * factor
-            dk = tl.dot(tl.trans(low), unit_q, out_dtype=ACC, input_precision=PRECISION) * factor
-            dq = through_units(dq, q, inverse_q, COSINE)
-            dk = through_units(dk, k, inverse_k, COSINE)
-            if dqkv_ptr is not None:
-                put(dqkv_ptr, dq, at, live, column, D)
-                put(dqkv_ptr + width, dk, at, live, column, D)
-                put(dqkv_ptr + 2 * width, dv, at, live, column, D)
-            if dpad_ptr is not None:
-                sum_k += summed(dk, padding)
-                sum_v += summed(dv, padding)
+            cosines += tl.sum(dq * unit_q.to(ACC), 1)
+        if dqkv_ptr is not None:
+            put(dqkv_ptr, through_units(dq * factor, q, inverse_q, COSINE), at, live, column, D)
+        dk = tl.dot(tl.trans(ds), unit_q, out_dtype=ACC, input_precision=PRECISION) * factor
+        dk = through_units(dk, k, inverse_k, COSINE)
+        if dqkv_ptr is not None:
+            put(dqkv_ptr + width, dk, at, live, column, D)
+        if dpad_ptr is not None:
+            sum_k += summed(dk, padding)
     first = part.to(tl.int64)
     if dbias_ptr is not None:
         at = ((first * heads + h) * N + n)[:, None] * N + n[None, :]

@@ -10,14 +10,16 @@ import triton.language as tl
 
 from vitfast.ops.window_attention.triton_kernels import (
     LOG2E,
+    apart,
     biases,
+    borders,
     factor_of,
     grads_of,
-    masked,
     origin,
     position,
     put,
     rows_of,
+    sides,
     summed,
     through_units,
     tokens,
@@ -50,7 +52,7 @@ def queries_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries of `per` windows; dscale [programs, heads]."""
@@ -65,13 +67,13 @@ def queries_kernel(
     width = tl.full([], heads, tl.int64) * D
     if table_ptr is not None:
         table_ptr = origin(table_ptr, h, table_p, table_h, WH, WW)
-        position_m = position(m, table_p, WW)
+        position_m = position(m, table_p, WW, TURNED)
     if dscale_ptr is not None:
         cosines = tl.zeros([BLOCK_M], ACC)
+    side = sides(m, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
-        b, y, x, live, padding, bands = tokens(
-            m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
-        )
+        bits = borders(w, high, wide, WH, WW)
+        b, y, x, live, padding = tokens(m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         q = rows_of(qkv_ptr, at, 0, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         unit_q, inverse_q = units(q, ACC, COSINE)
@@ -83,7 +85,8 @@ def queries_kernel(
         dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
-            image, yk, xk, live_k, padding_k, bands_k = tokens(
+            side_k = sides(n, shift_y, shift_x, WH, WW)
+            image, yk, xk, live_k, padding_k = tokens(
                 n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
             )
             at_k = b * qkv_b + yk * qkv_y + xk * qkv_x + h * qkv_h
@@ -94,21 +97,23 @@ def queries_kernel(
             v = rows_of(
                 qkv_ptr, at_k, 2, qkv_3, qkv_d, pad_ptr, h, width, live_k, padding_k, column, D
             )
-            raw = tl.dot(unit_q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
-            s = raw * (factor * LOG2E)
+            s = tl.dot(unit_q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
+            s *= factor * LOG2E
             if table_ptr is not None:
-                s += biases(table_ptr, position_m, position(n, table_p, WW), m < N, n < N, ACC)
-            s = masked(s, bands, bands_k, SHIFTED)
+                s += biases(
+                    table_ptr, position_m, position(n, table_p, WW, TURNED), m < N, n < N, ACC
+                )
+            s = apart(s, side, side_k, bits, SHIFTED)
             if N % BLOCK_N != 0:
                 s = tl.where((n < N)[None, :], s, float("-inf"))
             p = tl.exp2(s - shift[:, None]) * inverse[:, None]
             dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-            ds = p * (dp - delta[:, None])
-            if dscale_ptr is not None:
-                cosines += tl.sum(ds * raw, 1)
-            dq = tl.dot(ds.to(k.dtype), k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
-        dq = through_units(dq * factor, q, inverse_q, COSINE)
+            ds = (p * (dp - delta[:, None])).to(k.dtype)
+            dq = tl.dot(ds, k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
+        if dscale_ptr is not None:
+            cosines += tl.sum(dq * unit_q.to(ACC), 1)
         if dqkv_ptr is not None:
+            dq = through_units(dq * factor, q, inverse_q, COSINE)
             put(dqkv_ptr, dq, at * 3 * width + h * D, live, column, D)
     first = (tl.program_id(0) // heads).to(tl.int64)
     if dscale_ptr is not None:
@@ -121,7 +126,7 @@ def keys_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values of `per` windows; dpad [programs, 2, heads, D]."""
@@ -136,14 +141,14 @@ def keys_kernel(
     width = tl.full([], heads, tl.int64) * D
     if table_ptr is not None:
         table_ptr = origin(table_ptr, h, table_p, table_h, WH, WW)
-        position_n = -position(n, table_p, WW)
+        position_n = -position(n, table_p, WW, TURNED)
     if dpad_ptr is not None:
         sum_k = tl.zeros([BLOCK_D], ACC)
         sum_v = sum_k
+    side = sides(n, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
-        b, y, x, live, padding, bands = tokens(
-            n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
-        )
+        bits = borders(w, high, wide, WH, WW)
+        b, y, x, live, padding = tokens(n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         k = rows_of(qkv_ptr, at, 1, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         v = rows_of(qkv_ptr, at, 2, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
@@ -152,7 +157,8 @@ def keys_kernel(
         dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
         for first in range(0, N, BLOCK_M):
             m = first + tl.arange(0, BLOCK_M)
-            image, yq, xq, live_q, padding_q, bands_q = tokens(
+            side_q = sides(m, shift_y, shift_x, WH, WW)
+            image, yq, xq, live_q, padding_q = tokens(
                 m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
             )
             at_q = b * qkv_b + yq * qkv_y + xq * qkv_x + h * qkv_h
@@ -168,8 +174,10 @@ def keys_kernel(
             s = tl.dot(unit_k, tl.trans(q), out_dtype=ACC, input_precision=PRECISION)
             s *= factor * LOG2E
             if table_ptr is not None:
-                s += biases(table_ptr, position_n, -position(m, table_p, WW), n < N, m < N, ACC)
-            s = masked(s, bands, bands_q, SHIFTED)
+                s += biases(
+                    table_ptr, position_n, -position(m, table_p, WW, TURNED), n < N, m < N, ACC
+                )
+            s = apart(s, side, side_q, bits, SHIFTED)
             p = tl.exp2(s - shift[None, :]) * inverse[None, :]
             dv = tl.dot(p.to(g.dtype), g, acc=dv, out_dtype=ACC, input_precision=PRECISION)
             dp = tl.dot(v, tl.trans(g), out_dtype=ACC, input_precision=PRECISION)
@@ -195,7 +203,7 @@ def bias_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, PRECISION: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores on one tile of one head, over `per` windows: [parts, heads, N, N]."""
@@ -212,13 +220,21 @@ def bias_kernel(
     factor = factor_of(scale, logit_ptr, h, ACC) * LOG2E
     width = tl.full([], heads, tl.int64) * D
     table_ptr = origin(table_ptr, h, table_p, table_h, WH, WW)
-    bias = biases(table_ptr, position(m, table_p, WW), position(n, table_p, WW), m < N, n < N, ACC)
+    bias = biases(
+        table_ptr,
+        position(m, table_p, WW, TURNED),
+        position(n, table_p, WW, TURNED),
+        m < N,
+        n < N,
+        ACC,
+    )
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    side = sides(m, shift_y, shift_x, WH, WW)
+    side_k = sides(n, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
-        b, y, x, live, padding, bands = tokens(
-            m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
-        )
-        image, yk, xk, live_k, padding_k, bands_k = tokens(
+        bits = borders(w, high, wide, WH, WW)
+        b, y, x, live, padding = tokens(m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
+        image, yk, xk, live_k, padding_k = tokens(
             n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
         )
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
@@ -234,7 +250,7 @@ def bias_kernel(
             stats_ptr, delta_ptr, w, windows, b, h, y, x, m, live, high, wide, heads, N
         )
         s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * factor + bias
-        s = masked(s, bands, bands_k, SHIFTED)
+        s = apart(s, side, side_k, bits, SHIFTED)
         p = tl.exp2(s - shift[:, None]) * inverse[:, None]
         dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
         total += p * (dp - delta[:, None])
