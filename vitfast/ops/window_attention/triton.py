@@ -105,6 +105,8 @@ class _Problem:
         self.shape = (any(shift), roll_first)
         if table is not None and _turns(self.tokens):
             table = table.t().contiguous().t()
+        if high % window[0] == wide % window[1] == 0:
+            pad = None  # there is no padding
         self.arguments = {
             "qkv_ptr": qkv, "table_ptr": table, "pad_ptr": _packed(pad),
             "logit_ptr": _packed(logit_scale), "windows": self.windows,
@@ -163,6 +165,8 @@ def backward(
     grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, wanted
 ):  # fmt: skip
     problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first)
+    padded = problem.arguments["pad_ptr"] is not None
+    wants_pad, wanted = wanted[2], [*wanted[:2], wanted[2] and padded, wanted[3]]
     dqkv = qkv.new_empty(qkv.shape) if wanted[0] else None
     grad = grad.contiguous()
     with guard(qkv):
@@ -177,10 +181,11 @@ def backward(
             dbias, dpad, dscale = _large_backward(problem, grad, out, stats, dqkv, wanted)
         if dbias is not None:
             dbias = _folded(dbias, table, window)
-    if dpad is not None:  # In float64, since as many rounding errors would meet here.
-        found = dpad.sum(0, dtype=torch.float64).to(pad.dtype)
-        # A query in the padding has no output.
-        dpad = torch.cat([found.new_zeros(1, *found.shape[1:]), found])
+    if wants_pad:
+        sums = torch.zeros_like(pad, memory_format=torch.contiguous_format)
+        if dpad is not None:  # In float64, since as many rounding errors would meet here.
+            sums[1:] = dpad.sum(0, dtype=torch.float64)
+        dpad = sums
     if dscale is not None:  # of exp(min(x, largest))
         x = logit_scale.to(dscale.dtype)
         slope = x.clamp(max=LARGEST_SCALE).exp() * (x <= LARGEST_SCALE)
@@ -191,9 +196,9 @@ def backward(
 
 def _backward(problem, grad, dqkv, wanted):
     heads, d, n = problem.heads, problem.qkv.shape[-1], problem.tokens
-    parts = problem.parts(_SUMMING if any(wanted[1:]) else _PROGRAMS, 1)
+    parts = problem.parts(_SUMMING if wanted[1] or wanted[3] else _PROGRAMS, 1)
     dbias = problem.sums(wanted[1], parts, heads, n, n)
-    dpad = problem.sums(wanted[2], parts, 2, heads, d)
+    dpad = problem.sums(wanted[2], problem.windows, 2, heads, d)
     dscale = problem.sums(wanted[3], parts, heads)
     problem.launch(
         "backward", parts, 1, grad_ptr=grad, dqkv_ptr=dqkv, dbias_ptr=dbias, dpad_ptr=dpad,
@@ -241,32 +246,34 @@ def _folded(dbias, table, window):
 
 
 _CASES = (
-    ("swin7", (7, 7), False, (torch.float16, torch.bfloat16, torch.float32)),
-    ("swin12", (12, 12), False, (torch.float16, torch.bfloat16, torch.float32)),
-    ("v2-8", (8, 8), True, (torch.float16, torch.bfloat16, torch.float32)),
-    ("v2-16", (16, 16), True, (torch.float16, torch.bfloat16, torch.float32)),
-    ("v2-24", (24, 24), True, (torch.float16,)),
+    ("swin7", (7, 7), "", (torch.float16, torch.bfloat16, torch.float32)),
+    ("swin7-padded", (7, 7), "pad_ptr", (torch.float16, torch.bfloat16, torch.float32)),
+    ("swin12", (12, 12), "", (torch.float16, torch.bfloat16, torch.float32)),
+    ("v2-8", (8, 8), "logit_ptr", (torch.float16, torch.bfloat16, torch.float32)),
+    ("v2-16", (16, 16), "logit_ptr", (torch.float16, torch.bfloat16, torch.float32)),
+    ("v2-24", (24, 24), "logit_ptr", (torch.float16,)),
 )
-"""Swin's windows padded with the bias of qkv, and V2's, which are whole, by cosine; all shifted."""
+"""Swin's windows, also padded with the bias of qkv, and V2's by cosine; all shifted."""
 
 
 def variants(arch: Arch) -> list[Variant]:
     found = []
-    for name, window, cosine, dtypes in _CASES:
+    for name, window, extra, dtypes in _CASES:
         for dtype in dtypes:
             key = _key("backward", dtype, 32, window[0] * window[1])
             passes = ("backward",) if in_one_tile(arch, key) else ("queries", "keys", "bias")
             for which in ("forward", *passes):
-                found.append(_variant(arch, which, name, window, cosine, dtype))
+                found.append(_variant(arch, which, name, window, extra, dtype))
     return [*found, *(_fold_variant(w) for w in ((7, 7), (16, 16)))]
 
 
-def _variant(arch, which, name, window, cosine, dtype):
+def _variant(arch, which, name, window, extra, dtype):
     kernel = _KERNELS[which]
     key = _key(which, dtype, 32, window[0] * window[1])
     launch = launch_of(f"window_attention.{which}", arch, key, launch_heuristic)
     constants = {**_constants(which, dtype, 32, window, True, True), **launch.blocks, "qkv_d": 1}
-    absent = ("pad_ptr", "dpad_ptr") if cosine else ("logit_ptr", "dscale_ptr")
+    gradients = {"pad_ptr": "dpad_ptr", "logit_ptr": "dscale_ptr"}
+    absent = {n for pair in gradients.items() if pair[0] != extra for n in pair}
     constants |= {n: None for n in kernel.arg_names if n in absent}
     moving = ("qkv_ptr", "grad_ptr", "out_ptr", "dqkv_ptr")
     signature = {

@@ -258,8 +258,9 @@ def backward_kernel(
     """All gradients of `per` windows of at most WHOLE tokens; softmax is made again.
 
     Sums over the program's windows, for those wanted: dbias [programs, heads, N, N] of the scores'
-    gradients, dpad [programs, 2, heads, D] of k and v (a query in the padding has no output), and
-    dscale [programs, heads] of the scores' gradients times the cosines.
+    gradients, and dscale [programs, heads] of them times the cosines. Of each window, since sums
+    kept from one to the next would take registers: dpad [windows, 2, heads, D] of k and v (a query
+    in the padding has no output).
     """
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = logit_ptr is not None
@@ -276,9 +277,6 @@ def backward_kernel(
         bias = tl.where((n < N)[None, :], bias, float("-inf"))
     if dbias_ptr is not None:
         dbias = tl.zeros([WHOLE, WHOLE], ACC)
-    if dpad_ptr is not None:
-        sum_k = tl.zeros([BLOCK_D], ACC)
-        sum_v = sum_k
     if dscale_ptr is not None:
         cosines = tl.zeros([WHOLE], ACC)
     side = sides(n, shift_y, shift_x, WH, WW)
@@ -301,13 +299,14 @@ def backward_kernel(
         if (N < WHOLE) and (table_ptr is None):
             s = tl.where((n < N)[None, :], s, float("-inf"))
         p = tl.exp2(s - tl.max(s, 1)[:, None])
-        p = p / tl.sum(p, 1)[:, None]
+        p *= 1.0 / tl.sum(p, 1)[:, None]
         at = at * 3 * width + h * D
         dv = tl.dot(tl.trans(p.to(g.dtype)), g, out_dtype=ACC, input_precision=PRECISION)
         if dqkv_ptr is not None:
             put(dqkv_ptr + 2 * width, dv, at, live, column, D)
         if dpad_ptr is not None:
-            sum_v += summed(dv, padding)
+            at_pad = dpad_ptr + tl.full([], w, tl.int64) * 2 * width + h * D + column
+            tl.store(at_pad + width, summed(dv, padding), mask=column < D)
         dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
         p *= dp - tl.sum(p * dp, 1)[:, None]  # softmax's gradient
         if dbias_ptr is not None:
@@ -323,14 +322,10 @@ def backward_kernel(
         if dqkv_ptr is not None:
             put(dqkv_ptr + width, dk, at, live, column, D)
         if dpad_ptr is not None:
-            sum_k += summed(dk, padding)
+            tl.store(at_pad, summed(dk, padding), mask=column < D)
     first = part.to(tl.int64)
     if dbias_ptr is not None:
         at = ((first * heads + h) * N + n)[:, None] * N + n[None, :]
         tl.store(dbias_ptr + at, dbias, mask=(n < N)[:, None] & (n < N)[None, :])
-    if dpad_ptr is not None:
-        at = first * 2 * width + h * D + column
-        tl.store(dpad_ptr + at, sum_k, mask=column < D)
-        tl.store(dpad_ptr + width + at, sum_v, mask=column < D)
     if dscale_ptr is not None:
         tl.store(dscale_ptr + first * heads + h, tl.sum(cosines, 0))
