@@ -39,14 +39,18 @@ def in_one_tile(arch: Arch, key: dict[str, Any]) -> bool:
     """Whether a program of the backward holds all scores of a window, and takes all gradients."""
     if arch.name == "interpreter":
         return key["tokens"] <= 64
-    half = key["dtype"] not in ("float32", "float64")
-    return half and arch.has_dot and key["tokens"] <= 64 and key["head_dim"] <= 64
+    if key["dtype"] in ("float32", "float64") or key["tokens"] > 64 or key["head_dim"] > 32:
+        return False
+    if arch.is_amd or arch.capability // 10 in (9, 10):
+        return True
+    # Elsewhere the registers hold only just as much as the plainest windows need.
+    return arch.has_dot and not key["form"]
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     """Tiles that fit registers and shared memory; see tests/gpu/resources.json."""
     if key["pass"] == "backward":
-        return Launch({}, 4, 1)
+        return Launch({}, 8 if arch.capability // 10 in (9, 10) else 4, 1)
     whole = _power(key["tokens"])
     if key["pass"] == "forward" and in_one_tile(arch, key):
         return Launch({"BLOCK_M": whole, "BLOCK_N": whole}, 4, 1)
@@ -69,9 +73,15 @@ def _power(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
-def _key(which: str, dtype: torch.dtype, head_dim: int, tokens: int) -> dict[str, Any]:
-    name = str(dtype).removeprefix("torch.")
-    return {"pass": which, "dtype": name, "head_dim": head_dim, "tokens": tokens}
+def _key(which: str, dtype: torch.dtype, d: int, tokens: int, extra: str) -> dict[str, Any]:
+    """`extra` is what the window has beside a bias: "pad_ptr" or "logit_ptr", or neither."""
+    return {
+        "pass": which,
+        "dtype": str(dtype).removeprefix("torch."),
+        "head_dim": d,
+        "tokens": tokens,
+        "form": {"": "", "pad_ptr": "padded", "logit_ptr": "cosine"}[extra],
+    }
 
 
 def _constants(
@@ -91,8 +101,8 @@ def _turns(tokens: int) -> bool:
     return tokens > 64
 
 
-def _packed(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
+def _packed(t: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.Tensor | None:
+    return None if t is None else t.to(dtype or t.dtype).contiguous()
 
 
 class _Problem:
@@ -108,7 +118,7 @@ class _Problem:
         if high % window[0] == wide % window[1] == 0:
             pad = None  # there is no padding
         self.arguments = {
-            "qkv_ptr": qkv, "table_ptr": table, "pad_ptr": _packed(pad),
+            "qkv_ptr": qkv, "table_ptr": table, "pad_ptr": _packed(pad, qkv.dtype),
             "logit_ptr": _packed(logit_scale), "windows": self.windows,
             "high": high, "wide": wide, "heads": self.heads,
             "scale": d**-0.5 if scale is None else scale, "shift_y": shift[0], "shift_x": shift[1],
@@ -118,7 +128,8 @@ class _Problem:
         }  # fmt: skip
 
     def key(self, which: str) -> dict[str, Any]:
-        return _key(which, self.qkv.dtype, self.qkv.shape[-1], self.tokens)
+        given = (n for n in ("pad_ptr", "logit_ptr") if self.arguments[n] is not None)
+        return _key(which, self.qkv.dtype, self.qkv.shape[-1], self.tokens, next(given, ""))
 
     def blocks(self, which: str) -> Launch:
         arch = arch_of(self.qkv.device)
@@ -260,7 +271,7 @@ def variants(arch: Arch) -> list[Variant]:
     found = []
     for name, window, extra, dtypes in _CASES:
         for dtype in dtypes:
-            key = _key("backward", dtype, 32, window[0] * window[1])
+            key = _key("backward", dtype, 32, window[0] * window[1], extra)
             passes = ("backward",) if in_one_tile(arch, key) else ("queries", "keys", "bias")
             for which in ("forward", *passes):
                 found.append(_variant(arch, which, name, window, extra, dtype))
@@ -269,13 +280,13 @@ def variants(arch: Arch) -> list[Variant]:
 
 def _variant(arch, which, name, window, extra, dtype):
     kernel = _KERNELS[which]
-    key = _key(which, dtype, 32, window[0] * window[1])
+    key = _key(which, dtype, 32, window[0] * window[1], extra)
     launch = launch_of(f"window_attention.{which}", arch, key, launch_heuristic)
     constants = {**_constants(which, dtype, 32, window, True, True), **launch.blocks, "qkv_d": 1}
     gradients = {"pad_ptr": "dpad_ptr", "logit_ptr": "dscale_ptr"}
     absent = {n for pair in gradients.items() if pair[0] != extra for n in pair}
     constants |= {n: None for n in kernel.arg_names if n in absent}
-    moving = ("qkv_ptr", "grad_ptr", "out_ptr", "dqkv_ptr")
+    moving = ("qkv_ptr", "pad_ptr", "grad_ptr", "out_ptr", "dqkv_ptr")
     signature = {
         n: (f"*{NAMES[dtype]}" if n in moving else "*fp32")
         if n.endswith("_ptr")

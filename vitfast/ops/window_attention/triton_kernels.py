@@ -291,8 +291,8 @@ def backward_kernel(
         g = grads_of(grad_ptr, at * width + h * D, live, column, D)
         unit_q, inverse_q = units(q, ACC, COSINE)
         unit_k, inverse_k = units(k, ACC, COSINE)
-        s = tl.dot(unit_q, tl.trans(unit_k), out_dtype=ACC, input_precision=PRECISION)
-        s *= factor * LOG2E
+        raw = tl.dot(unit_q, tl.trans(unit_k), out_dtype=ACC, input_precision=PRECISION)
+        s = raw * (factor * LOG2E)
         if table_ptr is not None:
             s += bias
         s = apart(s, side, side, bits, SHIFTED)
@@ -311,10 +311,10 @@ def backward_kernel(
         p *= dp - tl.sum(p * dp, 1)[:, None]  # softmax's gradient
         if dbias_ptr is not None:
             dbias += p
+        if dscale_ptr is not None:
+            cosines += tl.sum(p * raw, 1)
         ds = p.to(k.dtype)
         dq = tl.dot(ds, unit_k, out_dtype=ACC, input_precision=PRECISION)
-        if dscale_ptr is not None:
-            cosines += tl.sum(dq * unit_q.to(ACC), 1)
         if dqkv_ptr is not None:
             put(dqkv_ptr, through_units(dq * factor, q, inverse_q, COSINE), at, live, column, D)
         dk = tl.dot(tl.trans(ds), unit_q, out_dtype=ACC, input_precision=PRECISION) * factor

@@ -97,8 +97,8 @@ def queries_kernel(
             v = rows_of(
                 qkv_ptr, at_k, 2, qkv_3, qkv_d, pad_ptr, h, width, live_k, padding_k, column, D
             )
-            s = tl.dot(unit_q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
-            s *= factor * LOG2E
+            raw = tl.dot(unit_q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
+            s = raw * (factor * LOG2E)
             if table_ptr is not None:
                 s += biases(
                     table_ptr, position_m, position(n, table_p, WW, TURNED), m < N, n < N, ACC
@@ -108,10 +108,10 @@ def queries_kernel(
                 s = tl.where((n < N)[None, :], s, float("-inf"))
             p = tl.exp2(s - shift[:, None]) * inverse[:, None]
             dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-            ds = (p * (dp - delta[:, None])).to(k.dtype)
-            dq = tl.dot(ds, k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
-        if dscale_ptr is not None:
-            cosines += tl.sum(dq * unit_q.to(ACC), 1)
+            ds = p * (dp - delta[:, None])
+            if dscale_ptr is not None:
+                cosines += tl.sum(ds * raw, 1)
+            dq = tl.dot(ds.to(k.dtype), k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
         if dqkv_ptr is not None:
             dq = through_units(dq * factor, q, inverse_q, COSINE)
             put(dqkv_ptr, dq, at * 3 * width + h * D, live, column, D)
@@ -220,17 +220,11 @@ def bias_kernel(
     factor = factor_of(scale, logit_ptr, h, ACC) * LOG2E
     width = tl.full([], heads, tl.int64) * D
     table_ptr = origin(table_ptr, h, table_p, table_h, WH, WW)
-    bias = biases(
-        table_ptr,
-        position(m, table_p, WW, TURNED),
-        position(n, table_p, WW, TURNED),
-        m < N,
-        n < N,
-        ACC,
-    )
-    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
+    position_m = position(m, table_p, WW, TURNED)
+    bias = biases(table_ptr, position_m, position(n, table_p, WW, TURNED), m < N, n < N, ACC)
     side = sides(m, shift_y, shift_x, WH, WW)
     side_k = sides(n, shift_y, shift_x, WH, WW)
+    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
         bits = borders(w, high, wide, WH, WW)
         b, y, x, live, padding = tokens(m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
