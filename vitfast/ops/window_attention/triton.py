@@ -39,12 +39,10 @@ def in_one_tile(arch: Arch, key: dict[str, Any]) -> bool:
     """Whether a program of the backward holds all scores of a window, and takes all gradients."""
     if arch.name == "interpreter":
         return key["tokens"] <= 64
-    if key["dtype"] in ("float32", "float64") or key["tokens"] > 64 or key["head_dim"] > 32:
+    if _wide(key) or key["tokens"] > 64 or key["head_dim"] > 32:
         return False
-    if arch.is_amd or arch.capability // 10 in (9, 10):
-        return True
-    # Elsewhere the registers hold only just as much as the plainest windows need.
-    return arch.has_dot and not key["form"]
+    # NVIDIA's registers hold only just as much as the plainest windows need.
+    return arch.is_amd or (arch.has_dot and not key["form"])
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
@@ -57,16 +55,28 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1)
     m, n = _tiles(arch, key)
-    return Launch({"BLOCK_M": min(m, whole), "BLOCK_N": min(n, whole)}, 4, 1)
+    warps = 8 if key["pass"] == "keys" and m == 32 and _wide(key) else 4
+    return Launch({"BLOCK_M": min(m, whole), "BLOCK_N": min(n, whole)}, warps, 1)
+
+
+def _wide(key: dict[str, Any]) -> bool:
+    return key["dtype"] in ("float32", "float64")
 
 
 def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
-    d, wide = _power(key["head_dim"]), key["dtype"] in ("float32", "float64")
+    d, wide = _power(key["head_dim"]), _wide(key)
+    family = arch.capability // 10
+    if wide and key["pass"] == "keys" and d <= 32:
+        return 32, 16 if family == 9 else 32
     if wide or not arch.has_dot or d > 128:
-        return (32, 16) if key["pass"] == "forward" and d <= 128 else (16, 16)
+        return (32, 16) if key["pass"] == "forward" and d <= 128 and family != 10 else (16, 16)
     if d > 64:
         return (64, 32) if key["pass"] == "forward" else (32, 32)
-    return (64, 64) if key["pass"] == "forward" else (64, 32) if key["pass"] != "keys" else (32, 64)
+    if key["pass"] == "forward":
+        return (64, 32) if arch.capability in (86, 89) else (64, 64)
+    if key["pass"] == "bias" and family == 12:
+        return 32, 64
+    return (32, 32) if key["pass"] == "keys" else (64, 32)
 
 
 def _power(n: int) -> int:

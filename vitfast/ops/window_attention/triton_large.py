@@ -83,6 +83,9 @@ def queries_kernel(
             stats_ptr, delta_ptr, w, windows, b, h, y, x, m, live, high, wide, heads, N
         )
         dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+        if dscale_ptr is not None:
+            both = tl.zeros([BLOCK_M], ACC)
+            mean, lost = both, both
         for first in range(0, N, BLOCK_N):
             n = first + tl.arange(0, BLOCK_N)
             side_k = sides(n, shift_y, shift_x, WH, WW)
@@ -108,10 +111,15 @@ def queries_kernel(
                 s = tl.where((n < N)[None, :], s, float("-inf"))
             p = tl.exp2(s - shift[:, None]) * inverse[:, None]
             dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-            ds = p * (dp - delta[:, None])
             if dscale_ptr is not None:
-                cosines += tl.sum(ds * raw, 1)
-            dq = tl.dot(ds.to(k.dtype), k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
+                both += tl.sum(p * dp * raw, 1)
+                mean += tl.sum(p * raw, 1)
+                lost += tl.sum(p * dp, 1)
+            ds = (p * (dp - delta[:, None])).to(k.dtype)
+            dq = tl.dot(ds, k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
+        if dscale_ptr is not None:
+            # Not by delta: its rounding would stay where one key takes all of the weight.
+            cosines += both - mean * lost
         if dqkv_ptr is not None:
             dq = through_units(dq * factor, q, inverse_q, COSINE)
             put(dqkv_ptr, dq, at * 3 * width + h * D, live, column, D)
