@@ -66,8 +66,10 @@ def _wide(key: dict[str, Any]) -> bool:
 def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
     d, wide = _power(key["head_dim"]), _wide(key)
     family = arch.capability // 10
-    if wide and key["pass"] == "keys" and d <= 32:
+    if wide and key["pass"] == "keys" and d <= 32 and not arch.is_amd:
         return 32, 16 if family == 9 else 32
+    if wide and key["pass"] == "queries" and arch.capability == 80 and key["tokens"] <= 64:
+        return 32, 32
     if wide or not arch.has_dot or d > 128:
         return (32, 16) if key["pass"] == "forward" and d <= 128 and family != 10 else (16, 16)
     if d > 64:
@@ -75,7 +77,7 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
     if key["pass"] == "forward":
         return (64, 32) if arch.capability in (86, 89) else (64, 64)
     if key["pass"] == "bias" and family == 12:
-        return 32, 64
+        return 32, 32
     return (32, 32) if key["pass"] == "keys" else (64, 32)
 
 
@@ -148,6 +150,8 @@ class _Problem:
     def parts(self, most: int, tiles: int, windows: int | None = None) -> int:
         """How many programs share out the windows of a head's tile, `windows` at most each."""
         found = max(1, most // (self.heads * tiles))
+        if arch_of(self.qkv.device).name == "interpreter":
+            found = 2  # few problems would be large enough for a program to get several windows
         if windows is not None:
             found = max(found, triton.cdiv(self.windows, windows))
         return triton.cdiv(self.windows, triton.cdiv(self.windows, found))
