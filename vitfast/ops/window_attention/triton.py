@@ -64,16 +64,16 @@ def _wide(key: dict[str, Any]) -> bool:
 
 
 def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
-    d, wide = _power(key["head_dim"]), _wide(key)
+    d, n, wide = _power(key["head_dim"]), key["tokens"], _wide(key)
     family = arch.capability // 10
-    if wide and key["pass"] == "keys" and d <= 32 and not arch.is_amd:
+    if wide and d <= 32 and key["pass"] == "keys" and not arch.is_amd:
         return 32, 16 if family == 9 else 32
-    if wide and key["pass"] == "queries" and arch.capability == 80 and key["tokens"] <= 64:
+    if wide and d <= 32 and key["pass"] == "queries" and arch.capability == 80 and n <= 64:
         return 32, 32
     if wide or not arch.has_dot or d > 128:
         return (32, 16) if key["pass"] == "forward" and d <= 128 and family != 10 else (16, 16)
     if d > 64:
-        return (64, 32) if key["pass"] == "forward" else (32, 32)
+        return 32, 32
     if key["pass"] == "forward":
         return (64, 32) if arch.capability in (86, 89) else (64, 64)
     if key["pass"] == "bias" and family == 12:
