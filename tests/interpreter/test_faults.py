@@ -17,6 +17,8 @@ import vitfast
 
 PACKAGE = Path(vitfast.__file__).parent
 ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/_norm_triton.py"
+WINDOW = "ops/window_attention/triton_kernels.py"
+LARGE = "ops/window_attention/triton_large.py"
 LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
 import sys, torch
@@ -87,6 +89,48 @@ FAULTS = {
                      "linear_act", "prime_sizes"),
     "gate and value exchanged": (LINEAR, "_activate(gate, ACT) * total",
                                  "_activate(total, ACT) * gate", "linear_act", "gate_first"),
+    "window rolled the other way": (WINDOW, "at = i + shift\n", "at = i + (ring - shift) % ring\n",
+                                    "window_attention", "rectangular"),
+    "padded before it is rolled": (WINDOW, "ring = size\n", "ring = padded\n", "window_attention",
+                                   "padded_and_shifted"),
+    "border one too far": (WINDOW, "n // WW >= WH - shift_y", "n // WW > WH - shift_y",
+                           "window_attention", "shifted"),
+    "mask in all windows": (WINDOW, "w // across == down - 1", "w // across < down",
+                            "window_attention", "shifted"),
+    "table upside down": (WINDOW, "at = rows[:, None] - columns[None, :]",
+                          "at = columns[None, :] - rows[:, None]", "window_attention",
+                          "one_window"),
+    "padding of zeros": (WINDOW, "x = tl.where(padding[:, None], row", "x = tl.where(False, row",
+                         "window_attention", "padded"),
+    "padding of keys for values": (WINDOW, "pad_ptr + PART * width", "pad_ptr + 1 * width",
+                                   "window_attention", "padded"),
+    "scale beyond the largest": (WINDOW, "* LOG2E, LARGEST)", "* LOG2E, 2 * LARGEST)",
+                                 "window_attention", "cosine_beyond_the_largest_scale"),
+    "not through the length": (WINDOW, "d = (d - u * along[:, None])", "d = d", "window_attention",
+                               "cosine"),
+    "key past the window": (WINDOW, "tl.where((n < N)[None, :], s,",
+                            "tl.where((n <= N)[None, :], s,", "window_attention", "head_dim_13"),
+    "gradient of the padding's values for keys": (WINDOW, "at_pad + width, summed(dv",
+                                                  "at_pad + width, summed(dk", "window_attention",
+                                                  "padded"),
+    "a window left out of the sums": (WINDOW, "dbias += p", "dbias = p", "window_attention",
+                                      "padded_and_shifted"),
+    "fold of the wrong way": (LARGE, "t // ACROSS - (WH - 1)", "(WH - 1) - t // ACROSS",
+                              "window_attention", "one_window"),
+    "rescale of a window": (WINDOW, "acc=o * rescale[:, None]", "acc=o", "window_attention",
+                            "window_9"),
+    "sides of keys for queries": (LARGE, "side_q = sides(m,", "side_q = sides(n,",
+                                  "window_attention", "window_9"),
+    "delta of no window": (LARGE, "delta = tl.load(delta_ptr + at, mask=live, other=0.0)",
+                           "delta = tl.load(delta_ptr + at, mask=live, other=0.0) * 0.5",
+                           "window_attention", "window_9"),
+    "padding left out of large windows": (LARGE, "sum_v += summed(dv, padding)", "sum_v += 0.0",
+                                          "window_attention", "window_9_cosine"),
+    "scores for cosines": (LARGE, "tl.sum(p * dp * raw, 1)", "tl.sum(p * dp * s, 1)",
+                           "window_attention", "window_9_cosine"),
+    "biases of one window only": (LARGE, "total += p * (dp - delta[:, None])",
+                                  "total = p * (dp - delta[:, None])", "window_attention",
+                                  "window_9"),
     "columns for rows of a patch": (PATCH, "((k // Q) % P)", "((k // P) % P)", "patch_embed",
                                     "rectangular"),
 }  # fmt: skip
@@ -128,7 +172,8 @@ def test_a_planted_fault_is_caught(package, name):
     [
         (NORM, "row = row.to(tl.int64)", "layer_norm"),
         (NORM, "row = row.to(tl.int64)", "patch_merge"),
-        (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "attention"),
+        (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "[attention]"),
+        (WINDOW, "b.to(tl.int64), y.to(tl.int64), x.to(tl.int64)", "window_attention"),
     ],
 )
 def test_a_removed_int64_is_caught(package, file, old, op):

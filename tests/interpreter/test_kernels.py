@@ -43,6 +43,10 @@ WIDE = [
     ("norm_add", ((1, 3, 16), lambda x, b: vitfast.ops.norm_add(x, x, backend=b))),
     ("patch_merge", ((1, 3, 2, 4), lambda x, b: vitfast.ops.patch_merge(x, backend=b))),
     ("attention", ((1, 3, 2, 16), lambda x, b: vitfast.ops.attention(x, x, x, backend=b))),
+    (
+        "window_attention",
+        ((1, 3, 2, 3, 1, 16), lambda x, b: vitfast.ops.window_attention(x, (3, 2), backend=b)),
+    ),
     ("linear_act", ((1, 3, 16), lambda x, b: vitfast.ops.linear_act(x, _W, act="gelu", backend=b))),
 ]
 
@@ -107,6 +111,23 @@ def test_switches_of_attention(switch, name):
     spec = vitfast.ops.spec_of("attention")
     case = Case(spec, next(s for s in spec.samples if s.name == name), torch.float16)
     with watching(on):
+        _run(case, backward=False)
+        _run(case, backward=True)
+
+
+@pytest.mark.parametrize(
+    "sample", [s for spec, s in SMALL if spec.name == "window_attention"], ids=lambda s: s.name
+)
+def test_windows_in_many_tiles(sample, monkeypatch):
+    """Small windows on the kernels of large ones, with queries and keys in several tiles."""
+    from vitfast.ops.window_attention import triton
+
+    def in_tiles(kernel, key, launch):
+        return replace(launch, blocks=dict.fromkeys(launch.blocks, 16))
+
+    monkeypatch.setattr(triton, "in_one_tile", lambda arch, key: False)
+    case = Case(vitfast.ops.spec_of("window_attention"), sample, torch.float32)
+    with watching(in_tiles):
         _run(case, backward=False)
         _run(case, backward=True)
 

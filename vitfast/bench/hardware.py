@@ -202,7 +202,7 @@ def _patch_embed(pick, size, tensor):
 
 def _window_attention(pick, size, tensor):
     heads, dim = size(1, 3), pick(16, 32, 44)
-    window = pick((4, 4), (7, 7), (5, 6))
+    window = pick((4, 4), (7, 7), (5, 6), (9, 8))
     shift = pick((0, 0), (window[0] // 2, window[1] // 2), (0, 1))
     qkv = tensor(size(1, 2), size(1, 20), size(1, 20), 3, heads, dim)
     table = tensor((2 * window[0] - 1) * (2 * window[1] - 1), heads)
@@ -320,6 +320,11 @@ def _beyond_merge(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.patch_merge(x.view(-1, 2, 4, 1024), backend=backend).view(-1, 1024)
 
 
+def _beyond_windows(x: torch.Tensor, backend: str) -> torch.Tensor:
+    qkv = x.view(-1, 8, 8, 1024)[..., :960].unflatten(-1, (3, 10, 32))
+    return ops.window_attention(qkv, (8, 8), backend=backend).flatten(0, 2).flatten(1)
+
+
 _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "layer_norm": (2**21 + 128, lambda x, b: ops.layer_norm(x, backend=b)),
     "rms_norm": (2**21 + 128, lambda x, b: ops.rms_norm(x, backend=b)),
@@ -329,6 +334,7 @@ _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "patch_merge": (2**21 + 128, _beyond_merge),
     "linear_act": (2**21 + 128, _beyond_linear),
     "patch_embed": (2**21 + 128, _beyond_patches),
+    "window_attention": (2**21 + 128, _beyond_windows),
     "attention": (
         2**21 + 128,
         lambda x, b: ops.attention(*(x.view(-1, 64, 16, 64),) * 3, backend=b).flatten(0, 1),

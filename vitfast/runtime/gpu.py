@@ -27,6 +27,7 @@ NAMES = {
 COUNTS = (
     "rows", "n", "tokens", "prefix", "batch", "heads", "queries", "keys", "per_image", "columns",
     "map_height", "map_width",
+    "windows", "per", "high", "wide", "shift_y", "shift_x", "table_p", "table_h",
 )  # fmt: skip
 """Arguments of kernels that change from call to call: one compiled kernel serves them all."""
 

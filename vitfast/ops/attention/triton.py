@@ -168,6 +168,20 @@ def backward(
 _DELTA = Launch({"BLOCK_M": 16}, 4, 2)
 
 
+def delta_of(out: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[B, H, N]: sums over D of contiguous out [B, N, H, D] * grad, which may have any strides."""
+    batch, n, heads, d = out.shape
+    delta = out.new_empty((batch, heads, n), dtype=dtype)
+    tiles = triton.cdiv(n, _DELTA.blocks["BLOCK_M"])
+    with guard(out):
+        kernels.delta_kernel[(tiles * batch * heads,)](
+            out, grad, delta, heads, n, *grad.stride(), D=d, BLOCK_D=triton.next_power_of_2(d),
+            ACC=tl.float64 if dtype == torch.float64 else tl.float32, **_DELTA.blocks,
+            **_DELTA.options(),
+        )  # fmt: skip
+    return delta
+
+
 def _launch_backward(grad, call, out, stats, dq, dk, dv):
     """Writes dq, dk and dv; gives the bias's gradient [H, Nq, Nk], or None."""
     q, k, v = call.q, call.k, call.v
@@ -176,17 +190,11 @@ def _launch_backward(grad, call, out, stats, dq, dk, dv):
     mask, bias, strides, keep = _addends(call, (batch, heads, queries, keys))
     constants = _constants(q.dtype, d, keep, call.is_causal)
     wide = stats.dtype
-    delta = q.new_empty((batch, heads, queries), dtype=wide)
+    delta = delta_of(out, grad, wide)
     sizes = (batch, heads, queries, keys, call.scale)
     inputs = (q, k, v, mask, bias, grad, stats, delta)
     steps = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     with guard(q):
-        tiles = triton.cdiv(queries, _DELTA.blocks["BLOCK_M"])
-        kernels.delta_kernel[(tiles * batch * heads,)](
-            out, grad, delta, heads, queries, *grad.stride(), D=d,
-            BLOCK_D=triton.next_power_of_2(d), ACC=constants["ACC"], **_DELTA.blocks,
-            **_DELTA.options(),
-        )  # fmt: skip
         launch = _launch("keys", call)
         kernels.keys_kernel[(triton.cdiv(keys, launch.blocks["BLOCK_N"]) * batch * heads,)](
             *inputs, dk, dv, *sizes, *steps, *dk.stride()[:3], *dv.stride()[:3], *strides,
@@ -217,7 +225,7 @@ def variants(arch: Arch) -> list[Variant]:
             for d in HEAD_DIMS:
                 for form in _forms(which, d):
                     found.append(_variant(arch, which, d, dtype, form))
-        found += [_delta_variant(d, dtype) for d in (64, 72, 128, 256)]
+        found += [_delta_variant(d, dtype) for d in (32, 64, 72, 128, 256)]
     for switch in _SWITCHES:
         for dtype in (torch.float16, torch.bfloat16):
             plain = _variant(arch, "forward", 64, dtype)

@@ -9,7 +9,7 @@ import torch
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.autodiff import gradients
 from vitfast.ops.window_attention import native, reference
-from vitfast.runtime import checks
+from vitfast.runtime import checks, gpu
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
 
@@ -141,10 +141,20 @@ def _reference_backward(
     return tuple(next(found) if w else qkv.new_empty(0) for w in wanted)
 
 
+def _triton_reasons(qkv, window, shift, table, pad, logit_scale, *_):
+    why = gpu.reasons(qkv, table, pad, logit_scale, dots=True)
+    if qkv.shape[-1] > 256:
+        why.append(f"head dim {qkv.shape[-1]} is above 256")
+    if window[0] * window[1] > 4096:
+        why.append(f"a window of {window[0]} x {window[1]} tokens; the kernels take 4,096")
+    return why
+
+
 DISPATCHER = Dispatcher(
     "window_attention",
     [
         native.BACKEND,
+        gpu.lazy("vitfast.ops.window_attention.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )
