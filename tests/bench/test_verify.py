@@ -80,7 +80,7 @@ def test_a_swapped_model_is_checked(monkeypatch):
 def test_a_model_of_which_nothing_is_swapped_is_wrong(monkeypatch):
     monkeypatch.setitem(verify.MODELS, "vit", "test_resnet")
     monkeypatch.setitem(verify.MODEL_SIZES, "vit", (64, 64))
-    monkeypatch.setattr(verify, "DEPTH", None)
+    monkeypatch.setitem(verify.MODEL_OPTIONS, "vit", {})
     found = list(verify.check_model("vit", torch.bfloat16))
     assert [f.state for f in found] == [verify.WRONG]
 

@@ -85,3 +85,9 @@ def test_weights_that_cannot_be_fetched_are_a_clear_error(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
     with pytest.raises(InputValueError, match="weights of test_vit cannot be fetched"):
         zoo.build("test_vit", pretrained=True)
+
+
+def test_a_model_drops_nothing_at_random():
+    model = zoo.build("swin_tiny_patch4_window7_224", drop_path_rate=0.5, drop_rate=0.5).train()
+    x = torch.randn(1, 3, 224, 224)
+    assert torch.equal(model(x), model(x))

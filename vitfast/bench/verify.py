@@ -26,8 +26,6 @@ OWN_KERNELS = {"triton", "cuda"}
 OK, WRONG, REFUSED = "ok", "wrong", "cannot run"
 GPU_WORKERS = 4
 """Processes that check ops on a GPU: compiling the kernels takes longer than running them."""
-DEPTH = 2
-"""Blocks of a checked model: enough for one to feed another."""
 MODELS = {
     "vit": "vit_tiny_patch16_224",
     "deit": "deit_tiny_distilled_patch16_224",
@@ -37,7 +35,14 @@ MODELS = {
     "beit": "beit_base_patch16_224",
     "relpos": "vit_relpos_small_patch16_224",
     "hybrid": "vit_tiny_r_s16_p8_224",
+    "swin": "swin_tiny_patch4_window7_224",
+    "swin_v2": "swinv2_tiny_window8_256",
 }
+DEPTH = {"depth": 2}
+"""Blocks of a checked model: enough for one to feed another."""
+DEPTHS = {"depths": (2, 2), "num_heads": (3, 6)}
+MODEL_OPTIONS = {"swin": DEPTHS, "swin_v2": DEPTHS}
+"""Where `DEPTH` is not how a model is built with fewer blocks."""
 MODEL_DTYPES = (torch.float32, torch.bfloat16)
 MODEL_SIZES = {"naflexvit": (224, 224)}
 """Where a model's own size would only take longer."""
@@ -211,7 +216,8 @@ def _model_finding(blank: Finding, setting: Setting) -> Finding:
     from vitfast.swap import swap
 
     size = MODEL_SIZES.get(blank.name)
-    case = modules.model_case(blank.case, size, 1, setting, depth=DEPTH)
+    options = MODEL_OPTIONS.get(blank.name, DEPTH)
+    case = modules.model_case(blank.case, size, 1, setting, **options)
     judge = modules.Judge(case)
     fast = peers.sharing_copy(case.module)
     report = swap(fast)

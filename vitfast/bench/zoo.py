@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import is_model
 from torch import nn
 from torch.func import functional_call
@@ -55,6 +56,8 @@ def build(
 ) -> nn.Module:
     """A timm model in eval mode; weights are random and seeded unless `pretrained`.
 
+    It drops nothing at random in training either: what is judged has to be the same every time.
+
     Raises:
         InputValueError: no such model, a size that it cannot be built for, or weights that cannot
             be fetched.
@@ -77,6 +80,11 @@ def build(
             raise InputValueError(_no_weights(name, error)) from error
     if not pretrained and device != "meta":
         enliven(model, seed)
+    for module in model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.0
+        elif isinstance(module, nn.Dropout):
+            module.p = 0.0
     return model.eval()
 
 
