@@ -5,15 +5,17 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
 import vitfast
 
-UNIT = 4 * 50 * 768 * 2
-"""X: a [B, N, C] tensor of 2-byte elements."""
-
 
 def saved_units(block, x, **arguments):
-    """Bytes that autograd keeps beside parameters, each storage once, in units of X."""
+    """Bytes that autograd keeps beside parameters, each storage once, in units of X.
+
+    X: a tensor of x's size in 2-byte elements.
+    """
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     found = {}
 
@@ -35,7 +37,7 @@ def saved_units(block, x, **arguments):
         size for size, t in found.values() if t.dtype == torch.bfloat16 and t.shape[0] != x.shape[0]
         and t.numel() * 2 == size and t.shape in {p.shape[::-1] for p in block.parameters()}
     )  # fmt: skip
-    return (total - min(copies, weights)) / UNIT
+    return (total - min(copies, weights)) / (2 * x.numel())
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,15 @@ def test_a_block_under_bfloat16_autocast(name, most):
     after = saved_units(block, x, **arguments)
     assert after <= most, f"{after:.2f} X, timm {before:.2f} X"
     assert before > 17, "timm's own block is what this is measured against"
+
+
+@pytest.mark.parametrize("cls", [SwinTransformerBlock, SwinTransformerV2Block])
+def test_a_shifted_block_under_bfloat16_autocast(cls):
+    """As above; V2 keeps the branches that it normalises, and rounds its residual streams."""
+    block = cls(96, (14, 14), num_heads=3, window_size=7, shift_size=3).train()
+    x = torch.randn(4, 14, 14, 96, requires_grad=True)
+    before = saved_units(block, x)
+    vitfast.swap(block)
+    after = saved_units(block, x)
+    assert after <= 14, f"{after:.2f} X, timm {before:.2f} X"
+    assert before > 22, "timm's own block is what this is measured against"
