@@ -41,8 +41,10 @@ def in_one_tile(arch: Arch, key: dict[str, Any]) -> bool:
         return key["tokens"] <= 64
     if _wide(key) or key["tokens"] > 64 or key["head_dim"] > 32:
         return False
+    if arch.is_amd:
+        return arch.warp_size == 64
     # NVIDIA's registers hold only just as much as the plainest windows need.
-    return arch.is_amd or (arch.has_dot and not key["form"])
+    return arch.has_dot and not key["form"]
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
