@@ -39,10 +39,14 @@ def test_a_block_keeps_its_other_arguments():
     assert (exact - case.module(*case.inputs)).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "test_maxvit"])
-def test_a_model_without_blocks_is_refused(name):
-    with pytest.raises(InputValueError, match=f"{name} has no list of transformer blocks"):
-        modules.block_case(name, SIZE, 1, Setting())
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(InputValueError, match="test_resnet has no list of transformer blocks"):
+        modules.block_case("test_resnet", SIZE, 1, Setting())
+
+
+def test_the_first_block_of_a_model_in_stages():
+    case = modules.block_case("swin_tiny_patch4_window7_224", (224, 224), 1, Setting())
+    assert case.shape == "1x56x56x96"
 
 
 @pytest.mark.parametrize("train", [False, True])

@@ -10,6 +10,7 @@ import timm
 import torch
 from timm.models import swin_transformer as v1
 from timm.models import swin_transformer_v2 as v2
+from timm.models import swin_transformer_v2_cr as cr
 
 from vitfast import layers, restore, swap
 from vitfast.layers import _inference, _position
@@ -29,17 +30,45 @@ BLOCKS = {
     ),
     "drop_path": dict(input_resolution=(8, 8), window_size=4, shift_size=2, drop_path=0.5),
 }  # fmt: skip
-CLASSES = {"v1": v1.SwinTransformerBlock, "v2": v2.SwinTransformerV2Block}
+CLASSES = {
+    "v1": v1.SwinTransformerBlock,
+    "v2": v2.SwinTransformerV2Block,
+    "cr": cr.SwinTransformerV2CrBlock,
+}
 ATTENTIONS = {
     v1.WindowAttention: layers.SwinWindowAttention,
     v2.WindowAttention: layers.SwinV2WindowAttention,
+    cr.WindowMultiHeadAttention: layers.SwinV2CrWindowAttention,
 }
-MODELS = {"v1": "swin_tiny_patch4_window7_224", "v2": "swinv2_tiny_window8_256"}
+MODELS = {
+    "v1": "swin_tiny_patch4_window7_224",
+    "v2": "swinv2_tiny_window8_256",
+    "cr": "swinv2_cr_tiny_224",
+}
 both = pytest.mark.parametrize("version", CLASSES)
 
 
 def block(name: str, version: str = "v1", **more) -> torch.nn.Module:
-    return CLASSES[version](C, num_heads=HEADS, **BLOCKS[name], **more)
+    options = BLOCKS[name] | more
+    if version != "cr":
+        return CLASSES[version](C, num_heads=HEADS, **options)
+    options["feat_size"] = options.pop("input_resolution")
+    if options.pop("qkv_bias", True) is False:
+        pytest.skip("always has a bias")
+    window, shift = (options[n] if isinstance(options.get(n), tuple) else (options.get(n, 0),) * 2
+                     for n in ("window_size", "shift_size"))  # fmt: skip
+    options |= dict(window_size=window, shift_size=shift)
+    if "attn_drop" in options:
+        options["drop_attn"] = options.pop("attn_drop")
+    return still(CLASSES[version](C, HEADS, **options))
+
+
+def still(module: torch.nn.Module) -> torch.nn.Module:
+    """The module without the dropout by which V2-CR varies its position biases in training."""
+    for m in module.modules():
+        if hasattr(m, "meta_mlp"):
+            m.meta_mlp.drop1.p = 0.0
+    return module
 
 
 def image(name: str, batch: int = 2) -> torch.Tensor:
@@ -72,23 +101,23 @@ def test_stripes(parity, lively, monkeypatch, size, chunk, autocast, version):
     """A map of several chunks; the last stripe wraps around its end, or lies wholly past it."""
     monkeypatch.setattr(_inference, "CHUNK_ROWS", chunk)
     monkeypatch.setattr(_inference, "WHOLE_ROWS", 300)
-    module = CLASSES[version](C, size, num_heads=HEADS, window_size=7, shift_size=3)
+    module = block("shifted", version, input_resolution=size)
     parity(lively(module).eval(), torch.randn(2, *size, C), autocast=autocast, backward=False)
 
 
 @pytest.mark.parametrize("cls", ATTENTIONS)
 def test_attention_without_a_mask(parity, lively, cls):
-    module = lively(cls(C, num_heads=HEADS, window_size=(4, 5)))
+    module = still(lively(cls(C, num_heads=HEADS, window_size=(4, 5))))
     assert type(parity(module, torch.randn(6, 20, C))) is ATTENTIONS[cls]
 
 
 @pytest.mark.parametrize("cls", ATTENTIONS)
 def test_attention_with_a_mask_is_timm(lively, cls):
-    theirs = lively(cls(C, num_heads=HEADS, window_size=(4, 4)))
+    theirs = still(lively(cls(C, num_heads=HEADS, window_size=(4, 4))))
     ours = copy.deepcopy(theirs)
     swap(ours)
     x, mask = torch.randn(6, 16, C), torch.randn(3, 16, 16)
-    assert torch.equal(ours(x, mask), theirs(x, mask))
+    torch.testing.assert_close(ours(x, mask), theirs(x, mask), rtol=1e-5, atol=1e-6)
 
 
 @both
@@ -106,15 +135,17 @@ def test_dropout_of_the_attention_is_timm(lively, version):
 
 def model(version="v1", **more):
     options = dict(img_size=64, window_size=4, embed_dim=24, depths=(2, 2), num_heads=(2, 4))
-    return timm.create_model(MODELS[version], **options | more, num_classes=10)
+    if version == "cr":
+        options["window_ratio"] = None
+    return still(timm.create_model(MODELS[version], **options | more, num_classes=10))
 
 
 @both
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_model(parity, lively, autocast, version):
     swapped = parity(lively(model(version)).eval(), torch.randn(2, 3, 64, 64), autocast=autocast)
-    wanted = {layers.SwinTransformerBlock, layers.SwinTransformerV2Block}
-    assert {type(b) for s in swapped.layers for b in s.blocks} < wanted
+    stages = swapped.stages if version == "cr" else swapped.layers
+    assert all(isinstance(b, layers.Layer) for stage in stages for b in stage.blocks)
 
 
 @both
@@ -145,7 +176,7 @@ def test_sizes_set_after_the_swap(lively, change, version):
 @pytest.mark.parametrize(
     "version, name",
     [("v1", "relative_position_bias_table"), ("v2", "cpb_mlp.2.weight"), ("v2", "logit_scale"),
-     ("v2", "q_bias")],
+     ("v2", "q_bias"), ("cr", "meta_mlp.fc2.weight"), ("cr", "logit_scale")],
 )  # fmt: skip
 def test_a_changed_parameter_counts_at_once(lively, version, name):
     module = lively(block("shifted", version)).eval()
@@ -168,7 +199,7 @@ def test_a_size_that_timm_was_not_told_of_is_refused_as_by_timm(lively, version)
         ours(torch.randn(1, 21, 21, C))
 
 
-MERGING = {"v1": v1.PatchMerging, "v2": v2.PatchMerging}
+MERGING = {"v1": v1.PatchMerging, "v2": v2.PatchMerging, "cr": cr.PatchMerging}
 
 
 @both
@@ -176,7 +207,7 @@ MERGING = {"v1": v1.PatchMerging, "v2": v2.PatchMerging}
 @pytest.mark.parametrize("size", [(8, 6), (7, 9), (1, 1), (6, 5)], ids=str)
 def test_merging(parity, lively, version, size, autocast):
     module = parity(lively(MERGING[version](24)), torch.randn(2, *size, 24), autocast=autocast)
-    assert isinstance(module, (layers.SwinPatchMerging, layers.SwinV2PatchMerging))
+    assert isinstance(module, layers.Layer)
 
 
 @both
@@ -191,6 +222,24 @@ def test_merging_in_chunks(parity, lively, monkeypatch, version, size):
     monkeypatch.setattr(_inference, "CHUNK_ROWS", 20)
     monkeypatch.setattr(_inference, "WHOLE_ROWS", 30)
     parity(lively(MERGING[version](16)).eval(), torch.randn(3, *size, 16), backward=False)
+
+
+def test_position_biases_that_drop_are_timm(lively):
+    theirs = lively(block("shifted", "cr")).train()
+    theirs.attn.meta_mlp.drop1.p = 0.5
+    ours = copy.deepcopy(theirs)
+    swap(ours)
+    x = image("shifted")
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(3)
+        results.append(module(x))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+def test_the_extra_norm_of_a_block(parity, lively):
+    module = parity(lively(block("shifted", "cr", extra_norm=True)), image("shifted"))
+    assert isinstance(module.norm3, torch.nn.LayerNorm)
 
 
 def test_a_position_mlp_with_a_hook_is_called_every_time(lively):

@@ -109,7 +109,8 @@ def block_case(
         InputValueError: no such model, no `blocks` in it, or a size that it cannot take.
     """
     model = zoo.build(name, img_size, device=setting.device, seed=seed)
-    blocks = getattr(model, "blocks", None)
+    lists = (getattr(m, "blocks", None) for m in model.modules())  # of the model, or its stages
+    blocks = next((b for b in lists if isinstance(b, (nn.ModuleList, nn.Sequential))), None)
     if not blocks:
         raise InputValueError(f"{name} has no list of transformer blocks")
 

@@ -1,7 +1,7 @@
 """The standard set of measurements of a machine: what `vitfast bench` times without a level.
 
 Most important first, since it stops when its time is over: whole models, the ops of a ViT-B at
-their real shapes, attention over a 4K frame's 32,400 tokens, training.
+their real shapes, attention over a 4K frame's 32,400 tokens, training, Swin.
 """
 
 from __future__ import annotations
@@ -53,10 +53,15 @@ PARTS = {
         Part("ops", batch=64),
         Part("ops", batch=64, train=True),
         Part("models", batch=64, train=True),
+        Part("models", "swin_base_patch4_window7_224", batch=128),
+        Part("models", "swinv2_base_window16_256", batch=128),
+        Part("ops", "swin_base_patch4_window7_224", batch=128),
+        Part("models", "swin_base_patch4_window7_224", batch=64, train=True),
         Part("blocks", "vit_large_patch16_224", UHD, train=True),
     ),
     "cpu": (
         Part("models"),
+        Part("models", "swin_tiny_patch4_window7_224"),
         Part("ops"),
         Part("blocks", train=True),
         Part("ops", train=True),

@@ -37,11 +37,12 @@ MODELS = {
     "hybrid": "vit_tiny_r_s16_p8_224",
     "swin": "swin_tiny_patch4_window7_224",
     "swin_v2": "swinv2_tiny_window8_256",
+    "swin_v2_cr": "swinv2_cr_tiny_224",
 }
 DEPTH = {"depth": 2}
 """Blocks of a checked model: enough for one to feed another."""
 DEPTHS = {"depths": (2, 2), "num_heads": (3, 6)}
-MODEL_OPTIONS = {"swin": DEPTHS, "swin_v2": DEPTHS}
+MODEL_OPTIONS = {"swin": DEPTHS, "swin_v2": DEPTHS, "swin_v2_cr": DEPTHS}
 """Where `DEPTH` is not how a model is built with fewer blocks."""
 MODEL_DTYPES = (torch.float32, torch.bfloat16)
 MODEL_SIZES = {"naflexvit": (224, 224)}

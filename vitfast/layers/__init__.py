@@ -22,6 +22,9 @@ from vitfast.layers.swin import WindowAttention as SwinWindowAttention
 from vitfast.layers.swin_v2 import PatchMerging as SwinV2PatchMerging
 from vitfast.layers.swin_v2 import SwinTransformerV2Block
 from vitfast.layers.swin_v2 import WindowAttention as SwinV2WindowAttention
+from vitfast.layers.swin_v2_cr import PatchMerging as SwinV2CrPatchMerging
+from vitfast.layers.swin_v2_cr import SwinTransformerV2CrBlock
+from vitfast.layers.swin_v2_cr import WindowMultiHeadAttention as SwinV2CrWindowAttention
 from vitfast.layers.torch_norm import LayerNorm as TorchLayerNorm
 
 __all__ = [
@@ -45,6 +48,9 @@ __all__ = [
     "SwinPatchMerging",
     "SwinTransformerBlock",
     "SwinTransformerV2Block",
+    "SwinTransformerV2CrBlock",
+    "SwinV2CrPatchMerging",
+    "SwinV2CrWindowAttention",
     "SwinV2PatchMerging",
     "SwinV2WindowAttention",
     "SwinWindowAttention",

@@ -30,11 +30,8 @@ def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> tor
         return None
     size = (x.shape[1], x.shape[2])
     # timm cuts its mask for the size it was told, and works with no other.
-    if (
-        any(module.shift_size)
-        and not module.dynamic_mask
-        and size != tuple(module.input_resolution)
-    ):
+    told = module.feat_size if hasattr(module, "feat_size") else module.input_resolution
+    if any(module.shift_size) and not module.dynamic_mask and size != tuple(told):
         return None
     windows = Windows(size, tuple(module.window_size), tuple(module.shift_size))
     return _block.run(x.flatten(1, 2), planned, windows=windows).unflatten(1, size)

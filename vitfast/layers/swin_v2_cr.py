@@ -1,0 +1,77 @@
+"""Drop-ins for the parts of timm's Swin Transformer V2 by Christoph Reich."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models import swin_transformer_v2_cr
+
+from vitfast.layers import _attention, _block, _guard, _mlp, _patch_merging, _windowed
+from vitfast.layers._attention import Attention
+from vitfast.layers._base import Layer
+
+
+def plan_attention(module: Any) -> Attention:
+    """How timm's `WindowMultiHeadAttention` computes.
+
+    While the MLP of its position biases drops (1 in 8 by default in training) these differ from one
+    pair of tokens to the next of the same relative position: that is for timm.
+    """
+    children = module._modules
+    _guard.check_no_dropout(children, "attn_drop")
+    _guard.check_no_dropout(children, "proj_drop")
+    _mlp.child(children, "meta_mlp")
+    return Attention(
+        heads=module.num_heads,
+        qkv=(_guard.linear(children, "qkv"),),
+        proj=_guard.linear(children, "proj"),
+        table=module.meta_mlp(_coordinates(module)),
+        logit_scale=_guard.tensor(module, "logit_scale"),
+    )
+
+
+def _coordinates(module: Any) -> torch.Tensor:
+    """Of each relative position, [(2h - 1)(2w - 1), 2], from those of every pair of tokens."""
+    pairs = module.relative_coordinates_log.view(*module.window_size, *module.window_size, 2)
+    y = torch.cat((pairs[0, 0, 1:, 0, 0].flip(0), pairs[:, 0, 0, 0, 0]))
+    x = torch.cat((pairs[0, 0, 0, 1:, 1].flip(0), pairs[0, :, 0, 0, 1]))
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(-1, 2)
+
+
+class WindowMultiHeadAttention(Layer, swin_transformer_v2_cr.WindowMultiHeadAttention):
+    """`timm.models.swin_transformer_v2_cr.WindowMultiHeadAttention`, as Swin's."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        out = _windowed.attend(self, x, mask, plan_attention)
+        return super().forward(x, mask=mask) if out is None else out
+
+
+class SwinTransformerV2CrBlock(Layer, swin_transformer_v2_cr.SwinTransformerV2CrBlock):
+    """`timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock`, as Swin V2's."""
+
+    role = "block"
+    plan = staticmethod(_block.with_norms_last)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _windowed.run_block(self, x, _block.with_norms_last)
+        return super().forward(x) if out is None else self.norm3(out)
+
+
+class PatchMerging(Layer, swin_transformer_v2_cr.PatchMerging):
+    """`timm.models.swin_transformer_v2_cr.PatchMerging`, as Swin's."""
+
+    plan = staticmethod(_patch_merging.norm_first)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _patch_merging.run(self, x, _patch_merging.norm_first)
+        return super().forward(x) if out is None else out
+
+
+_attention.PLANS |= {
+    swin_transformer_v2_cr.WindowMultiHeadAttention: plan_attention,
+    WindowMultiHeadAttention: plan_attention,
+}
