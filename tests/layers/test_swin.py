@@ -191,6 +191,14 @@ def test_a_changed_parameter_counts_at_once(lively, version, name):
     assert (before - after).abs().max() > 1e-2
 
 
+def test_a_table_of_another_size_is_refused_not_read(lively):
+    module = lively(block("shifted")).eval()
+    swap(module)
+    module.attn.relative_position_bias_table = torch.nn.Parameter(torch.randn(4, HEADS))
+    with torch.no_grad(), pytest.raises((ValueError, IndexError)):
+        module(image("shifted"))
+
+
 @both
 def test_a_size_that_timm_was_not_told_of_is_refused_as_by_timm(lively, version):
     ours = lively(block("shifted", version)).eval()

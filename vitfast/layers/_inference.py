@@ -53,7 +53,7 @@ def block(
     lower = autocast_dtype(x.device)
     operand = lower or x.dtype
     stream = _stream_dtype(x, plan, operand)
-    if stream is None or not _fits(x, plan, lower, mask, bias, rope):
+    if stream is None or not _fits(x, plan, lower, mask, bias, rope, windows):
         return None
     batch, tokens, channels = x.shape
     steps = _Steps(plan, batch * tokens, operand, stream)
@@ -328,6 +328,7 @@ def _fits(
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     rope: torch.Tensor | None,
+    windows: Windows | None,
 ) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked."""
     if x.ndim != 3 or not _on_cpu(x, lower):
@@ -363,12 +364,23 @@ def _fits(
     return (
         dim * attn.heads == width
         and dim <= MOST_HEAD_DIM
-        and (attn.table is None or attn.table.dtype in norm_op.DTYPES and attn.table.is_cpu)
+        and (windows is None or _windows(windows, attn))
         and _vector(plan.gamma1, channels)
         and _vector(plan.gamma2, channels)
         and _addend(mask)
         and _addend(bias)
         and (rope is None or _rope(rope, attn, batch, tokens, dim))
+    )
+
+
+def _windows(windows: Windows, attn: Attention) -> bool:
+    """As `ops.window_attention` wants its window and what goes with it."""
+    rows, columns = windows.window
+    positions = (2 * rows - 1) * (2 * columns - 1)
+    return (
+        rows * columns <= window_op.MOST_TOKENS
+        and (attn.table is None or _tensor(attn.table, (positions, attn.heads), norm_op.DTYPES))
+        and _vector(attn.logit_scale, attn.heads)
     )
 
 

@@ -10,6 +10,9 @@ from vitfast.ops.window_attention.reference import LARGEST_SCALE, factors
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES, address, native, reasons, threads
 
+MOST_TOKENS = 1 << 16
+"""Of a window."""
+
 
 def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save_stats):
     why = reasons()
@@ -19,8 +22,8 @@ def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save
         why.append(f"qkv has dtype {qkv.dtype}; the kernels take float32 and bfloat16")
     if qkv.shape[-1] > 256:
         why.append(f"head dim {qkv.shape[-1]} is above 256")
-    if window[0] * window[1] > 1 << 16:
-        why.append(f"a window of {window[0]} x {window[1]} tokens; the kernels take 65,536")
+    if window[0] * window[1] > MOST_TOKENS:
+        why.append(f"a window of {window[0]} x {window[1]} tokens; the kernels take {MOST_TOKENS}")
     return why
 
 
