@@ -340,16 +340,16 @@ void bind_attention(py::module_& m) {
 
 // ---- windowed attention --------------------------------------------------------------------------
 
-// dtype, (B, H, W, heads, D), (wh, ww, sh, sw), roll_first, cosine, qkv, its strides of
+// dtype, (B, H, W, heads, D), (wh, ww, sh, sw), roll_first, grid, cosine, qkv, its strides of
 // (B, H, W, 3, heads), scale, table, pad; (first, last) of a stripe or None
 using WindowProblem =
-    std::tuple<int, std::array<int64_t, 5>, std::array<int64_t, 4>, bool, bool, uintptr_t,
+    std::tuple<int, std::array<int64_t, 5>, std::array<int64_t, 4>, bool, bool, bool, uintptr_t,
                std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t,
                std::optional<std::array<int64_t, 2>>>;
 
 WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
-  const auto& [dtype, sizes, window, roll_first, cosine, qkv, strides, scale, table, pad, stripe] =
-      problem;
+  const auto& [dtype, sizes, window, roll_first, spread, cosine, qkv, strides, scale, table, pad,
+               stripe] = problem;
   require(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16),
           "window_attention: dtype must be float32 or bfloat16");
   require(threads > 0, "window_attention: threads must be positive");
@@ -377,7 +377,10 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
   a.last = stripe ? (*stripe)[1] : high;
   require(0 <= a.first && a.first < a.last && a.last <= high, "window_attention: stripe out of range");
   require(!a.stripe || (a.B == 1 && roll_first && stats == 0), "window_attention: not for stripes");
+  require(!spread || (sh == 0 && sw == 0 && a.H % wh == 0 && a.W % ww == 0 && !stripe),
+          "window_attention: a grid divides the map, without shift or stripe");
   a.roll_first = roll_first;
+  a.spread = spread;
   a.cosine = cosine;
   a.qkv = reinterpret_cast<const void*>(qkv);
   a.sb = strides[0];

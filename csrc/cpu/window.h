@@ -17,6 +17,7 @@ struct WindowArgs {
   int64_t first, last;  // rows of windows to compute: [first, last)
   int stripe;      // qkv and out hold only their rows, of the map already rolled back by sh
   int roll_first;  // shift, then pad (timm); else pad, then shift
+  int spread;      // a window's tokens lie H / wh and W / ww apart (MaxViT's grid); then no shift or padding
   int cosine;      // q and k are scaled to length 1
   const void* qkv;  // [B, H, W, 3, heads, D], unit stride along D
   int64_t sb, sy, sx, s3, shead;

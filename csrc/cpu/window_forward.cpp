@@ -111,6 +111,7 @@ inline void attend_tile(const Window<M>& p, const Tile<M>& t, const Workspace<M>
   const int64_t N = p.N, D = p.D, units = D / M::kPair, key_units = ceil_div(N, M::kPair);
   const int vecs = static_cast<int>(ceil_div(N, kLanes));
   constexpr int64_t kLine = 64 / sizeof(Row);
+  const int64_t right = (a.spread ? 1 : a.ww) * a.sx;
   const bool ahead = 3 * a.B * a.H * a.W * a.heads * D * static_cast<int64_t>(sizeof(Row)) > kCached && !a.stripe;
   for (int part = 0; part < 3; ++part) {
     const int64_t offset = p.batch * a.sb + part * a.s3 + p.head * a.shead;
@@ -122,7 +123,7 @@ inline void attend_tile(const Window<M>& p, const Tile<M>& t, const Workspace<M>
         rows[i] = static_cast<const Row*>(a.qkv) + offset + token / a.W * a.sy + token % a.W * a.sx;
         // The same of the window to the right, which mostly is the next.
         if (ahead)
-          for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(rows[i] + a.ww * a.sx + d);
+          for (int64_t d = 0; d < D; d += kLine) __builtin_prefetch(rows[i] + right + d);
       } else {
         gather(a, p.batch, p.head, part, p.token + i, 1, D, w.row, copy);
         rows[i] = copy;

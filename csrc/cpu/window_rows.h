@@ -34,6 +34,15 @@ inline int band(int64_t i, int64_t padded, int64_t window, int64_t shift) {
 // ready to be compared. Returns whether there is more than one band.
 inline bool map_window(const WindowArgs& a, int64_t index, int64_t* token, float* bands) {
   const Grid g = grid(a);
+  if (a.spread) {
+    const int64_t first = index / g.wide * a.W + index % g.wide;
+    for (int64_t i = 0; i < a.wh; ++i)
+      for (int64_t j = 0; j < a.ww; ++j) {
+        token[i * a.ww + j] = first + i * g.high * a.W + j * g.wide;
+        bands[i * a.ww + j] = 0.f;
+      }
+    return false;
+  }
   const int64_t y0 = index / g.wide * a.wh, x0 = index % g.wide * a.ww;
   const int64_t high = g.high * a.wh, wide = g.wide * a.ww;
   bool several = false;

@@ -406,6 +406,7 @@ WINDOWS = {
     "window_attention forward dot_for_cosine": on_argument(5, none),
     "window_attention forward largest_scale_of_50": on_argument(5, lambda s: s.clamp(max=3.912)),
     "window_attention forward pads_before_it_rolls": on_argument(7, lambda first: not first),
+    "window_attention forward windows_for_a_grid": on_argument(8, lambda grid: False),
     "window_attention forward heads_swapped": on_output(lambda o: o.roll(1, 3)),
     "window_attention forward images_swapped": on_output(lambda o: o.roll(1, 0)),
     "window_attention forward last_row_unwritten": on_output(unwritten_last_row),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models import maxxvit
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
@@ -43,6 +44,23 @@ def arguments(b, x):
         table = 16 * a.cpb_mlp(a.relative_coords_table).view(-1, HEADS).sigmoid()
     shape = (*x.shape[:3], 3, HEADS, D)
     return qkv.view(shape), b.window_size, b.shift_size, table, bias.view(3, HEADS, D), scale
+
+
+@pytest.mark.parametrize("window", [(4, 3), (12, 6), (1, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["block", "grid"])
+def test_the_definition_is_maxvits(kind, window):
+    cfg = maxxvit.MaxxVitTransformerCfg(
+        dim_head=D, window_size=window, grid_size=window, head_first=False
+    )
+    theirs = maxxvit.PartitionAttentionCl(C, kind, cfg).double()
+    torch.nn.init.normal_(theirs.attn.rel_pos.relative_position_bias_table)
+    x = torch.randn(2, 12, 6, C, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    qkv = theirs.attn.qkv(x).unflatten(-1, (3, HEADS, D))
+    table = theirs.attn.rel_pos.relative_position_bias_table
+    for backend in ("reference", "auto"):
+        got = window_attention(qkv, window, table=table, grid=kind == "grid", backend=backend)
+        got = theirs.attn.proj(got.flatten(-2))
+        torch.testing.assert_close(got, theirs._partition_attn(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("cls", [SwinTransformerBlock, SwinTransformerV2Block])

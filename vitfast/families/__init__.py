@@ -23,6 +23,7 @@ NAMES = (
     "swin",
     "swin_v2",
     "swin_v2_cr",
+    "davit",
     "other",
 )
 

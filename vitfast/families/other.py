@@ -11,7 +11,6 @@ _BLOCKS = {
     "convit": ("Block",),
     "convnext": ("ConvNeXtBlock",),
     "crossvit": ("MultiScaleBlock", "CrossAttentionBlock"),
-    "davit": ("SpatialBlock", "ChannelBlock"),
     "deepseek_vit": ("DeepseekVitBlock",),
     "edgenext": ("ConvBlock", "SplitTransposeBlock"),
     "efficientformer": ("MetaBlock1d", "MetaBlock2d"),
@@ -48,7 +47,6 @@ _BLOCKS = {
 _ATTENTIONS = {
     "cait": ("ClassAttn", "TalkingHeadAttn"),
     "crossvit": ("CrossAttention",),
-    "davit": ("WindowAttention", "ChannelAttention", "ChannelAttentionV2"),
     "gcvit": ("WindowAttentionGlobal",),
     "gemma4_vit": ("Gemma4Attention",),
     "hiera": ("MaskUnitAttention",),

@@ -10,6 +10,8 @@ from vitfast.layers.attention import Attention, AttentionRope
 from vitfast.layers.beit import Attention as BeitAttention
 from vitfast.layers.beit import Block as BeitBlock
 from vitfast.layers.block import Block
+from vitfast.layers.davit import SpatialBlock as DavitSpatialBlock
+from vitfast.layers.davit import WindowAttention as DavitWindowAttention
 from vitfast.layers.eva import EvaAttention, EvaBlock
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
@@ -33,6 +35,8 @@ __all__ = [
     "BeitAttention",
     "BeitBlock",
     "Block",
+    "DavitSpatialBlock",
+    "DavitWindowAttention",
     "EvaAttention",
     "EvaBlock",
     "GluMlp",

@@ -20,7 +20,7 @@ from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _attention, _guard, _inference, _mlp, _norm, layer_scale
-from vitfast.layers._attention import Attention
+from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._guard import Children, DropRate
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
@@ -69,14 +69,15 @@ def with_norms_last(module: nn.Module) -> Block:
 
 def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None) -> Block:
     return Block(
-        _norm.child(children, "norm1"),
-        _attention.child(children, "attn"),
-        gamma1,
-        _guard.drop_path(children, "drop_path1"),
-        _norm.child(children, "norm2"),
-        _mlp.child(children, "mlp"),
-        gamma2,
-        _guard.drop_path(children, "drop_path2"),
+        norm1=_norm.child(children, "norm1"),
+        gamma1=gamma1,
+        drop1=_guard.drop_path(children, "drop_path1"),
+        norm2=_norm.child(children, "norm2"),
+        mlp=_mlp.child(children, "mlp"),
+        gamma2=gamma2,
+        drop2=_guard.drop_path(children, "drop_path2"),
+        # Last, since it may compute position biases, with a dropout of their own.
+        attn=_attention.child(children, "attn"),
     )
 
 
@@ -86,6 +87,34 @@ def run(x: torch.Tensor, block: Block, **attention: Any) -> torch.Tensor:
     if not _needs_ops(x, block, attention):
         out = _inference.block(x, block, **attention)
     return _differentiable(x, block, attention) if out is None else out
+
+
+def attention_half(x: torch.Tensor, block: Block, windows: Windows) -> torch.Tensor:
+    """x + drop_path1(gamma1 * attn(norm1(x))) alone, on a map x [B, N, C]; norms first."""
+    out = None
+    if not _needs_ops(x, block, {}):
+        out = _inference.attention_half(x, block, windows)
+    if out is not None:
+        return out
+    branch = _attention.attend(
+        _norm.apply(x, block.norm1, operand_dtype(x)),
+        block.attn,
+        normed=_normed(x, block.norm1),
+        windows=windows,
+    )
+    return _add(x, branch, block.gamma1, block.drop1)
+
+
+def mlp_half(x: torch.Tensor, block: Block) -> torch.Tensor:
+    """x + drop_path2(gamma2 * mlp(norm2(x))) alone, on x [B, N, C]; norms first."""
+    out = None
+    if not _needs_ops(x, block, {}):
+        out = _inference.mlp_half(x, block)
+    if out is not None:
+        return out
+    normed = _norm.apply(x, block.norm2, operand_dtype(x))
+    branch = _mlp.apply(normed, block.mlp, _normed(x, block.norm2))
+    return _add(x, branch, block.gamma2, block.drop2)
 
 
 def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool:
@@ -130,12 +159,13 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
         out_dtype=operand,
     )
     branch = _mlp.apply(normed, block.mlp, _normed(x, block.norm2))
-    return ops.residual_add(
-        x,
-        branch,
-        gamma=block.gamma2,
-        drop_scale=_drop_scale(branch, block.gamma2, block.drop2),
-    )
+    return _add(x, branch, block.gamma2, block.drop2)
+
+
+def _add(
+    x: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None, drop: DropRate | None
+) -> torch.Tensor:
+    return ops.residual_add(x, branch, gamma=gamma, drop_scale=_drop_scale(branch, gamma, drop))
 
 
 def _add_normed(

@@ -7,33 +7,28 @@ MLP. The MLP's wide hidden tensor exists for one chunk only, and stays in cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vitfast.layers import _attention
+from vitfast.layers import _attention, _fits
 from vitfast.layers._norm import Norm
 from vitfast.ops import _gemm, _onednn
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.attention import native as attention_op
 from vitfast.ops.window_attention import native as window_op
-from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
-from vitfast.settings import settings
 
 if TYPE_CHECKING:
-    from vitfast.layers._attention import Attention, Windows
+    from vitfast.layers._attention import Windows
     from vitfast.layers._block import Block
     from vitfast.layers._guard import Linear
 
 CHUNK_ROWS = 1024
 WHOLE_ROWS = 2048
 """Up to so many rows go through as one chunk."""
-MOST_HEAD_DIM = 256
-"""The attention kernel's limit."""
-_DTYPES = frozenset(norm_op.DTYPES)
 
 
 def block(
@@ -50,22 +45,35 @@ def block(
 
     The result has the dtype that the residual stream has in timm.
     """
-    lower = autocast_dtype(x.device)
-    operand = lower or x.dtype
-    stream = _stream_dtype(x, plan, operand)
-    if stream is None or not _fits(x, plan, lower, mask, bias, rope, windows):
+    steps = _steps(x, plan, mask, bias, rope, windows)
+    if steps is None:
         return None
-    batch, tokens, channels = x.shape
-    steps = _Steps(plan, batch * tokens, operand, stream)
     if windows is not None:
         return _windowed(x, steps, windows)
+    batch, tokens, channels = x.shape
     rows = x.reshape(-1, channels)
     qkv = [t.unflatten(0, (batch, tokens)) for t in steps.project(rows)]
     attended = _attend(_attention.split_heads(qkv, plan.attn), plan, mask, bias, rope, is_causal)
     del qkv  # as large as three maps
-    out = _gemm.empty(rows.shape, stream)
+    out = _gemm.empty(rows.shape, steps.stream)
     steps.finish(rows, attended.view(len(rows), -1), out)
     return out.view(batch, tokens, channels)
+
+
+def _steps(
+    x: torch.Tensor,
+    plan: Block,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    rope: torch.Tensor | None = None,
+    windows: Windows | None = None,
+) -> _Steps | None:
+    lower = autocast_dtype(x.device)
+    operand = lower or x.dtype
+    stream = _fits.stream_dtype(x, plan, operand)
+    if stream is None or not _fits.block(x, plan, lower, mask, bias, rope, windows):
+        return None
+    return _Steps(plan, x.shape[0] * x.shape[1], operand, stream)
 
 
 def _attend(
@@ -138,6 +146,27 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
     return out
 
 
+def attention_half(x: torch.Tensor, plan: Block, windows: Windows) -> torch.Tensor | None:
+    """x + gamma1 * attn(norm1(x)) alone, as `block`."""
+    steps = _steps(x, plan, windows=windows)
+    if steps is None:
+        return None
+    steps.whole = False
+    return _windowed(x, steps, windows)
+
+
+def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
+    """x + gamma2 * mlp(norm2(x)) alone, as `block`."""
+    steps = _steps(x, plan)
+    if steps is None:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    out = _gemm.empty(rows.shape, steps.stream)
+    for chunk in _chunks(len(rows)):
+        steps.mlp_half(rows[chunk], out[chunk])
+    return out.view(x.shape)
+
+
 class Merge(NamedTuple):
     """Swin's downsampling: reduction(norm(patches)), or the norm last."""
 
@@ -150,17 +179,17 @@ def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
     """2x2 patches of a map x [B, H, W, C] reduced; None where it is for the public ops."""
     lower = autocast_dtype(x.device)
     operand = lower or x.dtype
-    if not _on_cpu(x, lower):
+    if not _fits.on_cpu(x, lower):
         return None
     shape = norm_op.merged_shape(x)
     weight, bias = plan.reduction
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
     width = len(weight) if plan.norm_last else shape[-1]
     if not (
-        _tensor(weight, (len(weight), shape[-1]), dtypes)
-        and _vector(bias, len(weight), dtypes)
-        and _vector(plan.norm.weight, width)
-        and _vector(plan.norm.bias, width)
+        _fits.tensor(weight, (len(weight), shape[-1]), dtypes)
+        and _fits.vector(bias, len(weight), dtypes)
+        and _fits.vector(plan.norm.weight, width)
+        and _fits.vector(plan.norm.bias, width)
     ):
         return None
     batch, high, wide, _ = shape
@@ -195,6 +224,7 @@ class _Steps:
     def __init__(self, plan: Block, rows: int, operand: torch.dtype, stream: torch.dtype) -> None:
         attn, mlp = plan.attn, plan.mlp
         self.plan, self.operand, self.stream = plan, operand, stream
+        self.whole = True  # else `finish` stops at the first residual add
         self._qkv = [_linear(linear, rows, operand) for linear in attn.qkv]
         self._proj = _linear(attn.proj, rows, operand)
         self._fc1 = _linear(mlp.fc1, rows, operand, mlp.act, mlp.packed, mlp.gate)
@@ -232,6 +262,9 @@ class _Steps:
 
     def _norm_first(self, x: torch.Tensor, branch: torch.Tensor, out: torch.Tensor) -> None:
         plan = self.plan
+        if not self.whole:
+            _add(x, branch, plan.gamma1, out)
+            return
         part = norm_op.forward(
             norm_op.KINDS[plan.norm2.kind],
             x,
@@ -243,9 +276,12 @@ class _Steps:
             residual_out=out,
             normed_out=self._normed[: len(x)],
         )[1]
-        norm_op.forward(
-            norm_op.NONE, out, branch=self._mlp(part), gamma=plan.gamma2, residual_out=out
-        )
+        _add(out, self._mlp(part), plan.gamma2, out)
+
+    def mlp_half(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """x + gamma2 * mlp(norm2(x)) into `out`."""
+        part = _normalise(x, self.plan.norm2, self._normed[: len(x)])
+        _add(x, self._mlp(part), self.plan.gamma2, out)
 
     def _norm_last(self, x: torch.Tensor, branch: torch.Tensor, out: torch.Tensor) -> None:
         _add_normed(x, branch, self.plan.norm1, out)
@@ -255,6 +291,12 @@ class _Steps:
         hidden = self._fc1(x)
         norm = self.plan.mlp.norm
         return self._fc2(hidden if norm is None else _normalise(hidden, norm, hidden))
+
+
+def _add(
+    x: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None, out: torch.Tensor
+) -> None:
+    norm_op.forward(norm_op.NONE, x, branch=branch, gamma=gamma, residual_out=out)
 
 
 def _add_normed(x: torch.Tensor, branch: torch.Tensor, norm: Norm, out: torch.Tensor) -> None:
@@ -304,109 +346,3 @@ def _chunks(rows: int) -> list[slice]:
     if rows <= WHOLE_ROWS:
         return [slice(0, rows)]
     return [slice(i, min(i + CHUNK_ROWS, rows)) for i in range(0, rows, CHUNK_ROWS)]
-
-
-def _stream_dtype(x: torch.Tensor, plan: Block, operand: torch.dtype) -> torch.dtype | None:
-    """The dtype of x + gamma * branch; None where LayerScale changes it on the way."""
-    dtypes = {
-        torch.promote_types(x.dtype, operand if gamma is None else gamma.dtype)
-        for gamma in (plan.gamma1, plan.gamma2)
-    }
-    return dtypes.pop() if len(dtypes) == 1 else None
-
-
-def _on_cpu(x: torch.Tensor, lower: torch.dtype | None) -> bool:
-    if settings.backend not in ("auto", "cpu") or native.reasons():
-        return False
-    return x.is_cpu and x.numel() > 0 and {x.dtype, lower or x.dtype} <= _DTYPES
-
-
-def _fits(
-    x: torch.Tensor,
-    plan: Block,
-    lower: torch.dtype | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    rope: torch.Tensor | None,
-    windows: Windows | None,
-) -> bool:
-    """Whether dtypes, devices and sizes are those the kernels take unchecked."""
-    if x.ndim != 3 or not _on_cpu(x, lower):
-        return False
-    attn, mlp = plan.attn, plan.mlp
-    batch, tokens, channels = x.shape
-    width, hidden = attn.proj.weight.shape[-1], mlp.fc2.weight.shape[-1]
-    dim, shared = width // attn.heads, width // attn.kv_groups
-    sizes = (width, shared, shared) if len(attn.qkv) == 3 else (3 * width,)
-    linears = [
-        (attn.proj, channels, width),
-        (mlp.fc1, 2 * hidden if mlp.packed else hidden, channels),
-        (mlp.fc2, channels, hidden),
-        *((linear, size, channels) for linear, size in zip(attn.qkv, sizes, strict=True)),
-    ]
-    if mlp.gate is not None:
-        linears.append((mlp.gate, hidden, channels))
-    # Without autocast timm wants one dtype, and it is for the ops to complain.
-    dtypes = norm_op.DTYPES if lower else (x.dtype,)
-    for (weight, offset), rows, columns in linears:
-        if not _tensor(weight, (rows, columns), dtypes) or not _vector(offset, rows, dtypes):
-            return False
-    for norm, size in (
-        (plan.norm1, channels),
-        (plan.norm2, channels),
-        (attn.norm, width),
-        (mlp.norm, hidden),
-        (attn.q_norm, dim),
-        (attn.k_norm, dim),
-    ):
-        if norm is not None and not (_vector(norm.weight, size) and _vector(norm.bias, size)):
-            return False
-    return (
-        dim * attn.heads == width
-        and dim <= MOST_HEAD_DIM
-        and (windows is None or _windows(windows, attn))
-        and _vector(plan.gamma1, channels)
-        and _vector(plan.gamma2, channels)
-        and _addend(mask)
-        and _addend(bias)
-        and (rope is None or _rope(rope, attn, batch, tokens, dim))
-    )
-
-
-def _windows(windows: Windows, attn: Attention) -> bool:
-    """As `ops.window_attention` wants its window and what goes with it."""
-    rows, columns = windows.window
-    positions = (2 * rows - 1) * (2 * columns - 1)
-    return (
-        rows * columns <= window_op.MOST_TOKENS
-        and (attn.table is None or _tensor(attn.table, (positions, attn.heads), norm_op.DTYPES))
-        and _vector(attn.logit_scale, attn.heads)
-    )
-
-
-def _tensor(t: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> bool:
-    return t.shape == shape and t.dtype in dtypes and t.is_cpu
-
-
-def _vector(
-    t: torch.Tensor | None, size: int, dtypes: Collection[torch.dtype] = norm_op.DTYPES
-) -> bool:
-    return t is None or _tensor(t, (size,), dtypes)
-
-
-def _addend(t: torch.Tensor | None) -> bool:
-    """A mask or bias; its shape is checked where it is broadcast."""
-    return t is None or ((t.dtype == torch.bool or t.dtype in norm_op.DTYPES) and t.is_cpu)
-
-
-def _rope(rope: torch.Tensor, attn: Attention, batch: int, tokens: int, dim: int) -> bool:
-    """As `ops.attention` wants it: [N', 2D], [H, N', 2D] or [B|1, H|1, N', 2D]."""
-    most = (batch, attn.heads)[4 - rope.ndim :]
-    return (
-        rope.ndim in (2, 3, 4)
-        and rope.shape[-2:] == (tokens - attn.prefix, 2 * dim)
-        and dim % 2 == 0
-        and all(n in (1, m) for n, m in zip(rope.shape, most, strict=False))
-        and rope.is_cpu
-        and rope.dtype in norm_op.DTYPES
-    )

@@ -1,4 +1,4 @@
-"""What the drop-ins of Swin and Swin V2 share: a map's windows, and when timm has to run."""
+"""What the drop-ins of windowed blocks share: a map's windows, and when timm has to run."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ def window_attention(
     *,
     scale: float | None = None,
     roll_first: bool = True,
+    grid: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Multi-head attention within the windows of a feature map (Swin, Liu et al. 2021 and 2022).
@@ -48,6 +49,9 @@ def window_attention(
             scores are multiplied by exp(min(logit_scale, log 100)).
         scale: factor of the scores without `logit_scale`; D**-0.5 by default.
         roll_first: shift, then pad (timm); else pad, then shift (Hugging Face).
+        grid: the tokens of a window lie H / h rows and W / w columns apart, all over the map
+            (MaxViT's grid attention, Tu et al. 2022); the window must divide the map, and there is
+            no shift.
         backend: "auto", or a name that then must be able to run.
 
     Returns:
@@ -58,17 +62,17 @@ def window_attention(
         BackendUnavailableError: the backend asked for cannot run.
         NotTwiceDifferentiableError: a gradient of a gradient was asked for.
     """
-    window, shift = _check(qkv, window, shift, table, pad, logit_scale, scale)
+    window, shift = _check(qkv, window, shift, table, pad, logit_scale, scale, grid)
     lower = autocast_dtype(qkv.device)
     if lower is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(lower)
     save = needs_grad(qkv, table, pad, logit_scale)
     return _OP(
-        qkv, *window, *shift, table, pad, logit_scale, scale, roll_first, save, backend
+        qkv, *window, *shift, table, pad, logit_scale, scale, roll_first, grid, save, backend
     )[0]  # fmt: skip
 
 
-def _check(qkv, window, shift, table, pad, logit_scale, scale):
+def _check(qkv, window, shift, table, pad, logit_scale, scale, grid):
     op = "window_attention"
     checks.check_tensor(op, "qkv", qkv)
     if qkv.ndim != 6 or qkv.shape[3] != 3 or 0 in qkv.shape[4:]:
@@ -82,6 +86,12 @@ def _check(qkv, window, shift, table, pad, logit_scale, scale):
     if not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise InputValueError(
             f"{op}: shift must be at least 0 and less than the window {window}, got {shift}"
+        )
+    if grid and any(shift):
+        raise InputValueError(f"{op}: grid leaves nothing to shift, got shift {shift}")
+    if grid and any(s % w for s, w in zip(qkv.shape[1:3], window, strict=True)):
+        raise InputValueError(
+            f"{op}: a grid of {window} must divide the map, got {list(qkv.shape[1:3])}"
         )
     heads, dim = qkv.shape[4:]
     shapes = {
@@ -109,9 +119,11 @@ def _pair(op, name, value):
     return tuple(value)
 
 
-def _reference_forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save_stats):
+def _reference_forward(
+    qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats
+):  # fmt: skip
     out = reference.window_attention(
-        qkv, window, shift, table, pad, logit_scale, scale=scale, roll_first=roll_first
+        qkv, window, shift, table, pad, logit_scale, scale=scale, roll_first=roll_first, grid=grid
     )
     return out, _no_stats(qkv, window, save_stats)
 
@@ -123,7 +135,7 @@ def _no_stats(qkv, window, save_stats):
 
 
 def _reference_backward(
-    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, wanted
+    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
 ):  # fmt: skip
     def function(*leaves):
         args = iter(leaves)
@@ -133,7 +145,7 @@ def _reference_backward(
         ]
         first, *others = tensors
         return reference.window_attention(
-            first, window, shift, *others, scale=scale, roll_first=roll_first
+            first, window, shift, *others, scale=scale, roll_first=roll_first, grid=grid
         )
 
     inputs = [t for t, w in zip((qkv, table, pad, logit_scale), wanted, strict=True) if w]
@@ -161,22 +173,25 @@ DISPATCHER = Dispatcher(
 
 
 def _forward(
-    qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, save_stats, backend
+    qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, save_stats, backend
 ):  # fmt: skip
     args = (
-        qkv, (wh, ww), (sh, sw), table, pad, logit_scale, scale, roll_first, save_stats
+        qkv, (wh, ww), (sh, sw), table, pad, logit_scale, scale, roll_first, grid, save_stats
     )  # fmt: skip
     chosen = DISPATCHER.pick(backend, *args, needs_backward=save_stats)
     if qkv.numel() == 0:
         out, stats = _fake(
-            qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, save_stats, backend
-        )
+            qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, save_stats,
+            backend,
+        )  # fmt: skip
         return out.zero_(), stats.zero_()
     with without_autocast(qkv.device):
         return chosen.forward(*args)
 
 
-def _fake(qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, save_stats, backend):
+def _fake(
+    qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, save_stats, backend
+):  # fmt: skip
     batch, high, wide, _, heads, dim = qkv.shape
     shape = native.stats_shape(qkv, (wh, ww)) if save_stats else (0,)
     stats = qkv.new_empty(shape, dtype=torch.promote_types(qkv.dtype, torch.float32))
@@ -184,10 +199,10 @@ def _fake(qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, save_
 
 
 def _backward(
-    grad, out, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, wanted,
+    grad, out, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
     backend,
 ):  # fmt: skip
-    args = (qkv, (wh, ww), (sh, sw), table, pad, logit_scale, scale, roll_first)
+    args = (qkv, (wh, ww), (sh, sw), table, pad, logit_scale, scale, roll_first, grid)
     chosen = DISPATCHER.pick(backend, *args, True, needs_backward=True)
     if qkv.numel() == 0:
         tensors = (qkv, table, pad, logit_scale)
@@ -200,7 +215,7 @@ def _backward(
 
 
 def _backward_fake(
-    grad, out, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, wanted,
+    grad, out, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
     backend,
 ):  # fmt: skip
     return tuple(
@@ -210,7 +225,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, *ctx.window, table, pad, logit_scale, ctx.scale, ctx.roll_first, _, ctx.backend = inputs
+    qkv, *ctx.window, table, pad, logit_scale = inputs[:8]
+    ctx.scale, *ctx.layout, _, ctx.backend = inputs[8:]
     ctx.save_for_backward(*output, qkv, table, pad, logit_scale)
     ctx.mark_non_differentiable(output[1])
 
@@ -219,25 +235,26 @@ def _autograd(ctx, grad, _):
     out, stats, qkv, *others = ctx.saved_tensors
     needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:8])
     found = _BACKWARD_OP(
-        grad, out, stats, qkv, *ctx.window, *others, ctx.scale, ctx.roll_first, list(needed),
+        grad, out, stats, qkv, *ctx.window, *others, ctx.scale, *ctx.layout, list(needed),
         ctx.backend,
     )  # fmt: skip
     dqkv, *dothers = (g if w else None for g, w in zip(found, needed, strict=True))
-    return dqkv, *(None,) * 4, *dothers, *(None,) * 4
+    return dqkv, *(None,) * 4, *dothers, *(None,) * 5
 
 
 _BACKWARD_OP = define(
     "window_attention_backward",
     "(Tensor grad, Tensor out, Tensor stats, Tensor qkv, SymInt wh, SymInt ww, SymInt sh,"
     " SymInt sw, Tensor? table, Tensor? pad, Tensor? logit_scale, float? scale, bool roll_first,"
-    " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    " bool grid, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _OP = define(
     "window_attention",
     "(Tensor qkv, SymInt wh, SymInt ww, SymInt sh, SymInt sw, Tensor? table, Tensor? pad,"
-    " Tensor? logit_scale, float? scale, bool roll_first, bool save_stats, str backend)"
+    " Tensor? logit_scale, float? scale, bool roll_first, bool grid, bool save_stats,"
+    " str backend)"
     " -> (Tensor, Tensor)",
     _forward,
     _fake,

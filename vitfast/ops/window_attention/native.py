@@ -14,7 +14,7 @@ MOST_TOKENS = 1 << 16
 """Of a window."""
 
 
-def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save_stats):
+def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats):
     why = reasons()
     if qkv.device.type != "cpu":
         why.append(f"qkv is on {qkv.device}; the kernels run on the CPU")
@@ -27,12 +27,15 @@ def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save
     return why
 
 
-def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save_stats):
+def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats):
     batch, high, wide, _, heads, dim = qkv.shape
     out = qkv.new_empty(batch, high, wide, heads, dim)
     stats = qkv.new_empty(stats_shape(qkv, window) if save_stats else 0, dtype=torch.float32)
     with_terms = terms(heads, dim, table, pad, logit_scale, scale)
-    run(qkv, out, (high, wide), window, shift, with_terms, roll_first=roll_first, stats=stats)
+    run(
+        qkv, out, (high, wide), window, shift, with_terms, roll_first=roll_first, grid=grid,
+        stats=stats,
+    )  # fmt: skip
     return out, stats
 
 
@@ -72,6 +75,7 @@ def run(
     terms: Terms,
     *,
     roll_first: bool = True,
+    grid: bool = False,
     stats: torch.Tensor | None = None,
     stripe: tuple[int, int] | None = None,
 ) -> None:
@@ -84,18 +88,20 @@ def run(
             their rows of the map, which has been rolled back by shift[0] already.
     """
     qkv = _unit_stride(qkv)
-    problem = _problem(qkv, size, window, shift, terms, roll_first, stripe)
+    problem = _problem(qkv, size, window, shift, terms, roll_first, grid, stripe)
     native().window_forward(problem, out.data_ptr(), address(stats), threads())
 
 
 def backward(
-    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, wanted
+    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
 ):  # fmt: skip
     if stats.flatten()[-1] < 0:  # the forward ran on another backend, which saves none
-        _, stats = forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, True)
+        _, stats = forward(
+            qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, True
+        )  # fmt: skip
     qkv, grad = _unit_stride(qkv), grad.contiguous()
     with_terms = terms(*qkv.shape[-2:], table, pad, logit_scale, scale)
-    problem = _problem(qkv, qkv.shape[1:3], window, shift, with_terms, roll_first)
+    problem = _problem(qkv, qkv.shape[1:3], window, shift, with_terms, roll_first, grid)
     dqkv = qkv.new_empty(qkv.shape)
     sums = [
         qkv.new_empty((*t.shape[1:], *t.shape[:1]) if t is table else t.shape, dtype=torch.float32)
@@ -124,13 +130,13 @@ def _unit_stride(qkv: torch.Tensor) -> torch.Tensor:
     return qkv if qkv.stride(-1) == 1 or qkv.shape[-1] == 1 else qkv.contiguous()
 
 
-def _problem(qkv, size, window, shift, terms, roll_first, stripe=None):
+def _problem(qkv, size, window, shift, terms, roll_first, grid, stripe=None):
     """`WindowProblem` of csrc/bindings.cpp."""
     sb, sy, sx, s3, sh, _ = qkv.stride()
     return (
         DTYPE_CODES[qkv.dtype], (qkv.shape[0], *size, *qkv.shape[-2:]), (*window, *shift),
-        roll_first, terms.cosine, qkv.data_ptr(), (sb, sy, sx, s3, sh), terms.scale.data_ptr(),
-        address(terms.table), address(terms.pad), stripe,
+        roll_first, grid, terms.cosine, qkv.data_ptr(), (sb, sy, sx, s3, sh),
+        terms.scale.data_ptr(), address(terms.table), address(terms.pad), stripe,
     )  # fmt: skip
 
 

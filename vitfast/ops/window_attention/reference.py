@@ -3,6 +3,7 @@
 Swin's (Liu et al. 2021, timm `SwinTransformerBlock._attn` around `WindowAttention`) and, by
 cosine, Swin V2's (Liu et al. 2022, timm `swin_transformer_v2`): cyclic shift, padding to whole
 windows, partition, softmax(scale * q k^T + bias + mask) v in each window, merge, crop, shift back.
+MaxViT's windows may be a grid over the whole map (Tu et al. 2022, timm `maxxvit.grid_partition`).
 Scores and softmax are float32 (float64 for float64); what enters the second matrix product has v's
 dtype, and so have q and k of length 1.
 """
@@ -30,6 +31,7 @@ def window_attention(
     *,
     scale: float | None = None,
     roll_first: bool = True,
+    grid: bool = False,
 ) -> torch.Tensor:
     batch, high, wide, _, heads, dim = qkv.shape
     padded = tuple(-(-size // w) * w for size, w in zip((high, wide), window, strict=True))
@@ -37,7 +39,7 @@ def window_attention(
     x = qkv.roll(back, (1, 2)) if roll_first else qkv
     x = _padded(x, padded, pad)
     x = x if roll_first else x.roll(back, (1, 2))
-    q, k, v = partition(x, window).transpose(3, 4).unbind(2)  # [B, windows, heads, N, D]
+    q, k, v = partition(x, window, grid).transpose(3, 4).unbind(2)  # [B, windows, heads, N, D]
 
     wide_dtype = torch.promote_types(qkv.dtype, torch.float32)
     if logit_scale is not None:
@@ -54,7 +56,7 @@ def window_attention(
         scores = scores + MASKED * hidden.to(wide_dtype)
     out = scores.softmax(-1).to(v.dtype) @ v
 
-    out = merge(out, window, padded)
+    out = merge(out, window, padded, grid)
     out = out if roll_first else out.roll(shift, (1, 2))
     out = out[:, :high, :wide]
     return (out.roll(shift, (1, 2)) if roll_first else out).contiguous()
@@ -71,21 +73,26 @@ def _padded(x: torch.Tensor, size: tuple[int, int], pad: torch.Tensor | None) ->
     return torch.cat([torch.cat([x, right], 2), below], 1)
 
 
-def partition(x: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+def partition(x: torch.Tensor, window: tuple[int, int], grid: bool = False) -> torch.Tensor:
     """[B, H, W, 3, heads, D] to [B, windows, 3, N, heads, D]; H and W whole windows."""
     batch, high, wide, parts, heads, dim = x.shape
     h, w = window
+    if grid:  # the same tokens side by side
+        x = x.reshape(batch, h, high // h, w, wide // w, -1).permute(0, 2, 1, 4, 3, 5)
     x = x.reshape(batch, high // h, h, wide // w, w, parts, heads, dim)
     windows = (high // h) * (wide // w)
     return x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, windows, parts, h * w, heads, dim)
 
 
-def merge(x: torch.Tensor, window: tuple[int, int], size: tuple[int, int]) -> torch.Tensor:
+def merge(
+    x: torch.Tensor, window: tuple[int, int], size: tuple[int, int], grid: bool = False
+) -> torch.Tensor:
     """[B, windows, heads, N, D] to [B, H, W, heads, D]."""
     batch, _, heads, _, dim = x.shape
     (h, w), (high, wide) = window, size
     x = x.reshape(batch, high // h, wide // w, heads, h, w, dim)
-    return x.permute(0, 1, 4, 2, 5, 3, 6).reshape(batch, high, wide, heads, dim)
+    order = (0, 4, 1, 5, 2, 3, 6) if grid else (0, 1, 4, 2, 5, 3, 6)
+    return x.permute(order).reshape(batch, high, wide, heads, dim)
 
 
 def _unit(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:

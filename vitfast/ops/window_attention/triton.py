@@ -99,12 +99,18 @@ def _key(which: str, dtype: torch.dtype, d: int, tokens: int, extra: str) -> dic
 
 
 def _constants(
-    which: str, dtype: torch.dtype, d: int, window: tuple[int, int], shifted: bool, roll_first: bool
+    which: str,
+    dtype: torch.dtype,
+    d: int,
+    window: tuple[int, int],
+    shifted: bool,
+    roll_first: bool,
+    grid: bool,
 ) -> dict[str, Any]:
     found = {
         "WH": window[0], "WW": window[1], "D": d, "BLOCK_D": _power(d),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32, "SHIFTED": shifted,
-        "ROLL_FIRST": roll_first, "TURNED": _turns(window[0] * window[1]),
+        "ROLL_FIRST": roll_first, "GRID": grid, "TURNED": _turns(window[0] * window[1]),
         "PRECISION": precision(dtype),
     }  # fmt: skip
     return found | ({"WHOLE": _power(window[0] * window[1])} if which == "backward" else {})
@@ -122,11 +128,11 @@ def _packed(t: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.T
 class _Problem:
     """The arguments that all kernels share, and their launches."""
 
-    def __init__(self, qkv, window, shift, table, pad, logit_scale, scale, roll_first):
+    def __init__(self, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid):
         batch, high, wide, _, self.heads, d = qkv.shape
         self.qkv, self.window, self.tokens = qkv, window, window[0] * window[1]
         self.windows = batch * triton.cdiv(high, window[0]) * triton.cdiv(wide, window[1])
-        self.shape = (any(shift), roll_first)
+        self.shape = (any(shift), roll_first, grid)
         if table is not None and _turns(self.tokens):
             table = table.t().contiguous().t()
         if high % window[0] == wide % window[1] == 0:
@@ -174,8 +180,8 @@ class _Problem:
 _STRIDES = ("qkv_b", "qkv_y", "qkv_x", "qkv_3", "qkv_h", "qkv_d")
 
 
-def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save_stats):
-    problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first)
+def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats):
+    problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid)
     batch, high, wide, _, heads, d = qkv.shape
     out = qkv.new_empty(batch, high, wide, heads, d)
     stats = problem.sums(True, *(native.stats_shape(qkv, window) if save_stats else (0,)))
@@ -189,9 +195,9 @@ def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, save
 
 
 def backward(
-    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, wanted
+    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
 ):  # fmt: skip
-    problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first)
+    problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid)
     padded = problem.arguments["pad_ptr"] is not None
     wants_pad, wanted = wanted[2], [*wanted[:2], wanted[2] and padded, wanted[3]]
     dqkv = qkv.new_empty(qkv.shape) if wanted[0] else None
@@ -203,7 +209,7 @@ def backward(
             if stats.device.type == "cpu" and stats.flatten()[-1] < 0:
                 # The forward ran on another backend, which saves none.
                 out, stats = forward(
-                    qkv, window, shift, table, pad, logit_scale, scale, roll_first, True
+                    qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, True
                 )
             dbias, dpad, dscale = _large_backward(problem, grad, out, stats, dqkv, wanted)
         if dbias is not None:
@@ -298,7 +304,8 @@ def _variant(arch, which, name, window, extra, dtype):
     kernel = _KERNELS[which]
     key = _key(which, dtype, 32, window[0] * window[1], extra)
     launch = launch_of(f"window_attention.{which}", arch, key, launch_heuristic)
-    constants = {**_constants(which, dtype, 32, window, True, True), **launch.blocks, "qkv_d": 1}
+    constants = _constants(which, dtype, 32, window, shifted=True, roll_first=True, grid=False)
+    constants |= {**launch.blocks, "qkv_d": 1}
     gradients = {"pad_ptr": "dpad_ptr", "logit_ptr": "dscale_ptr"}
     absent = {n for pair in gradients.items() if pair[0] != extra for n in pair}
     constants |= {n: None for n in kernel.arg_names if n in absent}

@@ -39,14 +39,17 @@ def place(i, size, padded, shift, ROLL_FIRST: tl.constexpr):
 @triton.jit
 def tokens(
     n, w, high, wide, shift_y, shift_x, WH: tl.constexpr, WW: tl.constexpr,
-    ROLL_FIRST: tl.constexpr,
+    ROLL_FIRST: tl.constexpr, GRID: tl.constexpr,
 ):  # fmt: skip
     """Of tokens n of window number w: image, row and column, whether in the map or padding."""
     down, across = tl.cdiv(high, WH), tl.cdiv(wide, WW)
     w = tl.full([], w, tl.int32)
     b, w = w // (down * across), w % (down * across)
-    y = place(w // across * WH + n // WW, high, down * WH, shift_y, ROLL_FIRST)
-    x = place(w % across * WW + n % WW, wide, across * WW, shift_x, ROLL_FIRST)
+    if GRID:
+        y, x = n // WW * down + w // across, n % WW * across + w % across
+    else:
+        y = place(w // across * WH + n // WW, high, down * WH, shift_y, ROLL_FIRST)
+        x = place(w % across * WW + n % WW, wide, across * WW, shift_x, ROLL_FIRST)
     inside, real = n < WH * WW, (y >= 0) & (x >= 0)
     return b.to(tl.int64), y.to(tl.int64), x.to(tl.int64), inside & real, inside & ~real
 
@@ -171,8 +174,8 @@ def forward_kernel(
     qkv_ptr, table_ptr, pad_ptr, logit_ptr, out_ptr, stats_ptr, windows, per, high, wide, heads,
     scale, shift_y, shift_x, qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out [B, H, W, heads, D] of a tile of queries of `per` windows, over all keys of each.
 
@@ -198,7 +201,9 @@ def forward_kernel(
     side = sides(m, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
         bits = borders(w, high, wide, WH, WW)
-        b, y, x, live, padding = tokens(m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
+        b, y, x, live, padding = tokens(
+            m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
+        )
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         q = rows_of(qkv_ptr, at, 0, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         q, length_q = units(q, ACC, COSINE)
@@ -209,7 +214,7 @@ def forward_kernel(
             n = first + tl.arange(0, BLOCK_N)
             side_k = sides(n, shift_y, shift_x, WH, WW)
             image, yk, xk, live_k, padding_k = tokens(
-                n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
+                n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
             )
             at_k = b * qkv_b + yk * qkv_y + xk * qkv_x + h * qkv_h
             k = rows_of(
@@ -252,8 +257,8 @@ def backward_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-    WHOLE: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """All gradients of `per` windows of at most WHOLE tokens; softmax is made again.
 
@@ -282,7 +287,9 @@ def backward_kernel(
     side = sides(n, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
         bits = borders(w, high, wide, WH, WW)
-        b, y, x, live, padding = tokens(n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
+        b, y, x, live, padding = tokens(
+            n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
+        )
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         q = rows_of(qkv_ptr, at, 0, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         k = rows_of(qkv_ptr, at, 1, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)

@@ -52,8 +52,8 @@ def queries_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of queries of `per` windows; dscale [programs, heads]."""
     N: tl.constexpr = WH * WW
@@ -73,7 +73,9 @@ def queries_kernel(
     side = sides(m, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
         bits = borders(w, high, wide, WH, WW)
-        b, y, x, live, padding = tokens(m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
+        b, y, x, live, padding = tokens(
+            m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
+        )
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         q = rows_of(qkv_ptr, at, 0, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         unit_q, inverse_q = units(q, ACC, COSINE)
@@ -90,7 +92,7 @@ def queries_kernel(
             n = first + tl.arange(0, BLOCK_N)
             side_k = sides(n, shift_y, shift_x, WH, WW)
             image, yk, xk, live_k, padding_k = tokens(
-                n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
+                n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
             )
             at_k = b * qkv_b + yk * qkv_y + xk * qkv_x + h * qkv_h
             k = rows_of(
@@ -134,8 +136,8 @@ def keys_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values of `per` windows; dpad [programs, 2, heads, D]."""
     N: tl.constexpr = WH * WW
@@ -156,7 +158,9 @@ def keys_kernel(
     side = sides(n, shift_y, shift_x, WH, WW)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
         bits = borders(w, high, wide, WH, WW)
-        b, y, x, live, padding = tokens(n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
+        b, y, x, live, padding = tokens(
+            n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
+        )
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         k = rows_of(qkv_ptr, at, 1, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
         v = rows_of(qkv_ptr, at, 2, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
@@ -167,7 +171,7 @@ def keys_kernel(
             m = first + tl.arange(0, BLOCK_M)
             side_q = sides(m, shift_y, shift_x, WH, WW)
             image, yq, xq, live_q, padding_q = tokens(
-                m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
+                m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
             )
             at_q = b * qkv_b + yq * qkv_y + xq * qkv_x + h * qkv_h
             q = rows_of(
@@ -211,8 +215,8 @@ def bias_kernel(
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
-    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, TURNED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the scores on one tile of one head, over `per` windows: [parts, heads, N, N]."""
     N: tl.constexpr = WH * WW
@@ -235,9 +239,11 @@ def bias_kernel(
     total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
     for w in range(part * per, tl.minimum(windows, part * per + per)):
         bits = borders(w, high, wide, WH, WW)
-        b, y, x, live, padding = tokens(m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST)
+        b, y, x, live, padding = tokens(
+            m, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
+        )
         image, yk, xk, live_k, padding_k = tokens(
-            n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST
+            n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
         )
         at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
         q = rows_of(qkv_ptr, at, 0, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)

@@ -1,0 +1,127 @@
+"""Whether the kernels of `_inference`, which check nothing, can take a call."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+import torch
+
+from vitfast.ops import _norm as norm_op
+from vitfast.ops.window_attention.native import MOST_TOKENS
+from vitfast.runtime import native
+from vitfast.settings import settings
+
+if TYPE_CHECKING:
+    from vitfast.layers._attention import Attention, Windows
+    from vitfast.layers._block import Block
+
+MOST_HEAD_DIM = 256
+"""The attention kernel's limit."""
+_DTYPES = frozenset(norm_op.DTYPES)
+
+
+def stream_dtype(x: torch.Tensor, plan: Block, operand: torch.dtype) -> torch.dtype | None:
+    """The dtype of x + gamma * branch; None where LayerScale changes it on the way."""
+    dtypes = {
+        torch.promote_types(x.dtype, operand if gamma is None else gamma.dtype)
+        for gamma in (plan.gamma1, plan.gamma2)
+    }
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def on_cpu(x: torch.Tensor, lower: torch.dtype | None) -> bool:
+    if settings.backend not in ("auto", "cpu") or native.reasons():
+        return False
+    return x.is_cpu and x.numel() > 0 and {x.dtype, lower or x.dtype} <= _DTYPES
+
+
+def block(
+    x: torch.Tensor,
+    plan: Block,
+    lower: torch.dtype | None,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rope: torch.Tensor | None,
+    windows: Windows | None,
+) -> bool:
+    """Whether dtypes, devices and sizes are those the kernels take unchecked."""
+    if x.ndim != 3 or not on_cpu(x, lower):
+        return False
+    attn, mlp = plan.attn, plan.mlp
+    batch, tokens, channels = x.shape
+    width, hidden = attn.proj.weight.shape[-1], mlp.fc2.weight.shape[-1]
+    dim, shared = width // attn.heads, width // attn.kv_groups
+    sizes = (width, shared, shared) if len(attn.qkv) == 3 else (3 * width,)
+    linears = [
+        (attn.proj, channels, width),
+        (mlp.fc1, 2 * hidden if mlp.packed else hidden, channels),
+        (mlp.fc2, channels, hidden),
+        *((linear, size, channels) for linear, size in zip(attn.qkv, sizes, strict=True)),
+    ]
+    if mlp.gate is not None:
+        linears.append((mlp.gate, hidden, channels))
+    # Without autocast timm wants one dtype, and it is for the ops to complain.
+    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    for (weight, offset), rows, columns in linears:
+        if not tensor(weight, (rows, columns), dtypes) or not vector(offset, rows, dtypes):
+            return False
+    for norm, size in (
+        (plan.norm1, channels),
+        (plan.norm2, channels),
+        (attn.norm, width),
+        (mlp.norm, hidden),
+        (attn.q_norm, dim),
+        (attn.k_norm, dim),
+    ):
+        if norm is not None and not (vector(norm.weight, size) and vector(norm.bias, size)):
+            return False
+    return (
+        dim * attn.heads == width
+        and dim <= MOST_HEAD_DIM
+        and (windows is None or _windows(windows, attn))
+        and vector(plan.gamma1, channels)
+        and vector(plan.gamma2, channels)
+        and _addend(mask)
+        and _addend(bias)
+        and (rope is None or _rope(rope, attn, batch, tokens, dim))
+    )
+
+
+def _windows(windows: Windows, attn: Attention) -> bool:
+    """As `ops.window_attention` wants its window and what goes with it."""
+    rows, columns = windows.window
+    positions = (2 * rows - 1) * (2 * columns - 1)
+    return (
+        rows * columns <= MOST_TOKENS
+        and (attn.table is None or tensor(attn.table, (positions, attn.heads), norm_op.DTYPES))
+        and vector(attn.logit_scale, attn.heads)
+    )
+
+
+def tensor(t: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> bool:
+    return t.shape == shape and t.dtype in dtypes and t.is_cpu
+
+
+def vector(
+    t: torch.Tensor | None, size: int, dtypes: Collection[torch.dtype] = norm_op.DTYPES
+) -> bool:
+    return t is None or tensor(t, (size,), dtypes)
+
+
+def _addend(t: torch.Tensor | None) -> bool:
+    """A mask or bias; its shape is checked where it is broadcast."""
+    return t is None or ((t.dtype == torch.bool or t.dtype in norm_op.DTYPES) and t.is_cpu)
+
+
+def _rope(rope: torch.Tensor, attn: Attention, batch: int, tokens: int, dim: int) -> bool:
+    """As `ops.attention` wants it: [N', 2D], [H, N', 2D] or [B|1, H|1, N', 2D]."""
+    most = (batch, attn.heads)[4 - rope.ndim :]
+    return (
+        rope.ndim in (2, 3, 4)
+        and rope.shape[-2:] == (tokens - attn.prefix, 2 * dim)
+        and dim % 2 == 0
+        and all(n in (1, m) for n, m in zip(rope.shape, most, strict=False))
+        and rope.is_cpu
+        and rope.dtype in norm_op.DTYPES
+    )

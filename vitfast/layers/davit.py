@@ -1,0 +1,71 @@
+"""Drop-ins for the windowed parts of timm's DaViT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models import davit
+
+from vitfast.layers import _attention, _block, _guard, _windowed
+from vitfast.layers._attention import Attention, Windows
+from vitfast.layers._base import Layer
+from vitfast.layers._block import Block
+from vitfast.layers._guard import Unsupported
+
+
+def plan_attention(module: Any) -> Attention:
+    """How timm's DaViT `WindowAttention` computes, fused by timm or not."""
+    children = module._modules
+    _guard.check_bare(children["softmax"], "softmax")
+    return Attention(
+        heads=module.num_heads,
+        qkv=(_guard.linear(children, "qkv"),),
+        proj=_guard.linear(children, "proj"),
+    )
+
+
+def plan_block(module: Any) -> Block:
+    """How timm's `SpatialBlock` computes, its convolutions aside."""
+    if module.mlp is None:
+        raise Unsupported("it has no MLP")
+    return _block.without_layer_scale(module)
+
+
+class WindowAttention(Layer, davit.WindowAttention):
+    """`timm.models.davit.WindowAttention` on `vitfast.ops.window_attention`."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = _windowed.attend(self, x, None, plan_attention)
+        return super().forward(x) if out is None else out
+
+
+class SpatialBlock(Layer, davit.SpatialBlock):
+    """`timm.models.davit.SpatialBlock`: its convolutions are called, its windows index arithmetic.
+
+    The convolution between attention and MLP keeps the two from running as one.
+    """
+
+    role = "block"
+    plan = staticmethod(plan_block)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_block, self, x)
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        size = (x.shape[2], x.shape[3])
+        windows = Windows(size, tuple(self.window_size))
+        tokens = self.cpe1(x).flatten(2).transpose(1, 2)
+        tokens = _block.attention_half(tokens, plan, windows)
+        x = self.cpe2(tokens.transpose(1, 2).unflatten(2, size))
+        tokens = _block.mlp_half(x.flatten(2).transpose(1, 2), plan)
+        return tokens.transpose(1, 2).unflatten(2, size)
+
+
+_attention.PLANS |= {
+    davit.WindowAttention: plan_attention,
+    WindowAttention: plan_attention,
+}
