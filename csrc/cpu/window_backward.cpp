@@ -25,7 +25,7 @@ struct Workspace {
   Elem *over_keys, *over_queries;                   // a tile as operand of a product
   float *p, *ds, *raw;  // [key][query], all keys; ds is dP at first, raw q k where wanted
   float *dq, *dk, *dv;                              // [d][query]; [tile][d][key]
-  float *row, *x, *shift, *inverse, *delta, *scale, *grads, *bands, *bias;
+  float *row, *x, *shift, *inverse, *delta, *scale, *rest, *mean, *grads, *bands, *bias;
   int64_t* token;
   typename M::Row* rows;
 
@@ -55,6 +55,8 @@ struct Workspace {
     used = take(base, used, inverse, static_cast<int64_t>(kBlock));
     used = take(base, used, delta, static_cast<int64_t>(kBlock));
     used = take(base, used, scale, static_cast<int64_t>(kBlock));
+    used = take(base, used, rest, static_cast<int64_t>(kBlock));
+    used = take(base, used, mean, static_cast<int64_t>(kBlock));
     used = take(base, used, grads, kBlock * ceil_div(D, kLanes) * kLanes);
     used = take(base, used, bands, ld);
     used = take(base, used, bias, biased ? N * ld : 0);
@@ -112,7 +114,9 @@ struct Backward {
         scores(head, q0, static_cast<int>(ceil_div(count, kLanes)), t, several, sums.scale, w);
       for (int64_t t = 0; t < tiles; ++t) tile(q0, count, t, sums, w);
       if (sums.scale)
-        for (int64_t m = 0; m < count; ++m) *sums.scale += w.scale[m];
+        // dS sums to zero but for rounding, which times the mean of raw would be felt.
+        for (int64_t m = 0; m < count; ++m)
+          *sums.scale += w.scale[m] - static_cast<double>(w.rest[m]) * w.mean[m];
       write(batch, head, 0, q0, count, w.dq, a.scale[head], sums, w);
     }
     for (int64_t t = 0; t < tiles; ++t) {
@@ -130,7 +134,7 @@ struct Backward {
     const float* shift = a.stats + ((batch * windows + index) * a.heads + head) * N + q0;
     const float* sum_of = shift + a.B * windows * a.heads * N;
     for (int64_t m = 0; m < kBlock; ++m) {
-      w.delta[m] = w.scale[m] = 0.f;
+      w.delta[m] = w.scale[m] = w.rest[m] = w.mean[m] = 0.f;
       w.shift[m] = 0.f;
       w.inverse[m] = 0.f;  // no query: P = 0
       if (m >= count) continue;
@@ -188,6 +192,8 @@ struct Backward {
         if (sums.scale) {
           const vf raw = load(w.raw + (k0 + k) * kBlock + m);
           store(w.scale + m, fma(gradient, raw, load(w.scale + m)));
+          store(w.rest + m, load(w.rest + m) + gradient);
+          store(w.mean + m, fma(load(at_p), raw, load(w.mean + m)));
         }
         if (!sums.table) continue;
         float* sum = sums.table + (k0 + k) * ld + q0 + m;

@@ -112,6 +112,7 @@ inline void attend_tile(const Window<M>& p, const Tile<M>& t, const Workspace<M>
   const int vecs = static_cast<int>(ceil_div(N, kLanes));
   constexpr int64_t kLine = 64 / sizeof(Row);
   const int64_t right = (a.spread ? 1 : a.ww) * a.sx;
+  const bool same = sizeof(Row) == (a.dtype == DType::f32 ? 4 : 2);
   const bool ahead = 3 * a.B * a.H * a.W * a.heads * D * static_cast<int64_t>(sizeof(Row)) > kCached && !a.stripe;
   for (int part = 0; part < 3; ++part) {
     const int64_t offset = p.batch * a.sb + part * a.s3 + p.head * a.shead;
@@ -119,7 +120,7 @@ inline void attend_tile(const Window<M>& p, const Tile<M>& t, const Workspace<M>
     for (int64_t i = 0; i < N; ++i) {
       const int64_t token = p.token[i];
       Row* copy = t.copies + (part * kBlock + i) * D;
-      if (token >= 0 && (part == 2 || !a.cosine)) {
+      if (same && token >= 0 && (part == 2 || !a.cosine)) {
         rows[i] = static_cast<const Row*>(a.qkv) + offset + token / a.W * a.sy + token % a.W * a.sx;
         // The same of the window to the right, which mostly is the next.
         if (ahead)
