@@ -13,7 +13,19 @@ from torch import nn
 from vitfast.families._family import Family, Gap
 from vitfast.layers import Layer
 
-NAMES = ("vit", "eva", "naflex", "beit", "relpos", "hybrid", "swin", "swin_v2", "davit", "other")
+NAMES = (
+    "vit",
+    "eva",
+    "naflex",
+    "beit",
+    "relpos",
+    "hybrid",
+    "swin",
+    "swin_v2",
+    "davit",
+    "maxvit",
+    "other",
+)
 
 __all__ = ["NAMES", "Family", "Gap", "families", "gap_table", "layer_table"]
 
