@@ -40,6 +40,7 @@ PARTLY = {
     *timm.list_models(module="davit"),
     *timm.list_models("coatn*", module="maxxvit"),
     *timm.list_models("maxxvit*", module="maxxvit"),
+    *timm.list_models(module="hiera"),
     "maxvit_tiny_pm_256",
     "test_coatnet",
 }

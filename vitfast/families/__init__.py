@@ -24,6 +24,7 @@ NAMES = (
     "swin_v2",
     "davit",
     "maxvit",
+    "hiera",
     "other",
 )
 

@@ -13,6 +13,8 @@ from vitfast.layers.block import Block
 from vitfast.layers.davit import SpatialBlock as DavitSpatialBlock
 from vitfast.layers.davit import WindowAttention as DavitWindowAttention
 from vitfast.layers.eva import EvaAttention, EvaBlock
+from vitfast.layers.hiera import HieraBlock
+from vitfast.layers.hiera import MaskUnitAttention as HieraMaskUnitAttention
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
@@ -39,6 +41,8 @@ __all__ = [
     "EvaAttention",
     "EvaBlock",
     "GluMlp",
+    "HieraBlock",
+    "HieraMaskUnitAttention",
     "Layer",
     "LayerNorm",
     "LayerScale",
