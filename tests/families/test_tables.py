@@ -38,6 +38,11 @@ PARTLY = {
     "vit_relpos_medium_patch16_rpn_224",
     "vit_relpos_small_patch16_rpn_224",
     *timm.list_models(module="davit"),
+    *timm.list_models("coatn*", module="maxxvit"),
+    *timm.list_models("maxxvit*", module="maxxvit"),
+    *timm.list_models(module="hiera"),
+    "maxvit_tiny_pm_256",
+    "test_coatnet",
 }
 
 

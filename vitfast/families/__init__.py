@@ -24,6 +24,8 @@ NAMES = (
     "swin_v2",
     "swin_v2_cr",
     "davit",
+    "maxvit",
+    "hiera",
     "other",
 )
 

@@ -13,7 +13,11 @@ from vitfast.layers.block import Block
 from vitfast.layers.davit import SpatialBlock as DavitSpatialBlock
 from vitfast.layers.davit import WindowAttention as DavitWindowAttention
 from vitfast.layers.eva import EvaAttention, EvaBlock
+from vitfast.layers.hiera import HieraBlock
+from vitfast.layers.hiera import MaskUnitAttention as HieraMaskUnitAttention
 from vitfast.layers.layer_scale import LayerScale
+from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
+from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
 from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import LayerNorm, RmsNorm
 from vitfast.layers.patch_embed import PatchEmbed
@@ -40,9 +44,13 @@ __all__ = [
     "EvaAttention",
     "EvaBlock",
     "GluMlp",
+    "HieraBlock",
+    "HieraMaskUnitAttention",
     "Layer",
     "LayerNorm",
     "LayerScale",
+    "MaxxVitAttentionCl",
+    "MaxxVitPartitionAttentionCl",
     "Mlp",
     "PatchEmbed",
     "RelPosAttention",

@@ -24,7 +24,8 @@ class Attention(NamedTuple):
 
     qkv: one packed projection [3 A, C], or three [A, C]. q_norm, k_norm: norms over the head dim.
     prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: how
-    many heads of q share one of k and v (grouped-query attention). table, logit_scale: as
+    many heads of q share one of k and v (grouped-query attention). head_first: whether a packed
+    projection is [heads, 3, D, C] rather than [3, heads, D, C]. table, logit_scale: as
     `ops.window_attention` takes them.
     """
 
@@ -37,24 +38,28 @@ class Attention(NamedTuple):
     prefix: int = 0
     rope_half: bool = False
     kv_groups: int = 1
+    head_first: bool = False
     table: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
 
     def padding(self, windows: Windows) -> torch.Tensor | None:
         """q, k and v of a zero token, [3, heads, D], where the map does not end with a window."""
         bias = self.qkv[0].bias
-        return None if bias is None or not windows.padded else bias.view(3, self.heads, -1)
+        if bias is None or not windows.padded:
+            return None
+        return split_packed(bias.view(1, -1), self)[0]
 
 
 class Windows(NamedTuple):
     """That tokens are the rows of a map, and see only those of their window.
 
-    size: rows and columns of the map; window, shift: as `ops.window_attention` takes them.
+    size: rows and columns of the map; window, shift, grid: as `ops.window_attention` takes them.
     """
 
     size: tuple[int, int]
     window: tuple[int, int]
     shift: tuple[int, int] = (0, 0)
+    grid: bool = False
 
     @property
     def padded(self) -> bool:
@@ -147,7 +152,7 @@ def attend(
         (packed,) = qkv
         out = ops.window_attention(
             packed.unflatten(1, windows.size), windows.window, windows.shift, plan.table,
-            plan.padding(windows), plan.logit_scale,
+            plan.padding(windows), plan.logit_scale, grid=windows.grid,
         ).flatten(3).flatten(1, 2)  # fmt: skip
     if plan.norm is not None:
         out = _norm.apply(out, plan.norm)
@@ -157,13 +162,20 @@ def attend(
 def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:
     """The packed [B, N, 3 A] as [B, N, 3, H, D]; or q, k and v [B, N, A] each as [B, N, H, D]."""
     if len(projected) == 1:
-        dim = projected[0].shape[-1] // (3 * plan.heads)
-        return [projected[0].unflatten(-1, (3, plan.heads, dim))]
+        return [split_packed(projected[0], plan)]
     dim = projected[0].shape[-1] // plan.heads
     split = [t.unflatten(-1, (t.shape[-1] // dim, dim)) for t in projected]
     if plan.kv_groups > 1:
         split[1:] = [t.repeat_interleave(plan.kv_groups, 2) for t in split[1:]]
     return split
+
+
+def split_packed(projected: torch.Tensor, plan: Attention) -> torch.Tensor:
+    """A packed [..., 3 A] as [..., 3, H, D]."""
+    dim = projected.shape[-1] // (3 * plan.heads)
+    if plan.head_first:
+        return projected.unflatten(-1, (plan.heads, 3, dim)).transpose(-3, -2)
+    return projected.unflatten(-1, (3, plan.heads, dim))
 
 
 def prologue(plan: Attention, rope: torch.Tensor | None) -> dict[str, Any]:

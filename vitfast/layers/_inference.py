@@ -106,17 +106,23 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
     """
     attn = steps.plan.attn
     batch, tokens, channels = x.shape
-    (high, wide), window, shift = windows
-    heads = (3, attn.heads, attn.proj.weight.shape[1] // attn.heads)
-    terms = window_op.terms(*heads[1:], attn.table, attn.padding(windows), attn.logit_scale)
+    (high, wide), window, shift, grid = windows
+    width = attn.proj.weight.shape[1]
+    heads = (attn.heads, width // attn.heads)
+    terms = window_op.terms(*heads, attn.table, attn.padding(windows), attn.logit_scale)
 
-    def run(rows: torch.Tensor, out: torch.Tensor, stripe: tuple[int, int] | None) -> None:
+    def run(
+        rows: torch.Tensor, out: torch.Tensor, stripe: tuple[int, int] | None, high: int = high
+    ) -> None:
         (qkv,) = steps.project(rows.view(-1, channels))
-        qkv = qkv.view(len(rows) if stripe is None else 1, -1, wide, *heads)
-        attended = _gemm.empty((*qkv.shape[:3], *heads[1:]), qkv.dtype)
-        window_op.run(qkv, attended, (high, wide), window, shift, terms, stripe=stripe)
+        qkv = qkv.view(len(rows) if stripe is None else 1, -1, wide, 3 * width)
+        attended = _gemm.empty((*qkv.shape[:3], *heads), qkv.dtype)
+        window_op.run(
+            _attention.split_packed(qkv, attn), attended, (high, wide), window, shift, terms,
+            grid=grid, stripe=stripe,
+        )  # fmt: skip
         del qkv
-        attended = attended.view(-1, heads[1] * heads[2])
+        attended = attended.view(-1, width)
         steps.finish(rows.view(-1, channels), attended, out.view(-1, channels))
 
     out = _gemm.empty(x.shape, steps.stream)
@@ -127,6 +133,15 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
         return out
     count = -(-high // window[0])
     step = max(1, CHUNK_ROWS // (window[0] * wide))
+    if grid:  # Every count-th row belongs to the same windows: some of each are a map, too.
+        maps = (t.view(batch, window[0], count, wide, channels) for t in (x.contiguous(), out))
+        for image, result in zip(*maps, strict=True):
+            for first in range(0, count, step):
+                rows = image[:, first : first + step].contiguous()
+                both = _gemm.empty(rows.shape, steps.stream)
+                run(rows[None], both, None, rows.shape[0] * rows.shape[1])
+                result[:, first : first + step] = both
+        return out
     maps = (t.view(batch, high, wide, channels) for t in (x.contiguous(), out))
     for image, result in zip(*maps, strict=True):
         for first in range(0, count, step):

@@ -1,18 +1,22 @@
-"""The biases by relative position that Swin V2 computes from coordinates by a small MLP.
+"""The biases by relative position of timm's layers as tables for `ops.window_attention`.
 
-Without autograd on the CPU a result is kept, and used while all that it was computed from is the
-same, as `ops._onednn` tells it for weights: computing it anew took 5 % of the time of swinv2_tiny.
+Swin V2 and MaxViT may compute theirs from coordinates by a small MLP. Without autograd on the CPU a
+result is kept, and used while all that it was computed from is the same, as `ops._onednn` tells it
+for weights: computing it anew took 5 % of the time of swinv2_tiny.
 """
 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm import layers as timm_layers
 from torch import nn
 
-from vitfast.layers import _guard
+from vitfast.layers import _guard, _mlp
+from vitfast.layers._guard import Linear, Unfit, Unsupported
 from vitfast.ops import _onednn
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
@@ -21,31 +25,87 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, torch.Tensor]] = weakref.
 
 
 def table(mlp: nn.Module, coordinates: torch.Tensor, heads: int) -> torch.Tensor:
-    """16 sigmoid(mlp(coordinates)) as [positions, heads]; coordinates [1, rows, columns, 2]."""
+    """Swin V2's: 16 sigmoid(mlp(coordinates)) as [positions, heads]."""
+    return _kept(
+        mlp, coordinates, lambda: 16 * torch.sigmoid(mlp(coordinates).view(-1, heads)), "swin"
+    )
+
+
+def relative(module: Any) -> torch.Tensor | None:
+    """[positions, heads] of timm's `RelPosBias`, `RelPosBiasTf` or `RelPosMlp`; None for None."""
+    if module is None:
+        return None
+    kind = type(module)
+    if kind not in (timm_layers.RelPosBias, timm_layers.RelPosBiasTf, timm_layers.RelPosMlp):
+        raise Unsupported(f"position bias {kind.__name__} is not implemented")
+    _guard.check_bare(module, "rel_pos")
+    if "get_bias" in module.__dict__:
+        raise Unfit("rel_pos has a replaced get_bias")
+    if getattr(module, "prefix_tokens", 0):
+        raise Unsupported("a position bias with prefix tokens is not implemented")
+    if kind is timm_layers.RelPosMlp:
+        return _from_mlp(module)
+    found = _guard.tensor(module, "relative_position_bias_table")
+    # [heads, 2 h - 1, 2 w - 1] by how far the key lies from the query, not the query from the key.
+    return found if kind is timm_layers.RelPosBias else found.flip(1, 2).flatten(1).t()
+
+
+def _from_mlp(module: Any) -> torch.Tensor:
+    _guard.check_bare(module.bias_act, "bias_act")
+
+    def compute() -> torch.Tensor:
+        found = module.bias_act(module.mlp(module.rel_coords_log).view(-1, module.num_heads))
+        return found if module.bias_gain is None else module.bias_gain * found
+
+    act = type(module.bias_act)
+    if act not in (nn.Identity, nn.Sigmoid):
+        return compute()
+    return _kept(module.mlp, module.rel_coords_log, compute, (act, module.bias_gain))
+
+
+def _kept(
+    mlp: nn.Module, coordinates: torch.Tensor, compute: Callable[[], torch.Tensor], form: Any
+) -> torch.Tensor:
+    """compute(), of an MLP of coordinates [..., 2]; `form` is what else it depends on."""
     state = _state(mlp, coordinates)
     kept = _KEPT.get(mlp) if state is not None else None
-    if kept is not None and kept[0] == state:
+    if kept is not None and kept[0] == (form, *state):
         return kept[1]
     # The module is called, whatever became of it: hooks and replaced layers count.
-    found = 16 * torch.sigmoid(mlp(coordinates).view(-1, heads))
+    found = compute()
     if state is not None:
-        _KEPT[mlp] = state, found
+        _KEPT[mlp] = (form, *state), found
     return found
 
 
 def _state(mlp: nn.Module, coordinates: torch.Tensor) -> Any:
-    """What the result depends on; None where it is to be computed every time."""
+    """What the MLP's result depends on; None where it is to be computed every time."""
     if torch.compiler.is_compiling() or not coordinates.is_cpu or native.reasons():
         return None
     try:
-        first, last = (_guard.linear(mlp._modules, name) for name in ("0", "2"))
-        plain = _guard.activation(mlp._modules, "1") == "relu" and len(mlp._modules) == 3
-        _guard.check_bare(mlp, "cpb_mlp")
-    except (KeyError, _guard.Unfit):
+        _guard.check_bare(mlp, "mlp")
+        act, linears = _parts(mlp)
+    except (KeyError, Unfit):
         return None
-    tensors = [t for t in (coordinates.view(-1, 2), *first, *last) if t is not None]
-    if not plain or type(mlp) is not nn.Sequential or _guard.records_grad(*tensors):
+    tensors = [coordinates.view(-1, 2), *(t for pair in linears for t in pair if t is not None)]
+    if _guard.records_grad(*tensors) or any(t.dtype == torch.float64 for t in tensors):
         return None
-    if any(t.dtype == torch.float64 for t in tensors):
-        return None
-    return autocast_dtype(coordinates.device), [_onednn.state(torch.atleast_2d(t)) for t in tensors]
+    lower = autocast_dtype(coordinates.device)
+    return act, lower, [_onednn.state(torch.atleast_2d(t)) for t in tensors]
+
+
+def _parts(mlp: nn.Module) -> tuple[str, tuple[Linear, ...]]:
+    """Activation and projections of a plain MLP, whose result is known by them."""
+    children = mlp._modules
+    if type(mlp) is nn.Sequential:
+        if len(children) != 3:
+            raise Unfit("it is no MLP")
+        first, last = (_guard.linear(children, name) for name in ("0", "2"))
+        return _guard.activation(children, "1"), (first, last)
+    plan = _mlp.PLANS.get(type(mlp))
+    if plan is None:
+        raise Unfit("it is no MLP")
+    found = plan(mlp)
+    if found.norm is not None or found.gate is not None or found.packed is not None:
+        raise Unfit("it has a norm or a gate")
+    return found.act, (found.fc1, found.fc2)

@@ -1,0 +1,78 @@
+"""Drop-ins for the attention and block of timm's Hiera."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models import hiera
+
+from vitfast.layers import _attention, _block, _guard
+from vitfast.layers._attention import Attention, Windows
+from vitfast.layers._base import Layer
+from vitfast.layers._block import Block
+from vitfast.layers._guard import Unfit, Unsupported
+
+
+def plan_attention(module: Any) -> Attention:
+    """How timm's `MaskUnitAttention` computes, fused by timm or not."""
+    if module.q_stride != 1:
+        raise Unsupported("its queries are pooled")
+    children = module._modules
+    return Attention(
+        heads=module.heads,
+        qkv=(_guard.linear(children, "qkv"),),
+        proj=_guard.linear(children, "proj"),
+    )
+
+
+def plan_block(module: Any) -> Block:
+    """How timm's `HieraBlock` computes."""
+    if module.do_expand:
+        raise Unsupported("it widens its input")
+    return _block.with_layer_scale(module)
+
+
+def _windows(attn: Any, x: torch.Tensor) -> Windows | None:
+    """Its mask units, whose tokens lie as far apart as there are units; None for all tokens."""
+    if not attn.use_mask_unit_attn:
+        return None
+    tokens = x.shape[1]
+    units = tokens // attn.window_size
+    if units == 0 or tokens % units:
+        raise Unfit("its mask units do not divide the tokens")
+    return Windows((tokens, 1), (tokens // units, 1), grid=True)
+
+
+class MaskUnitAttention(Layer, hiera.MaskUnitAttention):
+    """`timm.models.hiera.MaskUnitAttention`; mask units are a grid of `ops.window_attention`."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        planned = _guard.ready(lambda m: (plan_attention(m), _windows(m, x)), self, x)
+        if planned is None:
+            return super().forward(x)
+        plan, windows = planned
+        return _attention.attend(x, plan, windows=windows)
+
+
+class HieraBlock(Layer, hiera.HieraBlock):
+    """`timm.models.hiera.HieraBlock` where it neither pools nor widens."""
+
+    role = "block"
+    plan = staticmethod(plan_block)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        planned = _guard.ready(lambda m: (_windows(m.attn, x), plan_block(m)), self, x)
+        if planned is None:
+            return super().forward(x)
+        windows, plan = planned
+        return _block.run(x, plan, windows=windows)
+
+
+_attention.PLANS |= {
+    hiera.MaskUnitAttention: plan_attention,
+    MaskUnitAttention: plan_attention,
+}

@@ -1,0 +1,71 @@
+"""Drop-ins for the partition attention of timm's MaxViT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.models import maxxvit
+
+from vitfast.layers import _attention, _block, _guard, _position
+from vitfast.layers._attention import Attention, Windows
+from vitfast.layers._base import Layer
+
+
+def plan_attention(module: Any) -> Attention:
+    """How timm's `AttentionCl` computes, fused by timm or not."""
+    children = module._modules
+    # Fused, timm looks at the mode of the attention, not at that of its dropout.
+    mode = module.training if module.fused_attn else None
+    _guard.check_no_dropout(children, "attn_drop", mode)
+    _guard.check_no_dropout(children, "proj_drop")
+    return Attention(
+        heads=module.num_heads,
+        qkv=(_guard.linear(children, "qkv"),),
+        proj=_guard.linear(children, "proj"),
+        head_first=module.head_first,
+        table=_position.relative(module.rel_pos),
+    )
+
+
+def _takes(module: Any, window: tuple[int, int]) -> bool:
+    """Whether the position bias of an `AttentionCl` is of windows of this size."""
+    return module.rel_pos is None or tuple(module.rel_pos.window_size) == window
+
+
+class AttentionCl(Layer, maxxvit.AttentionCl):
+    """`timm.models.maxxvit.AttentionCl` of windows [windows, h, w, C]."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
+        plan = None
+        if shared_rel_pos is None and x.ndim == 4 and _takes(self, tuple(x.shape[1:3])):
+            plan = _guard.ready(plan_attention, self, x)
+        if plan is None:
+            return super().forward(x, shared_rel_pos=shared_rel_pos)
+        window = (x.shape[1], x.shape[2])
+        out = _attention.attend(x.flatten(1, 2), plan, windows=Windows(window, window))
+        return out.unflatten(1, window)
+
+
+class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
+    """`timm.models.maxxvit.PartitionAttentionCl`: its windows or grid as index arithmetic."""
+
+    role = "block"
+    plan = staticmethod(_block.with_layer_scale)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        window = tuple(self.partition_size)
+        plan = None
+        if x.ndim == 4 and not any(s % w for s, w in zip(x.shape[1:3], window, strict=True)):
+            plan = _guard.ready(_block.with_layer_scale, self, x)
+        if plan is None or not _takes(self.attn, window):
+            return super().forward(x)
+        size = (x.shape[1], x.shape[2])
+        windows = Windows(size, window, grid=not self.partition_block)
+        return _block.run(x.flatten(1, 2), plan, windows=windows).unflatten(1, size)
+
+
+_attention.PLANS |= {maxxvit.AttentionCl: plan_attention, AttentionCl: plan_attention}
