@@ -124,13 +124,15 @@ FAULTS = {
                             "window_9"),
     "sides of keys for queries": (LARGE, "side_q = sides(m,", "side_q = sides(n,",
                                   "window_attention", "window_9"),
-    "delta of no window": (LARGE, "delta = tl.load(delta_ptr + at, mask=live, other=0.0)",
-                           "delta = tl.load(delta_ptr + at, mask=live, other=0.0) * 0.5",
+    "delta of no window": (LARGE, "return tl.load(delta_ptr + at, mask=m < N, other=0.0)",
+                           "return tl.load(delta_ptr + at, mask=m < N, other=0.0) * 0.5",
                            "window_attention", "window_9"),
+    "delta of one tile of keys": (LARGE, "delta += tl.sum(p * dp, 1)", "delta = tl.sum(p * dp, 1)",
+                                  "window_attention", "window_9"),
     "padding left out of large windows": (LARGE, "sum_v += summed(dv, padding)", "sum_v += 0.0",
                                           "window_attention", "window_9_cosine"),
-    "scores for cosines": (LARGE, "tl.sum(p * dp * raw, 1)", "tl.sum(p * dp * s, 1)",
-                           "window_attention", "window_9_cosine"),
+    "scores for cosines": (LARGE, "return k, raw, p, dp", "return k, s, p, dp", "window_attention",
+                           "window_9_cosine"),
     "biases of one window only": (LARGE, "total += p * (dp - delta[:, None])",
                                   "total = p * (dp - delta[:, None])", "window_attention",
                                   "window_9"),
@@ -170,6 +172,17 @@ def test_a_planted_fault_is_caught(package, name):
     assert "right" not in said.splitlines() and "Error" in said, said
 
 
+def retest(package: Path, which: str) -> subprocess.CompletedProcess:
+    """Tests of test_kernels.py, on a copy of the package."""
+    test = Path(__file__).with_name("test_kernels.py")
+    return subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={package}",
+         str(test), "-k", which],
+        env={**os.environ, "PYTHONPATH": str(package.parent), "TRITON_INTERPRET": "1"},
+        cwd=package.parent, capture_output=True, text=True,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("file", "old", "op"),
     [
@@ -181,14 +194,16 @@ def test_a_planted_fault_is_caught(package, name):
 )
 def test_a_removed_int64_is_caught(package, file, old, op):
     plant(package, file, old, old.replace(".to(tl.int64)", ".to(tl.int32)"))
-    test = Path(__file__).with_name("test_kernels.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={package}",
-         str(test), "-k", f"beyond_int32 and {op}"],
-        env={**os.environ, "PYTHONPATH": str(package.parent), "TRITON_INTERPRET": "1"},
-        cwd=package.parent, capture_output=True, text=True,
-    )  # fmt: skip
+    done = retest(package, f"beyond_int32 and {op}")
     assert "1 failed" in done.stdout or done.returncode < 0, done.stdout  # or it reads elsewhere
+
+
+def test_a_rounded_delta_is_caught(package):
+    """As it would be of the forward's output in half precision."""
+    old = "tl.store(delta_ptr + to, delta, "
+    plant(package, LARGE, old, old.replace("delta, ", "delta.to(tl.float16), "))
+    done = retest(package, "gains_nothing")
+    assert "2 failed" in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(("op", "sample"), sorted({f[3:] for f in FAULTS.values()}))

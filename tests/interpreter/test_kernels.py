@@ -115,10 +115,8 @@ def test_switches_of_attention(switch, name):
         _run(case, backward=True)
 
 
-@pytest.mark.parametrize(
-    "sample", [s for spec, s in SMALL if spec.name == "window_attention"], ids=lambda s: s.name
-)
-def test_windows_in_many_tiles(sample, monkeypatch):
+@pytest.fixture
+def many_tiles(monkeypatch):
     """Small windows on the kernels of large ones, with queries and keys in several tiles."""
     from vitfast.ops.window_attention import triton
 
@@ -126,10 +124,49 @@ def test_windows_in_many_tiles(sample, monkeypatch):
         return replace(launch, blocks=dict.fromkeys(launch.blocks, 16))
 
     monkeypatch.setattr(triton, "in_one_tile", lambda arch, key: False)
-    case = Case(vitfast.ops.spec_of("window_attention"), sample, torch.float32)
     with watching(in_tiles):
-        _run(case, backward=False)
-        _run(case, backward=True)
+        yield
+
+
+@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.parametrize(
+    "sample", [s for spec, s in SMALL if spec.name == "window_attention"], ids=lambda s: s.name
+)
+def test_windows_in_many_tiles(sample):
+    case = Case(vitfast.ops.spec_of("window_attention"), sample, torch.float32)
+    _run(case, backward=False)
+    _run(case, backward=True)
+
+
+@pytest.mark.usefixtures("many_tiles")
+@pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
+def test_a_table_gains_nothing_in_total(cosine):
+    """A query's dS sum to zero, and so does the table's gradient: also in half precision.
+
+    The values are far from zero, so that the output's rounding is far above what it would take.
+    Each gradient has the same bits whether or not others are wanted beside it.
+    """
+    g = torch.Generator().manual_seed(0)
+    qkv = torch.randn(1, 5, 5, 3, 2, 16, generator=g)
+    qkv[:, :, :, 2] += 8
+    table = torch.randn(9 * 9, 2, generator=g)
+    leaves = [t.requires_grad_() for t in (qkv.half(), table, torch.tensor([1.4, 2.4]))]
+    leaves = leaves[: 3 if cosine else 2]
+    seed = torch.randn(1, 5, 5, 2, 16, generator=g).half()
+
+    def gradients(*wanted):
+        given = [t if i in wanted else t.detach() for i, t in enumerate(leaves)]
+        scale = {"logit_scale": given[2]} if cosine else {}
+        out = vitfast.ops.window_attention(
+            given[0], (5, 5), table=given[1], **scale, backend="triton"
+        )
+        return torch.autograd.grad(out, [given[i] for i in wanted], seed)
+
+    alone = [gradients(i)[0] for i in range(len(leaves))]
+    for one, other in zip(alone, gradients(*range(len(leaves))), strict=True):
+        assert torch.equal(one, other)
+    dtable = alone[1].double()
+    assert (dtable.sum(0).abs() < 1e-5 * dtable.abs().sum(0)).all()
 
 
 @pytest.mark.parametrize(("op", "view"), WIDE, ids=[op for op, _ in WIDE])

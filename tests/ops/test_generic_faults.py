@@ -413,11 +413,11 @@ WINDOWS = {
     "window_attention forward truncated": on_output(truncated),
     "window_attention backward dq_and_dk_swapped": on_output(lambda g: g[:, :, :, [1, 0, 2]]),
     "window_attention backward truncated": on_output(truncated),
-    "window_attention backward shift_dropped": on_argument(5, lambda s: (0, 0)),
+    "window_attention backward shift_dropped": on_argument(4, lambda s: (0, 0)),
     "window_attention backward table_upside_down": on_output(lambda t: t.flip(0), 1),
     "window_attention backward padding_twice": on_output(lambda t: 2 * t, 2),
     "window_attention backward exponential_of_the_scale_left_out": on_output(lambda t: t / 4, 3),
-    "window_attention backward statistics_of_another_row": on_argument(2, lambda s: s.roll(1, -1)),
+    "window_attention backward statistics_of_another_row": on_argument(1, lambda s: s.roll(1, -1)),
 }
 FAULTS = NORMS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS
 

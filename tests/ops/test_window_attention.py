@@ -116,3 +116,43 @@ def test_nothing_as_large_as_the_map_is_made_beside_the_output():
         out = window_attention(qkv, (7, 7), (3, 3), table, pad, backend="cpu")
     made = sum(e.self_cpu_memory_usage for e in seen.key_averages() if e.self_cpu_memory_usage > 0)
     assert made < 1.1 * out.numel() * out.element_size()
+
+
+def table_gradient(qkv, window, grad, rounded):
+    """Of one window without bias; `rounded`: delta is taken from the output in qkv's dtype."""
+    q, k, v = qkv.flatten(1, 2)[0].double().permute(1, 2, 0, 3)
+    g = grad.flatten(1, 2)[0].double().transpose(0, 1)
+    p = (q @ k.mT * qkv.shape[-1] ** -0.5).softmax(-1)
+    out = (p @ v).to(qkv.dtype).double() if rounded else p @ v
+    ds = p * (g @ v.mT - (g * out).sum(-1, keepdim=True))
+    table = torch.zeros((2 * window - 1) ** 2, qkv.shape[-2], dtype=ds.dtype, requires_grad=True)
+    y, x = torch.arange(window**2).div(window, rounding_mode="floor"), torch.arange(window**2)
+    x = x % window
+    at = (y[:, None] - y + window - 1) * (2 * window - 1) + x[:, None] - x + window - 1
+    return torch.autograd.grad(table[at].permute(2, 0, 1), table, ds)[0]
+
+
+@pytest.mark.parametrize("window", [4, 7, 9, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.usefixtures("needs_native")
+def test_a_table_gains_nothing_in_total(window, dtype):
+    """A query's dS sum to zero, and so does the table's gradient: also in half precision.
+
+    The values are far from zero, so that the output's rounding is far above what it would take.
+    """
+    g = torch.Generator().manual_seed(window)
+    qkv = torch.randn(1, window, window, 3, HEADS, D, generator=g)
+    qkv[:, :, :, 2] += 8
+    grad = torch.randn(1, window, window, HEADS, D, generator=g).to(dtype)
+    qkv = qkv.to(dtype)
+    table = torch.zeros((2 * window - 1) ** 2, HEADS, requires_grad=True)
+    out = window_attention(qkv, (window, window), table=table, backend="cpu")
+    found = torch.autograd.grad(out, table, grad)[0].double()
+
+    def balanced(dtable):
+        return (dtable.sum(0).abs() < 1e-5 * dtable.abs().sum(0)).all()
+
+    exact, wrong = (table_gradient(qkv, window, grad, rounded) for rounded in (False, True))
+    torch.testing.assert_close(found, exact, rtol=0.02, atol=0.02 * exact.abs().max().item())
+    assert balanced(exact) and balanced(found)
+    assert dtype == torch.float32 or not balanced(wrong)

@@ -135,7 +135,7 @@ def _no_stats(qkv, window, save_stats):
 
 
 def _reference_backward(
-    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
+    grad, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
 ):  # fmt: skip
     def function(*leaves):
         args = iter(leaves)
@@ -199,7 +199,7 @@ def _fake(
 
 
 def _backward(
-    grad, out, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
+    grad, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
     backend,
 ):  # fmt: skip
     args = (qkv, (wh, ww), (sh, sw), table, pad, logit_scale, scale, roll_first, grid)
@@ -211,11 +211,11 @@ def _backward(
             for t, w in zip(tensors, wanted, strict=True)
         )
     with without_autocast(qkv.device):
-        return chosen.backward(grad, out, stats, *args, wanted)
+        return chosen.backward(grad, stats, *args, wanted)
 
 
 def _backward_fake(
-    grad, out, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
+    grad, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
     backend,
 ):  # fmt: skip
     return tuple(
@@ -227,15 +227,15 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output):
     qkv, *ctx.window, table, pad, logit_scale = inputs[:8]
     ctx.scale, *ctx.layout, _, ctx.backend = inputs[8:]
-    ctx.save_for_backward(*output, qkv, table, pad, logit_scale)
+    ctx.save_for_backward(output[1], qkv, table, pad, logit_scale)
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx, grad, _):
-    out, stats, qkv, *others = ctx.saved_tensors
+    stats, qkv, *others = ctx.saved_tensors
     needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:8])
     found = _BACKWARD_OP(
-        grad, out, stats, qkv, *ctx.window, *others, ctx.scale, *ctx.layout, list(needed),
+        grad, stats, qkv, *ctx.window, *others, ctx.scale, *ctx.layout, list(needed),
         ctx.backend,
     )  # fmt: skip
     dqkv, *dothers = (g if w else None for g, w in zip(found, needed, strict=True))
@@ -244,7 +244,7 @@ def _autograd(ctx, grad, _):
 
 _BACKWARD_OP = define(
     "window_attention_backward",
-    "(Tensor grad, Tensor out, Tensor stats, Tensor qkv, SymInt wh, SymInt ww, SymInt sh,"
+    "(Tensor grad, Tensor stats, Tensor qkv, SymInt wh, SymInt ww, SymInt sh,"
     " SymInt sw, Tensor? table, Tensor? pad, Tensor? logit_scale, float? scale, bool roll_first,"
     " bool grid, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,

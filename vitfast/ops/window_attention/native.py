@@ -93,7 +93,7 @@ def run(
 
 
 def backward(
-    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
+    grad, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
 ):  # fmt: skip
     if stats.flatten()[-1] < 0:  # the forward ran on another backend, which saves none
         _, stats = forward(

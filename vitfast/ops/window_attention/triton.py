@@ -13,7 +13,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops.attention.triton import delta_of
 from vitfast.ops.window_attention import native
 from vitfast.ops.window_attention import triton_kernels as kernels
 from vitfast.ops.window_attention import triton_large as large
@@ -69,9 +68,12 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
     d, n, wide = _power(key["head_dim"]), key["tokens"], _wide(key)
     family = arch.capability // 10
     if wide and d <= 32 and key["pass"] == "keys" and not arch.is_amd:
-        return 32, 16 if family == 9 else 32
-    if wide and d <= 32 and key["pass"] == "queries" and arch.capability == 80 and n <= 64:
-        return 32, 32
+        slim = family in (9, 12) or (arch.capability == 80 and key["form"])
+        return 32, 16 if slim else 32
+    if wide and d <= 32 and key["pass"] == "queries" and arch.capability == 80:
+        return (32, 32) if n <= 64 else (16, 32)
+    if wide and d <= 32 and key["pass"] == "queries" and arch.capability == 100:
+        return (16, 32) if n <= 64 else (16, 16)
     if wide or not arch.has_dot or d > 128:
         return (32, 16) if key["pass"] == "forward" and d <= 128 and family != 10 else (16, 16)
     if d > 64:
@@ -79,6 +81,10 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
     if key["pass"] == "forward":
         return (64, 32) if arch.capability in (86, 89) else (64, 64)
     if key["pass"] == "bias" and family == 12:
+        return 32, 32
+    if key["pass"] == "queries" and (
+        family == 12 or (key["form"] == "cosine" and arch.name.startswith("gfx11"))
+    ):
         return 32, 32
     return (32, 32) if key["pass"] == "keys" else (64, 32)
 
@@ -195,7 +201,7 @@ def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid
 
 
 def backward(
-    grad, out, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
+    grad, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
 ):  # fmt: skip
     problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid)
     padded = problem.arguments["pad_ptr"] is not None
@@ -208,10 +214,10 @@ def backward(
         else:
             if stats.device.type == "cpu" and stats.flatten()[-1] < 0:
                 # The forward ran on another backend, which saves none.
-                out, stats = forward(
+                _, stats = forward(
                     qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, True
                 )
-            dbias, dpad, dscale = _large_backward(problem, grad, out, stats, dqkv, wanted)
+            dbias, dpad, dscale = _large_backward(problem, grad, stats, dqkv, wanted)
         if dbias is not None:
             dbias = _folded(dbias, table, window)
     if wants_pad:
@@ -240,16 +246,16 @@ def _backward(problem, grad, dqkv, wanted):
     return dbias, dpad, dscale
 
 
-def _large_backward(problem, grad, out, stats, dqkv, wanted):
+def _large_backward(problem, grad, stats, dqkv, wanted):
     heads, d, n = problem.heads, problem.qkv.shape[-1], problem.tokens
-    delta = delta_of(out.flatten(1, 2), grad.flatten(1, 2), stats.dtype)
+    others = wanted[0] or wanted[1] or wanted[2]  # than queries, and they need delta
+    delta = problem.sums(others, problem.windows, heads, n)
     given = {"grad_ptr": grad, "stats_ptr": stats, "delta_ptr": delta}
-    dbias = dpad = dscale = None
-    if wanted[0] or wanted[3]:
-        tiles = triton.cdiv(n, problem.blocks("queries").blocks["BLOCK_M"])
-        parts = problem.parts(_PROGRAMS, tiles)
-        dscale = problem.sums(wanted[3], parts * tiles, heads)
-        problem.launch("queries", parts, tiles, **given, dqkv_ptr=dqkv, dscale_ptr=dscale)
+    dbias = dpad = None
+    tiles = triton.cdiv(n, problem.blocks("queries").blocks["BLOCK_M"])
+    parts = problem.parts(_PROGRAMS, tiles)
+    dscale = problem.sums(wanted[3], parts * tiles, heads)
+    problem.launch("queries", parts, tiles, **given, dqkv_ptr=dqkv, dscale_ptr=dscale)
     if wanted[0] or wanted[2]:
         tiles = triton.cdiv(n, problem.blocks("keys").blocks["BLOCK_N"])
         parts = problem.parts(_PROGRAMS, tiles)

@@ -1,6 +1,8 @@
 """The backward of windows of more than one tile: gradients of queries, of keys, of the table.
 
 Three passes, each of which owns what it sums, in one order: no atomics, the same bits every time.
+The first leaves the others each query's delta. Flops, a window of N tokens and a head: 10 N^2 D for
+queries, 4 of them for delta; 8 for keys and values; 4 for the table.
 """
 
 from __future__ import annotations
@@ -29,10 +31,8 @@ from vitfast.runtime.gpu import COUNTS
 
 
 @triton.jit
-def _state(
-    stats_ptr, delta_ptr, w, windows, b, h, y, x, m, live, high, wide, heads, N: tl.constexpr
-):  # fmt: skip
-    """Shift, 1 / sum and delta of queries m of window w.
+def _state(stats_ptr, w, windows, h, m, heads, N: tl.constexpr):
+    """Shift and 1 / sum of queries m of window w.
 
     Where the forward ran on a backend that leaves no statistics, 1 / sum is NaN, and so is all
     that follows.
@@ -41,9 +41,44 @@ def _state(
     shift = tl.load(stats_ptr + at, mask=m < N, other=0.0)
     at += tl.full([], windows, tl.int64) * heads * N
     total = tl.load(stats_ptr + at, mask=m < N, other=1.0)
-    at = ((b * heads + h) * high + y) * wide + x
-    delta = tl.load(delta_ptr + at, mask=live, other=0.0)
-    return shift, tl.where(total > 0, 1.0 / total, float("nan")), delta
+    return shift, tl.where(total > 0, 1.0 / total, float("nan"))
+
+
+@triton.jit
+def _delta(delta_ptr, w, h, m, heads, N: tl.constexpr):
+    at = (tl.full([], w, tl.int64) * heads + h) * N + m
+    return tl.load(delta_ptr + at, mask=m < N, other=0.0)
+
+
+@triton.jit
+def _weights(
+    qkv_ptr, table_ptr, pad_ptr, q, g, shift, inverse, m, position_m, side, bits, factor, first,
+    w, b, h, high, wide, shift_y, shift_x, qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p,
+    width, column, WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
+    COSINE: tl.constexpr, SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr,
+    TURNED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The keys from `first` on, their products with queries q, P and dP."""
+    N: tl.constexpr = WH * WW
+    n = first + tl.arange(0, BLOCK_N)
+    side_k = sides(n, shift_y, shift_x, WH, WW)
+    image, y, x, live, padding = tokens(
+        n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
+    )
+    at = b * qkv_b + y * qkv_y + x * qkv_x + h * qkv_h
+    k = rows_of(qkv_ptr, at, 1, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
+    k, length_k = units(k, ACC, COSINE)
+    v = rows_of(qkv_ptr, at, 2, qkv_3, qkv_d, pad_ptr, h, width, live, padding, column, D)
+    raw = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
+    s = raw * (factor * LOG2E)
+    if table_ptr is not None:
+        s += biases(table_ptr, position_m, position(n, table_p, WW, TURNED), m < N, n < N, ACC)
+    s = apart(s, side, side_k, bits, SHIFTED)
+    if N % BLOCK_N != 0:
+        s = tl.where((n < N)[None, :], s, float("-inf"))
+    p = tl.exp2(s - shift[:, None]) * inverse[:, None]
+    dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
+    return k, raw, p, dp
 
 
 @triton.jit(do_not_specialize=COUNTS)
@@ -55,7 +90,13 @@ def queries_kernel(
     SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of queries of `per` windows; dscale [programs, heads]."""
+    """Delta and gradients of a tile of queries of `per` windows; dscale [programs, heads].
+
+    Delta [windows, heads, N] is the mean of dP by the weights P, so that dS = P (dP - delta) sums
+    to zero over a query's keys: what the table comes from may live on differences of its gradient
+    (Swin V2's MLP does), which are far below the rounding of the forward's output. So all keys are
+    taken twice, first for delta.
+    """
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = logit_ptr is not None
     TILES: tl.constexpr = (N + BLOCK_M - 1) // BLOCK_M
@@ -65,6 +106,7 @@ def queries_kernel(
     column = tl.arange(0, BLOCK_D)
     factor = factor_of(scale, logit_ptr, h, ACC)
     width = tl.full([], heads, tl.int64) * D
+    position_m = m
     if table_ptr is not None:
         table_ptr = origin(table_ptr, h, table_p, table_h, WH, WW)
         position_m = position(m, table_p, WW, TURNED)
@@ -81,47 +123,35 @@ def queries_kernel(
         unit_q, inverse_q = units(q, ACC, COSINE)
         at = (b * high + y) * wide + x
         g = grads_of(grad_ptr, at * width + h * D, live, column, D)
-        shift, inverse, delta = _state(
-            stats_ptr, delta_ptr, w, windows, b, h, y, x, m, live, high, wide, heads, N
-        )
-        dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-        if dscale_ptr is not None:
-            both = tl.zeros([BLOCK_M], ACC)
-            mean, lost = both, both
+        shift, inverse = _state(stats_ptr, w, windows, h, m, heads, N)
+        weight = tl.zeros([BLOCK_M], ACC)
+        delta = weight
         for first in range(0, N, BLOCK_N):
-            n = first + tl.arange(0, BLOCK_N)
-            side_k = sides(n, shift_y, shift_x, WH, WW)
-            image, yk, xk, live_k, padding_k = tokens(
-                n, w, high, wide, shift_y, shift_x, WH, WW, ROLL_FIRST, GRID
-            )
-            at_k = b * qkv_b + yk * qkv_y + xk * qkv_x + h * qkv_h
-            k = rows_of(
-                qkv_ptr, at_k, 1, qkv_3, qkv_d, pad_ptr, h, width, live_k, padding_k, column, D
-            )
-            k, length_k = units(k, ACC, COSINE)
-            v = rows_of(
-                qkv_ptr, at_k, 2, qkv_3, qkv_d, pad_ptr, h, width, live_k, padding_k, column, D
-            )
-            raw = tl.dot(unit_q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION)
-            s = raw * (factor * LOG2E)
-            if table_ptr is not None:
-                s += biases(
-                    table_ptr, position_m, position(n, table_p, WW, TURNED), m < N, n < N, ACC
-                )
-            s = apart(s, side, side_k, bits, SHIFTED)
-            if N % BLOCK_N != 0:
-                s = tl.where((n < N)[None, :], s, float("-inf"))
-            p = tl.exp2(s - shift[:, None]) * inverse[:, None]
-            dp = tl.dot(g, tl.trans(v), out_dtype=ACC, input_precision=PRECISION)
-            if dscale_ptr is not None:
-                both += tl.sum(p * dp * raw, 1)
-                mean += tl.sum(p * raw, 1)
-                lost += tl.sum(p * dp, 1)
-            ds = (p * (dp - delta[:, None])).to(k.dtype)
-            dq = tl.dot(ds, k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
-        if dscale_ptr is not None:
-            # Not by delta: its rounding would stay where one key takes all of the weight.
-            cosines += both - mean * lost
+            k, raw, p, dp = _weights(
+                qkv_ptr, table_ptr, pad_ptr, unit_q, g, shift, inverse, m, position_m, side, bits,
+                factor, first, w, b, h, high, wide, shift_y, shift_x, qkv_b, qkv_y, qkv_x, qkv_3,
+                qkv_h, qkv_d, table_p, width, column, WH, WW, D, ACC, COSINE, SHIFTED, ROLL_FIRST,
+                GRID, TURNED, PRECISION, BLOCK_N,
+            )  # fmt: skip
+            weight += tl.sum(p, 1)
+            delta += tl.sum(p * dp, 1)
+        delta /= tl.where(m < N, weight, 1.0)
+        if delta_ptr is not None:
+            to = (tl.full([], w, tl.int64) * heads + h) * N + m
+            tl.store(delta_ptr + to, delta, mask=m < N)
+        if (dqkv_ptr is not None) or (dscale_ptr is not None):
+            dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
+            for first in range(0, N, BLOCK_N):
+                k, raw, p, dp = _weights(
+                    qkv_ptr, table_ptr, pad_ptr, unit_q, g, shift, inverse, m, position_m, side,
+                    bits, factor, first, w, b, h, high, wide, shift_y, shift_x, qkv_b, qkv_y,
+                    qkv_x, qkv_3, qkv_h, qkv_d, table_p, width, column, WH, WW, D, ACC, COSINE,
+                    SHIFTED, ROLL_FIRST, GRID, TURNED, PRECISION, BLOCK_N,
+                )  # fmt: skip
+                p *= dp - delta[:, None]
+                if dscale_ptr is not None:
+                    cosines += tl.sum(p * raw, 1)
+                dq = tl.dot(p.to(k.dtype), k, acc=dq, out_dtype=ACC, input_precision=PRECISION)
         if dqkv_ptr is not None:
             dq = through_units(dq * factor, q, inverse_q, COSINE)
             put(dqkv_ptr, dq, at * 3 * width + h * D, live, column, D)
@@ -180,9 +210,8 @@ def keys_kernel(
             q, length_q = units(q, ACC, COSINE)
             at_q = ((b * high + yq) * wide + xq) * width + h * D
             g = grads_of(grad_ptr, at_q, live_q, column, D)
-            shift, inverse, delta = _state(
-                stats_ptr, delta_ptr, w, windows, b, h, yq, xq, m, live_q, high, wide, heads, N
-            )
+            shift, inverse = _state(stats_ptr, w, windows, h, m, heads, N)
+            delta = _delta(delta_ptr, w, h, m, heads, N)
             s = tl.dot(unit_k, tl.trans(q), out_dtype=ACC, input_precision=PRECISION)
             s *= factor * LOG2E
             if table_ptr is not None:
@@ -254,9 +283,8 @@ def bias_kernel(
         v = rows_of(qkv_ptr, at, 2, qkv_3, qkv_d, pad_ptr, h, width, live_k, padding_k, column, D)
         at = ((b * high + y) * wide + x) * width + h * D
         g = grads_of(grad_ptr, at, live, column, D)
-        shift, inverse, delta = _state(
-            stats_ptr, delta_ptr, w, windows, b, h, y, x, m, live, high, wide, heads, N
-        )
+        shift, inverse = _state(stats_ptr, w, windows, h, m, heads, N)
+        delta = _delta(delta_ptr, w, h, m, heads, N)
         s = tl.dot(q, tl.trans(k), out_dtype=ACC, input_precision=PRECISION) * factor + bias
         s = apart(s, side, side_k, bits, SHIFTED)
         p = tl.exp2(s - shift[:, None]) * inverse[:, None]
