@@ -11,6 +11,8 @@ from timm.models import beit, eva, vision_transformer_relpos
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from vitfast.layers import _inference
+from vitfast.ops.patch_embed import native as patch_embed
 from vitfast.runtime import native
 from vitfast.swap import swap
 
@@ -319,6 +321,22 @@ def test_patch_embed(parity, lively, name, layout):
     size = sizes.get(name, (options["img_size"],) * 2)
     x = torch.randn(2, options.get("in_chans", 3), *size).to(memory_format=layout)
     parity(module, x)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("norm", [tl.LayerNorm, tl.RmsNorm])
+@pytest.mark.parametrize("layout", ["NHWC", "NLC"])
+def test_patches_are_normalised_a_stretch_at_a_time(
+    parity, lively, monkeypatch, layout, norm, autocast
+):
+    monkeypatch.setattr(patch_embed, "_STRETCH_BYTES", 64 * 48 * 4)
+    calls = []
+    embed = _inference.embed
+    monkeypatch.setattr(_inference, "embed", lambda *args: calls.append(embed(*args)) or calls[-1])
+    made = tl.PatchEmbed(60, 4, embed_dim=C, norm_layer=norm, output_fmt=layout)
+    parity(lively(made), torch.randn(3, 3, 60, 60), autocast=autocast)
+    assert len(calls) == 1
+    assert calls[0].shape == (3, 225, C)
 
 
 @pytest.mark.parametrize("options", [dict(flatten=False), dict(output_fmt="NCL")], ids=str)

@@ -18,6 +18,7 @@ from vitfast.layers._norm import Norm
 from vitfast.ops import _gemm, _onednn
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.attention import native as attention_op
+from vitfast.ops.patch_embed import native as patch_op
 from vitfast.ops.window_attention import native as window_op
 from vitfast.runtime.library import autocast_dtype
 
@@ -231,6 +232,30 @@ def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
             part = image[None, 2 * first : 2 * (first + step)]
             result[first : first + step] = patches(part).view(-1, wide, len(weight))
     return out
+
+
+def embed(
+    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm
+) -> torch.Tensor | None:
+    """norm(tokens) [B, N, C] of an image's patches; None where it is for the public ops.
+
+    Tokens are normalised while they are in the cache.
+    """
+    lower = autocast_dtype(image.device)
+    operand = lower or image.dtype
+    dtypes = norm_op.DTYPES if lower else (image.dtype,)
+    channels = len(weight)
+    if not (
+        _fits.on_cpu(image, lower)
+        and image.shape[1] == weight.shape[1]
+        and weight.dtype in dtypes
+        and weight.is_cpu
+        and _fits.vector(bias, channels, dtypes)
+        and _fits.vector(norm.weight, channels)
+        and _fits.vector(norm.bias, channels)
+    ):
+        return None
+    return patch_op.normed(image, weight, bias, operand, lambda x: _normalise(x, norm, x))
 
 
 class _Steps:

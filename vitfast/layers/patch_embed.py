@@ -11,7 +11,7 @@ from timm.layers import Format
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _guard
+from vitfast.layers import _guard, _inference, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Unfit, Unsupported
 
@@ -48,10 +48,22 @@ class PatchEmbed(Layer, timm_layers.PatchEmbed):
         if self.dynamic_img_pad:
             x = F.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % height))
         rows, columns = x.shape[-2] // height, x.shape[-1] // width
-        tokens = ops.patch_embed(x[..., : rows * height, : columns * width], *plan)
+        x = x[..., : rows * height, : columns * width]
+        tokens = self._normed(x, plan)
+        if tokens is None:
+            tokens = self.norm(ops.patch_embed(x, *plan))
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, (rows, columns))
-        return self.norm(tokens)
+        return tokens
+
+    def _normed(self, x: torch.Tensor, plan: Projection) -> torch.Tensor | None:
+        """Patches and their norm as one, in inference on the CPU; elsewhere None."""
+        if torch.compiler.is_compiling() or x.numel() == 0:
+            return None
+        norm = _guard.ready(lambda m: _norm.optional_child(m._modules, "norm"), self, x)
+        if norm is None or _guard.records_grad(x, *plan, norm.weight, norm.bias):
+            return None
+        return _inference.embed(x, *plan, norm)
 
     def _accepts(self, x: torch.Tensor) -> bool:
         """Whether the op gives what timm would; if not, timm's forward computes it or complains."""

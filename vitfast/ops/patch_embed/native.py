@@ -6,7 +6,7 @@ and the whole patch matrix never exists.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -59,6 +59,16 @@ class Patches:
         )
         return out[:count]
 
+    def gathered(self) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+        """Stretches and their rows, which the next one overwrites."""
+        scratch = None
+        for images, part in self.stretches():
+            count = (images.stop - images.start) * (part.stop - part.start)
+            if scratch is None or len(scratch) < count:
+                scratch = torch.empty((count, self.width), dtype=self.dtype)
+            first = images.start * self.per_image + part.start
+            yield images, part, self.gather(first, count, scratch)
+
     def stretches(self) -> Iterator[tuple[slice, slice]]:
         """(images, patches of each): part of one image, or several whole ones."""
         rows = max(_STRETCH_BYTES // (self.width * self.dtype.itemsize), _LEAST_ROWS)
@@ -98,18 +108,31 @@ def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
     if not n:
         return out
     b = _gemm.matrix((weight,), dtype, patches.rows)
-    scratch = None
-    for images, part in patches.stretches():
+    for images, part, rows in patches.gathered():
         view = out[images, p0 + part.start : p0 + part.stop]
-        count = view.shape[0] * view.shape[1]
-        if scratch is None or len(scratch) < count:
-            scratch = torch.empty((count, patches.width), dtype=dtype)
-        rows = patches.gather(images.start * n + part.start, count, scratch)
         pos = None
         if pos_embed is not None:
             pos = pos_embed[images] if pos_embed.shape[0] > 1 else pos_embed
             pos = pos[:, part].expand(view.shape)
         _gemm.product(b, rows, view, _gemm.biases(bias, "", None, None), residual=pos)
+    return out
+
+
+def normed(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    norm: Callable[[torch.Tensor], object],
+) -> torch.Tensor:
+    """Tokens [B, N, C]; norm(tokens) works in place, a stretch at a time."""
+    patches = Patches(image, weight, None, None, dtype)
+    out = _gemm.empty((len(image), patches.per_image, len(weight)), dtype)
+    b = _gemm.matrix((weight,), dtype, patches.rows)
+    for images, part, rows in patches.gathered():
+        tokens = out[images, part]
+        _gemm.product(b, rows, tokens, _gemm.biases(bias, "", None, None))
+        norm(tokens)
     return out
 
 
