@@ -255,8 +255,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.write:
         merged = known["kernels"]
         for target, entries in table.items():
-            old = merged.get(target, {}) if args.op or parts > 1 else {}
-            merged[target] = dict(sorted({**old, **entries}.items()))
+            real = {name for name, _ in variants(target)}
+            both = {**merged.get(target, {}), **entries}
+            merged[target] = {name: both[name] for name in sorted(both) if name in real}
         TABLE.write_text(_as_text(triton.__version__, merged))
     else:
         if known.get("triton") == triton.__version__:
