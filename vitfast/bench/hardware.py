@@ -214,6 +214,17 @@ def _window_attention(pick, size, tensor):
     return (qkv, window, shift, table, pad), {"roll_first": pick(True, False)}
 
 
+def _dwconv_norm(pick, size, tensor):
+    c, k, q = pick(size(3, 80), 96, 192, size(81, 400)), pick(3, 5, 7, 7, 9), pick(3, 7, 7, 11)
+    x = tensor(size(1, 3), size(1, 14), size(1, 14), c)
+    norm = pick("layer", "layer", "rms", None)
+    bias = pick(None, tensor(c, scale=0.1))
+    norm_weight = None if norm is None else 1 + tensor(c, scale=0.1)
+    norm_bias = tensor(c, scale=0.1) if norm == "layer" else None
+    weight = tensor(c, 1, k, q, scale=(k * q) ** -0.5)
+    return (x, weight, bias, norm_weight, norm_bias), {"norm": norm}
+
+
 _RANDOM: dict[str, Callable[..., Any]] = {
     "layer_norm": _norm,
     "rms_norm": _rms_norm,
@@ -226,6 +237,7 @@ _RANDOM: dict[str, Callable[..., Any]] = {
     "patch_embed": _patch_embed,
     "patch_merge": _patch_merge,
     "window_attention": _window_attention,
+    "dwconv_norm": _dwconv_norm,
 }
 
 
@@ -323,6 +335,11 @@ def _beyond_merge(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.patch_merge(x.view(-1, 2, 4, 1024), backend=backend).view(-1, 1024)
 
 
+def _beyond_maps(x: torch.Tensor, backend: str) -> torch.Tensor:
+    weight = randn(torch.Generator().manual_seed(0), 1024, 1, 3, 3, dtype=torch.float16).cuda()
+    return ops.dwconv_norm(x.view(-1, 4, 4, 1024), weight, backend=backend).view(-1, 1024)
+
+
 def _beyond_windows(x: torch.Tensor, backend: str) -> torch.Tensor:
     qkv = x.view(-1, 8, 8, 1024)[..., :960].unflatten(-1, (3, 10, 32))
     return ops.window_attention(qkv, (8, 8), backend=backend).flatten(0, 2).flatten(1)
@@ -338,6 +355,7 @@ _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "linear_act": (2**21 + 128, _beyond_linear),
     "patch_embed": (2**21 + 128, _beyond_patches),
     "window_attention": (2**21 + 128, _beyond_windows),
+    "dwconv_norm": (2**21 + 128, _beyond_maps),
     "attention": (
         2**21 + 128,
         lambda x, b: ops.attention(*(x.view(-1, 64, 16, 64),) * 3, backend=b).flatten(0, 1),

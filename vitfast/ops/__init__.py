@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vitfast.ops.add_norm.api import add_norm
 from vitfast.ops.attention.api import attention
+from vitfast.ops.dwconv_norm.api import dwconv_norm
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.ops.linear_act.api import linear_act
 from vitfast.ops.mlp.api import mlp
@@ -36,11 +37,13 @@ NAMES = (
     "patch_embed",
     "patch_merge",
     "window_attention",
+    "dwconv_norm",
 )
 
 __all__ = [
     "add_norm",
     "attention",
+    "dwconv_norm",
     "layer_norm",
     "linear_act",
     "mlp",
