@@ -33,7 +33,7 @@ class Unsupported(Unfit):
 
 
 class Linear(NamedTuple):
-    """weight [out, in] and bias [out] of a plain nn.Linear."""
+    """weight [out, in] ([out, in, 1, 1] of a convolution) and bias [out]."""
 
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -115,11 +115,18 @@ def optional_parameter(module: nn.Module, name: str) -> Any:
     return tensor(module, name) if name in module._parameters else getattr(module, name)
 
 
-def linear(children: Children, name: str) -> Linear:
-    """The weights of a child that must be exactly an nn.Linear."""
+def linear(children: Children, name: str, *, pointwise: bool = False) -> Linear:
+    """The weights of a child that must be exactly an nn.Linear; `pointwise`: or a 1x1 nn.Conv2d."""
     module = children[name]
-    if type(module) is not nn.Linear:
+    kind = nn.Conv2d if pointwise and type(module) is nn.Conv2d else nn.Linear
+    if type(module) is not kind:
         raise Unfit(f"{name} is a {type(module).__name__}, not torch.nn.Linear")
+    if kind is nn.Conv2d and not (
+        module.kernel_size == module.stride == (1, 1)
+        and module.padding == (0, 0)
+        and module.groups == 1
+    ):
+        raise Unsupported(f"{name} is no linear layer over channels")
     check_bare(module, name)
     return Linear(tensor(module, "weight"), tensor(module, "bias"))
 

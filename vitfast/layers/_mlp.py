@@ -45,18 +45,18 @@ def child(children: Children, name: str) -> Mlp:
     return plan(module)
 
 
-def common(module: nn.Module, fc1: str) -> Mlp:
-    """The parts that all MLPs have alike."""
+def common(module: nn.Module, fc1: str, *, pointwise: bool = False) -> Mlp:
+    """The parts that all MLPs have alike. `pointwise`: 1x1 convolutions are linear layers, too."""
     children = module._modules
-    if type(children[fc1]) is nn.Conv2d:
-        raise Unsupported("1x1 convolutions for linear layers are not implemented")
+    if not pointwise and type(children[fc1]) is nn.Conv2d:
+        raise Unsupported("its linear layers are convolutions over NCHW")
     act = _guard.activation(children, "act")
     _guard.check_no_dropout(children, "drop1")
     _guard.check_no_dropout(children, "drop2")
     return Mlp(
-        fc1=_guard.linear(children, fc1),
+        fc1=_guard.linear(children, fc1, pointwise=pointwise),
         act=act,
-        fc2=_guard.linear(children, "fc2"),
+        fc2=_guard.linear(children, "fc2", pointwise=pointwise),
         norm=_norm.optional_child(children, "norm"),
     )
 
