@@ -20,6 +20,7 @@ NAMES = (
     "beit",
     "relpos",
     "hybrid",
+    "convnext",
     "swin",
     "swin_v2",
     "swin_v2_cr",

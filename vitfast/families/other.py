@@ -1,4 +1,4 @@
-"""Transformers, and ConvNeXt, whose blocks are not implemented yet.
+"""Transformers whose blocks are not implemented yet.
 
 Their plain parts (LayerNorm, Mlp, LayerScale, PatchEmbed) are the ones that other families swap.
 """
@@ -9,7 +9,6 @@ _BLOCKS = {
     "cait": ("LayerScaleBlock", "LayerScaleBlockClassAttn"),
     "coat": ("SerialBlock", "ParallelBlock"),
     "convit": ("Block",),
-    "convnext": ("ConvNeXtBlock",),
     "crossvit": ("MultiScaleBlock", "CrossAttentionBlock"),
     "deepseek_vit": ("DeepseekVitBlock",),
     "edgenext": ("ConvBlock", "SplitTransposeBlock"),
@@ -50,7 +49,7 @@ _ATTENTIONS = {
     "volo": ("Attention", "OutlookAttention", "ClassAttention"),
     "xcit": ("XCA",),
 }
-_NCHW_NORMS = ("LayerNorm2d", "LayerNorm2dFp32", "RmsNorm2d", "SimpleNorm2d")
+_NCHW_NORMS = ("LayerNorm2dFp32", "SimpleNorm2d")
 
 FAMILY = Family(
     name="other",

@@ -10,6 +10,7 @@ from vitfast.layers.attention import Attention, AttentionRope
 from vitfast.layers.beit import Attention as BeitAttention
 from vitfast.layers.beit import Block as BeitBlock
 from vitfast.layers.block import Block
+from vitfast.layers.convnext import ConvNeXtBlock
 from vitfast.layers.davit import SpatialBlock as DavitSpatialBlock
 from vitfast.layers.davit import WindowAttention as DavitWindowAttention
 from vitfast.layers.eva import EvaAttention, EvaBlock
@@ -19,7 +20,7 @@ from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
 from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
-from vitfast.layers.norm import LayerNorm, RmsNorm
+from vitfast.layers.norm import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
 from vitfast.layers.swin import PatchMerging as SwinPatchMerging
@@ -39,6 +40,7 @@ __all__ = [
     "BeitAttention",
     "BeitBlock",
     "Block",
+    "ConvNeXtBlock",
     "DavitSpatialBlock",
     "DavitWindowAttention",
     "EvaAttention",
@@ -48,6 +50,7 @@ __all__ = [
     "HieraMaskUnitAttention",
     "Layer",
     "LayerNorm",
+    "LayerNorm2d",
     "LayerScale",
     "MaxxVitAttentionCl",
     "MaxxVitPartitionAttentionCl",
@@ -56,6 +59,7 @@ __all__ = [
     "RelPosAttention",
     "RelPosBlock",
     "RmsNorm",
+    "RmsNorm2d",
     "SwiGLU",
     "SwinPatchMerging",
     "SwinTransformerBlock",

@@ -102,7 +102,7 @@ def attention_half(x: torch.Tensor, block: Block, windows: Windows) -> torch.Ten
         normed=_normed(x, block.norm1),
         windows=windows,
     )
-    return _add(x, branch, block.gamma1, block.drop1)
+    return add(x, branch, block.gamma1, block.drop1)
 
 
 def mlp_half(x: torch.Tensor, block: Block) -> torch.Tensor:
@@ -114,7 +114,7 @@ def mlp_half(x: torch.Tensor, block: Block) -> torch.Tensor:
         return out
     normed = _norm.apply(x, block.norm2, operand_dtype(x))
     branch = _mlp.apply(normed, block.mlp, _normed(x, block.norm2))
-    return _add(x, branch, block.gamma2, block.drop2)
+    return add(x, branch, block.gamma2, block.drop2)
 
 
 def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool:
@@ -122,16 +122,16 @@ def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool
     if torch.compiler.is_compiling() or block.drop1 is not None or block.drop2 is not None:
         return True
     return torch.is_grad_enabled() and any(
-        t.requires_grad for t in _tensors((x, block, *attention.values()))
+        t.requires_grad for t in tensors((x, block, *attention.values()))
     )
 
 
-def _tensors(values: tuple) -> Iterator[torch.Tensor]:
+def tensors(values: tuple) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, tuple):
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
@@ -159,10 +159,10 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
         out_dtype=operand,
     )
     branch = _mlp.apply(normed, block.mlp, _normed(x, block.norm2))
-    return _add(x, branch, block.gamma2, block.drop2)
+    return add(x, branch, block.gamma2, block.drop2)
 
 
-def _add(
+def add(
     x: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None, drop: DropRate | None
 ) -> torch.Tensor:
     return ops.residual_add(x, branch, gamma=gamma, drop_scale=_drop_scale(branch, gamma, drop))

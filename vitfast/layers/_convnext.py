@@ -1,6 +1,6 @@
 """The block of ConvNeXt: a depthwise convolution, a norm over channels and an MLP, channels last.
 
-    x + drop_path(gamma * fc2(grn(act(fc1(norm(conv(x)))))))
+x + drop_path(gamma * fc2(grn(act(fc1(norm(conv(x)))))))
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference, _mlp, _norm
+from vitfast.layers import _block, _guard, _mlp
 from vitfast.layers._guard import Children, DropRate, Linear, Unsupported
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
@@ -51,7 +51,7 @@ def run(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     rows = x.permute(0, 2, 3, 1)
     out = None
     if not torch.compiler.is_compiling() and not _records(rows, block):
-        out = _inference.convnext(rows, block)
+        out = None  # _inference.convnext(rows, block)
     if out is None:
         out = _differentiable(rows, block)
     return out.permute(0, 3, 1, 2)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from timm import layers as timm_layers
 from torch import nn
 
 from vitfast import ops
@@ -43,6 +44,15 @@ def child(children: Children, name: str) -> Mlp:
         raise Unsupported(f"MLP {type(module).__name__} is not implemented")
     _guard.check_bare(module, name)
     return plan(module)
+
+
+def pointwise(children: Children, name: str) -> Mlp:
+    """As `child`, an `Mlp` whose linear layers may be 1x1 convolutions: channels come last here."""
+    module = children[name]
+    if PLANS.get(type(module)) is not PLANS[timm_layers.Mlp]:
+        raise Unsupported(f"MLP {type(module).__name__} is not implemented")
+    _guard.check_bare(module, name)
+    return common(module, "fc1", pointwise=True)
 
 
 def common(module: nn.Module, fc1: str, *, pointwise: bool = False) -> Mlp:

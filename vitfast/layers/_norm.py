@@ -18,6 +18,8 @@ KINDS = {
     timm_layers.RmsNorm: "rms",
 }
 """The norms known by exact class; the drop-ins add themselves."""
+KINDS_2D = {timm_layers.LayerNorm2d: "layer", timm_layers.RmsNorm2d: "rms"}
+"""Those over the channels of NCHW."""
 
 
 class Norm(NamedTuple):
@@ -31,7 +33,16 @@ class Norm(NamedTuple):
 
 def plan(module: Any) -> Norm:
     """What a norm module holds, its own hooks set aside (whoever called it has run them)."""
-    kind = KINDS.get(type(module))
+    return _plan(module, KINDS)
+
+
+def plan_2d(module: Any) -> Norm:
+    """As `plan`, of a norm over the channels of NCHW."""
+    return _plan(module, KINDS_2D)
+
+
+def _plan(module: Any, kinds: dict[type[nn.Module], str]) -> Norm:
+    kind = kinds.get(type(module))
     if kind is None:
         raise Unsupported(f"norm {type(module).__name__} is not implemented")
     if getattr(module, "_fast_norm", False):
@@ -47,6 +58,13 @@ def child(children: Children, name: str) -> Norm:
     module = children[name]
     _guard.check_bare(module, name)
     return plan(module)
+
+
+def child_2d(children: Children, name: str) -> Norm:
+    """As `child`, of a LayerNorm2d or RmsNorm2d."""
+    module = children[name]
+    _guard.check_bare(module, name)
+    return plan_2d(module)
 
 
 def optional_child(children: Children, name: str) -> Norm | None:

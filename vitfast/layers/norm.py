@@ -1,4 +1,4 @@
-"""Drop-ins for timm's LayerNorm and RmsNorm."""
+"""Drop-ins for timm's LayerNorm and RmsNorm, over the last dimension and over NCHW's channels."""
 
 from __future__ import annotations
 
@@ -29,5 +29,33 @@ class RmsNorm(Layer, timm_layers.RmsNorm):
         return super().forward(x) if plan is None else _norm.apply(x, plan)
 
 
-_norm.KINDS[LayerNorm] = "layer"
-_norm.KINDS[RmsNorm] = "rms"
+class LayerNorm2d(Layer, timm_layers.LayerNorm2d):
+    """`timm.layers.LayerNorm2d` on `vitfast.ops.layer_norm`; channels-last out, as timm's."""
+
+    plan = staticmethod(_norm.plan_2d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(_norm.plan_2d, self, x)
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        return _norm.apply(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
+
+
+class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
+    """`timm.layers.RmsNorm2d` of channels-last maps on `vitfast.ops.rms_norm`.
+
+    timm's result lies as its input does: other maps are left to it.
+    """
+
+    plan = staticmethod(_norm.plan_2d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(_norm.plan_2d, self, x)
+        if plan is None or x.ndim != 4 or not x.permute(0, 2, 3, 1).is_contiguous():
+            return super().forward(x)
+        dtype = x.dtype if plan.weight is None else torch.promote_types(x.dtype, plan.weight.dtype)
+        return _norm.apply(x.permute(0, 2, 3, 1), plan, dtype).permute(0, 3, 1, 2)
+
+
+_norm.KINDS |= {LayerNorm: "layer", RmsNorm: "rms"}
+_norm.KINDS_2D |= {LayerNorm2d: "layer", RmsNorm2d: "rms"}

@@ -1,0 +1,11 @@
+"""ConvNeXt and ConvNeXt V2: depthwise convolution, norm and MLP."""
+
+from vitfast import layers
+from vitfast.families._family import Family
+
+FAMILY = Family(
+    name="convnext",
+    models=("convnext",),
+    sample="convnext_tiny",
+    layers=(layers.ConvNeXtBlock, layers.LayerNorm2d, layers.RmsNorm2d),
+)
