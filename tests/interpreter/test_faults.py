@@ -19,6 +19,7 @@ PACKAGE = Path(vitfast.__file__).parent
 ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/_norm_triton.py"
 WINDOW = "ops/window_attention/triton_kernels.py"
 LARGE = "ops/window_attention/triton_large.py"
+GRN = "ops/grn/triton.py"
 LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
 import sys, torch
@@ -136,6 +137,28 @@ FAULTS = {
     "biases of one window only": (LARGE, "total += p * (dp - delta[:, None])",
                                   "total = p * (dp - delta[:, None])", "window_attention",
                                   "window_9"),
+    "part of another image": (GRN, "to = (b * parts + part) * c", "to = (part + b) * c", "grn",
+                              "many_images"),
+    "rows of the next part": (GRN, "(row < end)[:, None]", "(row < n)[:, None]", "grn",
+                              "many_positions"),
+    "a block of positions forgotten": (GRN, "products += x * x", "products = x * x", "grn",
+                                       "many_positions"),
+    "root left out": (GRN, "g = tl.sqrt(_total(", "g = (_total(", "grn", "tokens"),
+    "mean over the tile": (GRN, "tl.sum(g) / c + eps))", "tl.sum(g) / BLOCK + eps))", "grn",
+                           "tokens"),
+    "eps left out of the mean": (GRN, "g / (tl.sum(g) / c + eps)", "g / (tl.sum(g) / c + 0.0)",
+                                 "grn", "faint"),
+    "norms of another image": (GRN, "scale_ptr + b * c + column, mask=inside, other=0.0)\n    bias",
+                               "scale_ptr + column, mask=inside, other=0.0)\n    bias", "grn",
+                               "map"),
+    "x itself left out": (GRN, "y = x + (x *", "y = (x *", "grn", "map"),
+    "positions for channels": (GRN, "[:, None] * inner + column", "[:, None] * step + column",
+                               "grn", "planar"),
+    "mean of the norms held constant": (GRN, "(dn - tl.sum(dn * g) / c / m) / m", "dn / m", "grn",
+                                        "map"),
+    "dead channels divided by zero": (GRN, "tl.where(g == 0.0, 1.0, g)", "g * g / g", "grn",
+                                      "dead_channels"),
+    "gradient left out of dx": (GRN, "dx = g + (g *", "dx = (g *", "grn", "map"),
     "columns for rows of a patch": (PATCH, "((k // Q) % P)", "((k // P) % P)", "patch_embed",
                                     "rectangular"),
 }  # fmt: skip
@@ -188,6 +211,7 @@ def retest(package: Path, which: str) -> subprocess.CompletedProcess:
     [
         (NORM, "row = row.to(tl.int64)", "layer_norm"),
         (NORM, "row = row.to(tl.int64)", "patch_merge"),
+        (GRN, "row.to(tl.int64)[:, None] * inner", "grn"),
         (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "[attention]"),
         (WINDOW, "b.to(tl.int64), y.to(tl.int64), x.to(tl.int64)", "window_attention"),
     ],

@@ -42,6 +42,7 @@ WIDE = [
     ("add_norm", ((1, 3, 16), lambda x, b: vitfast.ops.add_norm(x, x, backend=b)[1])),
     ("norm_add", ((1, 3, 16), lambda x, b: vitfast.ops.norm_add(x, x, backend=b))),
     ("patch_merge", ((1, 3, 2, 4), lambda x, b: vitfast.ops.patch_merge(x, backend=b))),
+    ("grn", ((1, 3, 16), lambda x, b: vitfast.ops.grn(x, _W[0], _W[1], backend=b))),
     ("attention", ((1, 3, 2, 16), lambda x, b: vitfast.ops.attention(x, x, x, backend=b))),
     (
         "window_attention",

@@ -53,6 +53,7 @@ def good(op: str) -> dict[str, object]:
             "qkv": t(2, 9, 6, 3, 2, 8), "table": t(49, 2), "pad": t(3, 2, 8), "logit_scale": t(2),
             "window": (4, 4), "shift": (2, 2),
         },
+        "grn": lambda: {"x": t(2, 5, 6, 8), "weight": t(8), "bias": t(8)},
     }[op]()  # fmt: skip
 
 

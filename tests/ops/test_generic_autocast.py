@@ -25,6 +25,12 @@ def _patch_embed(image, weight, bias, pos_embed, prefix):
     return x if prefix is None else torch.cat((prefix.expand(x.shape[0], -1, -1), x + pos_embed), 1)
 
 
+def _grn(x, weight, bias):
+    g = x.norm(p=2, dim=(1, 2), keepdim=True)
+    n = g / (g.mean(-1, keepdim=True) + 1e-6)
+    return x + torch.addcmul(bias, weight, x * n)
+
+
 def _merge(x):
     x = F.pad(x, (0, 0, 0, 0, 0, 1))
     return x.unfold(1, 2, 2).unfold(2, 2, 2).permute(0, 1, 2, 5, 4, 3).flatten(3)
@@ -115,6 +121,12 @@ COMPOSITIONS = {
         lambda d: (_t(2, 5, 6, 8, dtype=d), _t(8, 1, 3, 3), _t(8)),
         lambda x, w, b: ops.dwconv_norm(x, w, b, norm=None),
         _dwconv,
+    ),
+    "grn": (lambda d: (_t(2, 5, 6, 8, dtype=d), _t(8), _t(8)), ops.grn, _grn),
+    "grn_of_weights_of_its_dtype": (
+        lambda d: (_t(2, 5, 6, 8, dtype=d), _t(8, dtype=d), _t(8, dtype=d)),
+        ops.grn,
+        _grn,
     ),
     "patch_embed": (
         lambda d: (_t(2, 3, 8, 8, dtype=d), _t(6, 3, 4, 4), _t(6), None, None),

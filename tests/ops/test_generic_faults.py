@@ -444,7 +444,41 @@ DWCONV = {
     "dwconv_norm backward bias_and_norm_bias_swapped": swapped(2, 4),
     "dwconv_norm backward weight_truncated": on_output(truncated, 1),
 }
-FAULTS = NORMS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | DWCONV
+
+
+def statistics_of_the_batch(sound, x, *rest):
+    y, norms = sound(x.flatten(0, 1)[None], *rest)
+    return y.reshape(x.shape), norms
+
+
+def residual_left_out(sound, x, *rest):
+    y, norms = sound(x, *rest)
+    return y - x, norms
+
+
+def norms_held_constant(sound, grad, x, weight, bias, eps, norms):
+    n = norms / (norms.mean(-1, keepdim=True) + eps)
+    n = n[(slice(None), *(None,) * (x.ndim - 2))]
+    return (grad * (1 + weight * n)).to(x.dtype), *sound(grad, x, weight, bias, eps, norms)[1:]
+
+
+GRN = {
+    "grn forward statistics_of_the_batch": statistics_of_the_batch,
+    "grn forward residual_left_out": residual_left_out,
+    "grn forward eps_left_out": on_argument(3, lambda eps: eps / 1000),
+    "grn forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
+    "grn forward weight_in_bfloat16": on_argument(1, in_bfloat16),
+    "grn forward bias_dropped": on_argument(2, torch.zeros_like),
+    "grn forward last_row_unwritten": on_output(unwritten_last_row),
+    "grn forward truncated": on_output(truncated),
+    "grn backward norms_held_constant": norms_held_constant,
+    "grn backward norms_of_another_image": on_argument(5, lambda g: g.roll(1, 0)),
+    "grn backward norms_in_bfloat16": on_argument(5, in_bfloat16),
+    "grn backward last_row_unwritten": on_output(unwritten_last_row),
+    "grn backward weight_and_bias_swapped": swapped(1, 2),
+    "grn backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
+}
+FAULTS = NORMS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | DWCONV | GRN
 
 
 def judge(case, which, backend):

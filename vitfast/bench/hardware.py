@@ -225,6 +225,14 @@ def _dwconv_norm(pick, size, tensor):
     return (x, weight, bias, norm_weight, norm_bias), {"norm": norm}
 
 
+def _grn(pick, size, tensor):
+    c = pick(size(3, 80), size(81, 1100), 384)
+    x = tensor(size(1, 3), size(2, 20), size(2, 20), c)
+    if pick(True, False):
+        x = x.movedim(-1, 1).contiguous().movedim(1, -1)
+    return (x, tensor(c), tensor(c)), {}
+
+
 _RANDOM: dict[str, Callable[..., Any]] = {
     "layer_norm": _norm,
     "rms_norm": _rms_norm,
@@ -238,6 +246,7 @@ _RANDOM: dict[str, Callable[..., Any]] = {
     "patch_merge": _patch_merge,
     "window_attention": _window_attention,
     "dwconv_norm": _dwconv_norm,
+    "grn": _grn,
 }
 
 
@@ -345,6 +354,11 @@ def _beyond_windows(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.window_attention(qkv, (8, 8), backend=backend).flatten(0, 2).flatten(1)
 
 
+def _beyond_grn(x: torch.Tensor, backend: str) -> torch.Tensor:
+    weight = torch.ones(1024, dtype=torch.float16, device="cuda")
+    return ops.grn(x.view(-1, 64, 1024), weight, weight, backend=backend).view(-1, 1024)
+
+
 _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "layer_norm": (2**21 + 128, lambda x, b: ops.layer_norm(x, backend=b)),
     "rms_norm": (2**21 + 128, lambda x, b: ops.rms_norm(x, backend=b)),
@@ -354,6 +368,7 @@ _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "patch_merge": (2**21 + 128, _beyond_merge),
     "linear_act": (2**21 + 128, _beyond_linear),
     "patch_embed": (2**21 + 128, _beyond_patches),
+    "grn": (2**21 + 128, _beyond_grn),
     "window_attention": (2**21 + 128, _beyond_windows),
     "dwconv_norm": (2**21 + 128, _beyond_maps),
     "attention": (

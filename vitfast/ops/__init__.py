@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vitfast.ops.add_norm.api import add_norm
 from vitfast.ops.attention.api import attention
 from vitfast.ops.dwconv_norm.api import dwconv_norm
+from vitfast.ops.grn.api import grn
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.ops.linear_act.api import linear_act
 from vitfast.ops.mlp.api import mlp
@@ -38,12 +39,14 @@ NAMES = (
     "patch_merge",
     "window_attention",
     "dwconv_norm",
+    "grn",
 )
 
 __all__ = [
     "add_norm",
     "attention",
     "dwconv_norm",
+    "grn",
     "layer_norm",
     "linear_act",
     "mlp",
