@@ -90,7 +90,7 @@ SHAPES = (
     _sample("own_scale", (8, 8), (4, 4), 2, 16, scale=0.05),
     _sample("window_5_to_12", (10, 24), (5, 12), 2, 32, shift=(2, 6)),
     _sample("window_9", (9, 23), (9, 9), 1, 8, shift=(4, 4)),
-    _sample("window_9_cosine", (9, 10), (9, 9), 2, 8, pad=True, cosine=True),
+    _sample("window_9_cosine", (9, 10), (9, 9), 1, 8, pad=True, cosine=True),
     _sample("window_14", (28, 15), (14, 14), 2, 32, shift=(7, 7), pad=True),
     _sample("window_24", (24, 30), (24, 24), 1, 32, shift=(12, 12), pad=True),
     _sample("window_32", (32, 32), (32, 32), 1, 16),
