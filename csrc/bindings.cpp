@@ -291,6 +291,8 @@ void bind_grn(py::module_& m) {
   m.def("grn_backward", &grn_backward_checked, Release(), "See csrc/cpu/grn.h.");
   m.def("grn_accumulate", &grn_accumulate_checked, Release(), "See csrc/cpu/grn.h.");
   m.def("grn_scale", &grn_scale_checked, Release(), "See csrc/cpu/grn.h.");
+}
+
 // ---- dwconv_norm --------------------------------------------------------------------------------
 
 // (B, H, W, C), (kh, kw), threads
