@@ -117,17 +117,13 @@ def test_the_list_of_partly_swapped_models_is_current():
     assert {name for _, name in MODELS} >= PARTLY
 
 
-@pytest.mark.parametrize(
-    "name, size",
-    [("convnext_tiny", 64), ("cait_xxs24_224", 224)],
-)
-def test_other_families_keep_their_blocks_and_outputs(name, size):
+def test_other_families_keep_their_blocks_and_outputs():
     torch.manual_seed(0)
-    theirs = timm.create_model(name).eval()
+    theirs = timm.create_model("cait_xxs24_224").eval()
     ours = copy.deepcopy(theirs)
     report = swap(ours)
     assert report.counts["blocks_swapped"] == 0 < report.counts["blocks"]
     assert report.counts["swapped"] > 10
-    x = torch.randn(1, 3, size, size)
+    x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)

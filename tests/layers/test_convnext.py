@@ -23,6 +23,8 @@ BLOCKS = {
     "drop_path": dict(drop_path=0.5),
     "rms": dict(norm_layer=tl.RmsNorm),
     "rms_conv": dict(norm_layer=tl.RmsNorm2d, conv_mlp=True),
+    "simple": dict(norm_layer=tl.SimpleNorm),
+    "simple_conv": dict(norm_layer=tl.SimpleNorm2d, conv_mlp=True),
     "relu": dict(act_layer="relu"),
     "tanh": dict(act_layer="gelu_tanh"),
 }
@@ -66,7 +68,7 @@ def test_sizes_and_layouts(parity, lively, name, size, layout):
         (dict(dilation=(1, 2)), "shortcut"),
         (dict(dilation=2), "conv_dw"),
         (dict(kernel_size=4), "conv_dw"),
-        (dict(norm_layer=tl.SimpleNorm), "SimpleNorm"),
+        (dict(norm_layer=tl.LayerNormFp32), "LayerNormFp32"),
         (dict(act_layer="mish"), "Mish"),
     ],
     ids=str,

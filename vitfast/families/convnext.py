@@ -7,5 +7,11 @@ FAMILY = Family(
     name="convnext",
     models=("convnext",),
     sample="convnext_tiny",
-    layers=(layers.ConvNeXtBlock, layers.LayerNorm2d, layers.RmsNorm2d),
+    layers=(
+        layers.ConvNeXtBlock,
+        layers.GlobalResponseNormMlp,
+        layers.GlobalResponseNorm,
+        layers.LayerNorm2d,
+        layers.RmsNorm2d,
+    ),
 )

@@ -19,8 +19,8 @@ from vitfast.layers.hiera import MaskUnitAttention as HieraMaskUnitAttention
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
-from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
-from vitfast.layers.norm import LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
+from vitfast.layers.mlp import GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
+from vitfast.layers.norm import GlobalResponseNorm, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
 from vitfast.layers.swin import PatchMerging as SwinPatchMerging
@@ -45,6 +45,8 @@ __all__ = [
     "DavitWindowAttention",
     "EvaAttention",
     "EvaBlock",
+    "GlobalResponseNorm",
+    "GlobalResponseNormMlp",
     "GluMlp",
     "HieraBlock",
     "HieraMaskUnitAttention",

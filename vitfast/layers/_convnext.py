@@ -5,13 +5,14 @@ x + drop_path(gamma * fc2(grn(act(fc1(norm(conv(x)))))))
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _mlp
+from vitfast.layers import _block, _guard, _inference, _mlp
 from vitfast.layers._guard import Children, DropRate, Linear, Unsupported
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
@@ -19,10 +20,13 @@ from vitfast.runtime.library import autocast_dtype
 
 
 class ConvNeXt(NamedTuple):
-    """What a block holds. conv: weight [C, 1, k, k'] and bias [C]; gamma [C] or None."""
+    """What a block holds. conv: weight [C, 1, k, k'] and bias [C]; gamma [C] or None.
+
+    norm: a function of [B, H, W, C] where vitfast has no such norm.
+    """
 
     conv: Linear
-    norm: Norm
+    norm: Norm | Callable[[torch.Tensor], torch.Tensor]
     mlp: Mlp
     gamma: torch.Tensor | None
     drop: DropRate | None
@@ -50,8 +54,9 @@ def run(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     """The block on x [B, C, H, W] of any strides; the result is channels-last."""
     rows = x.permute(0, 2, 3, 1)
     out = None
-    if not torch.compiler.is_compiling() and not _records(rows, block):
-        out = None  # _inference.convnext(rows, block)
+    fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
+    if fits and not _records(rows, block):
+        out = _inference.convnext(rows, block)
     if out is None:
         out = _differentiable(rows, block)
     return out.permute(0, 3, 1, 2)
@@ -65,14 +70,17 @@ def _records(x: torch.Tensor, block: ConvNeXt) -> bool:
 def _differentiable(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     norm = block.norm
-    double = torch.float64 in (x.dtype, block.conv.weight.dtype)
-    normed = ops.dwconv_norm(
-        x,
-        *block.conv,
-        norm.weight,
-        norm.bias,
-        norm.eps,
-        norm=norm.kind,
-        out_dtype=None if double else autocast_dtype(x.device),
-    )
+    if isinstance(norm, Norm):
+        double = torch.float64 in (x.dtype, block.conv.weight.dtype)
+        normed = ops.dwconv_norm(
+            x,
+            *block.conv,
+            norm.weight,
+            norm.bias,
+            norm.eps,
+            norm=norm.kind,
+            out_dtype=None if double else autocast_dtype(x.device),
+        )
+    else:
+        normed = norm(ops.dwconv_norm(x, *block.conv, norm=None))
     return _block.add(x, _mlp.apply(normed, block.mlp), block.gamma, block.drop)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitfast.ops import _norm as norm_op
+from vitfast.ops.dwconv_norm.native import WIDEST
 from vitfast.ops.window_attention.native import MOST_TOKENS
 from vitfast.runtime import native
 from vitfast.settings import settings
@@ -15,6 +16,8 @@ from vitfast.settings import settings
 if TYPE_CHECKING:
     from vitfast.layers._attention import Attention, Windows
     from vitfast.layers._block import Block
+    from vitfast.layers._convnext import ConvNeXt
+    from vitfast.layers._guard import Linear
 
 MOST_HEAD_DIM = 256
 """The attention kernel's limit."""
@@ -63,9 +66,8 @@ def block(
         linears.append((mlp.gate, hidden, channels))
     # Without autocast timm wants one dtype, and it is for the ops to complain.
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
-    for (weight, offset), rows, columns in linears:
-        if not tensor(weight, (rows, columns), dtypes) or not vector(offset, rows, dtypes):
-            return False
+    if not all(linear(*one, dtypes) for one in linears):
+        return False
     for norm, size in (
         (plan.norm1, channels),
         (plan.norm2, channels),
@@ -101,6 +103,38 @@ def _windows(windows: Windows, attn: Attention) -> bool:
 
 def tensor(t: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dtype]) -> bool:
     return t.shape == shape and t.dtype in dtypes and t.is_cpu
+
+
+def convnext(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool:
+    """As `block`, for a map x [B, H, W, C]."""
+    if x.ndim != 4 or not on_cpu(x, lower):
+        return False
+    channels = x.shape[3]
+    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    mlp, (kernel, offset) = plan.mlp, plan.conv
+    hidden = len(mlp.fc1.weight)
+    return (
+        kernel.ndim == 4
+        and max(kernel.shape[2:]) <= WIDEST
+        and tensor(kernel, (channels, 1, *kernel.shape[2:]), dtypes)
+        and vector(offset, channels, dtypes)
+        and vector(plan.norm.weight, channels)
+        and vector(plan.norm.bias, channels)
+        and mlp.norm is None
+        and linear(mlp.fc1, hidden, channels, dtypes)
+        and linear(mlp.fc2, channels, hidden, dtypes)
+        and (mlp.grn is None or all(vector(t, hidden) for t in mlp.grn[:2]))
+        and vector(plan.gamma, channels)
+    )
+
+
+def linear(
+    layer: Linear, rows: int, columns: int, dtypes: Collection[torch.dtype] = norm_op.DTYPES
+) -> bool:
+    """Whether a linear layer, or 1x1 convolution, has these sizes."""
+    weight, bias = layer
+    shape = (rows, columns, *(1,) * (weight.ndim - 2))
+    return tensor(weight, shape, dtypes) and vector(bias, rows, dtypes)
 
 
 def vector(

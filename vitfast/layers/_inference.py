@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vitfast.layers import _attention, _fits
-from vitfast.layers._norm import Norm
+from vitfast.layers._norm import Grn, Norm
 from vitfast.ops import _gemm, _onednn
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.attention import native as attention_op
+from vitfast.ops.dwconv_norm import native as dwconv_op
+from vitfast.ops.grn import native as grn_op
 from vitfast.ops.patch_embed import native as patch_op
 from vitfast.ops.window_attention import native as window_op
 from vitfast.runtime.library import autocast_dtype
@@ -25,6 +27,7 @@ from vitfast.runtime.library import autocast_dtype
 if TYPE_CHECKING:
     from vitfast.layers._attention import Windows
     from vitfast.layers._block import Block
+    from vitfast.layers._convnext import ConvNeXt
     from vitfast.layers._guard import Linear
 
 CHUNK_ROWS = 1024
@@ -256,6 +259,81 @@ def embed(
     ):
         return None
     return patch_op.normed(image, weight, bias, operand, lambda x: _normalise(x, norm, x))
+
+
+def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
+    """ConvNeXt's block on a map x [B, H, W, C], some lines or images at a time.
+
+    None where it is for the public ops.
+    """
+    lower = autocast_dtype(x.device)
+    if not _fits.convnext(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
+    x = x.contiguous()
+    out = _gemm.empty(x.shape, torch.promote_types(x.dtype, scaled))
+    batch, high, wide, _ = x.shape
+    mlp, rows = plan.mlp, batch * high * wide
+    fc1, fc2 = _linear(mlp.fc1, rows, operand, mlp.act), _linear(mlp.fc2, rows, operand)
+    for images, stripes in _stripes(batch, high, wide):
+        part, result = x[images], out[images]
+        if mlp.grn is None:
+            for lines in stripes:
+                hidden = fc1(_convolved(part, plan, lines, operand))
+                _add_lines(part, fc2(hidden), plan.gamma, result, lines)
+            continue
+        hiddens = [fc1(_convolved(part, plan, lines, operand)) for lines in stripes]
+        scales = _responses(hiddens, len(part), mlp.grn)
+        for lines, hidden in zip(stripes, hiddens, strict=True):
+            for one, scale in zip(hidden.chunk(len(part)), scales, strict=True):
+                shift = mlp.grn.bias.float().expand(one.shape)
+                one.copy_(norm_op.forward(norm_op.NONE, shift, branch=one, gamma=scale)[0])
+            _add_lines(part, fc2(hidden), plan.gamma, result, lines)
+    return out
+
+
+def _stripes(batch: int, high: int, wide: int) -> list[tuple[slice, list[tuple[int, int]]]]:
+    """Some images and all of their lines, or one and some at a time."""
+    if high * wide <= WHOLE_ROWS:
+        images = WHOLE_ROWS // (high * wide)
+        return [(slice(i, i + images), [(0, high)]) for i in range(0, batch, images)]
+    step = max(1, CHUNK_ROWS // wide)
+    lines = [(i, min(i + step, high)) for i in range(0, high, step)]
+    return [(slice(i, i + 1), lines) for i in range(batch)]
+
+
+def _convolved(
+    x: torch.Tensor, plan: ConvNeXt, lines: tuple[int, int], operand: torch.dtype
+) -> torch.Tensor:
+    """norm(conv(x)) of some lines: [rows, C]."""
+    norm = plan.norm
+    normed = dwconv_op.run(
+        x, *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind, dtype=operand,
+        out_dtype=operand, rows=lines,
+    )  # fmt: skip
+    return normed.view(-1, x.shape[3])
+
+
+def _responses(hiddens: list[torch.Tensor], images: int, grn: Grn) -> torch.Tensor:
+    """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
+    sums = torch.zeros((images, hiddens[0].shape[1]), dtype=torch.float64)
+    for hidden in hiddens:
+        for one, total in zip(hidden.chunk(images), sums, strict=True):
+            grn_op.accumulate(one, total)
+    return grn_op.scale_of(sums, grn.weight, grn.eps)
+
+
+def _add_lines(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gamma: torch.Tensor | None,
+    out: torch.Tensor,
+    lines: tuple[int, int],
+) -> None:
+    """x + gamma * branch, of some lines of maps."""
+    part, result = (t[:, slice(*lines)].view(branch.shape) for t in (x, out))
+    _add(part, branch, gamma, result)
 
 
 class _Steps:

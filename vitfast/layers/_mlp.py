@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from timm import layers as timm_layers
 from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _guard, _norm
 from vitfast.layers._guard import Children, Linear, Unsupported
-from vitfast.layers._norm import Norm
+from vitfast.layers._norm import Grn, Norm
 from vitfast.ops._normed import Normed
 
 
@@ -30,10 +29,13 @@ class Mlp(NamedTuple):
     norm: Norm | None
     gate: Linear | None = None
     packed: str | None = None  # which half of a packed fc1 goes through act: "first" or "last"
+    grn: Grn | None = None  # instead of the norm
 
 
 PLANS: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
 """The plan function of each MLP class, timm's and the drop-in."""
+POINTWISE: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
+"""Those whose linear layers may be 1x1 convolutions."""
 
 
 def child(children: Children, name: str) -> Mlp:
@@ -47,12 +49,13 @@ def child(children: Children, name: str) -> Mlp:
 
 
 def pointwise(children: Children, name: str) -> Mlp:
-    """As `child`, an `Mlp` whose linear layers may be 1x1 convolutions: channels come last here."""
+    """As `child`, channels last: the linear layers of the MLP may be 1x1 convolutions."""
     module = children[name]
-    if PLANS.get(type(module)) is not PLANS[timm_layers.Mlp]:
+    plan = POINTWISE.get(type(module))
+    if plan is None:
         raise Unsupported(f"MLP {type(module).__name__} is not implemented")
     _guard.check_bare(module, name)
-    return common(module, "fc1", pointwise=True)
+    return plan(module)
 
 
 def common(module: nn.Module, fc1: str, *, pointwise: bool = False) -> Mlp:
@@ -77,7 +80,7 @@ def apply(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch.Ten
     Args:
         normed: how x came from the residual stream, which then is all that is saved.
     """
-    if plan.norm is None and plan.gate is None:
+    if plan.norm is None and plan.gate is None and plan.grn is None:
         return ops.mlp(x, *plan.fc1, *plan.fc2, plan.act, gate=plan.packed, normed=normed)
     gate_weight, gate_bias = plan.gate or (None, None)
     hidden = ops.linear_act(
@@ -90,4 +93,6 @@ def apply(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch.Ten
     )
     if plan.norm is not None:
         hidden = _norm.apply(hidden, plan.norm)
+    if plan.grn is not None:
+        hidden = ops.grn(hidden, *plan.grn, out_dtype=hidden.dtype)
     return ops.linear_act(hidden, *plan.fc2)

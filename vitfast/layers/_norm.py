@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm import layers as timm_layers
+from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from vitfast import ops
@@ -20,6 +21,7 @@ KINDS = {
 """The norms known by exact class; the drop-ins add themselves."""
 KINDS_2D = {timm_layers.LayerNorm2d: "layer", timm_layers.RmsNorm2d: "rms"}
 """Those over the channels of NCHW."""
+GRN: set[type[nn.Module]] = {GlobalResponseNorm}
 
 
 class Norm(NamedTuple):
@@ -28,6 +30,14 @@ class Norm(NamedTuple):
     kind: str
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    eps: float
+
+
+class Grn(NamedTuple):
+    """The weight and bias [C] of a global response norm."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
     eps: float
 
 
@@ -51,6 +61,19 @@ def _plan(module: Any, kinds: dict[type[nn.Module], str]) -> Norm:
         raise Unsupported(f"it normalises over {len(module.normalized_shape)} dimensions")
     bias = _guard.tensor(module, "bias") if kind == "layer" else None
     return Norm(kind, _guard.tensor(module, "weight"), bias, module.eps)
+
+
+def plan_grn(module: Any) -> Grn:
+    """What a GlobalResponseNorm holds."""
+    if type(module) not in GRN:
+        raise Unsupported(f"norm {type(module).__name__} is not implemented")
+    return Grn(_guard.tensor(module, "weight"), _guard.tensor(module, "bias"), module.eps)
+
+
+def grn_child(children: Children, name: str) -> Grn:
+    """As `child`, of a GlobalResponseNorm."""
+    _guard.check_bare(children[name], name)
+    return plan_grn(children[name])
 
 
 def child(children: Children, name: str) -> Norm:

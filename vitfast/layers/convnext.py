@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from timm import layers as timm_layers
 from timm.models import convnext
 from torch import nn
 
 from vitfast.layers import _convnext, _guard, _mlp, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._convnext import ConvNeXt
-from vitfast.layers._guard import Unsupported
+from vitfast.layers._guard import Children, Unsupported
+from vitfast.layers._norm import Norm
 
 
 def plan_block(module: nn.Module) -> ConvNeXt:
@@ -18,14 +22,23 @@ def plan_block(module: nn.Module) -> ConvNeXt:
     if type(children["shortcut"]) is not nn.Identity:
         raise Unsupported("its shortcut pools or widens")
     _guard.check_bare(children["shortcut"], "shortcut")
-    norm = _norm.child_2d if module.use_conv_mlp else _norm.child
     return ConvNeXt(
         conv=_convnext.depthwise(children, "conv_dw"),
-        norm=norm(children, "norm"),
+        norm=_plan_norm(children["norm"], children, module.use_conv_mlp),
         mlp=_mlp.pointwise(children, "mlp"),
         gamma=_guard.optional_parameter(module, "gamma"),
         drop=_guard.drop_path(children, "drop_path"),
     )
+
+
+def _plan_norm(
+    module: nn.Module, children: Children, over_nchw: bool
+) -> Norm | Callable[[torch.Tensor], torch.Tensor]:
+    if type(module) is timm_layers.SimpleNorm:
+        return module
+    if type(module) is timm_layers.SimpleNorm2d:
+        return lambda x: module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return (_norm.child_2d if over_nchw else _norm.child)(children, "norm")
 
 
 class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):

@@ -1,4 +1,4 @@
-"""Drop-ins for timm's Mlp, GluMlp and SwiGLU."""
+"""Drop-ins for timm's Mlp, GluMlp, SwiGLU and GlobalResponseNormMlp."""
 
 from __future__ import annotations
 
@@ -6,13 +6,23 @@ import torch
 from timm import layers as timm_layers
 from torch import nn
 
-from vitfast.layers import _guard, _mlp
+from vitfast.layers import _guard, _mlp, _norm
 from vitfast.layers._base import Layer
 
 
 def plan_mlp(module: nn.Module) -> _mlp.Mlp:
     """How timm's `Mlp` computes."""
     return _mlp.common(module, "fc1")
+
+
+def plan_pointwise(module: nn.Module) -> _mlp.Mlp:
+    """As `plan_mlp`, where the caller's channels come last, and linears may be convolutions."""
+    return _mlp.common(module, "fc1", pointwise=True)
+
+
+def plan_grn_mlp(module: nn.Module) -> _mlp.Mlp:
+    """How timm's `GlobalResponseNormMlp` computes, on channels last."""
+    return plan_pointwise(module)._replace(grn=_norm.grn_child(module._modules, "grn"))
 
 
 def plan_glu_mlp(module: nn.Module) -> _mlp.Mlp:
@@ -34,6 +44,20 @@ class Mlp(Layer, timm_layers.Mlp):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = _guard.ready(plan_mlp, self, x)
         return super().forward(x) if plan is None else _mlp.apply(x, plan)
+
+
+class GlobalResponseNormMlp(Layer, timm_layers.GlobalResponseNormMlp):
+    """`timm.layers.GlobalResponseNormMlp` on `vitfast.ops.linear_act` and `vitfast.ops.grn`."""
+
+    plan = staticmethod(plan_grn_mlp)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_grn_mlp, self, x)
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        if plan.fc1.weight.ndim == 2:
+            return _mlp.apply(x, plan)
+        return _mlp.apply(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
 
 
 class GluMlp(Layer, timm_layers.GluMlp):
@@ -63,4 +87,10 @@ _mlp.PLANS |= {
     GluMlp: plan_glu_mlp,
     timm_layers.SwiGLU: plan_swiglu,
     SwiGLU: plan_swiglu,
+}
+_mlp.POINTWISE |= {
+    timm_layers.Mlp: plan_pointwise,
+    Mlp: plan_pointwise,
+    timm_layers.GlobalResponseNormMlp: plan_grn_mlp,
+    GlobalResponseNormMlp: plan_grn_mlp,
 }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from timm import layers as timm_layers
+from timm.layers import grn
 
+from vitfast import ops
 from vitfast.layers import _guard, _norm
 from vitfast.layers._base import Layer
 
@@ -57,5 +59,20 @@ class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
         return _norm.apply(x.permute(0, 2, 3, 1), plan, dtype).permute(0, 3, 1, 2)
 
 
+class GlobalResponseNorm(Layer, grn.GlobalResponseNorm):
+    """`timm.layers.grn.GlobalResponseNorm` on `vitfast.ops.grn`."""
+
+    plan = staticmethod(_norm.plan_grn)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(_norm.plan_grn, self, x)
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        if self.channel_dim == -1:
+            return ops.grn(x, *plan)
+        return ops.grn(x.permute(0, 2, 3, 1), *plan).permute(0, 3, 1, 2)
+
+
 _norm.KINDS |= {LayerNorm: "layer", RmsNorm: "rms"}
 _norm.KINDS_2D |= {LayerNorm2d: "layer", RmsNorm2d: "rms"}
+_norm.GRN.add(GlobalResponseNorm)

@@ -63,7 +63,8 @@ def reasons(
         return ["torch.backends.mkldnn.enabled is off"]
     why = list(_missing())
     plain = (torch.Tensor, torch.nn.Parameter)
-    if not weight.is_cpu or type(weight) not in plain or weight.ndim != 2 or not weight.numel():
+    matrix = weight.ndim == 2 or (weight.ndim > 2 and weight.is_contiguous())
+    if not weight.is_cpu or type(weight) not in plain or not matrix or not weight.numel():
         why.append("weight is not a plain matrix on the CPU")
     if weight.dtype not in (torch.float32, torch.bfloat16) or dtype not in (
         torch.float32,
@@ -74,8 +75,8 @@ def reasons(
         why.append("oneDNN has no bfloat16 on this CPU")
     if act not in _ATTRIBUTES:
         why.append(f"oneDNN has no {act}")
-    elif act != "none" and dtype == torch.float32 and weight.shape[1] > EXACT_WIDTH:
-        why.append(f"K = {weight.shape[1]} is summed in pieces, before which no activation can go")
+    elif act != "none" and dtype == torch.float32 and weight.numel() > EXACT_WIDTH * len(weight):
+        why.append("so many columns are summed in pieces, before which no activation can go")
     return why
 
 
@@ -124,14 +125,14 @@ def prepare(
     """A layer for products with `rows` rows in all, in this dtype, where no `reasons` are against.
 
     Args:
-        weight: [N, K], float32 or bfloat16; bias: [N].
+        weight: [N, K], float32 or bfloat16, or contiguous with more dimensions; bias: [N].
     """
     _settle_allocator()
     keep = rows < CACHE_ROWS or weight.numel() <= CACHE_ELEMENTS
     pieces = CACHE.get(weight, dtype) if keep else _pack(weight, dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    return Linear(pieces, _step(weight.shape[1], dtype), bias, act, weight.shape[0])
+    return Linear(pieces, _step(weight[0].numel(), dtype), bias, act, weight.shape[0])
 
 
 def _step(k: int, dtype: torch.dtype) -> int:
@@ -142,10 +143,10 @@ def _step(k: int, dtype: torch.dtype) -> int:
 
 
 def _pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    rounded = weight.detach().to(dtype)
+    rounded = weight.detach().flatten(1).to(dtype)
     return tuple(
         torch.ops.mkldnn._reorder_linear_weight(piece.contiguous(), 1024)
-        for piece in rounded.split(_step(weight.shape[1], dtype), 1)
+        for piece in rounded.split(_step(rounded.shape[1], dtype), 1)
     )
 
 
@@ -168,7 +169,7 @@ class WeightCache:
         self._lock = threading.RLock()  # a weakref's callback may run while it is held
 
     def get(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """The packing of a weight [N, K] for products of this dtype, new if need be."""
+        """The packing of a weight for products of this dtype, new if need be."""
         key = (id(weight), dtype)
         found = state(weight)
         entry = self._entries.get(key)
@@ -210,18 +211,14 @@ def _drop(
 
 
 def state(w: torch.Tensor) -> tuple[Any, ...]:
-    """What tells a matrix from what it was, see above; equal as long as it is the same."""
-    (rows, columns), strides, address = w.shape, w.stride(), w.data_ptr()
-    return (
-        address,
-        0 if w.is_inference() else w._version,
-        w.dtype,
-        w.shape,
-        strides,
-        native.native().fingerprint(
-            address, w.itemsize, rows, columns, strides[0], strides[1], native.threads()
-        ),
+    """What tells a weight from what it was, see above; equal as long as it is the same."""
+    version = 0 if w.is_inference() else w._version
+    matrix = w if w.ndim == 2 else w.detach().flatten(1)
+    address = w.data_ptr()
+    fingerprint = native.native().fingerprint(
+        address, w.itemsize, *matrix.shape, *matrix.stride(), native.threads()
     )
+    return address, version, w.dtype, w.shape, w.stride(), fingerprint
 
 
 def _quarter_of_memory() -> int:

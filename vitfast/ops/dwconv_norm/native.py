@@ -10,7 +10,7 @@ from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES
 
-_WIDEST = 31
+WIDEST = 31
 """`kDwconvWidest` in csrc/cpu/dwconv.h."""
 _CHUNK_BYTES = 8 << 20
 """Of the convolution's result, for the images that the backward takes at a time."""
@@ -20,8 +20,8 @@ def can_run(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype
     why = _norm.reasons(x, weight, bias, norm_weight, norm_bias, out_dtype=out_dtype)
     if dtype not in _norm.DTYPES:
         why.append(f"{dtype} is not implemented, float32 and bfloat16 are")
-    if max(weight.shape[2:]) > _WIDEST:
-        why.append(f"a kernel of {tuple(weight.shape[2:])}; at most {_WIDEST} are implemented")
+    if max(weight.shape[2:]) > WIDEST:
+        why.append(f"a kernel of {tuple(weight.shape[2:])}; at most {WIDEST} are implemented")
     return why
 
 
