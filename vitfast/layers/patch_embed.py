@@ -49,21 +49,12 @@ class PatchEmbed(Layer, timm_layers.PatchEmbed):
             x = F.pad(x, (0, -x.shape[-1] % width, 0, -x.shape[-2] % height))
         rows, columns = x.shape[-2] // height, x.shape[-1] // width
         x = x[..., : rows * height, : columns * width]
-        tokens = self._normed(x, plan)
+        tokens = _normed(self, x, plan)
         if tokens is None:
             tokens = self.norm(ops.patch_embed(x, *plan))
         if not self.flatten and self.output_fmt == Format.NHWC:
             tokens = tokens.unflatten(1, (rows, columns))
         return tokens
-
-    def _normed(self, x: torch.Tensor, plan: Projection) -> torch.Tensor | None:
-        """Patches and their norm as one, in inference on the CPU; elsewhere None."""
-        if torch.compiler.is_compiling() or x.numel() == 0:
-            return None
-        norm = _guard.ready(lambda m: _norm.optional_child(m._modules, "norm"), self, x)
-        if norm is None or _guard.records_grad(x, *plan, norm.weight, norm.bias):
-            return None
-        return _inference.embed(x, *plan, norm)
 
     def _accepts(self, x: torch.Tensor) -> bool:
         """Whether the op gives what timm would; if not, timm's forward computes it or complains."""
@@ -77,3 +68,13 @@ class PatchEmbed(Layer, timm_layers.PatchEmbed):
         if self.strict_img_size:
             return (height, width) == tuple(self.img_size)
         return self.dynamic_img_pad or height % rows == 0 == width % columns
+
+
+def _normed(module: PatchEmbed, x: torch.Tensor, plan: Projection) -> torch.Tensor | None:
+    """Patches and their norm as one, in inference on the CPU; elsewhere None."""
+    if torch.compiler.is_compiling() or x.numel() == 0:
+        return None
+    norm = _guard.ready(lambda m: _norm.optional_child(m._modules, "norm"), module, x)
+    if norm is None or _guard.records_grad(x, *plan, norm.weight, norm.bias):
+        return None
+    return _inference.embed(x, *plan, norm)
