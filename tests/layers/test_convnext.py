@@ -9,6 +9,7 @@ import torch
 from timm.models import convnext
 
 from vitfast import layers, swap
+from vitfast.layers import _inference
 
 C = 24
 BLOCKS = {
@@ -114,3 +115,13 @@ def test_one_graph(lively):
         torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
     text = graphs[0].print_readable(print_output=False)
     assert text.count("vitfast.dwconv_norm.default") == 2
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, C, 20, 20), (2, C, 33, 31), (9, C, 9, 9)], ids=str)
+@pytest.mark.parametrize("name", ["linear", "grn_conv"])
+def test_stripes(parity, lively, monkeypatch, name, shape, autocast):
+    monkeypatch.setattr(_inference, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(_inference, "WHOLE_ROWS", 300)
+    module = lively(block(name)).eval()
+    parity(module, torch.randn(shape), backward=False, autocast=autocast)
