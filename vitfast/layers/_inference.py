@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vitfast.layers._block import Block
     from vitfast.layers._convnext import ConvNeXt
     from vitfast.layers._guard import Linear
+    from vitfast.layers._mlp import Mlp
 
 CHUNK_ROWS = 1024
 WHOLE_ROWS = 2048
@@ -274,21 +275,19 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     x = x.contiguous()
     out = _gemm.empty(x.shape, torch.promote_types(x.dtype, scaled))
     batch, high, wide, _ = x.shape
-    mlp, rows = plan.mlp, batch * high * wide
-    fc1, fc2 = _linear(mlp.fc1, rows, operand, mlp.act), _linear(mlp.fc2, rows, operand)
+    mlp = plan.mlp
+    hidden_of, fc2 = _mlp(mlp, batch * high * wide, operand)
     for images, stripes in _stripes(batch, high, wide):
         part, result = x[images], out[images]
         if mlp.grn is None:
             for lines in stripes:
-                hidden = fc1(_convolved(part, plan, lines, operand))
+                hidden = hidden_of(_convolved(part, plan, lines, operand))
                 _add_lines(part, fc2(hidden), plan.gamma, result, lines)
             continue
-        hiddens = [fc1(_convolved(part, plan, lines, operand)) for lines in stripes]
+        hiddens = [hidden_of(_convolved(part, plan, lines, operand)) for lines in stripes]
         scales = _responses(hiddens, len(part), mlp.grn)
         for lines, hidden in zip(stripes, hiddens, strict=True):
-            for one, scale in zip(hidden.chunk(len(part)), scales, strict=True):
-                shift = mlp.grn.bias.float().expand(one.shape)
-                one.copy_(norm_op.forward(norm_op.NONE, shift, branch=one, gamma=scale)[0])
+            _respond(hidden, scales, mlp.grn.bias)
             _add_lines(part, fc2(hidden), plan.gamma, result, lines)
     return out
 
@@ -315,13 +314,25 @@ def _convolved(
     return normed.view(-1, x.shape[3])
 
 
-def _responses(hiddens: list[torch.Tensor], images: int, grn: Grn) -> torch.Tensor:
+def _responses(hiddens: list[list[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
     """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
-    sums = torch.zeros((images, hiddens[0].shape[1]), dtype=torch.float64)
+    widths = [piece.shape[1] for piece in hiddens[0]]
+    sums = [torch.zeros((images, width), dtype=torch.float64) for width in widths]
     for hidden in hiddens:
-        for one, total in zip(hidden.chunk(images), sums, strict=True):
-            grn_op.accumulate(one, total)
-    return grn_op.scale_of(sums, grn.weight, grn.eps)
+        for piece, totals in zip(hidden, sums, strict=True):
+            for one, total in zip(piece.chunk(images), totals, strict=True):
+                grn_op.accumulate(one, total)
+    return grn_op.scale_of(torch.cat(sums, 1), grn.weight, grn.eps)
+
+
+def _respond(hidden: list[torch.Tensor], scales: torch.Tensor, bias: torch.Tensor) -> None:
+    """bias + scale * hidden in place, by image and piece of columns."""
+    widths = [piece.shape[1] for piece in hidden]
+    columns = scales.split(widths, 1), bias.float().split(widths)
+    for piece, factors, shift in zip(hidden, *columns, strict=True):
+        for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
+            base = shift.expand(one.shape)
+            one.copy_(norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor)[0])
 
 
 def _add_lines(
@@ -345,8 +356,7 @@ class _Steps:
         self.whole = True  # else `finish` stops at the first residual add
         self._qkv = [_linear(linear, rows, operand) for linear in attn.qkv]
         self._proj = _linear(attn.proj, rows, operand)
-        self._fc1 = _linear(mlp.fc1, rows, operand, mlp.act, mlp.packed, mlp.gate)
-        self._fc2 = _linear(mlp.fc2, rows, operand)
+        self._hidden, self._fc2 = _mlp(mlp, rows, operand)
         self._normed = _gemm.empty((min(rows, WHOLE_ROWS), len(attn.proj.weight)), operand)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -406,9 +416,10 @@ class _Steps:
         _add_normed(out, self._mlp(out.to(self.operand)), self.plan.norm2, out)
 
     def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        hidden = self._fc1(x)
-        norm = self.plan.mlp.norm
-        return self._fc2(hidden if norm is None else _normalise(hidden, norm, hidden))
+        hidden, norm = self._hidden(x), self.plan.mlp.norm
+        if norm is not None:
+            _normalise(hidden[0], norm, hidden[0])
+        return self._fc2(hidden)
 
 
 def _add(
@@ -427,6 +438,25 @@ def _add_normed(x: torch.Tensor, branch: torch.Tensor, norm: Norm, out: torch.Te
         base=x,
         normed_out=out,
     )
+
+
+def _mlp(
+    mlp: Mlp, rows: int, dtype: torch.dtype
+) -> tuple[
+    Callable[[torch.Tensor], list[torch.Tensor]], Callable[[list[torch.Tensor]], torch.Tensor]
+]:
+    """The two halves of an MLP: to its hidden tensor, in pieces of columns, and from there."""
+    plain = mlp.packed is None and mlp.gate is None and mlp.norm is None
+    if (
+        plain
+        and not _onednn.reasons(*mlp.fc1, dtype, mlp.act)
+        and not _onednn.reasons(*mlp.fc2, dtype, "none")
+    ):
+        both = _onednn.prepare_mlp(*mlp.fc1, *mlp.fc2, rows, dtype, mlp.act)
+        return both.hidden, both
+    fc1 = _linear(mlp.fc1, rows, dtype, mlp.act, mlp.packed, mlp.gate)
+    fc2 = _linear(mlp.fc2, rows, dtype)
+    return lambda x: [fc1(x)], lambda hidden: fc2(hidden[0])
 
 
 def _linear(

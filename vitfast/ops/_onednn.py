@@ -14,6 +14,7 @@ import functools
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -106,7 +107,12 @@ class Linear:
             return torch.ops.mkldnn._linear_pointwise.default(
                 x, self.pieces[0], self.bias, *_ATTRIBUTES[self.act]
             )
-        parts = x.split(self.step, -1)
+        return self.of_parts(x.split(self.step, -1))
+
+    def of_parts(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """As of the parts' concatenation, each of `step` columns."""
+        if len(parts) == 1:
+            return self(parts[0])
         y = torch.ops.mkldnn._linear_pointwise.default(
             parts[0], self.pieces[0], self.bias, *_ATTRIBUTES["none"]
         )
@@ -135,6 +141,45 @@ def prepare(
     return Linear(pieces, _step(weight[0].numel(), dtype), bias, act, weight.shape[0])
 
 
+@dataclass(frozen=True, slots=True)
+class Mlp:
+    """Two layers with a hidden tensor in pieces of columns, each of which is one sum's length."""
+
+    first: tuple[Linear, ...]
+    second: Linear
+
+    def hidden(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.first]
+
+    def __call__(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        """fc2 of the pieces, which may have been changed in between."""
+        return self.second.of_parts(hidden)
+
+
+def prepare_mlp(
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    rows: int,
+    dtype: torch.dtype,
+    act: str,
+) -> Mlp:
+    """Two layers as by `prepare`; their hidden tensor is never cut into pieces by copying."""
+    second = prepare(weight2, bias2, rows, dtype)
+    step = second.step
+    keep = rows < CACHE_ROWS or weight1.numel() <= CACHE_ELEMENTS
+    pieces = CACHE.get(weight1, dtype, step) if keep else _pack(weight1, dtype, step)
+    biases: Sequence[torch.Tensor | None] = [None] * len(pieces)
+    if bias1 is not None:
+        biases = bias1.to(dtype).split(step)
+    first = (
+        Linear((piece,), weight1[0].numel(), bias, act, step)
+        for piece, bias in zip(pieces, biases, strict=True)
+    )
+    return Mlp(tuple(first), second)
+
+
 def _step(k: int, dtype: torch.dtype) -> int:
     if dtype != torch.float32 or k <= EXACT_WIDTH:
         return k
@@ -142,12 +187,16 @@ def _step(k: int, dtype: torch.dtype) -> int:
     return -(-k // (16 * count)) * 16
 
 
-def _pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _pack(weight: torch.Tensor, dtype: torch.dtype, rows: int = 0) -> tuple[torch.Tensor, ...]:
+    """Pieces of so many rows, or of all rows and as many columns as are summed in one chain."""
     rounded = weight.detach().flatten(1).to(dtype)
+    pieces = rounded.split(rows) if rows else rounded.split(_step(rounded.shape[1], dtype), 1)
     return tuple(
-        torch.ops.mkldnn._reorder_linear_weight(piece.contiguous(), 1024)
-        for piece in rounded.split(_step(rounded.shape[1], dtype), 1)
+        torch.ops.mkldnn._reorder_linear_weight(piece.contiguous(), 1024) for piece in pieces
     )
+
+
+_Key = tuple[int, torch.dtype, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +214,19 @@ class WeightCache:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self.bytes = 0
-        self._entries: dict[tuple[int, torch.dtype], _Entry] = {}
+        self._entries: dict[_Key, _Entry] = {}
         self._lock = threading.RLock()  # a weakref's callback may run while it is held
 
-    def get(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """The packing of a weight for products of this dtype, new if need be."""
-        key = (id(weight), dtype)
+    def get(
+        self, weight: torch.Tensor, dtype: torch.dtype, rows: int = 0
+    ) -> tuple[torch.Tensor, ...]:
+        """The packing of a weight for products of this dtype, new if need be; see `_pack`."""
+        key = (id(weight), dtype, rows)
         found = state(weight)
         entry = self._entries.get(key)
         if entry is not None and entry.state == found and entry.weight() is weight:
             return entry.pieces
-        pieces = _pack(weight, dtype)
+        pieces = _pack(weight, dtype, rows)
         drop = partial(_drop, weakref.ref(self), key)
         nbytes = weight.numel() * dtype.itemsize
         with self._lock:
@@ -194,16 +245,14 @@ class WeightCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _remove(self, key: tuple[int, torch.dtype]) -> None:
+    def _remove(self, key: _Key) -> None:
         with self._lock:
             entry = self._entries.pop(key, None)
             if entry is not None:
                 self.bytes -= entry.nbytes
 
 
-def _drop(
-    cache: weakref.ref[WeightCache], key: tuple[int, torch.dtype], dead: weakref.ref[torch.Tensor]
-) -> None:
+def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Tensor]) -> None:
     alive = cache()
     # The id may belong to another weight by now: only the entry of the one that died goes.
     if alive is not None and (entry := alive._entries.get(key)) and entry.weight is dead:
