@@ -30,6 +30,12 @@ def _tile(row, column, inner, step):
     return row.to(tl.int64)[:, None] * inner + column.to(tl.int64)[None, :] * step
 
 
+@triton.jit
+def _over_rows(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Sums over a tile's rows in two steps: a long sum in order would lose accuracy."""
+    return tl.sum(tl.sum(tl.reshape(tile, [ROWS // 8, 8, BLOCK]), axis=0), axis=0)
+
+
 @triton.jit(do_not_specialize=COUNTS)
 def sums_kernel(
     grad_ptr, x_ptr, products_ptr, plain_ptr, n, c, per, grad_outer, grad_inner, grad_step,
@@ -56,9 +62,9 @@ def sums_kernel(
             products += g * x
             plain += g
     to = (b * parts + part) * c + column
-    tl.store(products_ptr + to, tl.sum(products, axis=0), mask=column < c)
+    tl.store(products_ptr + to, _over_rows(products, ROWS, BLOCK), mask=column < c)
     if grad_ptr is not None:
-        tl.store(plain_ptr + to, tl.sum(plain, axis=0), mask=column < c)
+        tl.store(plain_ptr + to, _over_rows(plain, ROWS, BLOCK), mask=column < c)
 
 
 @triton.jit
@@ -97,7 +103,7 @@ def factors_kernel(
     """In an image, the factors of the gradient and of x in dx, and what it adds to dweight, dbias.
 
     With P = sum of grad * x, m = mean of g + eps, dn = weight P: x's factor is
-    (dn - mean of (dn g) / m) / (m g), nothing where g is zero.
+    (dn - mean of (dn g) / m) / (m g).
     """
     b = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -112,9 +118,9 @@ def factors_kernel(
     tl.store(dweight_ptr + at, n * products, mask=inside)
     tl.store(scale_ptr + at, weight * n, mask=inside)
     dn = weight * products
-    along = (dn - tl.sum(dn * g) / c / m) / m
-    tl.store(along_ptr + at, tl.where(g == 0.0, 0.0, along / tl.where(g == 0.0, 1.0, g)),
-             mask=inside)  # fmt: skip
+    # A channel without energy has no direction to go along: its x is zero too.
+    along = (dn - tl.sum(dn * g) / c / m) / m / tl.where(g == 0.0, 1.0, g)
+    tl.store(along_ptr + at, along, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
