@@ -45,6 +45,10 @@ def good(op: str) -> dict[str, object]:
             "pos_embed": t(1, 6, 6), "prefix": t(1, 1, 6),
         },
         "patch_merge": lambda: {"x": t(2, 5, 6, 8), "weight": t(32), "bias": t(32)},
+        "dwconv_norm": lambda: {
+            "x": t(2, 5, 6, 8), "weight": t(8, 1, 3, 5), "bias": t(8), "norm_weight": t(8),
+            "norm_bias": t(8),
+        },
         "window_attention": lambda: {
             "qkv": t(2, 9, 6, 3, 2, 8), "table": t(49, 2), "pad": t(3, 2, 8), "logit_scale": t(2),
             "window": (4, 4), "shift": (2, 2),
@@ -205,6 +209,21 @@ PARTICULAR = [
     ("patch_merge", {"norm": "rms"}, ValueError, ["bias", "rms"]),
     ("patch_merge", {"norm": None}, ValueError, ["None", "weight", "bias"]),
     ("patch_merge", {"out_dtype": torch.int8}, TypeError, ["out_dtype", "int8"]),
+    ("dwconv_norm", {"x": Z(2, 30, 8)}, ValueError, ["x", "B, H, W, C", r"\(2, 30, 8\)"]),
+    ("dwconv_norm", {"weight": Z(8, 1, 4, 4)}, ValueError, ["weight", "odd", r"\(8, 1, 4, 4\)"]),
+    ("dwconv_norm", {"weight": Z(8, 1, 0, 3)}, ValueError, ["weight", "odd"]),
+    ("dwconv_norm", {"weight": Z(8, 8, 3, 3)}, ValueError, ["weight", r"\[8, 1, k, k'\]"]),
+    ("dwconv_norm", {"weight": Z(5, 1, 3, 3)}, ValueError, ["weight", r"\[8, 1, k, k'\]"]),
+    ("dwconv_norm", {"weight": None}, TypeError, ["weight", "NoneType"]),
+    ("dwconv_norm", {"weight": Z(8, 1, 3, 3).half()}, TypeError, ["weight", "float16", "float32"]),
+    ("dwconv_norm", {"bias": Z(8).bfloat16()}, TypeError, ["bias", "bfloat16", "float32"]),
+    ("dwconv_norm", {"bias": Z(5)}, ValueError, ["bias", r"\(5,\)", r"\(8,\)"]),
+    ("dwconv_norm", {"norm_weight": Z(2, 8)}, ValueError, ["norm_weight", r"\(2, 8\)"]),
+    ("dwconv_norm", {"eps": 0.0}, ValueError, ["eps"]),
+    ("dwconv_norm", {"norm": "batch"}, ValueError, ["norm", "batch", "rms", "None"]),
+    ("dwconv_norm", {"norm": "rms"}, ValueError, ["norm_bias", "rms"]),
+    ("dwconv_norm", {"norm": None}, ValueError, ["None", "norm_weight", "norm_bias"]),
+    ("dwconv_norm", {"out_dtype": torch.int8}, TypeError, ["out_dtype", "int8"]),
     ("residual_add", {"gamma": Z(1)}, ValueError, ["gamma", r"\(1,\)", r"\(8,\)"]),
     ("residual_add", {"drop_scale": Z(2, 1, 1)}, ValueError, ["drop_scale", r"\(2,\)"]),
     ("mlp", {"act": "gelo"}, ValueError, ["act", "gelo", "gelu"]),
@@ -414,6 +433,19 @@ def test_maps_without_pixels(shape):
     assert y.shape == (shape[0], (shape[1] + 1) // 2, (shape[2] + 1) // 2, 32)
     assert arguments["x"].grad.shape == shape
     assert torch.equal(arguments["weight"].grad, torch.zeros(32))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("shape", [(0, 5, 6, 8), (2, 0, 6, 8), (2, 5, 0, 8), (2, 5, 6, 0)])
+def test_convolutions_without_pixels(shape, backend):
+    arguments = {
+        k: v[: shape[3]].requires_grad_() for k, v in good("dwconv_norm").items() if k != "x"
+    }
+    x = torch.randn(shape).requires_grad_()
+    y = ops.dwconv_norm(x, **arguments, backend=backend)
+    y.sum().backward()
+    assert y.shape == x.grad.shape == shape
+    assert all(t.grad.shape == t.shape and not t.grad.any() for t in arguments.values())
 
 
 def test_images_without_batch_entries():

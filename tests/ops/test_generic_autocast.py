@@ -36,6 +36,11 @@ def _merge(x):
     return x.unfold(1, 2, 2).unfold(2, 2, 2).permute(0, 1, 2, 5, 4, 3).flatten(3)
 
 
+def _dwconv(x, weight, bias):
+    x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, padding=1, groups=x.shape[3])
+    return x.permute(0, 2, 3, 1)
+
+
 # name -> (arguments, the op on them, torch's own composition on them)
 COMPOSITIONS = {
     "layer_norm": (
@@ -112,6 +117,16 @@ COMPOSITIONS = {
         lambda d: (_t(2, 5, 6, 8, dtype=d), _t(8, dtype=d), _t(8, dtype=d)),
         ops.grn,
         _grn,
+    ),
+    "dwconv_norm": (
+        lambda d: (_t(2, 5, 6, 8, dtype=d), _t(8, 1, 3, 3), _t(8), _t(8), _t(8)),
+        ops.dwconv_norm,
+        lambda x, w, b, *affine: F.layer_norm(_dwconv(x, w, b), (8,), *affine, 1e-6),
+    ),
+    "dwconv_norm_without_a_norm": (
+        lambda d: (_t(2, 5, 6, 8, dtype=d), _t(8, 1, 3, 3), _t(8)),
+        lambda x, w, b: ops.dwconv_norm(x, w, b, norm=None),
+        _dwconv,
     ),
     "patch_embed": (
         lambda d: (_t(2, 3, 8, 8, dtype=d), _t(6, 3, 4, 4), _t(6), None, None),

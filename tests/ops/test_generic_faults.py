@@ -453,7 +453,32 @@ GRN = {
     "grn backward weight_and_bias_swapped": swapped(1, 2),
     "grn backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
 }
-FAULTS = NORMS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | GRN
+DWCONV = {
+    "dwconv_norm forward kernel_upside_down": on_argument(1, lambda w: w.flip(2)),
+    "dwconv_norm forward kernel_mirrored": on_argument(1, lambda w: w.flip(3)),
+    "dwconv_norm forward channels_off_by_one": on_argument(1, lambda w: w.roll(1, 0)),
+    "dwconv_norm forward bias_dropped": on_argument(2, none),
+    "dwconv_norm forward norm_weight_in_bfloat16": on_argument(3, in_bfloat16),
+    "dwconv_norm forward norm_bias_dropped": on_argument(4, none),
+    "dwconv_norm forward eps_dropped": on_argument(5, lambda eps: 1e-12),
+    "dwconv_norm forward other_norm": on_argument(6, lambda n: "layer" if n == "rms" else n),
+    "dwconv_norm forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
+    "dwconv_norm forward operand_in_bfloat16": on_argument(0, in_bfloat16),
+    "dwconv_norm forward last_row_unwritten": on_output(unwritten_last_row),
+    "dwconv_norm forward tail_unwritten": on_output(unwritten_tail_of_channels),
+    "dwconv_norm forward truncated": on_output(truncated),
+    "dwconv_norm backward kernel_not_flipped": on_argument(2, lambda w: w.flip(2, 3)),
+    "dwconv_norm backward bias_left_out_again": on_argument(3, torch.zeros_like),
+    "dwconv_norm backward pixels_off_by_one": on_argument(0, lambda g: g.roll(1, 2)),
+    "dwconv_norm backward statistics_in_bfloat16": on_argument(9, in_bfloat16),
+    "dwconv_norm backward x_in_bfloat16": on_argument(1, in_bfloat16),
+    "dwconv_norm backward last_row_unwritten": on_output(unwritten_last_row),
+    "dwconv_norm backward taps_off_by_one": on_output(lambda t: t.roll(1, 3), 1),
+    "dwconv_norm backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
+    "dwconv_norm backward bias_and_norm_bias_swapped": swapped(2, 4),
+    "dwconv_norm backward weight_truncated": on_output(truncated, 1),
+}
+FAULTS = NORMS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | GRN | DWCONV
 
 
 def judge(case, which, backend):

@@ -222,6 +222,17 @@ def _grn(pick, size, tensor):
     return (x, tensor(c), tensor(c)), {}
 
 
+def _dwconv_norm(pick, size, tensor):
+    c, k, q = pick(size(3, 80), 96, 192, size(81, 400)), pick(3, 5, 7, 7, 9), pick(3, 7, 7, 11)
+    x = tensor(size(1, 3), size(1, 14), size(1, 14), c)
+    norm = pick("layer", "layer", "rms", None)
+    bias = pick(None, tensor(c, scale=0.1))
+    norm_weight = None if norm is None else 1 + tensor(c, scale=0.1)
+    norm_bias = tensor(c, scale=0.1) if norm == "layer" else None
+    weight = tensor(c, 1, k, q, scale=(k * q) ** -0.5)
+    return (x, weight, bias, norm_weight, norm_bias), {"norm": norm}
+
+
 _RANDOM: dict[str, Callable[..., Any]] = {
     "layer_norm": _norm,
     "rms_norm": _rms_norm,
@@ -235,6 +246,7 @@ _RANDOM: dict[str, Callable[..., Any]] = {
     "patch_merge": _patch_merge,
     "window_attention": _window_attention,
     "grn": _grn,
+    "dwconv_norm": _dwconv_norm,
 }
 
 
@@ -332,6 +344,11 @@ def _beyond_merge(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.patch_merge(x.view(-1, 2, 4, 1024), backend=backend).view(-1, 1024)
 
 
+def _beyond_maps(x: torch.Tensor, backend: str) -> torch.Tensor:
+    weight = randn(torch.Generator().manual_seed(0), 1024, 1, 3, 3, dtype=torch.float16).cuda()
+    return ops.dwconv_norm(x.view(-1, 4, 4, 1024), weight, backend=backend).view(-1, 1024)
+
+
 def _beyond_windows(x: torch.Tensor, backend: str) -> torch.Tensor:
     qkv = x.view(-1, 8, 8, 1024)[..., :960].unflatten(-1, (3, 10, 32))
     return ops.window_attention(qkv, (8, 8), backend=backend).flatten(0, 2).flatten(1)
@@ -353,6 +370,7 @@ _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "patch_embed": (2**21 + 128, _beyond_patches),
     "grn": (2**21 + 128, _beyond_grn),
     "window_attention": (2**21 + 128, _beyond_windows),
+    "dwconv_norm": (2**21 + 128, _beyond_maps),
     "attention": (
         2**21 + 128,
         lambda x, b: ops.attention(*(x.view(-1, 64, 16, 64),) * 3, backend=b).flatten(0, 1),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vitfast.ops.add_norm.api import add_norm
 from vitfast.ops.attention.api import attention
+from vitfast.ops.dwconv_norm.api import dwconv_norm
 from vitfast.ops.grn.api import grn
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.ops.linear_act.api import linear_act
@@ -38,12 +39,14 @@ NAMES = (
     "patch_merge",
     "window_attention",
     "grn",
+    "dwconv_norm",
 )
 
 __all__ = [
     "add_norm",
     "attention",
     "grn",
+    "dwconv_norm",
     "layer_norm",
     "linear_act",
     "mlp",
