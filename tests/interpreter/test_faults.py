@@ -19,7 +19,7 @@ PACKAGE = Path(vitfast.__file__).parent
 ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/_norm_triton.py"
 WINDOW = "ops/window_attention/triton_kernels.py"
 LARGE = "ops/window_attention/triton_large.py"
-GRN = "ops/grn/triton.py"
+GRN, DWCONV = "ops/grn/triton.py", "ops/dwconv_norm/triton.py"
 LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
 import sys, torch
@@ -145,9 +145,9 @@ FAULTS = {
     "a block of positions forgotten": (GRN, "products += x * x", "products = x * x", "grn",
                                        "many_positions"),
     "root left out": (GRN, "g = tl.sqrt(_total(", "g = (_total(", "grn", "tokens"),
-    "mean over the tile": (GRN, "tl.sum(g) / c + eps))", "tl.sum(g) / BLOCK + eps))", "grn",
+    "mean over the tile": (GRN, "tl.sum(norms) / c + eps", "tl.sum(norms) / BLOCK + eps", "grn",
                            "tokens"),
-    "eps left out of the mean": (GRN, "g / (tl.sum(g) / c + eps)", "g / (tl.sum(g) / c + 0.0)",
+    "eps left out of the mean": (GRN, "tl.sum(norms) / c + eps", "tl.sum(norms) / c + 0.0",
                                  "grn", "faint"),
     "norms of another image": (GRN, "scale_ptr + b * c + column, mask=inside, other=0.0)\n    bias",
                                "scale_ptr + column, mask=inside, other=0.0)\n    bias", "grn",
@@ -155,11 +155,42 @@ FAULTS = {
     "x itself left out": (GRN, "y = x + (x *", "y = (x *", "grn", "map"),
     "planar read as rows": ("ops/grn/layout.py", "return n * c, 1, n", "return n * c, c, 1", "grn",
                             "planar"),
-    "mean of the norms held constant": (GRN, "(dn - tl.sum(dn * g) / c / m) / m", "dn / m", "grn",
-                                        "map"),
+    "mean of the norms held constant": (GRN, "(weight * products - shared) / m",
+                                        "weight * products / m", "grn", "map"),
     "dead channels divided by zero": (GRN, "tl.where(g == 0.0, 1.0, g)", "g", "grn",
                                       "dead_channels"),
     "gradient left out of dx": (GRN, "dx = g + (g *", "dx = (g *", "grn", "map"),
+    "line past the map": (DWCONV, "(y >= 0) & (y < map_height)",
+                          "(y >= 0) & (y <= map_height)", "dwconv_norm", "odd_sizes"),
+    "pixel before the line": (DWCONV, "(x >= 0) & (x < map_width)", "(x >= -1) & (x < map_width)",
+                              "dwconv_norm", "odd_sizes"),
+    "a tap twice": (DWCONV, "tap_ptr += c", "tap_ptr += c - c", "dwconv_norm", "odd_sizes"),
+    "taps of dx not flipped": (DWCONV, "FLIPPED=flipped", "FLIPPED=False", "dwconv_norm",
+                               "odd_sizes"),
+    "bias of the convolution after its norm": (
+        DWCONV, "    if bias_ptr is not None:\n        total +=",
+        "    if KIND == 2:\n        total +=", "dwconv_norm", "odd_sizes",
+    ),
+    "padding of channels in the variance": (
+        DWCONV, "total = tl.where(mask, total - mean[:, None], 0.0)",
+        "total = total - mean[:, None]", "dwconv_norm", "odd_sizes",
+    ),
+    "layer norm for rms": (DWCONV, "if KIND == 0:", "if KIND != 2:", "dwconv_norm", "tall_kernel"),
+    "rows of a tile transposed": (DWCONV, "h = tile // across % down * DOWN + pixel // ACROSS",
+                                  "h = tile // across % down * DOWN + pixel % DOWN", "dwconv_norm",
+                                  "kernel_7_over_odd_channels"),
+    "mean of the next row": (DWCONV, "stats_ptr + row * 2, mean", "stats_ptr + row * 2, mean * 2",
+                             "dwconv_norm", "odd_sizes"),
+    "bias of wide rows": (DWCONV, "x, taps, kernel, rows, bias=bias",
+                          "x, taps, kernel, rows, bias=None", "dwconv_norm", "wide_rows"),
+    "a stretch forgotten": (DWCONV, "dweight += weights", "dweight = weights", "dwconv_norm",
+                            "kernel_7_over_odd_channels"),
+    "taps' padding wraps": (DWCONV, "(w + j >= 0) & (w + j < map_width)", "(w + j < map_width)",
+                            "dwconv_norm", "odd_sizes"),
+    "second group of taps": (DWCONV, "tap = group * TAPS + tl", "tap = (group // 2) * TAPS + tl",
+                             "dwconv_norm", "kernel_9"),
+    "gradient of the bias from every part": (DWCONV, "biases += g", "biases = g", "dwconv_norm",
+                                             "odd_sizes"),
     "columns for rows of a patch": (PATCH, "((k // Q) % P)", "((k // P) % P)", "patch_embed",
                                     "rectangular"),
 }  # fmt: skip
@@ -213,6 +244,7 @@ def retest(package: Path, which: str) -> subprocess.CompletedProcess:
         (NORM, "row = row.to(tl.int64)", "layer_norm"),
         (NORM, "row = row.to(tl.int64)", "patch_merge"),
         (GRN, "row.to(tl.int64)[:, None] * inner", "grn"),
+        (DWCONV, "y.to(tl.int64) * x_line", "dwconv_norm"),
         (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "[attention]"),
         (WINDOW, "b.to(tl.int64), y.to(tl.int64), x.to(tl.int64)", "window_attention"),
     ],
