@@ -131,9 +131,7 @@ void backward(const GrnBackward& a) {
   float* const shared = scratch.as<float>();
   float* const of_images = shared + vector;  // [B, 2, vector]: each one's dweight and dbias
   const float* weight = floats(a.weight, shared, C, 1.f);
-  const auto of_slot = [&](int slot) {
-    return shared + (1 + 2 * a.B) * vector + slot * slot_size;
-  };
+  const auto of_slot = [&](int slot) { return shared + (1 + 2 * a.B) * vector + slot * slot_size; };
 
   each_image(
       a.B, cut.units, elements * read, threads, past,
@@ -163,8 +161,7 @@ void backward(const GrnBackward& a) {
           return write_planar_row<TG, TX>(at(a.grad, b, unit), at(a.x, b, unit), scale[unit],
                                           along[unit], at(a.dx, b, unit), past, a.N);
         for (int64_t n = cut.begin(unit); n < cut.end(unit); ++n)
-          write_row<TG, TX>(at(a.grad, b, n), at(a.x, b, n), scale, along, at(a.dx, b, n), past,
-                            C);
+          write_row<TG, TX>(at(a.grad, b, n), at(a.x, b, n), scale, along, at(a.dx, b, n), past, C);
       });
   double* const sums = reinterpret_cast<double*>(of_slot(0));
   over_images(of_images, a.B, 2 * vector, sums, a.dweight, C);

@@ -36,12 +36,14 @@ SAMPLES = [
 ]
 
 
+_K = torch.randn(16, 1, 3, 3, generator=torch.Generator().manual_seed(2)).half() / 3
 _W = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).half()
 WIDE = [
     ("layer_norm", ((1, 3, 16), lambda x, b: vitfast.ops.layer_norm(x, backend=b))),
     ("add_norm", ((1, 3, 16), lambda x, b: vitfast.ops.add_norm(x, x, backend=b)[1])),
     ("norm_add", ((1, 3, 16), lambda x, b: vitfast.ops.norm_add(x, x, backend=b))),
     ("patch_merge", ((1, 3, 2, 4), lambda x, b: vitfast.ops.patch_merge(x, backend=b))),
+    ("dwconv_norm", ((1, 3, 2, 16), lambda x, b: vitfast.ops.dwconv_norm(x, _K, backend=b))),
     ("grn", ((1, 3, 16), lambda x, b: vitfast.ops.grn(x, _W[0], _W[1], backend=b))),
     ("attention", ((1, 3, 2, 16), lambda x, b: vitfast.ops.attention(x, x, x, backend=b))),
     (

@@ -11,6 +11,7 @@ from vitfast.ops.dwconv_norm import native, reference
 from vitfast.ops.layer_norm.api import autocast_out_dtype
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
+from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
 
 
@@ -129,10 +130,19 @@ def _reference_backward(
     return tuple(g if w else grad.new_empty(0) for g, w in zip(found, wanted, strict=True))
 
 
+def _triton_reasons(
+    x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats
+):
+    tensors = (x, weight, bias, norm_weight, norm_bias)
+    low = torch.bfloat16 in (dtype, out_dtype)
+    return _norm.triton_reasons(*tensors, out_dtype=torch.bfloat16 if low else out_dtype)
+
+
 DISPATCHER = Dispatcher(
     "dwconv_norm",
     [
         native.BACKEND,
+        lazy("vitfast.ops.dwconv_norm.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

@@ -80,7 +80,7 @@ def _reference_backward(grad, x, weight, bias, eps, norms):
 
 def _triton_reasons(x, weight, bias, eps, out_dtype):
     out_dtype = out_dtype or reference.promoted(x, weight, bias)
-    return _norm.triton_reasons(x, weight, bias, out_dtype=out_dtype)
+    return _norm.triton_reasons(x, weight, bias, out_dtype=out_dtype, channels=1)
 
 
 DISPATCHER = Dispatcher(

@@ -1,0 +1,330 @@
+"""Triton kernels of dwconv_norm: a convolution that normalises its rows where it holds them whole.
+
+A program convolves a tile of pixels by `BLOCK` channels. Rows of up to 512 channels are one block,
+and are normalised in registers: x is read and the result written once. Wider ones go through memory
+in float32, as the backward does: the convolution again, the gradient through the norm (the kernels
+of the norms), that of x (the convolution with its taps flipped), and that of the taps, of which
+each program has sums of its own, added up afterwards in a fixed order.
+
+Floors: 2 k k' flops an element, and as many reads from the first-level cache as taps, since Triton
+does not share a pixel between taps in registers: about twice the time of the multiplications.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vitfast.ops import _norm, _norm_triton
+from vitfast.runtime.gpu import COUNTS, NAMES, guard
+from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+
+_WIDEST = 512
+"""Most channels of a row that a program normalises in registers."""
+_PROGRAMS = 2048
+"""About how many programs share the gradient of the taps."""
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def forward_kernel(
+    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, stats_ptr,
+    map_height, map_width, c, x_outer, x_line, x_side, eps,
+    KIND: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FLIPPED: tl.constexpr,
+    OPERAND: tl.constexpr, ACC: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
+    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """A tile of DOWN x ACROSS pixels; weight is [HEIGHT * WIDTH, C]. KIND 0, 1, 2: layer, rms,
+    none. x is rounded to OPERAND first."""
+    blocks = tl.cdiv(c, BLOCK)
+    across, down = tl.cdiv(map_width, ACROSS), tl.cdiv(map_height, DOWN)
+    tile = tl.program_id(0) // blocks
+    b = (tile // across // down).to(tl.int64)
+    pixel = tl.arange(0, DOWN * ACROSS)
+    h = tile // across % down * DOWN + pixel // ACROSS
+    w = tile % across * ACROSS + pixel % ACROSS
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    inside = column < c
+    x_ptr += b * x_outer
+    tap_ptr = weight_ptr + column
+    if FLIPPED:
+        tap_ptr += (HEIGHT * WIDTH - 1) * c
+    total = tl.zeros([DOWN * ACROSS, BLOCK], ACC)
+    for i in range(HEIGHT):
+        y = h + (i - HEIGHT // 2)
+        line = y.to(tl.int64) * x_line
+        for j in tl.range(0, WIDTH, loop_unroll_factor=UNROLL):
+            x = w + (j - WIDTH // 2)
+            exists = (y >= 0) & (y < map_height) & (x >= 0) & (x < map_width)
+            at = line + x.to(tl.int64) * x_side
+            value = tl.load(
+                x_ptr + (at[:, None] + column[None, :]), mask=exists[:, None] & inside[None, :],
+                other=0.0,
+            )  # fmt: skip
+            weight = tl.load(tap_ptr, mask=inside, other=0.0).to(ACC)
+            total += value.to(OPERAND).to(ACC) * weight[None, :]
+            if FLIPPED:
+                tap_ptr -= c
+            else:
+                tap_ptr += c
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
+    live = (h < map_height) & (w < map_width)
+    mask = live[:, None] & inside[None, :]
+    row = (b * map_height + h) * map_width + w
+    if KIND != 2:
+        if KIND == 0:
+            mean = tl.sum(total, axis=1) / c
+            # What the mean's rounding left: the rows' sums then are as good as their elements.
+            mean += tl.sum(tl.where(mask, total - mean[:, None], 0.0), axis=1) / c
+            total = tl.where(mask, total - mean[:, None], 0.0)
+        else:
+            mean = tl.zeros([DOWN * ACROSS], ACC)
+        rstd = 1.0 / tl.sqrt(tl.sum(total * total, axis=1) / c + eps)
+        total *= rstd[:, None]
+        if norm_weight_ptr is not None:
+            total *= tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
+        if norm_bias_ptr is not None:
+            total += tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
+        if stats_ptr is not None:
+            tl.store(stats_ptr + row * 2, mean, mask=live)
+            tl.store(stats_ptr + row * 2 + 1, rstd, mask=live)
+    to = row[:, None] * c + column[None, :]
+    tl.store(y_ptr + to, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=COUNTS)
+def taps_kernel(
+    grad_ptr, x_ptr, dweight_ptr, dbias_ptr, rows, map_height, map_width, c, per,
+    grad_outer, grad_line, grad_side, x_outer, x_line, x_side,
+    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK: tl.constexpr, STRETCH: tl.constexpr, UNROLL: tl.constexpr,
+):  # fmt: skip
+    """Sums over pixels of grad * x, a row a tap, and of grad. A stretch of pixels is added up by
+    itself, so that long sums keep their accuracy."""
+    blocks, groups = tl.cdiv(c, BLOCK), tl.cdiv(HEIGHT * WIDTH, TAPS)
+    block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
+    part = tl.program_id(0) // blocks // groups
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside = column < c
+    tap = group * TAPS + tl.arange(0, TAPS)
+    i, j = tap // WIDTH - HEIGHT // 2, tap % WIDTH - WIDTH // 2
+    at = i.to(tl.int64)[:, None] * x_line + j.to(tl.int64)[:, None] * x_side + column[None, :]
+    wanted = (tap < HEIGHT * WIDTH)[:, None] & inside[None, :]
+    dweight = tl.zeros([TAPS, BLOCK], ACC)
+    dbias = tl.zeros([BLOCK], ACC)
+    end = tl.minimum((part + 1) * per, rows)
+    for first in range(part * per, end, STRETCH):
+        weights = tl.zeros([TAPS, BLOCK], ACC)
+        biases = tl.zeros([BLOCK], ACC)
+        for row in tl.range(first, tl.minimum(first + STRETCH, end), loop_unroll_factor=UNROLL):
+            w, h = row % map_width, row // map_width % map_height
+            b = (row // map_width // map_height).to(tl.int64)
+            to = b * grad_outer + h.to(tl.int64) * grad_line + w.to(tl.int64) * grad_side
+            g = tl.load(grad_ptr + to + column, mask=inside, other=0.0).to(ACC)
+            exists = (h + i >= 0) & (h + i < map_height) & (w + j >= 0) & (w + j < map_width)
+            to = b * x_outer + h.to(tl.int64) * x_line + w.to(tl.int64) * x_side
+            x = tl.load(x_ptr + to + at, mask=exists[:, None] & wanted, other=0.0)
+            weights += x.to(OPERAND).to(ACC) * g[None, :]
+            biases += g
+        dweight += weights
+        dbias += biases
+    to = part.to(tl.int64) * (HEIGHT * WIDTH) + tap
+    tl.store(dweight_ptr + to[:, None] * c + column[None, :], dweight, mask=wanted)
+    if group == 0:
+        tl.store(dbias_ptr + part.to(tl.int64) * c + column, dbias, mask=inside)
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def forward_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """Whole rows where they are normalised, else 64 channels; 4K elements a program."""
+    block = triton.next_power_of_2(key["c"])
+    block = max(block, 16) if key["whole"] else min(block, 64)
+    pixels = max(1, min(64, 4096 // block))
+    down = {1: 1, 2: 1, 4: 2, 8: 2, 16: 4, 32: 4, 64: 8}[pixels]
+    warps = max(1, min(8, pixels * block // 512))
+    if arch.warp_size == 64:
+        warps = max(1, warps // 2)
+    # Unrolled lines of taps load early, and hold registers for it.
+    blocks = {"DOWN": down, "ACROSS": pixels // down, "BLOCK": block, "UNROLL": 4}
+    return Launch(blocks, warps, 1)
+
+
+def taps_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """All taps of a 7 x 7 kernel by 32 channels."""
+    taps = min(64, triton.next_power_of_2(key["taps"]))
+    block = min(triton.next_power_of_2(key["c"]), 32)
+    warps = max(1, min(4, taps * block // 512))
+    if arch.warp_size == 64:
+        warps = max(1, warps // 2)
+    return Launch({"TAPS": taps, "BLOCK": block, "STRETCH": 64, "UNROLL": 2}, warps, 1)
+
+
+_HEURISTICS = {"forward": forward_heuristic, "taps": taps_heuristic}
+
+
+def _launch(which: str, device: torch.device, **key: Any) -> Launch:
+    return launch_of(f"dwconv_norm.{which}", arch_of(device), key, _HEURISTICS[which])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+_TYPES = {
+    torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}  # fmt: skip
+
+
+def _convolve(
+    x: torch.Tensor, taps: torch.Tensor, kernel: tuple[int, int], out: torch.Tensor, *,
+    bias: torch.Tensor | None = None, affine: tuple[torch.Tensor | None, ...] = (None, None),
+    eps: float = 1.0, kind: int = _norm.NONE, stats: torch.Tensor | None = None,
+    flipped: bool = False, operand: torch.dtype,
+) -> torch.Tensor:  # fmt: skip
+    """out = norm(convolution of x [B, H, W, C] with taps [k k', C])."""
+    x = _norm.dense_map(x)
+    b, h, w, c = x.shape
+    launch = _launch("forward", x.device, c=c, whole=int(kind != _norm.NONE))
+    tiles = triton.cdiv(h, launch.blocks["DOWN"]) * triton.cdiv(w, launch.blocks["ACROSS"])
+    forward_kernel[(b * tiles * triton.cdiv(c, launch.blocks["BLOCK"]),)](
+        x, taps, bias, *affine, out, stats, h, w, c, *x.stride()[:3], eps,
+        KIND=kind, HEIGHT=kernel[0], WIDTH=kernel[1], FLIPPED=flipped, OPERAND=_TYPES[operand],
+        ACC=_TYPES[_wide(x.dtype)], **launch.blocks, **launch.options(),
+    )  # fmt: skip
+    return out
+
+
+def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[C, 1, k, k'] to [k k', C], rounded to the operands' dtype."""
+    return weight.to(dtype).flatten(1).t().contiguous()
+
+
+def forward(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats):
+    y = x.new_empty(x.shape, dtype=out_dtype)
+    stats = _norm.fake_stats(x, save_stats)
+    if x.numel() == 0:
+        return y, stats
+    kind = _norm.NONE if norm is None else _norm.KINDS[norm]
+    kernel, c = weight.shape[2:], x.shape[3]
+    taps, bias = _taps(weight, dtype), None if bias is None else _norm.vector(bias.to(dtype))
+    affine = (_norm.vector(norm_weight), _norm.vector(norm_bias))
+    with guard(x):
+        if kind == _norm.NONE or c <= _WIDEST:
+            _convolve(
+                x, taps, kernel, y, bias=bias, affine=affine, eps=eps, kind=kind,
+                stats=stats if save_stats else None, operand=dtype,
+            )  # fmt: skip
+            return y, stats
+        rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
+        _convolve(x, taps, kernel, rows, bias=bias, operand=dtype)
+    _, y, found = _norm_triton.forward(
+        kind, rows, weight=norm_weight, bias=norm_bias, eps=eps, out_dtype=out_dtype,
+        save_stats=save_stats,
+    )  # fmt: skip
+    return y, stats if found is None else found
+
+
+def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, stats, wanted):
+    inputs = (x, weight, bias, norm_weight, norm_bias)
+    if x.numel() == 0:
+        found = [None if t is None else t.new_zeros(t.shape) for t in inputs]
+        return _of_wanted(found, wanted, grad)
+    kernel, taps = weight.shape[2:], _taps(weight, dtype)
+    dx = dweight = dbias = dnorm_weight = dnorm_bias = None
+    with guard(x):
+        if norm is not None:
+            rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
+            rounded = None if bias is None else _norm.vector(bias.to(dtype))
+            _convolve(x, taps, kernel, rows, bias=rounded, operand=dtype)
+            grad, _, _, dnorm_weight, dnorm_bias = _norm_triton.backward(
+                _norm.KINDS[norm], grad, rows, stats, weight=norm_weight, bias=norm_bias, eps=eps
+            )
+        if wanted[0]:
+            dx = x.new_empty(x.shape)
+            _convolve(grad, taps, kernel, dx, flipped=True, operand=grad.dtype)
+        if wanted[1] or wanted[2]:
+            dweight, dbias = _gradients_of_taps(grad, x, kernel, dtype)
+            dweight = dweight.t().reshape(weight.shape).to(weight.dtype)
+            dbias = None if bias is None else dbias.to(bias.dtype)
+    return _of_wanted((dx, dweight, dbias, dnorm_weight, dnorm_bias), wanted, grad)
+
+
+def _of_wanted(found, wanted, grad):
+    return tuple(t if w else grad.new_empty(0) for t, w in zip(found, wanted, strict=True))
+
+
+def _gradients_of_taps(
+    grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, int], operand: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[k k', C] and [C], in float64."""
+    grad, x = _norm.dense_map(grad), _norm.dense_map(x)
+    b, h, w, c = x.shape
+    taps, rows = kernel[0] * kernel[1], b * h * w
+    launch = _launch("taps", x.device, c=c, taps=taps)
+    groups = triton.cdiv(taps, launch.blocks["TAPS"]) * triton.cdiv(c, launch.blocks["BLOCK"])
+    parts = max(1, min(_PROGRAMS // groups, triton.cdiv(rows, 4 * launch.blocks["STRETCH"])))
+    per = triton.cdiv(rows, parts)
+    parts = triton.cdiv(rows, per)
+    wide = _wide(x.dtype)
+    dweight = x.new_empty((parts, taps, c), dtype=wide)
+    dbias = x.new_empty((parts, c), dtype=wide)
+    taps_kernel[(parts * groups,)](
+        grad, x, dweight, dbias, rows, h, w, c, per, *grad.stride()[:3], *x.stride()[:3],
+        HEIGHT=kernel[0], WIDTH=kernel[1], OPERAND=_TYPES[operand], ACC=_TYPES[wide],
+        **launch.blocks, **launch.options(),
+    )  # fmt: skip
+    return dweight.sum(0, dtype=torch.float64), dbias.sum(0, dtype=torch.float64)
+
+
+# ---- ahead of time -------------------------------------------------------------------------------
+
+
+def variants(arch: Arch) -> list[Variant]:
+    """The 7 x 7 kernel: whole rows of ConvNeXt's widths, blocks of wider ones, both gradients."""
+    found = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for c in (40, 96, 192, 384):
+            found.append(_conv_variant(arch, f"forward-c{c}", c, _norm.LAYER, dtype, dtype, dtype))
+        wide = torch.float32
+        found.append(_conv_variant(arch, "rows", 768, _norm.NONE, dtype, dtype, wide))
+        found.append(_conv_variant(arch, "dx", 768, _norm.NONE, wide, dtype, dtype))
+        launch = launch_of("dwconv_norm.taps", arch, {"c": 96, "taps": 49}, taps_heuristic)
+        constants = {
+            "HEIGHT": 7, "WIDTH": 7, "OPERAND": _TYPES[dtype], "ACC": tl.float32,
+            **launch.blocks,
+        }  # fmt: skip
+        signature = _signature(taps_kernel, constants, {"x": dtype})
+        found.append(Variant(f"dweight-{NAMES[dtype]}", taps_kernel, signature, constants, launch))
+    return found
+
+
+def _conv_variant(arch, name, c, kind, x, weight, y) -> Variant:
+    whole = int(kind != _norm.NONE)
+    launch = launch_of("dwconv_norm.forward", arch, {"c": c, "whole": whole}, forward_heuristic)
+    constants: dict[str, Any] = {
+        "KIND": kind, "HEIGHT": 7, "WIDTH": 7, "FLIPPED": name == "dx", "ACC": tl.float32,
+        "OPERAND": _TYPES[x], **launch.blocks,
+    }  # fmt: skip
+    if not whole:
+        constants |= dict.fromkeys(("norm_weight_ptr", "norm_bias_ptr", "stats_ptr"))
+    if name == "dx":
+        constants["bias_ptr"] = None
+    vectors = dict.fromkeys(("weight", "bias", "norm_weight", "norm_bias"), weight)
+    signature = _signature(forward_kernel, constants, {"x": x, "y": y, **vectors})
+    return Variant(f"{name}-{NAMES[weight]}", forward_kernel, signature, constants, launch)
+
+
+def _signature(kernel, constants, dtypes) -> dict[str, str]:
+    """Pointers are of float32 where `dtypes` names no other."""
+    return {
+        name: f"*{NAMES[dtypes.get(name.removesuffix('_ptr'), torch.float32)]}"
+        if name.endswith("_ptr") else "fp32" if name == "eps" else "i32"
+        for name in kernel.arg_names
+        if name not in constants or name.endswith("_ptr")
+    }  # fmt: skip
