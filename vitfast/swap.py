@@ -199,7 +199,7 @@ def _decide(path: str, module: nn.Module, chosen: _Selection) -> Swapped | Skipp
     if kind in _layers():
         return _swapped(path, kind, _unfit(kind, module))
     known = layer_table().get(kind) or gap_table().get(kind)
-    if known is None:
+    if known is None or (known in _by_shape() and isinstance(_unfit(known, module), Unsupported)):
         return _unknown(path, kind)
     refusal = chosen.refusal(path)
     if refusal:
@@ -232,7 +232,7 @@ def _unknown(path: str, kind: type[Any]) -> Skipped | None:
     base: Any
     for base in kind.__mro__[1:]:
         known = base if base in _layers() else layer_table().get(base) or gap_table().get(base)
-        if known is not None:
+        if known is not None and known not in _by_shape():
             what = "overrides forward" if kind.forward is not base.forward else "is not timm's own"
             return Skipped(path, kind.__name__, known.role, f"subclass of {base.__name__} {what}")
     return None
@@ -243,6 +243,11 @@ def _layers() -> dict[type[Layer], str]:
     """Drop-in class -> the name under which users import it."""
     public = {getattr(layers, name): f"vitfast.layers.{name}" for name in layers.__all__}
     return {layer: public[layer] for layer in layer_table().values()}
+
+
+@functools.cache
+def _by_shape() -> set[object]:
+    return {layer for layer in _layers() if layer.by_shape}
 
 
 def _unwrapped(model: Any) -> nn.Module:

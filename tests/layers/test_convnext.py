@@ -99,6 +99,51 @@ def test_norms_over_channels(parity, lively, norm, layout):
     assert found(x).stride() == module(x).stride()
 
 
+PATCHES = {
+    "stem": lambda: [torch.nn.Conv2d(3, C, 4, 4), tl.LayerNorm2d(C)],
+    "stem_without_bias": lambda: [torch.nn.Conv2d(3, C, 4, 4, bias=False), tl.RmsNorm2d(C)],
+    "downsample": lambda: [tl.LayerNorm2d(3), torch.nn.Conv2d(3, C, 2, 2)],
+    "downsample_rms": lambda: [tl.RmsNorm2d(3), torch.nn.Conv2d(3, C, (3, 2), (3, 2))],
+}
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 13, 18), (3, 3, 40, 56)], ids=str)
+@pytest.mark.parametrize("name", PATCHES)
+def test_patches(parity, lively, monkeypatch, name, shape, layout, autocast):
+    monkeypatch.setattr(_inference, "CHUNK_ROWS", 60)
+    monkeypatch.setattr(_inference, "WHOLE_ROWS", 100)
+    module = lively(torch.nn.Sequential(*PATCHES[name]()))
+    x = torch.randn(shape).to(memory_format=layout)
+    found = parity(module, x, autocast=autocast)
+    assert type(found) is layers.Sequential
+    assert found(x).stride() == module(x.to(memory_format=torch.channels_last)).stride()
+
+
+@pytest.mark.parametrize(
+    "modules",
+    [
+        [torch.nn.Conv2d(3, C, 4, 2), tl.LayerNorm2d(C)],
+        [torch.nn.Conv2d(3, C, 1), tl.LayerNorm2d(C)],
+        [torch.nn.Conv2d(3, C, 4, 4), tl.LayerNorm2d(C), torch.nn.GELU()],
+        [torch.nn.Linear(3, C), tl.LayerNorm2d(C)],
+    ],
+    ids=range(4),
+)
+def test_other_sequences_are_not_mentioned(modules):
+    report = swap(torch.nn.Sequential(*modules))
+    assert [e.timm_class for e in report.swapped] == ["LayerNorm2d"]
+    assert not report.skipped
+
+
+def test_patches_of_nothing_are_refused_as_by_torch():
+    module = torch.nn.Sequential(*PATCHES["stem"]())
+    swap(module)
+    with pytest.raises(RuntimeError, match="[Kk]ernel size"):
+        module(torch.randn(1, 3, 3, 8))
+
+
 def test_one_graph(lively):
     module = lively(torch.nn.Sequential(block("linear"), block("conv"))).eval()
     swap(module)

@@ -13,5 +13,6 @@ FAMILY = Family(
         layers.GlobalResponseNorm,
         layers.LayerNorm2d,
         layers.RmsNorm2d,
+        layers.Sequential,
     ),
 )

@@ -23,6 +23,7 @@ from vitfast.layers.mlp import GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import GlobalResponseNorm, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
+from vitfast.layers.sequential import Sequential
 from vitfast.layers.swin import PatchMerging as SwinPatchMerging
 from vitfast.layers.swin import SwinTransformerBlock
 from vitfast.layers.swin import WindowAttention as SwinWindowAttention
@@ -62,6 +63,7 @@ __all__ = [
     "RelPosBlock",
     "RmsNorm",
     "RmsNorm2d",
+    "Sequential",
     "SwiGLU",
     "SwinPatchMerging",
     "SwinTransformerBlock",

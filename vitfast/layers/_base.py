@@ -17,6 +17,7 @@ class Layer:
 
     timm_class: ClassVar[type[nn.Module]]
     role: ClassVar[str] = "part"  # or "attention" or "block": what a strict swap insists on
+    by_shape: ClassVar[bool] = False  # whether only what `plan` takes is known at all
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

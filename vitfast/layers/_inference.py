@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vitfast.layers import _attention, _fits
+from vitfast.layers._guard import Linear
 from vitfast.layers._norm import Grn, Norm
 from vitfast.ops import _gemm, _onednn
 from vitfast.ops import _norm as norm_op
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from vitfast.layers._attention import Windows
     from vitfast.layers._block import Block
     from vitfast.layers._convnext import ConvNeXt
-    from vitfast.layers._guard import Linear
     from vitfast.layers._mlp import Mlp
 
 CHUNK_ROWS = 1024
@@ -260,6 +260,39 @@ def embed(
     ):
         return None
     return patch_op.normed(image, weight, bias, operand, lambda x: _normalise(x, norm, x))
+
+
+def downsample(
+    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm
+) -> torch.Tensor | None:
+    """Patches [B, N, C'] of norm(image), over channels, a stripe at a time; None as of `embed`."""
+    lower = autocast_dtype(image.device)
+    operand = lower or image.dtype
+    dtypes = norm_op.DTYPES if lower else (image.dtype,)
+    batch, channels, high, wide = image.shape
+    width, _, height, across = weight.shape
+    if not (
+        _fits.on_cpu(image, lower)
+        and _fits.tensor(weight, (width, channels, height, across), dtypes)
+        and _fits.vector(bias, width, dtypes)
+        and _fits.vector(norm.weight, channels)
+        and _fits.vector(norm.bias, channels)
+    ):
+        return None
+    lines, columns = high // height, wide // across
+    out = _gemm.empty((batch, lines, columns, width), operand)
+    linear = _linear(Linear(weight, bias), batch * lines * columns, operand)
+    x = image.permute(0, 2, 3, 1).contiguous()
+    for images, stripes in _stripes(batch, lines, columns):
+        for first, last in stripes:
+            part = x[images, first * height : last * height]
+            normed = _normalise(part, norm, _gemm.empty(part.shape, operand))
+            patches = patch_op.Patches(normed.permute(0, 3, 1, 2), weight, None, None, operand)
+            rows = torch.empty((patches.rows, patches.width), dtype=operand)
+            out[images, first:last] = linear(patches.gather(0, patches.rows, rows)).view(
+                len(part), last - first, columns, width
+            )
+    return out.view(batch, -1, width)
 
 
 def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:

@@ -101,6 +101,13 @@ def optional_child(children: Children, name: str) -> Norm | None:
     return child(children, name)
 
 
+def dtype_2d(dtype: torch.dtype, norm: Norm) -> torch.dtype | None:
+    """That of a RmsNorm2d's result, of an input of this dtype: timm multiplies in plain torch."""
+    if norm.kind != "rms" or norm.weight is None:
+        return None
+    return torch.promote_types(dtype, norm.weight.dtype)
+
+
 def apply(x: torch.Tensor, norm: Norm, out_dtype: torch.dtype | None = None) -> torch.Tensor:
     """x [..., C] normalised, by the differentiable ops."""
     if norm.kind == "rms":

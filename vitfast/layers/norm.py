@@ -55,7 +55,7 @@ class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
         plan = _guard.ready(_norm.plan_2d, self, x)
         if plan is None or x.ndim != 4 or not x.permute(0, 2, 3, 1).is_contiguous():
             return super().forward(x)
-        dtype = x.dtype if plan.weight is None else torch.promote_types(x.dtype, plan.weight.dtype)
+        dtype = _norm.dtype_2d(x.dtype, plan)
         return _norm.apply(x.permute(0, 2, 3, 1), plan, dtype).permute(0, 3, 1, 2)
 
 

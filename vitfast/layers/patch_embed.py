@@ -23,12 +23,12 @@ class Projection(NamedTuple):
     bias: torch.Tensor | None
 
 
-def plan_projection(module: nn.Module) -> Projection:
-    """What timm's `PatchEmbed` holds."""
-    proj = module._modules["proj"]
+def plan_projection(module: nn.Module, name: str = "proj") -> Projection:
+    """What a child holds that must be a convolution of disjoint patches."""
+    proj = module._modules[name]
     if type(proj) is not nn.Conv2d:
-        raise Unfit(f"proj is a {type(proj).__name__}, not torch.nn.Conv2d")
-    _guard.check_bare(proj, "proj")
+        raise Unfit(f"{name} is a {type(proj).__name__}, not torch.nn.Conv2d")
+    _guard.check_bare(proj, name)
     plain = proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
     if not plain or proj.stride != proj.kernel_size:
         raise Unsupported("its convolution is not one of disjoint patches")
