@@ -80,8 +80,10 @@ def apply(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch.Ten
     Args:
         normed: how x came from the residual stream, which then is all that is saved.
     """
-    if plan.norm is None and plan.gate is None and plan.grn is None:
-        return ops.mlp(x, *plan.fc1, *plan.fc2, plan.act, gate=plan.packed, normed=normed)
+    if plan.norm is None and plan.gate is None:
+        return ops.mlp(
+            x, *plan.fc1, *plan.fc2, plan.act, gate=plan.packed, normed=normed, grn=plan.grn
+        )
     gate_weight, gate_bias = plan.gate or (None, None)
     hidden = ops.linear_act(
         x,
@@ -93,6 +95,4 @@ def apply(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch.Ten
     )
     if plan.norm is not None:
         hidden = _norm.apply(hidden, plan.norm)
-    if plan.grn is not None:
-        hidden = ops.grn(hidden, *plan.grn, out_dtype=hidden.dtype)
     return ops.linear_act(hidden, *plan.fc2)

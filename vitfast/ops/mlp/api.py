@@ -13,12 +13,15 @@ import torch
 from vitfast.errors import InputValueError
 from vitfast.ops import _normed
 from vitfast.ops._normed import Normed
+from vitfast.ops.grn.api import DISPATCHER as GRN
 from vitfast.ops.linear_act import api as linear
 from vitfast.ops.linear_act import native
 from vitfast.ops.linear_act.reference import ACTIVATIONS, activate
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
+
+Grn = tuple[torch.Tensor, torch.Tensor, float]
 
 
 def mlp(
@@ -31,9 +34,12 @@ def mlp(
     *,
     gate: str | None = None,
     normed: Normed | None = None,
+    grn: Grn | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """fc2(act(fc1(x))) (timm `Mlp`, `GluMlp`, `SwiGLUPacked`), saving what training needs once.
+    """fc2(act(fc1(x))) (timm `Mlp`, `GluMlp`, `SwiGLUPacked`, `GlobalResponseNormMlp`).
+
+    What training needs is saved once.
 
     Args:
         x: [..., K], float32, float16, bfloat16 or float64, any strides.
@@ -43,6 +49,8 @@ def mlp(
         normed: given where x is the norm of a tensor that is kept anyway (source, weight, bias,
             eps, "layer" or "rms"): x is then computed again instead of saved. It changes no
             result; gradients still flow to x.
+        grn: weight [N], bias [N] and eps of the `grn` between act and fc2, over x's positions: x is
+            then [B, H, W, K] or [B, N', K]. weight and bias may have another floating dtype.
         backend: "auto", or a name that then must be able to run.
 
     Returns:
@@ -58,17 +66,31 @@ def mlp(
         if t is not None or name in ("x", "weight1", "weight2"):
             checks.check_tensor("mlp", name, t)
     _check(x, weight1, bias1, weight2, bias2, act, gate, normed)
-    checks.check_same_device("mlp", **tensors)
+    grn_weight, grn_bias, grn_eps = grn or (None, None, 0.0)
+    if grn is not None:
+        _check_grn(x, weight2, grn_weight, grn_bias, grn_eps)
+    checks.check_same_device("mlp", **tensors, grn_weight=grn_weight, grn_bias=grn_bias)
     lower = autocast_dtype(x.device)
     if lower is not None and x.dtype != torch.float64:
         x = x.to(lower)
     else:
         checks.check_same_dtype("mlp", **tensors)
-    save = needs_grad(x, weight1, bias1, weight2, bias2)
+    save = needs_grad(x, weight1, bias1, weight2, bias2, grn_weight, grn_bias)
     return _OP(
-        x, *(normed or _normed.ABSENT), weight1, bias1, weight2, bias2, act, gate or "", save,
-        backend,
+        x, *(normed or _normed.ABSENT), weight1, bias1, weight2, bias2, grn_weight, grn_bias,
+        act, gate or "", save, grn_eps, backend,
     )[0]  # fmt: skip
+
+
+def _check_grn(x, weight2, weight, bias, eps):
+    if x.ndim not in (3, 4):
+        raise InputValueError(
+            f"mlp: with grn x must be [B, H, W, K] or [B, N, K], got shape {tuple(x.shape)}"
+        )
+    for name, t in (("grn's weight", weight), ("grn's bias", bias)):
+        checks.check_tensor("mlp", name, t)
+        checks.check_shape("mlp", name, t, (weight2.shape[1],))
+    checks.check_eps("mlp", eps)
 
 
 def _check(x, weight1, bias1, weight2, bias2, act, gate, normed):
@@ -105,38 +127,60 @@ def _check(x, weight1, bias1, weight2, bias2, act, gate, normed):
 def _on(backend: Backend) -> Backend:
     """Both layers on one backend of `linear_act`."""
 
-    def can_run(x, weight1, bias1, weight2, bias2, act, gate, save):
+    def respond(hidden, grn):
+        """The global response norm, and what its backward needs."""
+        given = (hidden, *grn, hidden.dtype)
+        name = backend.name if backend.name in GRN.backends else "auto"
+        found = GRN.backends.get(name)
+        if found is None or found.can_run(*given):
+            found = GRN.pick("auto", *given, needs_backward=True)
+        return found, *found.forward(*given)
+
+    def can_run(x, weight1, bias1, weight2, bias2, act, gate, save, *grn):
         why = backend.can_run(x, weight1, bias1, None, None, act, gate, save)
         # The second layer's input is not there yet; its own weight stands for its width.
         return why or backend.can_run(
             weight2.flatten(1), weight2, bias2, None, None, "none", "", save
         )
 
-    def forward(x, weight1, bias1, weight2, bias2, act, gate, save):
+    def forward(x, weight1, bias1, weight2, bias2, act, gate, save, *grn):
         hidden, z = backend.forward(x, weight1, bias1, None, None, act, gate, save)
-        y, _ = backend.forward(hidden, weight2, bias2, None, None, "none", "", False)
         if not save:
-            return y, x.new_empty(0)
-        return y, hidden if act == "none" and not gate else z
+            z = None
+        elif act == "none" and not gate:
+            z = hidden
+        if grn[0] is not None:
+            _, hidden, _ = respond(hidden, grn)
+        y, _ = backend.forward(hidden, weight2, bias2, None, None, "none", "", False)
+        return y, x.new_empty(0) if z is None else z
 
-    def backward(grad, x, weight1, bias1, weight2, bias2, z, act, gate, wanted):
+    def backward(grad, x, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn):
         identity = act == "none" and not gate
-        hidden = z if identity else _hidden(backend, z, act, gate)
+        hidden = operand = z if identity else _hidden(backend, z, act, gate)
         first = [wanted[0], wanted[1], wanted[2], False, False]
-        second = [any(first), wanted[3], wanted[4], False, False]
+        before = any(first) or any(wanted[5:])
+        second = [before, wanted[3], wanted[4], False, False]
         empty = x.new_empty(0)
+        dgrn = [x.new_empty(0), x.new_empty(0)]
+        if grn[0] is not None:
+            norm, operand, norms = respond(hidden, grn)
         dhidden, dw2, db2, _, _ = backend.backward(
-            grad, hidden, weight2, bias2, None, None, empty, "none", "", second
+            grad, operand, weight2, bias2, None, None, empty, "none", "", second
         )
+        if not before:
+            return empty, empty, empty, dw2, db2, *dgrn
+        if grn[0] is not None:
+            dhidden, *found = norm.backward(dhidden, hidden, *grn, norms)
+            dgrn = [g if w else x.new_empty(0) for g, w in zip(found, wanted[5:], strict=True)]
         if not any(first):
-            return empty, empty, empty, dw2, db2
-        del hidden
+            return empty, empty, empty, dw2, db2, *dgrn
+        del hidden, operand
         dx, dw1, db1, _, _ = backend.backward(
             dhidden, x, weight1, bias1, None, None, empty if identity else z, act, gate, first
         )
-        return dx, dw1, db1, dw2, db2
+        return dx, dw1, db1, dw2, db2, *dgrn
 
-    def unproven(x, weight1, bias1, weight2, bias2, act, gate, save):
+    def unproven(x, weight1, bias1, weight2, bias2, act, gate, save, *grn):
         return backend.unproven(x, weight1, bias1, None, None, act, gate, save)
 
     return Backend(backend.name, forward, can_run, backward, backend.available, unproven)
@@ -153,16 +197,16 @@ DISPATCHER = Dispatcher("mlp", [_on(b) for b in linear.DISPATCHER.backends.value
 
 
 def _forward(
-    x, source, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, act, gate, save,
-    backend,
+    x, source, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
+    grn_bias, act, gate, save, grn_eps, backend,
 ):  # fmt: skip
-    args = (x, weight1, bias1, weight2, bias2, act, gate, save)
+    args = (x, weight1, bias1, weight2, bias2, act, gate, save, grn_weight, grn_bias, grn_eps)
     return DISPATCHER.pick(backend, *args, needs_backward=save).forward(*args)
 
 
 def _fake(
-    x, source, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, act, gate, save,
-    backend,
+    x, source, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
+    grn_bias, act, gate, save, grn_eps, backend,
 ):  # fmt: skip
     lead = x.shape[:-1]
     y = x.new_empty((*lead, weight2.shape[0]))
@@ -170,21 +214,22 @@ def _fake(
 
 
 def _backward(
-    grad, x, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, z, act, gate,
-    wanted, backend,
+    grad, x, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
+    grn_bias, z, act, gate, grn_eps, wanted, backend,
 ):  # fmt: skip
     x = _normed.again(x, norm_weight, norm_bias, eps, kind, z.dtype)
-    args = (x, weight1, bias1, weight2, bias2, act, gate, True)
+    grn = (grn_weight, grn_bias, grn_eps)
+    args = (x, weight1, bias1, weight2, bias2, act, gate, True, *grn)
     return DISPATCHER.pick(backend, *args, needs_backward=True).backward(
-        grad, x, weight1, bias1, weight2, bias2, z, act, gate, wanted
+        grad, x, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn
     )
 
 
 def _backward_fake(
-    grad, x, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, z, act, gate,
-    wanted, backend,
+    grad, x, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
+    grn_bias, z, act, gate, grn_eps, wanted, backend,
 ):  # fmt: skip
-    likes = (z.new_empty(x.shape), weight1, bias1, weight2, bias2)
+    likes = (z.new_empty(x.shape), weight1, bias1, weight2, bias2, grn_weight, grn_bias)
     return tuple(
         t.new_empty(t.shape) if w and t is not None else z.new_empty(0)
         for t, w in zip(likes, wanted, strict=True)
@@ -193,7 +238,7 @@ def _backward_fake(
 
 def _setup_context(ctx, inputs, output):
     x, source, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights = inputs
-    *weights, ctx.act, ctx.gate, _, ctx.backend = weights
+    *weights, ctx.act, ctx.gate, _, ctx.grn_eps, ctx.backend = weights
     kept = _normed.kept(x, source, norm_weight, norm_bias)
     ctx.save_for_backward(*kept, *weights, output[1])
     ctx.mark_non_differentiable(output[1])
@@ -202,28 +247,30 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _):
     *tensors, z = ctx.saved_tensors
     x, norm_weight, norm_bias, *weights = tensors
-    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:10])
+    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:12])
     wanted = [t is not None and w for t, w in zip((x, *weights), needed, strict=True)]
     found = _BACKWARD_OP(
-        grad, x, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights, z, ctx.act, ctx.gate, wanted,
-        ctx.backend,
+        grad, x, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights, z, ctx.act, ctx.gate,
+        ctx.grn_eps, wanted, ctx.backend,
     )  # fmt: skip
     dx, *dweights = (g if w else None for g, w in zip(found, wanted, strict=True))
-    return dx, *(None,) * 5, *dweights, *(None,) * 4
+    return dx, *(None,) * 5, *dweights, *(None,) * 5
 
 
 _BACKWARD_OP = define(
     "mlp_backward",
     "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, str kind,"
-    " Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor z, str act, str gate,"
-    " bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? grn_weight,"
+    " Tensor? grn_bias, Tensor z, str act, str gate, float grn_eps, bool[] wanted, str backend)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
 _OP = define(
     "mlp",
     f"(Tensor x, {_normed.SCHEMA}, Tensor weight1, Tensor? bias1, Tensor weight2,"
-    " Tensor? bias2, str act, str gate, bool save, str backend) -> (Tensor, Tensor)",
+    " Tensor? bias2, Tensor? grn_weight, Tensor? grn_bias, str act, str gate, bool save,"
+    " float grn_eps, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
     setup_context=_setup_context,

@@ -7,7 +7,9 @@ from vitfast.ops.mlp.reference import mlp as reference
 from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
 
-def _sample(name, lead, k, n, act="gelu", *, out=None, gate=None, bias=True, tags=("odd",)):
+def _sample(
+    name, lead, k, n, act="gelu", *, out=None, gate=None, bias=True, grn=False, tags=("odd",)
+):
     """x [*lead, k], fc1 [n, k] (n counts both halves of a gate), fc2 [out or k, hidden]."""
 
     def make(dtype, g):
@@ -19,6 +21,9 @@ def _sample(name, lead, k, n, act="gelu", *, out=None, gate=None, bias=True, tag
 
         x = randn(g, *lead, k, dtype=dtype)
         kwargs = {} if gate is None else {"gate": gate}
+        if grn:
+            weight, vector = (randn(g, hidden, dtype=dtype, scale=0.5) for _ in range(2))
+            kwargs["grn"] = (weight, vector, 1e-6)
         return (x, *layer(n, k), *layer(out or k, hidden), act), kwargs
 
     return Sample(name, make, frozenset(tags))
@@ -49,6 +54,8 @@ SPEC = OpSpec(
         _sample("gate_first", (2, 7), 12, 10, "silu", gate="first", tags=_SMALL),
         _sample("gate_last", (2, 7), 12, 26, "sigmoid", gate="last", bias=False, tags=_SMALL),
         _sample("no_activation", (9,), 8, 6, "none", tags=_SMALL),
+        _sample("grn", (2, 5, 6), 12, 20, grn=True, tags=_SMALL),
+        _sample("grn_of_tokens", (3, 65), 40, 130, "silu", grn=True),
         _sample("relu", (3, 37), 40, 65, "relu"),
         _sample("gelu_tanh", (70,), 33, 129, "gelu_tanh"),
         _sample("empty", (0, 4), 16, 8, tags=("odd", "empty")),
