@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
@@ -61,6 +62,26 @@ def test_a_block_under_bfloat16_autocast(name, most):
     after = saved_units(block, x, **arguments)
     assert after <= most, f"{after:.2f} X, timm {before:.2f} X"
     assert before > 17, "timm's own block is what this is measured against"
+
+
+@pytest.mark.parametrize(
+    ("options", "most", "theirs"),
+    [
+        ({}, 8.1, 12),
+        ({"conv_mlp": True}, 8.1, 12),
+        ({"use_grn": True, "ls_init_value": None}, 7.1, 19),
+    ],
+    ids=str,
+)
+def test_a_convolutional_block_under_bfloat16_autocast(options, most, theirs):
+    """x in float32 (2 units), the norm's result, fc1's (4), the branch that gamma scales."""
+    block = ConvNeXtBlock(96, **options).train()
+    x = torch.randn(4, 96, 14, 14).to(memory_format=torch.channels_last).requires_grad_()
+    before = saved_units(block, x)
+    vitfast.swap(block)
+    after = saved_units(block, x)
+    assert after <= most, f"{after:.2f} X, timm {before:.2f} X"
+    assert before > theirs, "timm's own block is what this is measured against"
 
 
 @pytest.mark.parametrize("cls", [SwinTransformerBlock, SwinTransformerV2Block])

@@ -30,6 +30,14 @@ MODELS = {
         model_name="swinv2_tiny_window8_256", img_size=32, patch_size=2, window_size=4,
         embed_dim=24, depths=(2, 2), num_heads=(2, 4), num_classes=10, drop_path_rate=0.2,
     ),
+    "convnext": dict(
+        model_name="convnext_tiny", patch_size=2, dims=(16, 24, 32, 48), depths=(1, 1, 2, 1),
+        num_classes=10, drop_path_rate=0.2, ls_init_value=0.1,
+    ),
+    "convnext_v2": dict(
+        model_name="convnextv2_atto", patch_size=2, dims=(16, 24, 32, 48), depths=(1, 1, 2, 1),
+        num_classes=10,
+    ),
 }  # fmt: skip
 
 
@@ -133,8 +141,8 @@ def test_training_is_repeatable_bit_for_bit(pair):
 
 
 def test_a_wrong_gradient_would_be_noticed(pair, plain_run, monkeypatch):
-    """The comparison has teeth: gradients of attention that are 1 % too large fail it."""
-    for op in ("attention", "window_attention"):
+    """The comparison has teeth: gradients that are 1 % too large fail it."""
+    for op in ("attention", "window_attention", "dwconv_norm"):
         backends = vitfast.ops.spec_of(op).dispatcher.backends
         for name, backend in list(backends.items()):
 

@@ -38,11 +38,20 @@ MODELS = {
     "swin": "swin_tiny_patch4_window7_224",
     "swin_v2": "swinv2_tiny_window8_256",
     "swin_v2_cr": "swinv2_cr_tiny_224",
+    "convnext": "convnext_tiny",
+    "convnext_v2": "convnextv2_tiny",
 }
 DEPTH = {"depth": 2}
 """Blocks of a checked model: enough for one to feed another."""
 DEPTHS = {"depths": (2, 2), "num_heads": (3, 6)}
-MODEL_OPTIONS = {"swin": DEPTHS, "swin_v2": DEPTHS, "swin_v2_cr": DEPTHS}
+STAGES = {"depths": (1, 1, 2, 1)}
+MODEL_OPTIONS = {
+    "swin": DEPTHS,
+    "swin_v2": DEPTHS,
+    "swin_v2_cr": DEPTHS,
+    "convnext": STAGES,
+    "convnext_v2": STAGES,
+}
 """Where `DEPTH` is not how a model is built with fewer blocks."""
 MODEL_DTYPES = (torch.float32, torch.bfloat16)
 MODEL_SIZES = {"naflexvit": (224, 224)}
