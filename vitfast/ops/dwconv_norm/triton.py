@@ -150,7 +150,8 @@ def forward_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     if arch.warp_size == 64:
         warps = max(1, warps // 2)
     # Unrolled lines of taps load early, and hold registers for it.
-    blocks = {"DOWN": down, "ACROSS": pixels // down, "BLOCK": block, "UNROLL": 4}
+    unroll = 4 if block < 512 else 2
+    blocks = {"DOWN": down, "ACROSS": pixels // down, "BLOCK": block, "UNROLL": unroll}
     return Launch(blocks, warps, 1)
 
 
