@@ -31,8 +31,7 @@ def empty(
 
 def planar_or_dense(x: torch.Tensor) -> tuple[bool, torch.Tensor]:
     """Whether x is planar, and x itself or, where no two strides address its rows, a copy."""
-    # A map of one channel is both, and its sums are better along memory.
-    planar = is_planar(x) or (x.shape[-1] == 1 and x.is_contiguous())
+    planar = is_planar(x)
     return planar, x if planar else _norm.dense(x)
 
 
