@@ -9,7 +9,7 @@ import torch
 from timm.models import convnext
 
 from vitfast import layers, swap
-from vitfast.layers import _inference
+from vitfast.layers import _rows
 
 C = 24
 BLOCKS = {
@@ -112,8 +112,8 @@ PATCHES = {
 @pytest.mark.parametrize("shape", [(2, 3, 13, 18), (3, 3, 40, 56)], ids=str)
 @pytest.mark.parametrize("name", PATCHES)
 def test_patches(parity, lively, monkeypatch, name, shape, layout, autocast):
-    monkeypatch.setattr(_inference, "CHUNK_ROWS", 60)
-    monkeypatch.setattr(_inference, "WHOLE_ROWS", 100)
+    monkeypatch.setattr(_rows, "CHUNK_ROWS", 60)
+    monkeypatch.setattr(_rows, "WHOLE_ROWS", 100)
     module = lively(torch.nn.Sequential(*PATCHES[name]()))
     x = torch.randn(shape).to(memory_format=layout)
     found = parity(module, x, autocast=autocast)
@@ -166,7 +166,7 @@ def test_one_graph(lively):
 @pytest.mark.parametrize("shape", [(3, C, 20, 20), (2, C, 33, 31), (9, C, 9, 9)], ids=str)
 @pytest.mark.parametrize("name", ["linear", "grn_conv"])
 def test_stripes(parity, lively, monkeypatch, name, shape, autocast):
-    monkeypatch.setattr(_inference, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_inference, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
     module = lively(block(name)).eval()
     parity(module, torch.randn(shape), backward=False, autocast=autocast)

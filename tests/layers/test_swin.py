@@ -13,7 +13,7 @@ from timm.models import swin_transformer_v2 as v2
 from timm.models import swin_transformer_v2_cr as cr
 
 from vitfast import layers, restore, swap
-from vitfast.layers import _inference, _position
+from vitfast.layers import _position, _rows
 
 C, HEADS = 32, 2
 BLOCKS = {
@@ -99,8 +99,8 @@ def test_block_dtypes(parity, lively, dtype, version):
 @pytest.mark.parametrize("size", [(28, 15), (29, 17), (22, 17), (24, 17)], ids=str)
 def test_stripes(parity, lively, monkeypatch, size, chunk, autocast, version):
     """A map of several chunks; the last stripe wraps around its end, or lies wholly past it."""
-    monkeypatch.setattr(_inference, "CHUNK_ROWS", chunk)
-    monkeypatch.setattr(_inference, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(_rows, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
     module = block("shifted", version, input_resolution=size)
     parity(lively(module).eval(), torch.randn(2, *size, C), autocast=autocast, backward=False)
 
@@ -227,8 +227,8 @@ def test_merging_dtypes(parity, lively, version, dtype):
 @both
 @pytest.mark.parametrize("size", [(30, 12), (13, 15)], ids=str)
 def test_merging_in_chunks(parity, lively, monkeypatch, version, size):
-    monkeypatch.setattr(_inference, "CHUNK_ROWS", 20)
-    monkeypatch.setattr(_inference, "WHOLE_ROWS", 30)
+    monkeypatch.setattr(_rows, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(_rows, "WHOLE_ROWS", 30)
     parity(lively(MERGING[version](16)).eval(), torch.randn(3, *size, 16), backward=False)
 
 

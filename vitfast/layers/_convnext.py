@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference, _mlp
+from vitfast.layers import _block, _guard, _inference_maps, _mlp
 from vitfast.layers._guard import Children, DropRate, Linear, Unsupported
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
@@ -56,7 +56,7 @@ def run(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     out = None
     fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
     if fits and not _records(rows, block):
-        out = _inference.convnext(rows, block)
+        out = _inference_maps.convnext(rows, block)
     if out is None:
         out = _differentiable(rows, block)
     return out.permute(0, 3, 1, 2)

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference, _norm
-from vitfast.layers._inference import Merge
+from vitfast.layers import _block, _guard, _inference_maps, _norm
+from vitfast.layers._inference_maps import Merge
 
 
 def norm_first(module: nn.Module) -> Merge:
@@ -33,7 +33,7 @@ def run(
     if not torch.compiler.is_compiling() and not _guard.records_grad(
         x, *merge.reduction, merge.norm.weight, merge.norm.bias
     ):
-        out = _inference.merge(x, merge)
+        out = _inference_maps.merge(x, merge)
         if out is not None:
             return out
     norm = merge.norm

@@ -11,7 +11,7 @@ from timm.layers import Format
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _guard, _inference, _norm
+from vitfast.layers import _guard, _inference_maps, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Unfit, Unsupported
 
@@ -77,4 +77,4 @@ def _normed(module: PatchEmbed, x: torch.Tensor, plan: Projection) -> torch.Tens
     norm = _guard.ready(lambda m: _norm.optional_child(m._modules, "norm"), module, x)
     if norm is None or _guard.records_grad(x, *plan, norm.weight, norm.bias):
         return None
-    return _inference.embed(x, *plan, norm)
+    return _inference_maps.embed(x, *plan, norm)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference, _norm, patch_embed
+from vitfast.layers import _block, _guard, _inference_maps, _norm, patch_embed
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Unsupported
 from vitfast.layers._norm import Norm
@@ -68,11 +68,11 @@ def _fused(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
     if torch.compiler.is_compiling() or _guard.records_grad(*_block.tensors((x, plan))):
         return None
     if plan.norm_first:
-        return _inference.downsample(x, *plan.projection, plan.norm)
+        return _inference_maps.downsample(x, *plan.projection, plan.norm)
     operand = autocast_dtype(x.device) or x.dtype
     if _norm.dtype_2d(operand, plan.norm) not in (None, operand):
         return None
-    return _inference.embed(x, *plan.projection, plan.norm)
+    return _inference_maps.embed(x, *plan.projection, plan.norm)
 
 
 def _differentiable(x: torch.Tensor, plan: Patches) -> torch.Tensor:

@@ -1,0 +1,216 @@
+"""Inference on the CPU of what makes and changes maps: patches, downsampling, ConvNeXt's block.
+
+As `_inference`, some lines or images at a time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vitfast.layers import _fits, _rows
+from vitfast.layers._guard import Linear
+from vitfast.layers._norm import Grn, Norm
+from vitfast.ops import _gemm
+from vitfast.ops import _norm as norm_op
+from vitfast.ops.dwconv_norm import native as dwconv_op
+from vitfast.ops.grn import native as grn_op
+from vitfast.ops.patch_embed import native as patch_op
+from vitfast.runtime.library import autocast_dtype
+
+if TYPE_CHECKING:
+    from vitfast.layers._convnext import ConvNeXt
+
+
+class Merge(NamedTuple):
+    """Swin's downsampling: reduction(norm(patches)), or the norm last."""
+
+    reduction: Linear
+    norm: Norm
+    norm_last: bool
+
+
+def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
+    """2x2 patches of a map x [B, H, W, C] reduced; None where it is for the public ops."""
+    lower = autocast_dtype(x.device)
+    operand = lower or x.dtype
+    if not _fits.on_cpu(x, lower):
+        return None
+    shape = norm_op.merged_shape(x)
+    weight, bias = plan.reduction
+    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    width = len(weight) if plan.norm_last else shape[-1]
+    if not (
+        _fits.tensor(weight, (len(weight), shape[-1]), dtypes)
+        and _fits.vector(bias, len(weight), dtypes)
+        and _fits.vector(plan.norm.weight, width)
+        and _fits.vector(plan.norm.bias, width)
+    ):
+        return None
+    batch, high, wide, _ = shape
+    rows = batch * high * wide
+    reduction = _rows.linear(plan.reduction, rows, operand)
+
+    def patches(part: torch.Tensor) -> torch.Tensor:
+        if plan.norm_last:
+            found = norm_op.forward(norm_op.NONE, part, out_dtype=operand, merge=True)[0]
+        else:
+            found = norm_op.forward(
+                norm_op.KINDS[plan.norm.kind], part, weight=plan.norm.weight, bias=plan.norm.bias,
+                eps=plan.norm.eps, out_dtype=operand, merge=True,
+            )[1]  # fmt: skip
+        y = reduction(found.view(-1, shape[-1]))
+        return _rows.normalise(y, plan.norm, y) if plan.norm_last else y
+
+    if rows <= _rows.WHOLE_ROWS:
+        return patches(x).view(batch, high, wide, -1)
+    out = _gemm.empty((batch, high, wide, len(weight)), operand)
+    step = max(1, _rows.CHUNK_ROWS // wide)
+    for image, result in zip(x, out, strict=True):
+        for first in range(0, high, step):
+            part = image[None, 2 * first : 2 * (first + step)]
+            result[first : first + step] = patches(part).view(-1, wide, len(weight))
+    return out
+
+
+def embed(
+    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm
+) -> torch.Tensor | None:
+    """norm(tokens) [B, N, C] of an image's patches; None where it is for the public ops.
+
+    Tokens are normalised while they are in the cache.
+    """
+    lower = autocast_dtype(image.device)
+    operand = lower or image.dtype
+    dtypes = norm_op.DTYPES if lower else (image.dtype,)
+    channels = len(weight)
+    if not (
+        _fits.on_cpu(image, lower)
+        and image.shape[1] == weight.shape[1]
+        and weight.dtype in dtypes
+        and weight.is_cpu
+        and _fits.vector(bias, channels, dtypes)
+        and _fits.vector(norm.weight, channels)
+        and _fits.vector(norm.bias, channels)
+    ):
+        return None
+    return patch_op.normed(image, weight, bias, operand, lambda x: _rows.normalise(x, norm, x))
+
+
+def downsample(
+    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm
+) -> torch.Tensor | None:
+    """Patches [B, N, C'] of norm(image), over channels, a stripe at a time; None as of `embed`."""
+    lower = autocast_dtype(image.device)
+    operand = lower or image.dtype
+    dtypes = norm_op.DTYPES if lower else (image.dtype,)
+    batch, channels, high, wide = image.shape
+    width, _, height, across = weight.shape
+    if not (
+        _fits.on_cpu(image, lower)
+        and _fits.tensor(weight, (width, channels, height, across), dtypes)
+        and _fits.vector(bias, width, dtypes)
+        and _fits.vector(norm.weight, channels)
+        and _fits.vector(norm.bias, channels)
+    ):
+        return None
+    lines, columns = high // height, wide // across
+    out = _gemm.empty((batch, lines, columns, width), operand)
+    linear = _rows.linear(Linear(weight, bias), batch * lines * columns, operand)
+    x = image.permute(0, 2, 3, 1).contiguous()
+    for images, stripes in _stripes(batch, lines, columns):
+        for first, last in stripes:
+            part = x[images, first * height : last * height]
+            normed = _rows.normalise(part, norm, _gemm.empty(part.shape, operand))
+            patches = patch_op.Patches(normed.permute(0, 3, 1, 2), weight, None, None, operand)
+            rows = torch.empty((patches.rows, patches.width), dtype=operand)
+            out[images, first:last] = linear(patches.gather(0, patches.rows, rows)).view(
+                len(part), last - first, columns, width
+            )
+    return out.view(batch, -1, width)
+
+
+def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
+    """ConvNeXt's block on a map x [B, H, W, C], some lines or images at a time.
+
+    None where it is for the public ops.
+    """
+    lower = autocast_dtype(x.device)
+    if not _fits.convnext(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
+    x = x.contiguous()
+    out = _gemm.empty(x.shape, torch.promote_types(x.dtype, scaled))
+    batch, high, wide, _ = x.shape
+    mlp = plan.mlp
+    hidden_of, fc2 = _rows.mlp(mlp, batch * high * wide, operand)
+    for images, stripes in _stripes(batch, high, wide):
+        part, result = x[images], out[images]
+        if mlp.grn is None:
+            for lines in stripes:
+                hidden = hidden_of(_convolved(part, plan, lines, operand))
+                _add_lines(part, fc2(hidden), plan.gamma, result, lines)
+            continue
+        hiddens = [hidden_of(_convolved(part, plan, lines, operand)) for lines in stripes]
+        scales = _responses(hiddens, len(part), mlp.grn)
+        for lines, hidden in zip(stripes, hiddens, strict=True):
+            _respond(hidden, scales, mlp.grn.bias)
+            _add_lines(part, fc2(hidden), plan.gamma, result, lines)
+    return out
+
+
+def _stripes(batch: int, high: int, wide: int) -> list[tuple[slice, list[tuple[int, int]]]]:
+    """Some images and all of their lines, or one and some at a time."""
+    if high * wide <= _rows.WHOLE_ROWS:
+        images = _rows.WHOLE_ROWS // (high * wide)
+        return [(slice(i, i + images), [(0, high)]) for i in range(0, batch, images)]
+    step = max(1, _rows.CHUNK_ROWS // wide)
+    lines = [(i, min(i + step, high)) for i in range(0, high, step)]
+    return [(slice(i, i + 1), lines) for i in range(batch)]
+
+
+def _convolved(
+    x: torch.Tensor, plan: ConvNeXt, lines: tuple[int, int], operand: torch.dtype
+) -> torch.Tensor:
+    """norm(conv(x)) of some lines: [rows, C]."""
+    norm = plan.norm
+    normed = dwconv_op.run(
+        x, *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind, dtype=operand,
+        out_dtype=operand, rows=lines,
+    )  # fmt: skip
+    return normed.view(-1, x.shape[3])
+
+
+def _responses(hiddens: list[list[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
+    """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
+    widths = [piece.shape[1] for piece in hiddens[0]]
+    sums = [torch.zeros((images, width), dtype=torch.float64) for width in widths]
+    for hidden in hiddens:
+        for piece, totals in zip(hidden, sums, strict=True):
+            for one, total in zip(piece.chunk(images), totals, strict=True):
+                grn_op.accumulate(one, total)
+    return grn_op.scale_of(torch.cat(sums, 1), grn.weight, grn.eps)
+
+
+def _respond(hidden: list[torch.Tensor], scales: torch.Tensor, bias: torch.Tensor) -> None:
+    """bias + scale * hidden in place, by image and piece of columns."""
+    widths = [piece.shape[1] for piece in hidden]
+    columns = scales.split(widths, 1), bias.float().split(widths)
+    for piece, factors, shift in zip(hidden, *columns, strict=True):
+        for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
+            base = shift.expand(one.shape)
+            one.copy_(norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor)[0])
+
+
+def _add_lines(
+    x: torch.Tensor,
+    branch: torch.Tensor,
+    gamma: torch.Tensor | None,
+    out: torch.Tensor,
+    lines: tuple[int, int],
+) -> None:
+    """x + gamma * branch, of some lines of maps."""
+    part, result = (t[:, slice(*lines)].view(branch.shape) for t in (x, out))
+    _rows.add(part, branch, gamma, result)
