@@ -62,7 +62,7 @@ def common(module: nn.Module, fc1: str, *, pointwise: bool = False) -> Mlp:
     """The parts that all MLPs have alike. `pointwise`: 1x1 convolutions are linear layers, too."""
     children = module._modules
     if not pointwise and type(children[fc1]) is nn.Conv2d:
-        raise Unsupported("its linear layers are convolutions over NCHW")
+        raise Unsupported("linear layers as convolutions over NCHW are not implemented")
     act = _guard.activation(children, "act")
     _guard.check_no_dropout(children, "drop1")
     _guard.check_no_dropout(children, "drop2")
