@@ -12,79 +12,114 @@ constexpr int64_t kGroup = 2;  // lines of results at a time: each line read ser
 // What all threads share.
 struct Plan {
   const DwconvForward& a;
-  int64_t vectors, columns, group, z_step;
+  int64_t vectors, columns, z_step;
   const float *taps, *bias, *weight, *shift;  // padded to whole vectors
   bool stream_out;
 };
 
 // Sum of the lanes of each of kLanes vectors.
 inline vf sums_of(vf (&r)[kLanes]) {
+#if defined(__AVX512F__)
+  __m512 t[8], u[4];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = reinterpret_cast<__m512>(r[2 * i]), b = reinterpret_cast<__m512>(r[2 * i + 1]);
+    t[i] = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  const __m512 low =
+      _mm512_shuffle_f32x4(u[0], u[1], 0x88) + _mm512_shuffle_f32x4(u[0], u[1], 0xdd);
+  const __m512 high =
+      _mm512_shuffle_f32x4(u[2], u[3], 0x88) + _mm512_shuffle_f32x4(u[2], u[3], 0xdd);
+  return reinterpret_cast<vf>(_mm512_shuffle_f32x4(low, high, 0x88) +
+                              _mm512_shuffle_f32x4(low, high, 0xdd));
+#else
   transpose(r);
   vf sum = r[0];
 #pragma GCC unroll 16
   for (int i = 1; i < kLanes; ++i) sum = sum + r[i];
   return sum;
+#endif
 }
 
 inline vf square_root(vf v) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(_mm512_sqrt_ps(reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(_mm256_sqrt_ps(reinterpret_cast<__m256>(v)));
+#else
   for (int i = 0; i < kLanes; ++i) v[i] = __builtin_sqrtf(v[i]);
   return v;
+#endif
+}
+
+// The sum over a pixel's channels; of squared distances from `centre` if Square. Lanes stay apart.
+template <bool Square>
+inline vf sum_of(const float* z, int64_t C, vf centre) {
+  const auto term = [centre](vf v, vf sum) VITFAST_INLINE {
+    if constexpr (!Square) return sum + v;
+    const vf d = v - centre;
+    return fma(d, d, sum);
+  };
+  vf sum[4] = {};
+  int64_t c = 0;
+  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+#pragma GCC unroll 4
+    for (int k = 0; k < 4; ++k) sum[k] = term(load(z + c + k * kLanes), sum[k]);
+  for (; c + kLanes <= C; c += kLanes) sum[0] = term(load(z + c), sum[0]);
+  if (c < C) {  // z is zero past the last channel
+    const vf d = keep(load(z + c) - centre, Part{static_cast<int>(C - c)});
+    sum[1] = Square ? fma(d, d, sum[1]) : sum[1] + load(z + c);
+  }
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+template <bool Square>
+inline vf means_of(const float* z, int64_t step, int count, int64_t C, const float* centres) {
+  vf sums[kLanes] = {};
+  for (int i = 0; i < count; ++i) sums[i] = sum_of<Square>(z + i * step, C, splat(centres[i]));
+  return sums_of(sums) / static_cast<float>(C);
+}
+
+template <class T, class S>
+inline void write_vector(const float* z, vf mean, vf scale, const float* weight, const float* bias,
+                         T* y, S span, bool past) {
+  const vf normal = (load(z, span) - mean) * scale;
+  put(y, fma(normal, load(weight, span), load(bias, span)), span, past);
+}
+
+template <class T, bool Past>
+inline void write_pixel(const float* z, float mean_, float scale_, const float* weight,
+                        const float* bias, T* y, int64_t C) {
+  const vf mean = splat(mean_), scale = splat(scale_);
+  int64_t c = 0;
+  for (; c + kLanes <= C; c += kLanes)
+    write_vector(z + c, mean, scale, weight + c, bias + c, y + c, Whole{}, Past);
+  if (c < C)
+    write_vector(z + c, mean, scale, weight + c, bias + c, y + c, Part{static_cast<int>(C - c)},
+                 false);
 }
 
 // Norm of up to kLanes pixels, a lane for the statistics of each.
 template <class T>
 void normalise(const Plan& plan, const float* z, int count, T* y, float* stats) {
   const int64_t C = plan.a.size.C, step = plan.z_step;
-  const bool rms = plan.a.kind == NormKind::rms;
-  const vf n = splat(static_cast<float>(C)), eps = splat(plan.a.eps);
-  vf first[kLanes] = {}, second[kLanes] = {};
-  vf mean = zero(), offset = zero(), var;
-  if (rms) {
-    for (int i = 0; i < count; ++i) {
-      Sums sums;
-      over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
-        const vf v = load(z + i * step + c, span);
-        sums.v[slot] = fma(v, v, sums.v[slot]);
-      });
-      second[i] = (sums.v[0] + sums.v[1]) + (sums.v[2] + sums.v[3]);
-    }
-    var = sums_of(second) / n;
-  } else {
-    for (int i = 0; i < count; ++i) {
-      Sums sums;
-      over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
-        sums.v[slot] = sums.v[slot] + load(z + i * step + c, span);
-      });
-      first[i] = (sums.v[0] + sums.v[1]) + (sums.v[2] + sums.v[3]);
-    }
-    mean = sums_of(first) / n;
-    // Deviations are exact where the mean is far from zero; their own mean corrects both.
-    for (int i = 0; i < count; ++i) {
-      const vf centre = splat(mean[i]);
-      Sums plain, square;
-      over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
-        const vf d = keep(load(z + i * step + c, span) - centre, span);
-        plain.v[slot] = plain.v[slot] + d;
-        square.v[slot] = fma(d, d, square.v[slot]);
-      });
-      first[i] = (plain.v[0] + plain.v[1]) + (plain.v[2] + plain.v[3]);
-      second[i] = (square.v[0] + square.v[1]) + (square.v[2] + square.v[3]);
-    }
-    offset = sums_of(first) / n;
-    var = sums_of(second) / n - offset * offset;
-    var = select(var < 0.f, zero(), var);  // a NaN stays
-  }
-  const vf rstd = splat(1.f) / square_root(var + eps), shift = zero() - offset * rstd;
+  float mean[kLanes] = {}, scale[kLanes];
+  if (plan.a.kind == NormKind::layer) store(mean, means_of<false>(z, step, count, C, mean));
+  const vf var = means_of<true>(z, step, count, C, mean);
+  store(scale, splat(1.f) / square_root(var + splat(plan.a.eps)));
   for (int i = 0; i < count; ++i) {
-    const vf centre = splat(mean[i]), scale = splat(rstd[i]), rest = splat(shift[i]);
-    over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
-      const vf normal = fma(load(z + i * step + c, span) - centre, scale, rest);
-      put(y + i * C + c, fma(normal, load(plan.weight + c, span), load(plan.shift + c, span)), span,
-          plan.stream_out);
-    });
+    if (plan.stream_out)
+      write_pixel<T, true>(z + i * step, mean[i], scale[i], plan.weight, plan.shift, y + i * C, C);
+    else
+      write_pixel<T, false>(z + i * step, mean[i], scale[i], plan.weight, plan.shift, y + i * C, C);
     if (stats != nullptr) {
-      stats[2 * i] = mean[i] + offset[i];
-      stats[2 * i + 1] = rstd[i];
+      stats[2 * i] = mean[i];
+      stats[2 * i + 1] = scale[i];
     }
   }
 }
@@ -104,19 +139,71 @@ void finish(const Plan& plan, const float* z, int64_t count, int64_t pixel) {
               stats != nullptr ? stats + 2 * i : nullptr);
 }
 
-// Lines [first, last) of image b, whose results begin at pixel `pixel` of y.
+// Convolved pixels that wait for their norm: some lines of a block of columns.
+struct Convolved {
+  const float* z;
+  int64_t columns, count, done;
+  int64_t pixel;  // of the result, where the first one belongs
+};
+
+inline void finish_until(const Plan& plan, Convolved& c, int64_t end) {
+  while (c.done < end) {
+    const int64_t line = c.done / c.columns, column = c.done % c.columns;
+    const int64_t count = dw_min(end - c.done, c.columns - column);
+    const float* const z = c.z + c.done * plan.z_step;
+    const int64_t pixel = c.pixel + line * plan.a.size.W + column;
+    if (plan.a.y_dtype == DType::f32)
+      finish<float>(plan, z, count, pixel);
+    else
+      finish<bf16_t>(plan, z, count, pixel);
+    c.done += count;
+  }
+}
+
+// What the window takes from a line of x later on, to be asked for bit by bit: all at once, requests
+// would be lost.
+struct Ahead {
+  const char *at, *end;
+  int64_t step;
+
+  // GCC drops calls of a function that only prefetches, unless it is part of its caller.
+  VITFAST_INLINE void fetch() {
+    for (int64_t i = 0; i < step && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 3);
+  }
+};
+
+inline Ahead ahead(const Plan& plan, int64_t b, int64_t h, int64_t left, int64_t columns,
+                   int64_t parts) {
+  const DwconvMap& x = plan.a.x;
+  if (x.c != 1 || h >= plan.a.size.H) return {};
+  const int64_t begin = dw_max(left, 0), end = dw_min(left + columns, plan.a.size.W);
+  const int64_t element = size_of(x.dtype), bytes = (end - begin) * x.w * element;
+  const char* const line =
+      static_cast<const char*>(x.ptr) + (b * x.b + h * x.h + begin * x.w) * element;
+  return {line, line + bytes, (bytes / 64 + parts) / parts};
+}
+
+// Lines [first, last) of image b, whose results begin at pixel `pixel` of y. While some lines are
+// convolved, those before are normalised bit by bit and those that come next are asked for, so that
+// memory has work all the time.
 void run_lines(const Plan& plan, int64_t b, int64_t first, int64_t last, int64_t pixel,
-               const Window& window, float* z) {
+               const Window& window, float* z, int64_t z_floats) {
   const DwconvSizes& size = plan.a.size;
   const int64_t above = size.kh / 2, beside = size.kw / 2, taps = size.kh * size.kw;
+  Convolved before = {};
   for (int64_t left = 0; left < size.W; left += plan.columns) {
     const int64_t columns = dw_min(plan.columns, size.W - left);
     const Tiles tiles = tiles_for(columns, size.kw);
     int64_t filled = dw_max(first - above, 0);
-    for (int64_t h = first; h < last; h += plan.group) {
-      const int64_t lines = dw_min(plan.group, last - h);
+    for (int64_t h = first; h < last; h += kGroup) {
+      const int64_t lines = dw_min(kGroup, last - h);
       for (; filled < dw_min(h + lines + above, size.H); ++filled)
         fill_line(plan.a.x, size, b, filled, left - beside, window);
+      float* const now = before.z == z ? z + z_floats : z;
+      const int64_t parts = plan.vectors * ((columns + tiles.pixels - 1) / tiles.pixels);
+      Ahead next[kGroup];
+      for (int64_t i = 0; i < kGroup; ++i)
+        next[i] = ahead(plan, b, filled + i, left - beside, window.width, parts);
       for (int64_t v = 0; v < plan.vectors; ++v) {
         const vf bias = load(plan.bias + v * kLanes);
         for (int64_t i = 0; i < lines; ++i) {
@@ -126,23 +213,20 @@ void run_lines(const Plan& plan, int64_t b, int64_t first, int64_t last, int64_t
               plan.taps + (v * taps + (top - (h + i - above)) * size.kw) * kLanes;
           for (int64_t p = 0; p < columns; p += tiles.pixels) {
             const int64_t at = dw_max(dw_min(p, columns - tiles.pixels), 0);
+            next[i].fetch();
             const float* in[kDwconvWidest];
             for (int64_t ky = 0; ky < height; ++ky) in[ky] = window.line(v, top + ky) + at * kLanes;
             tiles.convolve(in, height, size.kw, kernel, bias,
-                           z + (i * plan.columns + at) * plan.z_step + v * kLanes, plan.z_step);
+                           now + (i * columns + at) * plan.z_step + v * kLanes, plan.z_step);
           }
         }
+        finish_until(plan, before, before.count * (v + 1) / plan.vectors / kLanes * kLanes);
       }
-      for (int64_t i = 0; i < lines; ++i) {
-        const int64_t to = pixel + (h - first + i) * size.W + left;
-        const float* const from = z + i * plan.columns * plan.z_step;
-        if (plan.a.y_dtype == DType::f32)
-          finish<float>(plan, from, columns, to);
-        else
-          finish<bf16_t>(plan, from, columns, to);
-      }
+      finish_until(plan, before, before.count);
+      before = {now, columns, lines * columns, 0, pixel + (h - first) * size.W + left};
     }
   }
+  finish_until(plan, before, before.count);
 }
 
 }  // namespace
@@ -153,9 +237,9 @@ void dwconv_forward(const DwconvForward& a) {
   const int64_t taps = size.kh * size.kw, lines_each = a.last - a.first;
   const int64_t lines = size.B * lines_each, elements = lines * size.W * C;
 
-  Plan plan = {a, vectors, 0, kGroup, padded + kLanes, nullptr, nullptr, nullptr, nullptr, false};
+  Plan plan = {a, vectors, 0, padded + kLanes, nullptr, nullptr, nullptr, nullptr, false};
   Window window = {nullptr, vectors, size.kh - 1 + kGroup, 0};
-  plan.columns = block_columns(size, window.lines + kGroup);
+  plan.columns = block_columns(size, window.lines + 2 * kGroup);
   window.width = dw_max(plan.columns, kWidestTile) + size.kw - 1;
   const int64_t z_floats = (kGroup * plan.columns + kWidestTile) * plan.z_step;
   const Rows out = {a.y, a.y_dtype, C, C};
@@ -163,7 +247,7 @@ void dwconv_forward(const DwconvForward& a) {
       past_cache(out, elements * (size_of(a.x.dtype) + size_of(a.y_dtype))) && C % kLanes == 0;
 
   const int threads = team_size(elements * (taps / 16 + 1), size.threads);
-  const int64_t each = window.floats() + z_floats;
+  const int64_t each = window.floats() + 2 * z_floats;
   const Scratch scratch((vectors * taps * kLanes + 3 * padded + threads * each) * 4);
   float* const packed = scratch.as<float>();
   float* const shared = packed + vectors * taps * kLanes;
@@ -201,7 +285,7 @@ void dwconv_forward(const DwconvForward& a) {
     while (begin < end) {
       const int64_t b = begin / lines_each, line = begin % lines_each;
       const int64_t stop = dw_min(end - begin, lines_each - line);
-      run_lines(plan, b, a.first + line, a.first + line + stop, begin * size.W, mine, z);
+      run_lines(plan, b, a.first + line, a.first + line + stop, begin * size.W, mine, z, z_floats);
       begin += stop;
     }
     if (plan.stream_out) stream_fence();

@@ -110,6 +110,13 @@ void pack_taps(const T* weight, int64_t v, int64_t C, int64_t taps, bool flipped
   const int64_t channels = dw_min(kLanes, C - v * kLanes);
   for (int64_t t0 = 0; t0 < taps; t0 += kLanes) {
     const int count = static_cast<int>(dw_min(kLanes, taps - t0));
+    if (count == 1) {  // of 9, 25, 49 or 81
+      vf r = {};
+      for (int64_t c = 0; c < channels; ++c)
+        r[c] = to_float(weight[(v * kLanes + c) * taps + t0]);
+      store(to + (flipped ? 0 : t0) * kLanes, rounded ? as_bf16(r) : r);
+      break;
+    }
     vf r[kLanes] = {};
     for (int64_t c = 0; c < channels; ++c) {
       const T* const row = weight + (v * kLanes + c) * taps + t0;
@@ -126,7 +133,7 @@ void pack_taps(const T* weight, int64_t v, int64_t C, int64_t taps, bool flipped
 // besides, in the second-level cache.
 inline int64_t block_columns(const DwconvSizes& size, int64_t lines) {
   const int64_t pixel = vectors_of(size.C) * kLanes * 4 * lines;
-  const int64_t fits = dw_max((int64_t{600} << 10) / pixel - size.kw, 16);
+  const int64_t fits = dw_max((int64_t{720} << 10) / pixel - size.kw, 16);
   const int64_t most = dw_max(dw_min(fits, 72), 2 * size.kw);
   const int64_t blocks = (size.W + most - 1) / most;
   return blocks > 0 ? (size.W + blocks - 1) / blocks : 0;
