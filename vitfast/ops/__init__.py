@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from vitfast.ops.add_norm.api import add_norm
 from vitfast.ops.attention.api import attention
+from vitfast.ops.group_norm_act.api import group_norm_act
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.ops.linear_act.api import linear_act
 from vitfast.ops.mlp.api import mlp
@@ -36,11 +37,13 @@ NAMES = (
     "patch_embed",
     "patch_merge",
     "window_attention",
+    "group_norm_act",
 )
 
 __all__ = [
     "add_norm",
     "attention",
+    "group_norm_act",
     "layer_norm",
     "linear_act",
     "mlp",
