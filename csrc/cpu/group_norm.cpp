@@ -160,8 +160,9 @@ void group_norm_forward(const GroupNormForward& a) {
       return;
     }
     for (int64_t k = 0; k < blocks.count; ++k)
-      (wide ? sum_plane<float> : sum_plane<bf16_t>)(
-          x + (i * a.x.channel + blocks.begin(k)) * x_size, blocks.length(k), sums(at, k), i);
+      (wide ? sum_plane<float>
+            : sum_plane<bf16_t>)(x + (i * a.x.channel + blocks.begin(k)) * x_size, blocks.length(k),
+                                 sums(at, k), i);
   };
 
   // Channel by channel in vectors, then group by group.
@@ -184,8 +185,8 @@ void group_norm_forward(const GroupNormForward& a) {
       const double n = static_cast<double>(blocks.length(i));
       for (int64_t c = begin; c < end; ++c) {
         const double d = static_cast<double>(t.shift[c]) - mean[c];
-        square[c] += static_cast<double>(t.square[c]) +
-                     d * (2. * static_cast<double>(t.plain[c]) + n * d);
+        square[c] +=
+            static_cast<double>(t.square[c]) + d * (2. * static_cast<double>(t.plain[c]) + n * d);
       }
     }
     for (int64_t g = g0; g < g1; ++g) {
@@ -226,10 +227,9 @@ void group_norm_forward(const GroupNormForward& a) {
       const int64_t begin = blocks.begin(i), end = begin + blocks.length(i);
       int64_t line = begin / s.W, column = begin % s.W;
       for (int64_t p = begin; p < end; ++p) {
-        apply.pixel(
-            x + p * a.x.pixel * x_size,
-            residual != nullptr ? residual + p * a.residual.pixel * residual_size : nullptr,
-            y + (line * a.y.line + column * a.y.pixel) * y_size, f, s.relu, past, C);
+        apply.pixel(x + p * a.x.pixel * x_size,
+                    residual != nullptr ? residual + p * a.residual.pixel * residual_size : nullptr,
+                    y + (line * a.y.line + column * a.y.pixel) * y_size, f, s.relu, past, C);
         if (++column == s.W) column = 0, ++line;
       }
     }

@@ -110,8 +110,8 @@ struct Passes {
                     int64_t);
   void (*pixel)(const void*, const void*, const void*, void*, void*, const Gradient&, bool,
                 int64_t);
-  void (*plane)(const void*, const void*, const void*, void*, void*, const Gradient&, bool,
-                int64_t, int64_t);
+  void (*plane)(const void*, const void*, const void*, void*, void*, const Gradient&, bool, int64_t,
+                int64_t);
 };
 template <class TX, class TG, class TR>
 Passes passes() {
@@ -131,8 +131,7 @@ Passes passes_for(DType x, DType grad, DType residual) {
 
 // Where a sample begins; null for a map that is absent.
 char* sample(const FeatureMap& m, int64_t b) {
-  return m.ptr == nullptr ? nullptr
-                          : static_cast<char*>(m.ptr) + b * m.sample * size_of(m.dtype);
+  return m.ptr == nullptr ? nullptr : static_cast<char*>(m.ptr) + b * m.sample * size_of(m.dtype);
 }
 char* moved(char* p, const FeatureMap& m, int64_t elements) {
   return p == nullptr ? nullptr : p + elements * size_of(m.dtype);

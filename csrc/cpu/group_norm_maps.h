@@ -39,12 +39,13 @@ inline const float* floats(const ChannelVector& v, float* scratch, int64_t C, fl
   return floats(Channels{v.ptr, v.dtype}, scratch, C, absent);
 }
 
-// start(b, slot), first(b, i, slot) for every share of a sample, then middle(b, g0, g1, slot) over its groups, then
-// last(b, i, slot). Whole samples go to threads of their own while there are enough of them, the
-// others are shared out. A slot is scratch for one sample.
+// start(b, slot), first(b, i, slot) for every share of a sample, then middle(b, g0, g1, slot) over
+// its groups, then last(b, i, slot). Whole samples go to threads of their own while there are
+// enough of them, the others are shared out. A slot is scratch for one sample.
 template <class Start, class First, class Middle, class Last>
 inline void over_samples(const GroupNormShape& s, const Blocks& blocks, int threads,
-                         const Start& start, const First& first, const Middle& middle, const Last& last) {
+                         const Start& start, const First& first, const Middle& middle,
+                         const Last& last) {
   const int64_t whole = threads > 1 ? s.B / threads * threads : s.B;
   parallel_for(whole, threads, [&](int64_t begin, int64_t end, int thread) {
     for (int64_t b = begin; b < end; ++b) {

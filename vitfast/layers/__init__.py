@@ -15,6 +15,7 @@ from vitfast.layers.davit import WindowAttention as DavitWindowAttention
 from vitfast.layers.eva import EvaAttention, EvaBlock
 from vitfast.layers.hiera import HieraBlock
 from vitfast.layers.hiera import MaskUnitAttention as HieraMaskUnitAttention
+from vitfast.layers.hybrid import HybridEmbed
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
@@ -22,6 +23,9 @@ from vitfast.layers.mlp import GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import LayerNorm, RmsNorm
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
+from vitfast.layers.resnetv2 import Bottleneck as ResNetV2Bottleneck
+from vitfast.layers.resnetv2 import PreActBottleneck as ResNetV2PreActBottleneck
+from vitfast.layers.std_conv import GroupNormAct, StdConv2d, StdConv2dSame
 from vitfast.layers.swin import PatchMerging as SwinPatchMerging
 from vitfast.layers.swin import SwinTransformerBlock
 from vitfast.layers.swin import WindowAttention as SwinWindowAttention
@@ -44,8 +48,10 @@ __all__ = [
     "EvaAttention",
     "EvaBlock",
     "GluMlp",
+    "GroupNormAct",
     "HieraBlock",
     "HieraMaskUnitAttention",
+    "HybridEmbed",
     "Layer",
     "LayerNorm",
     "LayerScale",
@@ -55,7 +61,11 @@ __all__ = [
     "PatchEmbed",
     "RelPosAttention",
     "RelPosBlock",
+    "ResNetV2Bottleneck",
+    "ResNetV2PreActBottleneck",
     "RmsNorm",
+    "StdConv2d",
+    "StdConv2dSame",
     "SwiGLU",
     "SwinPatchMerging",
     "SwinTransformerBlock",

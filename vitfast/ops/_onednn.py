@@ -14,6 +14,7 @@ import functools
 import os
 import threading
 import weakref
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -149,6 +150,9 @@ def _pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     )
 
 
+_Key = tuple[int, torch.dtype, Hashable]
+
+
 @dataclass(frozen=True, slots=True)
 class _Entry:
     weight: weakref.ref[torch.Tensor]
@@ -164,17 +168,29 @@ class WeightCache:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self.bytes = 0
-        self._entries: dict[tuple[int, torch.dtype], _Entry] = {}
+        self._entries: dict[_Key, _Entry] = {}
         self._lock = threading.RLock()  # a weakref's callback may run while it is held
 
-    def get(self, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """The packing of a weight [N, K] for products of this dtype, new if need be."""
-        key = (id(weight), dtype)
+    def get(
+        self,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        pack: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]] | None = None,
+        form: Hashable = None,
+    ) -> tuple[torch.Tensor, ...]:
+        """What `pack` makes of a weight for products of this dtype, new if need be.
+
+        Args:
+            weight: [N, K]; or [N, C, H, W], contiguous or channels-last.
+            pack: by default the packing of a linear layer.
+            form: what else, besides weight and dtype, its result depends on.
+        """
+        key = (id(weight), dtype, form)
         found = state(weight)
         entry = self._entries.get(key)
         if entry is not None and entry.state == found and entry.weight() is weight:
             return entry.pieces
-        pieces = _pack(weight, dtype)
+        pieces = (pack or _pack)(weight, dtype)
         drop = partial(_drop, weakref.ref(self), key)
         nbytes = weight.numel() * dtype.itemsize
         with self._lock:
@@ -193,16 +209,14 @@ class WeightCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _remove(self, key: tuple[int, torch.dtype]) -> None:
+    def _remove(self, key: _Key) -> None:
         with self._lock:
             entry = self._entries.pop(key, None)
             if entry is not None:
                 self.bytes -= entry.nbytes
 
 
-def _drop(
-    cache: weakref.ref[WeightCache], key: tuple[int, torch.dtype], dead: weakref.ref[torch.Tensor]
-) -> None:
+def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Tensor]) -> None:
     alive = cache()
     # The id may belong to another weight by now: only the entry of the one that died goes.
     if alive is not None and (entry := alive._entries.get(key)) and entry.weight is dead:
@@ -211,13 +225,16 @@ def _drop(
 
 def state(w: torch.Tensor) -> tuple[Any, ...]:
     """What tells a matrix from what it was, see above; equal as long as it is the same."""
+    layout = w.shape, w.stride()
+    if w.ndim == 4:
+        # Nearly square, so that the diagonal is short; of every output channel it has an element.
+        w = (w if w.is_contiguous() else w.permute(0, 2, 3, 1)).view(w.shape[0] * w.shape[2], -1)
     (rows, columns), strides, address = w.shape, w.stride(), w.data_ptr()
     return (
         address,
         0 if w.is_inference() else w._version,
         w.dtype,
-        w.shape,
-        strides,
+        layout,
         native.native().fingerprint(
             address, w.itemsize, rows, columns, strides[0], strides[1], native.threads()
         ),

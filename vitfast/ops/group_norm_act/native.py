@@ -38,7 +38,7 @@ def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
         stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32)
     if x.numel():
         last = channels_last(x)
-        x, residual = _dense(x, last), _dense(residual, last)
+        x, residual = dense(x, last), dense(residual, last)
         weight, bias = _norm.vector(weight), _norm.vector(bias)
         run(x, groups, weight, bias, eps, residual, act == "relu", y, last, stats)
     return y, stats
@@ -87,7 +87,7 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
     if x.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     last = channels_last(x)
-    x, grad, y, weight = _dense(x, last), _dense(grad, last), _dense(y, last), _norm.vector(weight)
+    x, grad, y, weight = dense(x, last), dense(grad, last), dense(y, last), _norm.vector(weight)
     native.native().group_norm_backward(
         ((*x.shape, groups), last, y is not None, eps, native.threads()),
         _map(grad, last),
@@ -103,7 +103,7 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
     return dx, dresidual, dweight, dbias
 
 
-def _dense(t: torch.Tensor | None, last: bool) -> torch.Tensor | None:
+def dense(t: torch.Tensor | None, last: bool) -> torch.Tensor | None:
     """The map itself where the kernels can address it, else a copy."""
     if t is None:
         return None
