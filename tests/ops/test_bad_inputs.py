@@ -49,6 +49,10 @@ def good(op: str) -> dict[str, object]:
             "x": t(2, 5, 6, 8), "weight": t(8, 1, 3, 5), "bias": t(8), "norm_weight": t(8),
             "norm_bias": t(8),
         },
+        "group_norm_act": lambda: {
+            "x": t(2, 8, 5, 6), "groups": 4, "weight": t(8), "bias": t(8),
+            "residual": t(2, 8, 5, 6), "act": "relu",
+        },
         "window_attention": lambda: {
             "qkv": t(2, 9, 6, 3, 2, 8), "table": t(49, 2), "pad": t(3, 2, 8), "logit_scale": t(2),
             "window": (4, 4), "shift": (2, 2),
@@ -224,6 +228,16 @@ PARTICULAR = [
     ("dwconv_norm", {"norm": "rms"}, ValueError, ["norm_bias", "rms"]),
     ("dwconv_norm", {"norm": None}, ValueError, ["None", "norm_weight", "norm_bias"]),
     ("dwconv_norm", {"out_dtype": torch.int8}, TypeError, ["out_dtype", "int8"]),
+    ("group_norm_act", {"x": Z(2, 8, 30)}, ValueError, ["x", "B, C, H, W", r"\(2, 8, 30\)"]),
+    ("group_norm_act", {"groups": 3}, ValueError, ["groups", "3", "8 channels"]),
+    ("group_norm_act", {"groups": 0}, ValueError, ["groups", "0"]),
+    ("group_norm_act", {"groups": 2.0}, ValueError, ["groups", r"2\.0"]),
+    ("group_norm_act", {"weight": Z(4)}, ValueError, ["weight", r"\(4,\)", r"\(8,\)"]),
+    ("group_norm_act", {"bias": Z(2, 8)}, ValueError, ["bias", r"\(2, 8\)", r"\(8,\)"]),
+    ("group_norm_act", {"residual": Z(2, 8, 6, 5)}, ValueError, ["residual", "6, 5", "5, 6"]),
+    ("group_norm_act", {"eps": 0.0}, ValueError, ["eps"]),
+    ("group_norm_act", {"act": "gelu"}, ValueError, ["act", "gelu", "relu"]),
+    ("group_norm_act", {"out_dtype": torch.int8}, TypeError, ["out_dtype", "int8"]),
     ("residual_add", {"gamma": Z(1)}, ValueError, ["gamma", r"\(1,\)", r"\(8,\)"]),
     ("residual_add", {"drop_scale": Z(2, 1, 1)}, ValueError, ["drop_scale", r"\(2,\)"]),
     ("mlp", {"act": "gelo"}, ValueError, ["act", "gelo", "gelu"]),
@@ -446,6 +460,17 @@ def test_convolutions_without_pixels(shape, backend):
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
     assert all(t.grad.shape == t.shape and not t.grad.any() for t in arguments.values())
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 5, 6), (2, 8, 0, 6), (2, 8, 5, 0)])
+def test_groups_without_pixels(shape):
+    arguments = good("group_norm_act")
+    arguments |= {n: torch.randn(shape).requires_grad_() for n in ("x", "residual")}
+    arguments["weight"].requires_grad_()
+    y = ops.group_norm_act(**arguments)
+    y.sum().backward()
+    assert y.shape == arguments["x"].grad.shape == arguments["residual"].grad.shape == shape
+    assert torch.equal(arguments["weight"].grad, torch.zeros(8))
 
 
 def test_images_without_batch_entries():

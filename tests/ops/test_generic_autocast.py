@@ -128,6 +128,16 @@ COMPOSITIONS = {
         ops.grn,
         _grn,
     ),
+    "group_norm_act": (
+        lambda d: (_t(2, 8, 3, 5, dtype=d), _t(8), _t(8)),
+        lambda x, w, b: ops.group_norm_act(x, 4, w, b, act="relu"),
+        lambda x, w, b: F.relu(F.group_norm(x, 4, w, b)),
+    ),
+    "group_norm_act_of_a_lowered_map": (
+        lambda d: (_t(2, 8, 3, 5, dtype=LOW), _t(8), _t(8), _t(2, 8, 3, 5, dtype=d)),
+        lambda x, w, b, r: ops.group_norm_act(x, 4, w, b, residual=r, act="relu"),
+        lambda x, w, b, r: F.relu(F.group_norm(x, 4, w, b) + r),
+    ),
     "patch_embed": (
         lambda d: (_t(2, 3, 8, 8, dtype=d), _t(6, 3, 4, 4), _t(6), None, None),
         lambda i, w, b, pos, prefix: ops.patch_embed(i, w, b, pos_embed=pos, prefix=prefix),

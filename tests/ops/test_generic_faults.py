@@ -478,7 +478,75 @@ GRN = {
     "grn backward weight_and_bias_swapped": swapped(1, 2),
     "grn backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
 }
-FAULTS = NORMS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | DWCONV | GRN
+
+
+def over_groups(change):
+    """As the op, but with its statistics, [B, G, 1] each, as `change` makes them of x's groups."""
+
+    def fault(sound, x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
+        rows = x.float().reshape(x.shape[0], groups, -1)
+        mean, var = change(rows)
+        y = ((rows - mean) / (var + eps).sqrt()).view(x.shape)
+        y = y if weight is None else y * weight.float()[:, None, None]
+        y = y if bias is None else y + bias.float()[:, None, None]
+        y = y if residual is None else y + residual.float()
+        y = y.relu() if act == "relu" else y
+        args = (x, groups, weight, bias, eps, residual, act, out_dtype, save_stats)
+        good, stats = sound(*args)
+        return good.copy_(y), stats
+
+    return fault
+
+
+def _moments(rows):
+    return rows.mean(-1, keepdim=True), rows.var(-1, correction=0, keepdim=True)
+
+
+def _in_one_pass(rows):
+    mean = rows.mean(-1, keepdim=True)
+    return mean, (rows.square().mean(-1, keepdim=True) - mean.square()).clamp_min(0)
+
+
+def _last_left_out(rows):
+    return _moments(rows[..., :-1] if rows.shape[-1] > 2 else rows)
+
+
+def _over_all_groups(rows):
+    return rows.mean((1, 2), keepdim=True), rows.var((1, 2), correction=0, keepdim=True)
+
+
+def residual_after_relu(sound, x, groups, weight, bias, eps, residual, *rest):
+    y, stats = sound(x, groups, weight, bias, eps, None, *rest)
+    return y if residual is None else (y + residual).to(y.dtype), stats
+
+
+def gradient_past_relu(sound, grad, x, y, *rest):
+    return sound(grad, x, None if y is None else torch.ones_like(y), *rest)
+
+
+GROUPS = {
+    "group_norm_act forward variance_in_one_pass": over_groups(_in_one_pass),
+    "group_norm_act forward last_pixel_left_out": over_groups(_last_left_out),
+    "group_norm_act forward one_group_for_all": over_groups(_over_all_groups),
+    "group_norm_act forward unbiased_variance": over_groups(
+        lambda rows: (_moments(rows)[0], rows.var(-1, keepdim=True))
+    ),
+    "group_norm_act forward weight_in_bfloat16": on_argument(2, in_bfloat16),
+    "group_norm_act forward bias_dropped": on_argument(3, none),
+    "group_norm_act forward residual_dropped": on_argument(5, none),
+    "group_norm_act forward residual_after_relu": residual_after_relu,
+    "group_norm_act forward relu_left_out": on_argument(6, lambda act: "none"),
+    "group_norm_act forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
+    "group_norm_act forward last_row_unwritten": on_output(unwritten_last_row),
+    "group_norm_act forward truncated": on_output(truncated),
+    "group_norm_act backward gradient_past_relu": gradient_past_relu,
+    "group_norm_act backward statistics_in_bfloat16": on_argument(8, in_bfloat16),
+    "group_norm_act backward last_row_unwritten": on_output(unwritten_last_row),
+    "group_norm_act backward residual_twice": on_output(lambda t: 2 * t, 1),
+    "group_norm_act backward weight_and_bias_swapped": swapped(2, 3),
+    "group_norm_act backward weight_ignored": on_argument(3, torch.ones_like),
+}
+FAULTS = NORMS | GROUPS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | DWCONV | GRN
 
 
 def judge(case, which, backend):

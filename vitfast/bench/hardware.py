@@ -233,6 +233,17 @@ def _grn(pick, size, tensor):
     return (x, tensor(c), tensor(c)), {}
 
 
+def _group_norm_act(pick, size, tensor):
+    groups = size(1, 6)
+    shape = (size(1, 3), groups * size(1, 12), size(2, 20), size(2, 20))
+    c = shape[1]
+    weight, bias = pick((None, None), (1 + tensor(c, scale=0.1), tensor(c, scale=0.1)))
+    maps = [t.to(memory_format=pick(torch.channels_last, torch.contiguous_format))
+            for t in (tensor(*shape), tensor(*shape))]  # fmt: skip
+    options = {"residual": pick(None, maps[1]), "act": pick("none", "relu")}
+    return (maps[0], groups, weight, bias), options
+
+
 _RANDOM: dict[str, Callable[..., Any]] = {
     "layer_norm": _norm,
     "rms_norm": _rms_norm,
@@ -247,6 +258,7 @@ _RANDOM: dict[str, Callable[..., Any]] = {
     "window_attention": _window_attention,
     "dwconv_norm": _dwconv_norm,
     "grn": _grn,
+    "group_norm_act": _group_norm_act,
 }
 
 
@@ -359,6 +371,10 @@ def _beyond_grn(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.grn(x.view(-1, 64, 1024), weight, weight, backend=backend).view(-1, 1024)
 
 
+def _beyond_groups(x: torch.Tensor, backend: str) -> torch.Tensor:
+    return ops.group_norm_act(x.view(-1, 64, 4, 4), 32, act="relu", backend=backend).view(-1, 1024)
+
+
 _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "layer_norm": (2**21 + 128, lambda x, b: ops.layer_norm(x, backend=b)),
     "rms_norm": (2**21 + 128, lambda x, b: ops.rms_norm(x, backend=b)),
@@ -371,6 +387,7 @@ _BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
     "grn": (2**21 + 128, _beyond_grn),
     "window_attention": (2**21 + 128, _beyond_windows),
     "dwconv_norm": (2**21 + 128, _beyond_maps),
+    "group_norm_act": (2**21 + 128, _beyond_groups),
     "attention": (
         2**21 + 128,
         lambda x, b: ops.attention(*(x.view(-1, 64, 16, 64),) * 3, backend=b).flatten(0, 1),

@@ -16,6 +16,7 @@ from vitfast.layers.davit import WindowAttention as DavitWindowAttention
 from vitfast.layers.eva import EvaAttention, EvaBlock
 from vitfast.layers.hiera import HieraBlock
 from vitfast.layers.hiera import MaskUnitAttention as HieraMaskUnitAttention
+from vitfast.layers.hybrid import HybridEmbed
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
@@ -23,7 +24,10 @@ from vitfast.layers.mlp import GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import GlobalResponseNorm, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
+from vitfast.layers.resnetv2 import Bottleneck as ResNetV2Bottleneck
+from vitfast.layers.resnetv2 import PreActBottleneck as ResNetV2PreActBottleneck
 from vitfast.layers.sequential import Sequential
+from vitfast.layers.std_conv import GroupNormAct, StdConv2d, StdConv2dSame
 from vitfast.layers.swin import PatchMerging as SwinPatchMerging
 from vitfast.layers.swin import SwinTransformerBlock
 from vitfast.layers.swin import WindowAttention as SwinWindowAttention
@@ -49,8 +53,10 @@ __all__ = [
     "GlobalResponseNorm",
     "GlobalResponseNormMlp",
     "GluMlp",
+    "GroupNormAct",
     "HieraBlock",
     "HieraMaskUnitAttention",
+    "HybridEmbed",
     "Layer",
     "LayerNorm",
     "LayerNorm2d",
@@ -61,9 +67,13 @@ __all__ = [
     "PatchEmbed",
     "RelPosAttention",
     "RelPosBlock",
+    "ResNetV2Bottleneck",
+    "ResNetV2PreActBottleneck",
     "RmsNorm",
     "RmsNorm2d",
     "Sequential",
+    "StdConv2d",
+    "StdConv2dSame",
     "SwiGLU",
     "SwinPatchMerging",
     "SwinTransformerBlock",

@@ -13,6 +13,7 @@ from vitfast.ops.add_norm.api import add_norm
 from vitfast.ops.attention.api import attention
 from vitfast.ops.dwconv_norm.api import dwconv_norm
 from vitfast.ops.grn.api import grn
+from vitfast.ops.group_norm_act.api import group_norm_act
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.ops.linear_act.api import linear_act
 from vitfast.ops.mlp.api import mlp
@@ -40,6 +41,7 @@ NAMES = (
     "window_attention",
     "dwconv_norm",
     "grn",
+    "group_norm_act",
 )
 
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "attention",
     "dwconv_norm",
     "grn",
+    "group_norm_act",
     "layer_norm",
     "linear_act",
     "mlp",

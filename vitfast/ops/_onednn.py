@@ -14,7 +14,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -169,7 +169,8 @@ def prepare_mlp(
     second = prepare(weight2, bias2, rows, dtype)
     step = second.step
     keep = rows < CACHE_ROWS or weight1.numel() <= CACHE_ELEMENTS
-    pieces = CACHE.get(weight1, dtype, step) if keep else _pack(weight1, dtype, step)
+    pack = partial(_pack, rows=step)
+    pieces = CACHE.get(weight1, dtype, step, pack) if keep else pack(weight1, dtype)
     biases: Sequence[torch.Tensor | None] = [None] * len(pieces)
     if bias1 is not None:
         biases = bias1.to(dtype).split(step)
@@ -196,7 +197,7 @@ def _pack(weight: torch.Tensor, dtype: torch.dtype, rows: int = 0) -> tuple[torc
     )
 
 
-_Key = tuple[int, torch.dtype, int]
+_Key = tuple[int, torch.dtype, Hashable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,15 +219,25 @@ class WeightCache:
         self._lock = threading.RLock()  # a weakref's callback may run while it is held
 
     def get(
-        self, weight: torch.Tensor, dtype: torch.dtype, rows: int = 0
+        self,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        form: Hashable = None,
+        pack: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]] | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The packing of a weight for products of this dtype, new if need be; see `_pack`."""
-        key = (id(weight), dtype, rows)
+        """What `pack` makes of a weight for products of this dtype, new if need be.
+
+        Args:
+            weight: [N, ...], contiguous; or [N, K] or [N, C, H, W], channels-last.
+            form: what else, besides weight and dtype, the result depends on.
+            pack: by default the packing of a linear layer.
+        """
+        key = (id(weight), dtype, form)
         found = state(weight)
         entry = self._entries.get(key)
         if entry is not None and entry.state == found and entry.weight() is weight:
             return entry.pieces
-        pieces = _pack(weight, dtype, rows)
+        pieces = (pack or _pack)(weight, dtype)
         drop = partial(_drop, weakref.ref(self), key)
         nbytes = weight.numel() * dtype.itemsize
         with self._lock:
@@ -262,12 +273,19 @@ def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Te
 def state(w: torch.Tensor) -> tuple[Any, ...]:
     """What tells a weight from what it was, see above; equal as long as it is the same."""
     version = 0 if w.is_inference() else w._version
-    matrix = w if w.ndim == 2 else w.detach().flatten(1)
     address = w.data_ptr()
-    fingerprint = native.native().fingerprint(
-        address, w.itemsize, *matrix.shape, *matrix.stride(), native.threads()
-    )
+    fingerprint = native.native().fingerprint(address, w.itemsize, *_matrix(w), native.threads())
     return address, version, w.dtype, w.shape, w.stride(), fingerprint
+
+
+def _matrix(w: torch.Tensor) -> tuple[int, int, int, int]:
+    """Rows, columns and their strides, of which every output channel has an element on the
+    diagonal; nearly square for a convolution's weight, so that it is short."""
+    if w.ndim == 2:
+        return *w.shape, *w.stride()  # type: ignore[return-value]
+    rows = len(w) * w.shape[2] if w.ndim == 4 else len(w)
+    columns = w.numel() // max(rows, 1)
+    return rows, columns, columns, 1
 
 
 def _quarter_of_memory() -> int:

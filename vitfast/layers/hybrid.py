@@ -1,0 +1,77 @@
+"""Drop-in for timm's HybridEmbed: a convolutional stem, and its projection to tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm import layers as timm_layers
+from timm.layers import Format
+from torch import nn
+
+from vitfast import ops
+from vitfast.layers import _conv, _guard, _stem
+from vitfast.layers._base import Layer
+from vitfast.layers.patch_embed import Projection, plan_projection
+from vitfast.ops._onednn_conv import Conv
+
+
+def plan_stem(module: Any) -> Projection | None:
+    """The projection of what the backbone gives; None for none."""
+    children = module._modules
+    if type(children["proj"]) is nn.Identity:
+        _guard.check_bare(children["proj"], "proj")
+        return None
+    return plan_projection(module)
+
+
+def _project(x: torch.Tensor, plan: Projection) -> torch.Tensor:
+    """A map [B, C, H, W], a multiple of the patch, to tokens [B, N, C']."""
+    weight, bias = plan
+    size = weight.shape[2], weight.shape[3]
+    if _conv.channels_last(x) and x.numel() > 0:
+        conv = Conv(weight, bias, size, (0, 0), (1, 1), 1, None, False)
+        call = _conv.direct(x)
+        packed = _conv.ready(call, conv, x.shape[1]) if call is not None else None
+        if call is not None and packed is not None:
+            return packed(x.to(call.dtype)).permute(0, 2, 3, 1).flatten(1, 2)
+    if size == (1, 1):
+        return ops.linear_act(x.flatten(2).transpose(1, 2), weight.flatten(1), bias)
+    return ops.patch_embed(x, weight, bias)
+
+
+class HybridEmbed(Layer, timm_layers.HybridEmbed):
+    """`timm.layers.HybridEmbed`, whose backbone gets its images channels-last.
+
+    The backbone is called as it is, its parts swapped one by one; but for the beginning of a
+    ResNetV2 in inference on the CPU. Tokens come out contiguous.
+    """
+
+    plan = staticmethod(plan_stem)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not _guard.may_fuse(x) or x.ndim != 4:
+            return super().forward(x)
+        try:
+            plan = plan_stem(self)
+        except _guard.Unfit:
+            return super().forward(x)
+        x = _stem.features(self.backbone, x)
+        if isinstance(x, (list, tuple)):
+            x = x[-1]
+        height, width = (1, 1) if plan is None else plan.weight.shape[-2:]
+        if self.dynamic_img_pad:
+            rows, columns = self.patch_size
+            x = F.pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows))
+        if not self.flatten and self.output_fmt not in (Format.NHWC, Format.NLC):
+            x = self.proj(x)
+            return x if self.output_fmt == Format.NCHW else timm_layers.nchw_to(x, self.output_fmt)
+        rows, columns = x.shape[-2] // height, x.shape[-1] // width
+        if plan is None:
+            tokens = x.flatten(2).transpose(1, 2)
+        else:
+            tokens = _project(x[..., : rows * height, : columns * width], plan)
+        if not self.flatten and self.output_fmt == Format.NHWC:
+            tokens = tokens.unflatten(1, (rows, columns))
+        return tokens
