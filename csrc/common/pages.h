@@ -1,26 +1,26 @@
-// Large pages for large new buffers. The allocator gives blocks above 32 MiB back to the system, so
-// that each is mapped anew, 4 KiB at a time: for a matrix product that is a fifth of its time.
+// Memory for large results, kept for the next one. The C library gives blocks above 32 MiB back to
+// the system, and smaller ones too once enough of them are free, so that each is mapped anew, 4 KiB
+// at a time: more than many a kernel takes to fill it.
 #pragma once
 #include <cstdint>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace vitfast {
 
-// A hint, to be given before the first write; wrong or unsupported ones change nothing.
-inline void advise_large_pages(void* begin, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{2} << 20;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) & ~(page - 1);
-  const uintptr_t last =
-      (reinterpret_cast<uintptr_t>(begin) + static_cast<uintptr_t>(bytes)) & ~(page - 1);
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)begin;
-  (void)bytes;
-#endif
-}
+constexpr int64_t kPage = int64_t{2} << 20;  // a large one
+
+// A block of at least so many bytes, aligned to a page and of unknown content; nullptr where the
+// system has none, or no such pages.
+void* take_pages(int64_t bytes);
+
+// Gives a block back. It may be taken again; the system may have its memory until then.
+void give_pages(void* block);
+
+// At most so many bytes of free blocks are kept; the others are unmapped, the oldest first.
+void limit_pages(int64_t bytes);
+
+struct PagesUse {
+  int64_t taken, free;  // bytes
+};
+PagesUse pages_use();
 
 }  // namespace vitfast

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitfast.layers import _attention, _fits, _rows
-from vitfast.ops import _gemm
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.attention import native as attention_op
 from vitfast.ops.window_attention import native as window_op
+from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def block(
     qkv = [t.unflatten(0, (batch, tokens)) for t in steps.project(rows)]
     attended = _attend(_attention.split_heads(qkv, plan.attn), plan, mask, bias, rope, is_causal)
     del qkv  # as large as three maps
-    out = _gemm.empty(rows.shape, steps.stream)
+    out = native.empty(rows.shape, steps.stream)
     steps.finish(rows, attended.view(len(rows), -1), out)
     return out.view(batch, tokens, channels)
 
@@ -108,7 +108,7 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
     ) -> None:
         (qkv,) = steps.project(rows.view(-1, channels))
         qkv = qkv.view(len(rows) if stripe is None else 1, -1, wide, 3 * width)
-        attended = _gemm.empty((*qkv.shape[:3], *heads), qkv.dtype)
+        attended = native.empty((*qkv.shape[:3], *heads), qkv.dtype)
         window_op.run(
             _attention.split_packed(qkv, attn), attended, (high, wide), window, shift, terms,
             grid=grid, stripe=stripe,
@@ -117,7 +117,7 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
         attended = attended.view(-1, width)
         steps.finish(rows.view(-1, channels), attended, out.view(-1, channels))
 
-    out = _gemm.empty(x.shape, steps.stream)
+    out = native.empty(x.shape, steps.stream)
     if tokens <= _rows.WHOLE_ROWS:
         images = max(1, _rows.WHOLE_ROWS // tokens)
         for rows, result in zip(x.contiguous().split(images), out.split(images), strict=True):
@@ -130,7 +130,7 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
         for image, result in zip(*maps, strict=True):
             for first in range(0, count, step):
                 rows = image[:, first : first + step].contiguous()
-                both = _gemm.empty(rows.shape, steps.stream)
+                both = native.empty(rows.shape, steps.stream)
                 run(rows[None], both, None, rows.shape[0] * rows.shape[1])
                 result[:, first : first + step] = both
         return out
@@ -145,7 +145,7 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
                 continue
             pieces = [slice(begin, high), slice(max(begin - high, 0), end - high)]
             rows = torch.cat([image[piece] for piece in pieces])
-            both = _gemm.empty(rows.shape, steps.stream)
+            both = native.empty(rows.shape, steps.stream)
             run(rows, both, stripe)
             sizes = [max(high - begin, 0), end - max(begin, high)]
             for piece, part in zip(pieces, both.split(sizes), strict=True):
@@ -168,7 +168,7 @@ def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
     if steps is None:
         return None
     rows = x.reshape(-1, x.shape[-1])
-    out = _gemm.empty(rows.shape, steps.stream)
+    out = native.empty(rows.shape, steps.stream)
     for chunk in _rows.chunks(len(rows)):
         steps.mlp_half(rows[chunk], out[chunk])
     return out.view(x.shape)
@@ -184,7 +184,7 @@ class _Steps:
         self._qkv = [_rows.linear(linear, rows, operand) for linear in attn.qkv]
         self._proj = _rows.linear(attn.proj, rows, operand)
         self._hidden, self._fc2 = _rows.mlp(mlp, rows, operand)
-        self._normed = _gemm.empty((min(rows, _rows.WHOLE_ROWS), len(attn.proj.weight)), operand)
+        self._normed = native.empty((min(rows, _rows.WHOLE_ROWS), len(attn.proj.weight)), operand)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """norm1 and the projection(s) to q, k and v: [rows, 3 A], or three of [rows, A]."""
@@ -193,7 +193,7 @@ class _Steps:
             part = self._to_qkv(x)
             return [layer(part) for layer in self._qkv]
         sizes = [linear.weight.shape[0] for linear in self.plan.attn.qkv]
-        results = [_gemm.empty((len(x), size), self.operand) for size in sizes]
+        results = [native.empty((len(x), size), self.operand) for size in sizes]
         for chunk in chunks:
             part = self._to_qkv(x[chunk])
             for layer, result in zip(self._qkv, results, strict=True):

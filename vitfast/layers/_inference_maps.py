@@ -5,6 +5,8 @@ As `_inference`, some lines or images at a time.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,15 +14,21 @@ import torch
 from vitfast.layers import _fits, _rows
 from vitfast.layers._guard import Linear
 from vitfast.layers._norm import Grn, Norm
-from vitfast.ops import _gemm
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.grn import native as grn_op
 from vitfast.ops.patch_embed import native as patch_op
+from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
     from vitfast.layers._convnext import ConvNeXt
+
+_CONVOLVED_BYTES = 4 << 20
+"""Of a convolution's results at a time: each stripe of lines reads those around it again."""
+_HIDDEN_BYTES = 3 << 20
+_LEAST_ROWS = 512
+"""Of an MLP's hidden tensor at a time, and rows at least."""
 
 
 class Merge(NamedTuple):
@@ -65,7 +73,7 @@ def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
 
     if rows <= _rows.WHOLE_ROWS:
         return patches(x).view(batch, high, wide, -1)
-    out = _gemm.empty((batch, high, wide, len(weight)), operand)
+    out = native.empty((batch, high, wide, len(weight)), operand)
     step = max(1, _rows.CHUNK_ROWS // wide)
     for image, result in zip(x, out, strict=True):
         for first in range(0, high, step):
@@ -116,18 +124,18 @@ def downsample(
     ):
         return None
     lines, columns = high // height, wide // across
-    out = _gemm.empty((batch, lines, columns, width), operand)
-    linear = _rows.linear(Linear(weight, bias), batch * lines * columns, operand)
+    out = native.empty((batch, lines, columns, width), operand)
+    linear = _rows.patches(Linear(weight, bias), batch * lines * columns, operand)
     x = image.permute(0, 2, 3, 1).contiguous()
-    for images, stripes in _stripes(batch, lines, columns):
+    for images, stripes in _stripes(batch, lines, columns, _rows.CHUNK_ROWS):
         for first, last in stripes:
             part = x[images, first * height : last * height]
-            normed = _rows.normalise(part, norm, _gemm.empty(part.shape, operand))
-            patches = patch_op.Patches(normed.permute(0, 3, 1, 2), weight, None, None, operand)
-            rows = torch.empty((patches.rows, patches.width), dtype=operand)
-            out[images, first:last] = linear(patches.gather(0, patches.rows, rows)).view(
-                len(part), last - first, columns, width
-            )
+            part = part.view(-1, height, columns, across, channels)
+            rows = torch.empty((len(part), columns, height, across, channels), dtype=operand)
+            for i, j in itertools.product(range(height), range(across)):
+                _rows.normalise(part[:, i, :, j], norm, rows[:, :, i, j])
+            result = out[images, first:last]
+            result.copy_(linear(rows.view(-1, weight[0].numel())).view(result.shape))
     return out.view(batch, -1, width)
 
 
@@ -142,45 +150,60 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     operand = lower or x.dtype
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
     x = x.contiguous()
-    out = _gemm.empty(x.shape, torch.promote_types(x.dtype, scaled))
-    batch, high, wide, _ = x.shape
+    out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
+    batch, high, wide, channels = x.shape
     mlp = plan.mlp
     hidden_of, fc2 = _rows.mlp(mlp, batch * high * wide, operand)
-    for images, stripes in _stripes(batch, high, wide):
-        part, result = x[images], out[images]
+    at_once = max(_CONVOLVED_BYTES // (channels * operand.itemsize), _rows.CHUNK_ROWS)
+    most = max(_HIDDEN_BYTES // (len(mlp.fc1.weight) * operand.itemsize), _LEAST_ROWS)
+    for images, stripes in _stripes(batch, high, wide, at_once):
+        part = x[images]
+        pixels, results = part.view(-1, channels), out[images].view(-1, channels)
+
         if mlp.grn is None:
-            for lines in stripes:
-                hidden = hidden_of(_convolved(part, plan, lines, operand))
-                _add_lines(part, fc2(hidden), plan.gamma, result, lines)
+            for rows, normed in _convolved(part, plan, stripes, operand, most):
+                _rows.add(pixels[rows], fc2(hidden_of(normed)), plan.gamma, results[rows])
             continue
-        hiddens = [hidden_of(_convolved(part, plan, lines, operand)) for lines in stripes]
-        scales = _responses(hiddens, len(part), mlp.grn)
-        for lines, hidden in zip(stripes, hiddens, strict=True):
+        # A piece of several images has to hold all of each.
+        found = _convolved(part, plan, stripes, operand, most if len(part) == 1 else len(pixels))
+        hiddens = [(rows, hidden_of(normed)) for rows, normed in found]
+        scales = _responses([hidden for _, hidden in hiddens], len(part), mlp.grn)
+        for rows, hidden in hiddens:
             _respond(hidden, scales, mlp.grn.bias)
-            _add_lines(part, fc2(hidden), plan.gamma, result, lines)
+            _rows.add(pixels[rows], fc2(hidden), plan.gamma, results[rows])
     return out
 
 
-def _stripes(batch: int, high: int, wide: int) -> list[tuple[slice, list[tuple[int, int]]]]:
-    """Some images and all of their lines, or one and some at a time."""
+def _stripes(
+    batch: int, high: int, wide: int, rows: int
+) -> list[tuple[slice, list[tuple[int, int]]]]:
+    """Some images and all of their lines, or one and so many rows at a time."""
     if high * wide <= _rows.WHOLE_ROWS:
         images = _rows.WHOLE_ROWS // (high * wide)
         return [(slice(i, i + images), [(0, high)]) for i in range(0, batch, images)]
-    step = max(1, _rows.CHUNK_ROWS // wide)
+    step = max(1, rows // wide)
     lines = [(i, min(i + step, high)) for i in range(0, high, step)]
     return [(slice(i, i + 1), lines) for i in range(batch)]
 
 
 def _convolved(
-    x: torch.Tensor, plan: ConvNeXt, lines: tuple[int, int], operand: torch.dtype
-) -> torch.Tensor:
-    """norm(conv(x)) of some lines: [rows, C]."""
-    norm = plan.norm
-    normed = dwconv_op.run(
-        x, *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind, dtype=operand,
-        out_dtype=operand, rows=lines,
-    )  # fmt: skip
-    return normed.view(-1, x.shape[3])
+    x: torch.Tensor,
+    plan: ConvNeXt,
+    stripes: list[tuple[int, int]],
+    operand: torch.dtype,
+    most: int,
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """norm(conv(x)) of stripes of maps, at most so many rows at a time: [rows, C]."""
+    norm, wide = plan.norm, x.shape[2]
+    for first, last in stripes:
+        normed = dwconv_op.run(
+            x, *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind, dtype=operand,
+            out_dtype=operand, rows=(first, last),
+        ).view(-1, x.shape[3])  # fmt: skip
+        start = first * wide
+        for i in range(0, len(normed), most):
+            piece = normed[i : i + most]
+            yield slice(start + i, start + i + len(piece)), piece
 
 
 def _responses(hiddens: list[list[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
@@ -202,15 +225,3 @@ def _respond(hidden: list[torch.Tensor], scales: torch.Tensor, bias: torch.Tenso
         for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
             base = shift.expand(one.shape)
             one.copy_(norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor)[0])
-
-
-def _add_lines(
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    gamma: torch.Tensor | None,
-    out: torch.Tensor,
-    lines: tuple[int, int],
-) -> None:
-    """x + gamma * branch, of some lines of maps."""
-    part, result = (t[:, slice(*lines)].view(branch.shape) for t in (x, out))
-    _rows.add(part, branch, gamma, result)

@@ -79,6 +79,14 @@ def linear(
     return partial(_gemm.apply, prepared, act=act)
 
 
+def patches(layer: Linear, rows: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A convolution [N, C, H, W] of disjoint patches, whose rows come as [H, W, C]."""
+    weight, bias = layer
+    if not _onednn.reasons(weight, bias, dtype, "none"):
+        return _onednn.prepare(weight, bias, rows, dtype, channels_last=True)
+    return linear(layer._replace(weight=weight.permute(0, 2, 3, 1).flatten(1)), rows, dtype)
+
+
 def normalise(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:
     norm_op.forward(
         norm_op.KINDS[norm.kind],

@@ -32,8 +32,6 @@ ACTS = {
 DTYPES = (torch.float32, torch.bfloat16)
 _PACKED_ROWS = 512
 """From so many rows on, B is put in order once, beforehand, instead of by every block of rows."""
-_LARGE = 32 << 20
-"""Allocations above this come fresh from the system each time (see csrc/common/pages.h)."""
 
 Rows = tuple[int, int, int, int, int]
 
@@ -209,7 +207,7 @@ def apply(
     """
     if out is None:
         dtype = out_dtype or (x if residual is None else residual).dtype
-        out = empty((*x.shape[:-1], layer.width), dtype)
+        out = native.empty((*x.shape[:-1], layer.width), dtype)
     if layer.matrix is None or not x.numel():
         return out.copy_(_through_op(layer, x, act, residual, gamma))
     product(
@@ -321,14 +319,6 @@ def biases(
         first, second = bias.chunk(2)
         return (first, second) if gate == "first" else (second, first)
     return bias, None
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """torch.empty on the CPU, with large pages for a large tensor."""
-    t = torch.empty(shape, dtype=dtype)
-    if t.nbytes > _LARGE and not native.reasons():
-        native.native().advise_large_pages(t.data_ptr(), t.nbytes)
-    return t
 
 
 def rows_of(t: torch.Tensor) -> Rows:

@@ -11,7 +11,6 @@ leaves every one of those elements alone.
 from __future__ import annotations
 
 import functools
-import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -24,9 +23,9 @@ import torch
 from vitfast.runtime import native
 from vitfast.settings import settings
 
-CACHE_ROWS = 2048
+CACHE_ROWS = 8192
 CACHE_ELEMENTS = 1 << 19
-"""From so many rows on a packing costs below 1 % of its product, and memory counts more, unless the
+"""From so many rows on a packing costs below 3 % of its product, and memory counts more, unless the
 weight is small: then nearly all that a packing takes is the 0.17 ms of asking oneDNN for it."""
 EXACT_WIDTH = 1024
 """oneDNN sums all K products of a float32 result in one chain: beyond this K its error passes twice
@@ -127,15 +126,18 @@ def prepare(
     rows: int,
     dtype: torch.dtype,
     act: str = "none",
+    channels_last: bool = False,
 ) -> Linear:
     """A layer for products with `rows` rows in all, in this dtype, where no `reasons` are against.
 
     Args:
         weight: [N, K], float32 or bfloat16, or contiguous with more dimensions; bias: [N].
+        channels_last: it is [N, C, H, W], of rows [H, W, C].
     """
     _settle_allocator()
     keep = rows < CACHE_ROWS or weight.numel() <= CACHE_ELEMENTS
-    pieces = CACHE.get(weight, dtype) if keep else _pack(weight, dtype)
+    pack = _pack_channels_last if channels_last else _pack
+    pieces = CACHE.get(weight, dtype, pack.__name__, pack) if keep else pack(weight, dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
     return Linear(pieces, _step(weight[0].numel(), dtype), bias, act, weight.shape[0])
@@ -195,6 +197,10 @@ def _pack(weight: torch.Tensor, dtype: torch.dtype, rows: int = 0) -> tuple[torc
     return tuple(
         torch.ops.mkldnn._reorder_linear_weight(piece.contiguous(), 1024) for piece in pieces
     )
+
+
+def _pack_channels_last(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return _pack(weight.detach().permute(0, 2, 3, 1), dtype)
 
 
 _Key = tuple[int, torch.dtype, Hashable]
@@ -288,14 +294,7 @@ def _matrix(w: torch.Tensor) -> tuple[int, int, int, int]:
     return rows, columns, columns, 1
 
 
-def _quarter_of_memory() -> int:
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, ValueError, OSError):
-        return 4 << 30
-
-
-CACHE = WeightCache(_quarter_of_memory())
+CACHE = WeightCache(native.memory() // 4)
 
 
 def clear_weight_cache() -> None:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
+import os
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from vitfast.errors import BackendUnavailableError
 from vitfast.settings import ISA_LEVELS, settings
@@ -19,8 +22,15 @@ from vitfast.settings import ISA_LEVELS, settings
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 """The numbers of `DType` in csrc/common/dtype.h."""
 _LARGE = 4 << 20
-"""From about here on the C library gives freed memory back, and new memory costs a page fault for
-every 4 KiB: more time than a kernel takes to fill it."""
+"""Bytes from which a result lies in pages of its own, see csrc/common/pages.h."""
+_DLPACK = {
+    torch.float32: (2, 32),
+    torch.float16: (2, 16),
+    torch.bfloat16: (4, 16),
+}
+"""DLPack's code and bits of a dtype."""
+_MOST_KEPT = 512 << 20
+_CPU = torch.device("cpu")
 
 
 @functools.cache
@@ -83,11 +93,31 @@ def threads() -> int:
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
 ) -> torch.Tensor:
-    """torch.empty, with large pages for a large CPU tensor (see csrc/common/pages.h)."""
-    t = torch.empty(shape, dtype=dtype, device=device)
-    if t.nbytes >= _LARGE and t.is_cpu and _load()[0] is not None:
-        native().advise_large_pages(t.data_ptr(), t.nbytes)
-    return t
+    """torch.empty; a large tensor of the CPU in memory that is kept for the next one."""
+    device = device or _CPU
+    if dtype in _DLPACK and math.prod(shape) * dtype.itemsize >= _LARGE and device == _CPU:
+        module = _with_pages()
+        pages = None if module is None else module.pages_tensor(shape, *_DLPACK[dtype])
+        if pages is not None:
+            return from_dlpack(pages)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+@functools.cache
+def _with_pages() -> ModuleType | None:
+    """The extension, told how much memory it may keep."""
+    module, _ = _load()
+    if module is not None:
+        module.limit_pages(min(memory() // 32, _MOST_KEPT))
+    return module
+
+
+def memory() -> int:
+    """Bytes of this machine."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return 16 << 30
 
 
 def address(t: torch.Tensor | None) -> int:

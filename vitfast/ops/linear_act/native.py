@@ -21,10 +21,10 @@ def can_run(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
 
 def forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
     lead, n = x.shape[:-1], weight.shape[0] // (2 if gate else 1)
-    y = _gemm.empty((*lead, n), x.dtype)
+    y = native.empty((*lead, n), x.dtype)
     gated = bool(gate) or gate_weight is not None
     save = save_z and (gated or act != "none")
-    z = _gemm.empty((*lead, 2 * n if gated else n), x.dtype) if save else x.new_empty(0)
+    z = native.empty((*lead, 2 * n if gated else n), x.dtype) if save else x.new_empty(0)
     if y.numel():
         rows = x.numel() // x.shape[-1]
         weights = (weight,) if gate_weight is None else (gate_weight, weight)
@@ -47,7 +47,7 @@ def activation(z, act, gate):
     The kernel of gated gradients, which gives grad * act(z), with the other half for grad.
     """
     width = z.shape[-1] // 2 if gate else z.shape[-1]
-    y = _gemm.empty((*z.shape[:-1], width), z.dtype)
+    y = native.empty((*z.shape[:-1], width), z.dtype)
     if y.numel() == 0:
         return y
     m = y.numel() // width
@@ -89,7 +89,7 @@ def _sums_gradient(grad, z, bias, gate_bias, act, gate, gated, wanted, found):
     # Sums over rows in float32, in the order of z's columns.
     total = torch.zeros(2 * n if gated else n, dtype=torch.float32)
     identity = act == "none" and not gated
-    dz = None if identity else _gemm.empty((m, total.numel()), grad.dtype)
+    dz = None if identity else native.empty((m, total.numel()), grad.dtype)
     both, dboth, sums = (z, None), (dz, None), (total, None)
     if gated:
         z = z.view(m, 2 * n)
@@ -121,7 +121,7 @@ def _sums_gradient(grad, z, bias, gate_bias, act, gate, gated, wanted, found):
 
 def _input_gradient(parts, dx):
     """dx = sum over the weights of dz W; more than one are added up in float32."""
-    total = dx if len(parts) == 1 else _gemm.empty(dx.shape, torch.float32)
+    total = dx if len(parts) == 1 else native.empty(dx.shape, torch.float32)
     for i, (weight, _, dz) in enumerate(parts):
         b = _gemm.matrix((weight,), dx.dtype, len(dz), transposed=True)
         out = dx if i == len(parts) - 1 else total

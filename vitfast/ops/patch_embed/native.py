@@ -97,7 +97,7 @@ def _affine(dtype, channels, mean, std):
 def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
     patches = Patches(image, weight, mean, std, dtype)
     n, p0 = patches.per_image, 0 if prefix is None else prefix.shape[1]
-    out = _gemm.empty((image.shape[0], p0 + n, weight.shape[0]), out_dtype)
+    out = native.empty((image.shape[0], p0 + n, weight.shape[0]), out_dtype)
     if not out.numel():
         return out
     covers = pos_embed is not None and pos_embed.shape[1] == p0 + n
@@ -127,7 +127,7 @@ def normed(
 ) -> torch.Tensor:
     """Tokens [B, N, C]; norm(tokens) works in place, a stretch at a time."""
     patches = Patches(image, weight, None, None, dtype)
-    out = _gemm.empty((len(image), patches.per_image, len(weight)), dtype)
+    out = native.empty((len(image), patches.per_image, len(weight)), dtype)
     b = _gemm.matrix((weight,), dtype, patches.rows)
     for images, part, rows in patches.gathered():
         tokens = out[images, part]
