@@ -223,5 +223,8 @@ def _respond(hidden: list[torch.Tensor], scales: torch.Tensor, bias: torch.Tenso
     columns = scales.split(widths, 1), bias.float().split(widths)
     for piece, factors, shift in zip(hidden, *columns, strict=True):
         for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
+            if one.dtype == factor.dtype:
+                torch.addcmul(shift, one, factor, out=one)
+                continue
             base = shift.expand(one.shape)
             one.copy_(norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor)[0])
