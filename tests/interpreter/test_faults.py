@@ -20,6 +20,7 @@ ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/_norm_triton.py"
 WINDOW = "ops/window_attention/triton_kernels.py"
 LARGE = "ops/window_attention/triton_large.py"
 GRN, DWCONV = "ops/grn/triton.py", "ops/dwconv_norm/triton.py"
+GROUPS, GROUPS_LAUNCH = (f"ops/group_norm_act/{f}.py" for f in ("triton_kernels", "triton"))
 LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
 import sys, torch
@@ -191,6 +192,68 @@ FAULTS = {
                              "dwconv_norm", "kernel_9"),
     "gradient of the bias from every part": (DWCONV, "biases += g", "biases = g", "dwconv_norm",
                                              "odd_sizes"),
+    "padding of pixels in the variance": (
+        GROUPS, "d = tl.where(mask, x - _spread(mean, SPAN, GROUPS)[None, :], 0.0)\n    var",
+        "d = x - _spread(mean, SPAN, GROUPS)[None, :]\n    var", "group_norm_act", "odd_sizes",
+    ),
+    "pixels before groups": (GROUPS, "at = b * x_outer + _tile(row, column, x_inner, x_step)",
+                             "at = b * x_outer + _tile(row, column, x_step, x_inner)",
+                             "group_norm_act", "odd_sizes"),
+    "channels of padded groups": (GROUPS, "group * WIDTH + within", "group * SPAN + within",
+                                  "group_norm_act", "padded_groups"),
+    "statistics of one image saved": (
+        GROUPS, "(b * groups + group) * 2\n        tl.store(", "group * 2\n        tl.store(",
+        "group_norm_act", "odd_sizes",
+    ),
+    "residual of another image": (GROUPS, "residual_at = b * residual_outer +", "residual_at =",
+                                  "group_norm_act", "odd_sizes"),
+    "residual behind ReLU": (
+        GROUPS, "y += tl.load(residual_ptr", "y = tl.maximum(y, 0.0) + tl.load(residual_ptr",
+        "group_norm_act", "odd_sizes",
+    ),
+    "gradient past ReLU": (GROUPS, "g = tl.where(y <= 0.0, 0.0, g)", "g = g", "group_norm_act",
+                           "odd_sizes"),
+    "mean of the groups' gradient left out": (
+        GROUPS, "_spread(_over_groups(plain, SPAN, GROUPS) / count,",
+        "_spread(_over_groups(plain, SPAN, GROUPS) * 0.0,", "group_norm_act", "no_act",
+    ),
+    "weight left out of the groups' means": (
+        GROUPS, "plain * weight, product * weight\n    count", "plain, product\n    count",
+        "group_norm_act", "odd_sizes",
+    ),
+    "gradients by group for those by image": (
+        GROUPS, "at = b * groups * WIDTH + column", "at = b * groups + column", "group_norm_act",
+        "odd_sizes",
+    ),
+    "variance in one pass": (GROUPS, "x - shift[None, :], 0.0)", "x, 0.0)", "group_norm_act",
+                             "many_parts_offset"),
+    "moments of the next part": (GROUPS, "tl.minimum((part + 1) * per, tl.cdiv",
+                                 "tl.minimum((part + 2) * per, tl.cdiv", "group_norm_act",
+                                 "many_parts"),
+    "a tile forgotten": (GROUPS, "square += d * d", "square = d * d", "group_norm_act",
+                         "many_parts"),
+    "moments of another image's part": (
+        GROUPS, "to = (b * parts + part) * c + column", "to = (part + b) * c + column",
+        "group_norm_act", "many_parts",
+    ),
+    "short part as long as the others": (GROUPS, "tl.minimum(n - part * per, per).to(ACC) / n",
+                                         "(per + 0 * part).to(ACC) / n", "group_norm_act",
+                                         "many_parts"),
+    "spread of the parts' means left out": (GROUPS, "squares += share[:, None] * (d * d)",
+                                            "squares += 0.0 * d", "group_norm_act", "many_parts"),
+    "rest of a wide group": (GROUPS, "for start in range(0, WIDTH, SPAN):",
+                             "for start in range(0, SPAN, SPAN):", "group_norm_act", "wide_group"),
+    "statistics of the next group": (GROUPS, "(b * (c // WIDTH) + column // WIDTH) * 2",
+                                     "(b * (c // WIDTH) + (column + 1) // WIDTH) * 2",
+                                     "group_norm_act", "many_parts"),
+    "sums of a tile for those of a part": (GROUPS, "product += g *", "product = g *",
+                                           "group_norm_act", "many_parts_contiguous"),
+    "sums of the last part": (GROUPS, "(part < parts)[:, None]", "(part < parts - 1)[:, None]",
+                              "group_norm_act", "many_parts_contiguous"),
+    "slope of the wrong scale": (GROUPS, "mask=inside, other=0.0) * rstd",
+                                 "mask=inside, other=0.0)", "group_norm_act", "many_parts"),
+    "parts of another length": (GROUPS_LAUNCH, "pixels = per * launch", "pixels = 2 * per * launch",
+                                "group_norm_act", "many_parts"),
     "columns for rows of a patch": (PATCH, "((k // Q) % P)", "((k // P) % P)", "patch_embed",
                                     "rectangular"),
 }  # fmt: skip
@@ -245,6 +308,8 @@ def retest(package: Path, which: str) -> subprocess.CompletedProcess:
         (NORM, "row = row.to(tl.int64)", "patch_merge"),
         (GRN, "row.to(tl.int64)[:, None] * inner", "grn"),
         (DWCONV, "y.to(tl.int64) * x_line", "dwconv_norm"),
+        (GROUPS, "row.to(tl.int64)[:, None] * inner", "group_norm_act0"),
+        (GROUPS, "column.to(tl.int64)[None, :] * step", "group_norm_act1"),
         (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "[attention]"),
         (WINDOW, "b.to(tl.int64), y.to(tl.int64), x.to(tl.int64)", "window_attention"),
     ],

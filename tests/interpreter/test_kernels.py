@@ -20,11 +20,11 @@ FLOPS = 1e6
 """Work above this takes the interpreter seconds."""
 
 
-def _affordable(spec: OpSpec, sample: Sample) -> bool:
+def _affordable(spec: OpSpec, sample: Sample, flops: float = FLOPS) -> bool:
     if sample.tags & {"real", "large"}:
         return False
     args, kwargs = sample.make(torch.float32, torch.Generator())
-    return spec.cost(args, kwargs).flops < FLOPS
+    return spec.cost(args, kwargs).flops < flops
 
 
 SAMPLES = [
@@ -45,6 +45,19 @@ WIDE = [
     ("patch_merge", ((1, 3, 2, 4), lambda x, b: vitfast.ops.patch_merge(x, backend=b))),
     ("dwconv_norm", ((1, 3, 2, 16), lambda x, b: vitfast.ops.dwconv_norm(x, _K, backend=b))),
     ("grn", ((1, 3, 16), lambda x, b: vitfast.ops.grn(x, _W[0], _W[1], backend=b))),
+    (
+        "group_norm_act",
+        (
+            (1, 3, 16),
+            lambda x, b: vitfast.ops.group_norm_act(
+                x[:, :, None].permute(0, 3, 1, 2), 4, backend=b
+            ),
+        ),
+    ),
+    (
+        "group_norm_act",
+        ((1, 3, 2, 8), lambda x, b: vitfast.ops.group_norm_act(x, 1, backend=b)),
+    ),
     ("attention", ((1, 3, 2, 16), lambda x, b: vitfast.ops.attention(x, x, x, backend=b))),
     (
         "window_attention",
@@ -137,6 +150,32 @@ def many_tiles(monkeypatch):
 )
 def test_windows_in_many_tiles(sample):
     case = Case(vitfast.ops.spec_of("window_attention"), sample, torch.float32)
+    _run(case, backward=False)
+    _run(case, backward=True)
+
+
+@pytest.fixture
+def many_parts(monkeypatch):
+    """Groups that a program could hold, on the kernels of larger ones, in small tiles."""
+    from vitfast.ops.group_norm_act import triton
+
+    def in_tiles(kernel, key, launch):
+        small = {n: size for n, size in (("ROWS", 16), ("PARTS", 2)) if n in launch.blocks}
+        return replace(launch, blocks={**launch.blocks, **small})
+
+    monkeypatch.setattr(triton, "in_one_program", lambda which, key: False)
+    with watching(in_tiles):
+        yield
+
+
+@pytest.mark.usefixtures("many_parts")
+@pytest.mark.parametrize(
+    "sample",
+    [s for spec, s in SAMPLES if spec.name == "group_norm_act" and _affordable(spec, s, FLOPS / 4)],
+    ids=lambda s: s.name,
+)
+def test_groups_in_many_parts(sample):
+    case = Case(vitfast.ops.spec_of("group_norm_act"), sample, torch.float32)
     _run(case, backward=False)
     _run(case, backward=True)
 

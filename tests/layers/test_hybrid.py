@@ -56,8 +56,8 @@ def conv(name: str) -> nn.Module:
 
 def block(name: str, kind: str = "post", **more) -> nn.Module:
     options = BLOCKS[name] | more
-    options.setdefault("conv_layer", same)
-    return KINDS[kind](32, bottle_ratio=0.5, norm_layer=norm_layer, **options)
+    options = dict(conv_layer=same, norm_layer=norm_layer) | options
+    return KINDS[kind](32, bottle_ratio=0.5, **options)
 
 
 def image(channels: int, size: tuple[int, int] = (9, 11), memory_format=LAST) -> torch.Tensor:
@@ -116,6 +116,18 @@ def test_group_norm_act(parity, lively, act, memory_format, autocast):
 
 def test_group_norm_act_without_weights_or_act(parity):
     parity(timm_layers.GroupNormAct(24, num_groups=3, affine=False, apply_act=False), image(24))
+
+
+@lowered
+@formats
+def test_group_norm_of_one_group(parity, lively, memory_format, autocast):
+    module = timm_layers.GroupNorm1Act(24)
+    parity(lively(module), image(24, memory_format=memory_format), autocast=autocast)
+
+
+def test_bottleneck_with_norms_of_one_group(parity, lively):
+    module = lively(block("stride", norm_layer=timm_layers.GroupNorm1Act))
+    parity(module.eval(), image(32))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ MODELS = {
     "beit": "beit_base_patch16_224",
     "relpos": "vit_relpos_small_patch16_224",
     "hybrid": "vit_tiny_r_s16_p8_224",
+    "hybrid_r26": "vit_small_r26_s32_224",
     "swin": "swin_tiny_patch4_window7_224",
     "swin_v2": "swinv2_tiny_window8_256",
     "swin_v2_cr": "swinv2_cr_tiny_224",

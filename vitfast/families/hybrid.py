@@ -15,6 +15,7 @@ FAMILY = Family(
         layers.StdConv2d,
         layers.StdConv2dSame,
         layers.GroupNormAct,
+        layers.GroupNorm1Act,
         layers.ResNetV2Bottleneck,
         layers.ResNetV2PreActBottleneck,
     ),
@@ -24,7 +25,6 @@ FAMILY = Family(
             Gap(f"timm.layers.{name}", _SCALED)
             for name in ("ScaledStdConv2d", "ScaledStdConv2dSame")
         ),
-        Gap("timm.layers.GroupNorm1Act", "GroupNorm of one group: not implemented yet"),
         Gap("timm.layers.BatchNormAct2d", _BATCH),
         Gap("timm.models.resnet.Bottleneck", _BATCH),
         Gap("timm.models.resnetv2.PreActBasic", "not implemented yet: its parts are swapped"),

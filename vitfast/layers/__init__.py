@@ -27,7 +27,7 @@ from vitfast.layers.relpos import RelPosAttention, RelPosBlock
 from vitfast.layers.resnetv2 import Bottleneck as ResNetV2Bottleneck
 from vitfast.layers.resnetv2 import PreActBottleneck as ResNetV2PreActBottleneck
 from vitfast.layers.sequential import Sequential
-from vitfast.layers.std_conv import GroupNormAct, StdConv2d, StdConv2dSame
+from vitfast.layers.std_conv import GroupNorm1Act, GroupNormAct, StdConv2d, StdConv2dSame
 from vitfast.layers.swin import PatchMerging as SwinPatchMerging
 from vitfast.layers.swin import SwinTransformerBlock
 from vitfast.layers.swin import WindowAttention as SwinWindowAttention
@@ -53,6 +53,7 @@ __all__ = [
     "GlobalResponseNorm",
     "GlobalResponseNormMlp",
     "GluMlp",
+    "GroupNorm1Act",
     "GroupNormAct",
     "HieraBlock",
     "HieraMaskUnitAttention",

@@ -12,8 +12,8 @@ from vitfast import ops
 from vitfast.layers import _guard
 from vitfast.layers._guard import Children, Unfit, Unsupported
 
-KINDS: set[type] = {timm_layers.GroupNormAct}
-"""The norms known by exact class; the drop-in adds itself."""
+KINDS: set[type] = {timm_layers.GroupNormAct, timm_layers.GroupNorm1Act}
+"""The norms known by exact class; the drop-ins add themselves."""
 
 
 class GroupNorm(NamedTuple):

@@ -41,5 +41,17 @@ class GroupNormAct(Layer, timm_layers.GroupNormAct):
         return _group_norm.apply(x, plan)
 
 
+class GroupNorm1Act(Layer, timm_layers.GroupNorm1Act):
+    """`timm.layers.GroupNorm1Act`, of one group, on `vitfast.ops.group_norm_act`."""
+
+    plan = staticmethod(_group_norm.plan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(_group_norm.plan, self, x)
+        if plan is None or x.ndim != 4 or not x.is_floating_point():
+            return super().forward(x)
+        return _group_norm.apply(x, plan)
+
+
 _conv.KINDS |= {StdConv2d, StdConv2dSame}
-_group_norm.KINDS.add(GroupNormAct)
+_group_norm.KINDS |= {GroupNormAct, GroupNorm1Act}

@@ -8,7 +8,7 @@ from vitfast.ops import _norm
 from vitfast.ops.autodiff import gradients
 from vitfast.ops.group_norm_act import native, reference
 from vitfast.ops.layer_norm.api import autocast_out_dtype
-from vitfast.runtime import checks
+from vitfast.runtime import checks, gpu
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
 
@@ -98,10 +98,16 @@ def _reference_backward(grad, x, y, weight, bias, groups, eps, residual_dtype, s
     return reference.laid(dx, last), dresidual, dweight, dbias
 
 
+def _triton_reasons(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
+    out_dtype = out_dtype or native.result_dtype(x, residual)
+    return _norm.triton_reasons(x, weight, bias, residual, out_dtype=out_dtype, channels=1)
+
+
 DISPATCHER = Dispatcher(
     "group_norm_act",
     [
         native.BACKEND,
+        gpu.lazy("vitfast.ops.group_norm_act.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

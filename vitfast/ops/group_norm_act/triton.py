@@ -1,0 +1,325 @@
+"""group_norm_act on the kernels of triton_kernels.py.
+
+Groups that a program can hold in registers go through in one launch. Of others each part of an
+image gets moments by channel (or, backward, sums), which a second launch puts together by group,
+in their order, and a third goes over the map. Parts depend on the image's size alone: the same bits
+every time, whatever else is in the batch.
+
+Floors, in maps read or written: forward 2 in one launch, else 3 (x is read again), and the residual
+one more; backward 3 (gradient, x, dx), else 5, and ReLU's result one more a read, dresidual one.
+About 9 flops an element, 15 backward: memory decides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from vitfast.ops import _norm
+from vitfast.ops.group_norm_act import triton_kernels as kernels
+from vitfast.ops.group_norm_act.native import dense, empty, result_dtype
+from vitfast.ops.group_norm_act.reference import channels_last
+from vitfast.runtime.gpu import NAMES, guard
+from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+
+_PARTS = 512
+"""Most parts of an image."""
+_MOST = {"whole": 16384, "whole_backward": 8192}
+"""Elements that a program holds; the backward holds x and the gradient."""
+_SECTOR = 32
+"""Bytes beside each other that memory gives at once."""
+
+
+# ---- launches ------------------------------------------------------------------------------------
+
+
+def in_one_program(which: str, key: dict[str, Any]) -> bool:
+    """Whether a program holds whole groups, as many as fill a sector of memory."""
+    return _together(key) * _elements(key) <= _MOST[which]
+
+
+def _together(key: dict[str, Any]) -> int:
+    """Groups side by side that a sector takes."""
+    size = 2 if key["dtype"] in ("float16", "bfloat16") else 4
+    if key["planar"]:
+        return 1
+    return min(_pow2(key["groups"]), max(1, _SECTOR // (size * _pow2(key["width"]))))
+
+
+def _elements(key: dict[str, Any]) -> int:
+    return _pow2(key["pixels"]) * _pow2(key["width"])
+
+
+def _pow2(n: int) -> int:
+    return triton.next_power_of_2(n)
+
+
+def _warps(arch: Arch, threads: int) -> int:
+    return max(1, min(16, threads // 32) // (arch.warp_size // 32))
+
+
+def whole_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """Groups for at least 1K elements a program; 32 of them a thread."""
+    held = _elements(key)
+    groups = max(_together(key), min(_pow2(key["groups"]), 1024 // held))
+    return Launch({"GROUPS": groups}, _warps(arch, groups * held // 32), 1)
+
+
+def tile_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """2K elements a program, the long side where memory is contiguous."""
+    if key["planar"]:
+        return Launch({"ROWS": 128, "BLOCK": 16}, 4, 1)
+    block = min(_pow2(key["c"]), 128)
+    return Launch({"ROWS": 2048 // max(block, 16), "BLOCK": block}, 4, 1)
+
+
+def sums_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """The same; in half precision by more threads, which read 16 bytes each."""
+    half = arch.warp_size == 32 and key["dtype"] in ("float16", "bfloat16")
+    return Launch(tile_heuristic(arch, key).blocks, 8 if half else 4, 1)
+
+
+def groups_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """2K sums at a time: 64 channels or, of wide groups, 512, by parts."""
+    span = min(_pow2(key["width"]), 512)
+    groups = max(1, min(_pow2(key["groups"]), 64 // span))
+    return Launch(
+        {"GROUPS": groups, "SPAN": span, "PARTS": min(32, 2048 // (groups * span))},
+        _warps(arch, 128), 1,
+    )  # fmt: skip
+
+
+_HEURISTICS = {
+    "whole": whole_heuristic, "whole_backward": whole_heuristic,
+    "moments": sums_heuristic, "apply": tile_heuristic,
+    "sums": sums_heuristic, "gradient": tile_heuristic,
+    "combine": groups_heuristic, "factors": groups_heuristic,
+}  # fmt: skip
+_KERNELS = {which: getattr(kernels, f"{which}_kernel") for which in _HEURISTICS}
+
+
+def _keys(
+    pixels: int, groups: int, width: int, planar: bool, dtype: torch.dtype
+) -> dict[str, dict[str, Any]]:
+    """What each kernel's launch depends on."""
+    name = str(dtype).removeprefix("torch.")
+    tile = {"c": groups * width, "planar": int(planar), "dtype": name}
+    shape = {"pixels": pixels, "groups": groups, "width": width}
+    whole = {**shape, "planar": int(planar), "dtype": name}
+    by_group = {"groups": groups, "width": width}
+    return {
+        "whole": {**whole, "pass": "forward"}, "whole_backward": {**whole, "pass": "backward"},
+        **dict.fromkeys(("moments", "apply", "sums", "gradient"), tile),
+        **dict.fromkeys(("combine", "factors"), by_group),
+    }  # fmt: skip
+
+
+def _launch_of(which: str, arch: Arch, key: dict[str, Any]) -> Launch:
+    return launch_of(f"group_norm_act.{which}", arch, key, _HEURISTICS[which])
+
+
+class _Problem:
+    """A map's sizes and layout, and launches on it."""
+
+    def __init__(self, x: torch.Tensor, groups: int) -> None:
+        self.b, self.c, h, w = x.shape
+        self.n, self.groups, self.width = h * w, groups, self.c // groups
+        self.last, self.dtype, self.arch = channels_last(x), x.dtype, arch_of(x.device)
+        self.keys = _keys(self.n, groups, self.width, not self.last, x.dtype)
+
+    def launch(self, which: str) -> Launch:
+        return _launch_of(which, self.arch, self.keys[which])
+
+    def whole(self, which: str) -> bool:
+        return in_one_program(which, self.keys[which])
+
+    def options(self, launch: Launch) -> dict[str, Any]:
+        acc = tl.float64 if self.dtype == torch.float64 else tl.float32
+        return {"WIDTH": self.width, "ACC": acc, **launch.blocks, **launch.options()}
+
+    def by_group(self, launch: Launch) -> tuple[int]:
+        return (self.b * triton.cdiv(self.groups, launch.blocks["GROUPS"]),)
+
+    def by_tile(self, launch: Launch) -> tuple[int]:
+        rows, columns = launch.blocks["ROWS"], launch.blocks["BLOCK"]
+        return (self.b * triton.cdiv(self.n, rows) * triton.cdiv(self.c, columns),)
+
+    def per(self, launch: Launch) -> int:
+        """Tiles of a part."""
+        return max(4, triton.cdiv(triton.cdiv(self.n, _PARTS), launch.blocks["ROWS"]))
+
+    def by_part(self, launch: Launch, per: int) -> tuple[tuple[int], tuple[int, ...], int]:
+        """The programs, the shape of what they find, and the pixels of a part."""
+        pixels = per * launch.blocks["ROWS"]
+        parts = triton.cdiv(self.n, pixels)
+        blocks = triton.cdiv(self.c, launch.blocks["BLOCK"])
+        return (self.b * parts * blocks,), (self.b, parts, self.c), pixels
+
+    def map(self, t: torch.Tensor | None) -> torch.Tensor | None:
+        return dense(t, self.last)
+
+    def steps(self, t: torch.Tensor | None) -> tuple[int, int, int]:
+        """Strides of images, pixels and channels; those of dimensions of size 1 mean nothing."""
+        if t is None:
+            return 0, 0, 0
+        image, channel, line, pixel = t.stride()
+        if not self.last:
+            return image, 1, channel
+        return image, line if t.shape[3] == 1 else pixel, 1
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
+    y = empty(x, out_dtype or result_dtype(x, residual))
+    stats = x.new_empty((x.shape[0], groups, 2), dtype=_wide(x.dtype))
+    saved = stats if save_stats else _norm.absent(x)
+    if x.numel() == 0:
+        return y, saved.zero_()
+    p = _Problem(x, groups)
+    x, residual = p.map(x), p.map(residual)
+    weight, bias = _norm.vector(weight), _norm.vector(bias)
+    steps = (*p.steps(x), *p.steps(residual), *p.steps(y))
+    with guard(x):
+        if p.whole("whole"):
+            launch = p.launch("whole")
+            kernels.whole_kernel[p.by_group(launch)](
+                x, weight, bias, residual, y, stats if save_stats else None, p.n, groups, *steps,
+                eps, RELU=act == "relu", SPAN=_pow2(p.width), PIXELS=_pow2(p.n),
+                **p.options(launch),
+            )  # fmt: skip
+            return y, saved
+        launch = p.launch("moments")
+        per = p.per(launch)
+        grid, parts, pixels = p.by_part(launch, per)
+        means, squares = (x.new_empty(parts, dtype=stats.dtype) for _ in range(2))
+        options = p.options(launch)
+        del options["WIDTH"]
+        kernels.moments_kernel[grid](x, means, squares, p.n, p.c, per, *p.steps(x), **options)
+        launch = p.launch("combine")
+        kernels.combine_kernel[p.by_group(launch)](
+            means, squares, stats, p.n, groups, pixels, eps, **p.options(launch)
+        )
+        launch = p.launch("apply")
+        kernels.apply_kernel[p.by_tile(launch)](
+            x, weight, bias, residual, y, stats, p.n, p.c, *steps, RELU=act == "relu",
+            **p.options(launch),
+        )  # fmt: skip
+    return y, saved
+
+
+def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
+    dx = empty(x, x.dtype)
+    dresidual = None if residual_dtype is None else empty(x, residual_dtype)
+    found = (dx, _norm.absent(x) if dresidual is None else dresidual)
+    vectors = (weight, bias)
+    if x.numel() == 0:
+        return *found, *(_norm.absent(x) if v is None else v.new_zeros(v.shape) for v in vectors)
+    p = _Problem(x, groups)
+    x, grad, y, weight = p.map(x), p.map(grad), p.map(y), _norm.vector(weight)
+    of_images = [
+        None if v is None else x.new_empty((p.b, p.c), dtype=_wide(x.dtype)) for v in vectors
+    ]
+    steps = (*p.steps(grad), *p.steps(x), *p.steps(y))
+    with guard(x):
+        if p.whole("whole_backward"):
+            launch = p.launch("whole_backward")
+            kernels.whole_backward_kernel[p.by_group(launch)](
+                grad, x, y, weight, stats, dx, dresidual, *of_images, p.n, groups, *steps,
+                *p.steps(dx), SPAN=_pow2(p.width), PIXELS=_pow2(p.n), **p.options(launch),
+            )  # fmt: skip
+        else:
+            launch = p.launch("sums")
+            per = p.per(launch)
+            grid, parts, pixels = p.by_part(launch, per)
+            plain, product = (x.new_empty(parts, dtype=stats.dtype) for _ in range(2))
+            kernels.sums_kernel[grid](
+                grad, x, y, stats, plain, product, p.n, p.c, per, *steps, **p.options(launch)
+            )
+            launch = p.launch("factors")
+            factors = torch.empty_like(stats)
+            kernels.factors_kernel[p.by_group(launch)](
+                plain,
+                product,
+                weight,
+                factors,
+                *of_images,
+                p.n,
+                groups,
+                pixels,
+                **p.options(launch),
+            )
+            launch = p.launch("gradient")
+            kernels.gradient_kernel[p.by_tile(launch)](
+                grad, x, y, weight, stats, factors, dx, dresidual, p.n, p.c, *steps, *p.steps(dx),
+                **p.options(launch),
+            )  # fmt: skip
+    # In float64, since as many rounding errors would meet here as there are images.
+    return *found, *(
+        _norm.absent(x) if t is None else t.sum(0, dtype=torch.float64).to(v.dtype)
+        for t, v in zip(of_images, vectors, strict=True)
+    )
+
+
+# ---- ahead of time -------------------------------------------------------------------------------
+
+_SUMS = {"stats", "mean", "square", "plain", "product", "factors", "dweight", "dbias"}
+_WHOLE = ((196, 32, 32), (784, 32, 4))
+"""Pixels, groups and channels of a group in the middle stages of ResNetV2."""
+_SPLIT = (3136, 32, 2)
+"""In its first stage."""
+_ONE_GROUP = (3136, 1, 640)
+"""GroupNorm1."""
+
+
+def variants(arch: Arch) -> list[Variant]:
+    """Every kernel x layout x sizes of real maps x dtype, with a residual and ReLU."""
+    found = []
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for sizes in _WHOLE:
+            for planar in (False, True):
+                keys = _keys(*sizes, planar, dtype)
+                found += [
+                    _variant(arch, which, sizes, planar, dtype)
+                    for which in ("whole", "whole_backward")
+                    if in_one_program(which, keys[which])
+                ]
+        for planar in (False, True):
+            for which in ("moments", "apply", "sums", "gradient"):
+                found.append(_variant(arch, which, _SPLIT, planar, dtype))
+        for which in ("combine", "factors"):
+            # Apart from the weight's, their types are float32 always.
+            if which == "factors" or dtype == torch.float32:
+                for sizes in (_SPLIT, _ONE_GROUP):
+                    found.append(_variant(arch, which, sizes, False, dtype))
+    return found
+
+
+def _variant(
+    arch: Arch, which: str, sizes: tuple[int, int, int], planar: bool, dtype: torch.dtype
+) -> Variant:
+    pixels, groups, width = sizes
+    kernel = _KERNELS[which]
+    launch = _launch_of(which, arch, _keys(pixels, groups, width, planar, dtype)[which])
+    known = {
+        "ACC": tl.float32, "RELU": True, "WIDTH": width, "SPAN": _pow2(width),
+        "PIXELS": _pow2(pixels), **launch.blocks,
+    }  # fmt: skip
+    contiguous = "_inner" if planar else "_step"
+    constants: dict[str, Any] = {n: v for n, v in known.items() if n in kernel.arg_names}
+    constants |= {n: 1 for n in kernel.arg_names if n.endswith(contiguous)}
+    signature = {}
+    for name in kernel.arg_names:
+        tensor = name.removesuffix("_ptr")
+        if name.endswith("_ptr"):
+            signature[name] = f"*{'fp32' if tensor in _SUMS else NAMES[dtype]}"
+        elif name not in constants:
+            signature[name] = "fp32" if name == "eps" else "i32"
+    layout = "" if which in ("combine", "factors") else "-planar" if planar else "-last"
+    shape = f"{pixels}x{groups}x{width}"
+    return Variant(f"{which}-{shape}{layout}-{NAMES[dtype]}", kernel, signature, constants, launch)
