@@ -40,6 +40,8 @@ MODELS = {
     "swin_v2_cr": "swinv2_cr_tiny_224",
     "convnext": "convnext_tiny",
     "convnext_v2": "convnextv2_tiny",
+    "edgenext": "edgenext_x_small",
+    "rdnet": "rdnet_tiny",
 }
 DEPTH = {"depth": 2}
 """Blocks of a checked model: enough for one to feed another."""
@@ -51,6 +53,8 @@ MODEL_OPTIONS = {
     "swin_v2_cr": DEPTHS,
     "convnext": STAGES,
     "convnext_v2": STAGES,
+    "edgenext": {"depths": (2, 2, 2, 2)},
+    "rdnet": {"num_blocks_list": (1,) * 7},
 }
 """Where `DEPTH` is not how a model is built with fewer blocks."""
 MODEL_DTYPES = (torch.float32, torch.bfloat16)

@@ -21,6 +21,8 @@ NAMES = (
     "relpos",
     "hybrid",
     "convnext",
+    "edgenext",
+    "rdnet",
     "swin",
     "swin_v2",
     "swin_v2_cr",

@@ -11,7 +11,6 @@ _BLOCKS = {
     "convit": ("Block",),
     "crossvit": ("MultiScaleBlock", "CrossAttentionBlock"),
     "deepseek_vit": ("DeepseekVitBlock",),
-    "edgenext": ("ConvBlock", "SplitTransposeBlock"),
     "efficientformer": ("MetaBlock1d", "MetaBlock2d"),
     "efficientvit_msra": ("EfficientVitBlock",),
     "focalnet": ("FocalNetBlock",),

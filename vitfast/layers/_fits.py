@@ -107,12 +107,17 @@ def tensor(t: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dty
 
 def convnext(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool:
     """As `block`, for a map x [B, H, W, C]."""
+    return convolved(x, plan, lower) and len(plan.mlp.fc2.weight) == x.shape[3]
+
+
+def convolved(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool:
+    """As `convnext`, of a block whose result may have another width."""
     if x.ndim != 4 or not on_cpu(x, lower):
         return False
     channels = x.shape[3]
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
     mlp, (kernel, offset) = plan.mlp, plan.conv
-    hidden = len(mlp.fc1.weight)
+    hidden, width = len(mlp.fc1.weight), len(mlp.fc2.weight)
     return (
         kernel.ndim == 4
         and max(kernel.shape[2:]) <= WIDEST
@@ -122,9 +127,9 @@ def convnext(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool
         and vector(plan.norm.bias, channels)
         and mlp.norm is None
         and linear(mlp.fc1, hidden, channels, dtypes)
-        and linear(mlp.fc2, channels, hidden, dtypes)
+        and linear(mlp.fc2, width, hidden, dtypes)
         and (mlp.grn is None or all(vector(t, hidden) for t in mlp.grn[:2]))
-        and vector(plan.gamma, channels)
+        and vector(plan.gamma, width)
     )
 
 
