@@ -23,6 +23,7 @@ NAMES = (
     "convnext",
     "edgenext",
     "rdnet",
+    "inception_next",
     "swin",
     "swin_v2",
     "swin_v2_cr",

@@ -18,6 +18,7 @@ from vitfast.layers.eva import EvaAttention, EvaBlock
 from vitfast.layers.hiera import HieraBlock
 from vitfast.layers.hiera import MaskUnitAttention as HieraMaskUnitAttention
 from vitfast.layers.hybrid import HybridEmbed
+from vitfast.layers.inception_next import MetaNeXtBlock as InceptionNeXtBlock
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import ConvNeXtBlock as MaxxVitConvNeXtBlock
@@ -62,6 +63,7 @@ __all__ = [
     "HieraBlock",
     "HieraMaskUnitAttention",
     "HybridEmbed",
+    "InceptionNeXtBlock",
     "Layer",
     "LayerNorm",
     "LayerNorm2d",
