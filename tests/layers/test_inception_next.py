@@ -132,6 +132,18 @@ def test_others_are_left_to_timm(options, reason):
     assert reason in report.skipped[0].reason
 
 
+def test_a_norm_that_changes_the_dtype_is_refused_as_by_timm():
+    class Lower(nn.Module):
+        def forward(self, x):
+            return x.bfloat16()
+
+    module = block("plain").eval()
+    module.norm = Lower()
+    swap(module)
+    with torch.no_grad(), pytest.raises((RuntimeError, TypeError), match="[Tt]ype|BFloat16"):
+        module(torch.randn(2, C, 8, 8))
+
+
 def test_dropout_in_the_mlp_draws_as_timms(lively):
     theirs = lively(block("plain")).train()
     theirs.mlp.drop.p = 0.5
