@@ -37,6 +37,7 @@ PARTLY = {
     "vit_relpos_base_patch32_plus_rpn_256",
     "vit_relpos_medium_patch16_rpn_224",
     "vit_relpos_small_patch16_rpn_224",
+    *timm.list_models(module="edgenext"),
     *timm.list_models(module="davit"),
     *timm.list_models("coatn*", module="maxxvit"),
     *timm.list_models("maxxvit*", module="maxxvit"),

@@ -1,4 +1,4 @@
-"""MaxViT's partition attention beside timm's: windows and grids, every position bias."""
+"""MaxViT's partition attention beside timm's, windows and grids, and its ConvNeXt block."""
 
 from __future__ import annotations
 
@@ -226,3 +226,82 @@ def test_one_graph(lively):
         torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
     text = graphs[0].print_readable(print_output=False)
     assert text.count("vitfast.window_attention.default") == 4
+
+
+CONVNEXT = {
+    "conv": dict(),
+    "linear": dict(conv_mlp=False, norm_layer="layernorm"),
+    "layer_scale": dict(init_values=0.1),
+    "linear_scale": dict(init_values=0.1, conv_mlp=False, norm_layer="layernorm"),
+    "no_bias": dict(output_bias=False),
+    "drop_path": dict(drop_path=0.5),
+    "kernel_3": dict(kernel_size=3),
+    "tanh": dict(act_layer="gelu_tanh", expand_ratio=2),
+}
+
+
+def convnext(name: str, **more) -> torch.nn.Module:
+    options = dict(block_type="convnext", norm_layer="layernorm2d", act_layer="gelu")
+    options |= CONVNEXT[name] | more
+    named = ("conv_mlp", "drop_path", "kernel_size", "stride", "dilation", "out_chs")
+    direct = {n: options.pop(n) for n in named if n in options}
+    return maxxvit.ConvNeXtBlock(C, cfg=maxxvit.MaxxVitConvCfg(**options), **direct)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("name", CONVNEXT)
+def test_convnext_block(parity, lively, name, training, autocast):
+    module = lively(convnext(name)).train(training)
+    x = torch.randn(3, C, 9, 11).to(memory_format=torch.channels_last)
+    found = parity(module, x, autocast=autocast)
+    assert type(found) is layers.MaxxVitConvNeXtBlock
+    parity(module, x.contiguous(), autocast=autocast, backward=False)
+
+
+def with_norm_in_mlp(module: torch.nn.Module) -> None:
+    module.mlp.norm = timm.layers.LayerNorm2d(len(module.mlp.fc1.weight))
+
+
+def with_dropout(module: torch.nn.Module) -> None:
+    module.mlp.drop.p = 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(stride=2), "shortcut"),
+        (dict(stride=2, stride_mode="dw"), "shortcut"),
+        (dict(out_chs=2 * C), "shortcut"),
+        (dict(dilation=(1, 2)), "conv_dw"),
+        (dict(norm_layer="batchnorm2d"), "BatchNorm2d"),
+        (dict(act_layer="mish"), "Mish"),
+    ],
+    ids=str,
+)
+def test_other_convnext_blocks_are_left_to_timm(lively, options, reason):
+    theirs = lively(convnext("conv", **options))
+    ours = copy.deepcopy(theirs)
+    report = swap(ours)
+    assert report.counts["blocks_swapped"] == 0
+    assert reason in report.skipped[0].reason
+
+
+def test_a_convnext_block_with_a_norm_in_its_mlp_is_left_to_timm():
+    module = convnext("conv")
+    with_norm_in_mlp(module)
+    report = swap(module)
+    assert report.counts["blocks_swapped"] == 0
+    assert "norm before the activation" in report.skipped[0].reason
+
+
+def test_dropout_in_the_mlp_of_a_convnext_block_draws_as_timms(lively):
+    theirs = lively(convnext("conv")).train()
+    with_dropout(theirs)
+    ours = copy.deepcopy(theirs)
+    assert "drops 0.5" in swap(ours).swapped[0].note
+    results = []
+    for module in (theirs, ours):
+        torch.manual_seed(3)
+        results.append(module(torch.ones(2, C, 8, 8)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)

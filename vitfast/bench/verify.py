@@ -41,6 +41,9 @@ MODELS = {
     "swin_v2_cr": "swinv2_cr_tiny_224",
     "convnext": "convnext_tiny",
     "convnext_v2": "convnextv2_tiny",
+    "edgenext": "edgenext_x_small",
+    "rdnet": "rdnet_tiny",
+    "inception_next": "inception_next_tiny",
 }
 DEPTH = {"depth": 2}
 """Blocks of a checked model: enough for one to feed another."""
@@ -52,6 +55,9 @@ MODEL_OPTIONS = {
     "swin_v2_cr": DEPTHS,
     "convnext": STAGES,
     "convnext_v2": STAGES,
+    "edgenext": {"depths": (2, 2, 2, 2)},
+    "rdnet": {"num_blocks_list": (1,) * 7},
+    "inception_next": STAGES,
 }
 """Where `DEPTH` is not how a model is built with fewer blocks."""
 MODEL_DTYPES = (torch.float32, torch.bfloat16)

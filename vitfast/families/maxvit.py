@@ -10,10 +10,13 @@ FAMILY = Family(
     name="maxvit",
     models=("maxxvit",),
     sample="maxvit_tiny_rw_224",
-    layers=(layers.MaxxVitPartitionAttentionCl, layers.MaxxVitAttentionCl),
+    layers=(
+        layers.MaxxVitPartitionAttentionCl,
+        layers.MaxxVitAttentionCl,
+        layers.MaxxVitConvNeXtBlock,
+    ),
     gaps=(
         *blocks(_MAXXVIT, "TransformerBlock2d", "PartitionAttention2d", reason=_NCHW),
-        *blocks(_MAXXVIT, "ConvNeXtBlock"),
         *blocks(
             _MAXXVIT,
             "ParallelPartitionAttention",

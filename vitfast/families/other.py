@@ -11,16 +11,13 @@ _BLOCKS = {
     "convit": ("Block",),
     "crossvit": ("MultiScaleBlock", "CrossAttentionBlock"),
     "deepseek_vit": ("DeepseekVitBlock",),
-    "edgenext": ("ConvBlock", "SplitTransposeBlock"),
     "efficientformer": ("MetaBlock1d", "MetaBlock2d"),
     "efficientvit_msra": ("EfficientVitBlock",),
     "focalnet": ("FocalNetBlock",),
     "gcvit": ("GlobalContextVitBlock",),
     "gemma4_vit": ("Gemma4Block",),
     "hieradet_sam2": ("MultiScaleBlock",),
-    "inception_next": ("MetaNeXtBlock",),
     "levit": ("LevitBlock",),
-    "metaformer": ("MetaFormerBlock",),
     "mlp_mixer": ("MixerBlock", "ResBlock", "SpatialGatingBlock"),
     "mobilevit": ("MobileVitBlock", "LinearTransformerBlock", "MobileVitV2Block"),
     "mvitv2": ("MultiScaleBlock",),
@@ -49,6 +46,7 @@ _ATTENTIONS = {
     "volo": ("Attention", "OutlookAttention", "ClassAttention"),
     "xcit": ("XCA",),
 }
+_METAFORMER = "StarReLU, pooling and norms of its own: not implemented yet"
 _NCHW_NORMS = ("LayerNorm2dFp32", "SimpleNorm2d")
 
 FAMILY = Family(
@@ -62,6 +60,7 @@ FAMILY = Family(
             for file, names in _ATTENTIONS.items()
             for gap in attentions(f"timm.models.{file}", *names)
         ),
+        *blocks("timm.models.metaformer", "MetaFormerBlock", reason=_METAFORMER),
         *(
             Gap(f"timm.layers.{name}", "norm over NCHW: not implemented yet")
             for name in _NCHW_NORMS

@@ -13,16 +13,21 @@ from vitfast.layers.block import Block
 from vitfast.layers.convnext import ConvNeXtBlock
 from vitfast.layers.davit import SpatialBlock as DavitSpatialBlock
 from vitfast.layers.davit import WindowAttention as DavitWindowAttention
+from vitfast.layers.edgenext import ConvBlock as EdgeNeXtConvBlock
 from vitfast.layers.eva import EvaAttention, EvaBlock
 from vitfast.layers.hiera import HieraBlock
 from vitfast.layers.hiera import MaskUnitAttention as HieraMaskUnitAttention
 from vitfast.layers.hybrid import HybridEmbed
+from vitfast.layers.inception_next import MetaNeXtBlock as InceptionNeXtBlock
 from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
+from vitfast.layers.maxvit import ConvNeXtBlock as MaxxVitConvNeXtBlock
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
 from vitfast.layers.mlp import GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import GlobalResponseNorm, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from vitfast.layers.patch_embed import PatchEmbed
+from vitfast.layers.rdnet import Block as RDNetBlock
+from vitfast.layers.rdnet import BlockESE as RDNetBlockESE
 from vitfast.layers.relpos import RelPosAttention, RelPosBlock
 from vitfast.layers.resnetv2 import Bottleneck as ResNetV2Bottleneck
 from vitfast.layers.resnetv2 import PreActBottleneck as ResNetV2PreActBottleneck
@@ -48,6 +53,7 @@ __all__ = [
     "ConvNeXtBlock",
     "DavitSpatialBlock",
     "DavitWindowAttention",
+    "EdgeNeXtConvBlock",
     "EvaAttention",
     "EvaBlock",
     "GlobalResponseNorm",
@@ -58,14 +64,18 @@ __all__ = [
     "HieraBlock",
     "HieraMaskUnitAttention",
     "HybridEmbed",
+    "InceptionNeXtBlock",
     "Layer",
     "LayerNorm",
     "LayerNorm2d",
     "LayerScale",
     "MaxxVitAttentionCl",
+    "MaxxVitConvNeXtBlock",
     "MaxxVitPartitionAttentionCl",
     "Mlp",
     "PatchEmbed",
+    "RDNetBlock",
+    "RDNetBlockESE",
     "RelPosAttention",
     "RelPosBlock",
     "ResNetV2Bottleneck",

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference_maps, _mlp
+from vitfast.layers import _block, _guard, _inference_branch, _inference_maps, _mlp
 from vitfast.layers._guard import Children, DropRate, Linear, Unsupported
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
@@ -62,6 +62,17 @@ def run(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     return out.permute(0, 3, 1, 2)
 
 
+def run_branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
+    """fc2(act(fc1(norm(conv(x))))) alone, as `run`; it may have another width than x."""
+    rows = x.permute(0, 2, 3, 1)
+    out = None
+    if not (torch.compiler.is_compiling() or _records(rows, block)):
+        out = _inference_branch.convolved(rows, block)
+    if out is None:
+        out = _branch(rows, block)
+    return out.permute(0, 3, 1, 2)
+
+
 def _records(x: torch.Tensor, block: ConvNeXt) -> bool:
     """Whether autograd records this call, or it drops paths."""
     return block.drop is not None or _guard.records_grad(*_block.tensors((x, block)))
@@ -69,6 +80,10 @@ def _records(x: torch.Tensor, block: ConvNeXt) -> bool:
 
 def _differentiable(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
+    return _block.add(x, _branch(x, block), block.gamma, block.drop)
+
+
+def _branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     norm = block.norm
     if isinstance(norm, Norm):
         double = torch.float64 in (x.dtype, block.conv.weight.dtype)
@@ -83,4 +98,4 @@ def _differentiable(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
         )
     else:
         normed = norm(ops.dwconv_norm(x, *block.conv, norm=None))
-    return _block.add(x, _mlp.apply(normed, block.mlp), block.gamma, block.drop)
+    return _mlp.apply(normed, block.mlp)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vitfast.layers._block import Block
     from vitfast.layers._convnext import ConvNeXt
     from vitfast.layers._guard import Linear
+    from vitfast.layers._tail import Tail
 
 MOST_HEAD_DIM = 256
 """The attention kernel's limit."""
@@ -107,12 +108,17 @@ def tensor(t: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dty
 
 def convnext(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool:
     """As `block`, for a map x [B, H, W, C]."""
+    return convolved(x, plan, lower) and len(plan.mlp.fc2.weight) == x.shape[3]
+
+
+def convolved(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool:
+    """As `convnext`, of a block whose result may have another width."""
     if x.ndim != 4 or not on_cpu(x, lower):
         return False
     channels = x.shape[3]
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
     mlp, (kernel, offset) = plan.mlp, plan.conv
-    hidden = len(mlp.fc1.weight)
+    hidden, width = len(mlp.fc1.weight), len(mlp.fc2.weight)
     return (
         kernel.ndim == 4
         and max(kernel.shape[2:]) <= WIDEST
@@ -122,8 +128,25 @@ def convnext(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool
         and vector(plan.norm.bias, channels)
         and mlp.norm is None
         and linear(mlp.fc1, hidden, channels, dtypes)
-        and linear(mlp.fc2, channels, hidden, dtypes)
+        and linear(mlp.fc2, width, hidden, dtypes)
         and (mlp.grn is None or all(vector(t, hidden) for t in mlp.grn[:2]))
+        and vector(plan.gamma, width)
+    )
+
+
+def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail, lower: torch.dtype | None) -> bool:
+    """As `convnext`, for a map y beside x."""
+    if x.ndim != 4 or x.shape != y.shape or not (on_cpu(x, lower) and on_cpu(y, lower)):
+        return False
+    channels, mlp = x.shape[3], plan.mlp
+    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    hidden = len(mlp.fc1.weight)
+    return (
+        (lower is not None or y.dtype == x.dtype)
+        and mlp.norm is None
+        and mlp.grn is None
+        and linear(mlp.fc1, hidden, channels, dtypes)
+        and linear(mlp.fc2, channels, hidden, dtypes)
         and vector(plan.gamma, channels)
     )
 

@@ -18,14 +18,17 @@ class LayerScale(Layer, timm_layers.LayerScale):
     """
 
 
-def child(children: Children, name: str) -> torch.Tensor | None:
-    """gamma [C] of a LayerScale child; None for an nn.Identity."""
+def child(children: Children, name: str, *, nchw: bool = False) -> torch.Tensor | None:
+    """gamma [C] of a LayerScale child (LayerScale2d, if `nchw`); None for an nn.Identity."""
     module = children[name]
     _guard.check_bare(module, name)
     if type(module) is nn.Identity:
         return None
-    if type(module) not in (timm_layers.LayerScale, LayerScale):
+    if type(module) not in ((timm_layers.LayerScale2d,) if nchw else KINDS):
         raise Unfit(f"{name} is a {type(module).__name__}, not timm's LayerScale")
     if module.inplace:
         raise Unfit(f"{name} works in place")
     return _guard.tensor(module, "gamma")
+
+
+KINDS = (timm_layers.LayerScale, LayerScale)

@@ -1,4 +1,4 @@
-"""Drop-ins for the partition attention of timm's MaxViT."""
+"""Drop-ins for the partition attention of timm's MaxViT, and its ConvNeXt block."""
 
 from __future__ import annotations
 
@@ -6,10 +6,22 @@ from typing import Any
 
 import torch
 from timm.models import maxxvit
+from torch import nn
 
-from vitfast.layers import _attention, _block, _guard, _position
+from vitfast.layers import (
+    _attention,
+    _block,
+    _convnext,
+    _guard,
+    _mlp,
+    _norm,
+    _position,
+    layer_scale,
+)
 from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
+from vitfast.layers._convnext import ConvNeXt
+from vitfast.layers._guard import Unsupported
 
 
 def plan_attention(module: Any) -> Attention:
@@ -66,6 +78,34 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
         size = (x.shape[1], x.shape[2])
         windows = Windows(size, window, grid=not self.partition_block)
         return _block.run(x.flatten(1, 2), plan, windows=windows).unflatten(1, size)
+
+
+def plan_convnext(module: Any) -> ConvNeXt:
+    """How timm's `ConvNeXtBlock` of this file computes, with linear layers or 1x1 convolutions."""
+    children = module._modules
+    for name in ("shortcut", "down"):
+        if type(children[name]) is not nn.Identity:
+            raise Unsupported(f"its {name} pools or widens")
+        _guard.check_bare(children[name], name)
+    nchw = module.use_conv_mlp
+    return ConvNeXt(
+        conv=_convnext.depthwise(children, "conv_dw"),
+        norm=(_norm.child_2d if nchw else _norm.child)(children, "norm"),
+        mlp=_mlp.pointwise(children, "mlp"),
+        gamma=layer_scale.child(children, "ls", nchw=nchw),
+        drop=_guard.drop_path(children, "drop_path"),
+    )
+
+
+class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
+    """`timm.models.maxxvit.ConvNeXtBlock`, where it neither strides nor widens."""
+
+    role = "block"
+    plan = staticmethod(plan_convnext)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_convnext, self, x)
+        return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan)
 
 
 _attention.PLANS |= {maxxvit.AttentionCl: plan_attention, AttentionCl: plan_attention}

@@ -8,6 +8,7 @@ from torch import nn
 
 from vitfast.layers import _guard, _mlp, _norm
 from vitfast.layers._base import Layer
+from vitfast.layers._guard import Unsupported
 
 
 def plan_mlp(module: nn.Module) -> _mlp.Mlp:
@@ -23,6 +24,22 @@ def plan_pointwise(module: nn.Module) -> _mlp.Mlp:
 def plan_grn_mlp(module: nn.Module) -> _mlp.Mlp:
     """How timm's `GlobalResponseNormMlp` computes, on channels last."""
     return plan_pointwise(module)._replace(grn=_norm.grn_child(module._modules, "grn"))
+
+
+def plan_conv_mlp(module: nn.Module) -> _mlp.Mlp:
+    """How timm's `ConvMlp` computes, on channels last."""
+    children = module._modules
+    if type(children["norm"]) is not nn.Identity:
+        raise Unsupported("its MLP has a norm before the activation")
+    _guard.check_bare(children["norm"], "norm")
+    act = _guard.activation(children, "act")
+    _guard.check_no_dropout(children, "drop")
+    return _mlp.Mlp(
+        fc1=_guard.linear(children, "fc1", pointwise=True),
+        act=act,
+        fc2=_guard.linear(children, "fc2", pointwise=True),
+        norm=None,
+    )
 
 
 def plan_glu_mlp(module: nn.Module) -> _mlp.Mlp:
@@ -91,6 +108,7 @@ _mlp.PLANS |= {
 _mlp.POINTWISE |= {
     timm_layers.Mlp: plan_pointwise,
     Mlp: plan_pointwise,
+    timm_layers.ConvMlp: plan_conv_mlp,
     timm_layers.GlobalResponseNormMlp: plan_grn_mlp,
     GlobalResponseNormMlp: plan_grn_mlp,
 }

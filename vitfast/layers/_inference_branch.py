@@ -1,0 +1,55 @@
+"""Inference on the CPU of parts of ConvNeXt's block: without the add, or the MLP and add alone.
+
+As `_inference_maps`, some lines or images at a time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vitfast.layers import _fits, _inference_maps, _rows
+from vitfast.ops import _gemm
+from vitfast.runtime.library import autocast_dtype
+
+if TYPE_CHECKING:
+    from vitfast.layers._convnext import ConvNeXt
+    from vitfast.layers._tail import Tail
+
+
+def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
+    """mlp(norm(conv(x))) [B, H, W, C'] of a map x [B, H, W, C]; None where it is for the ops."""
+    lower = autocast_dtype(x.device)
+    if plan.mlp.grn is not None or not _fits.convolved(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    x = x.contiguous()
+    batch, high, wide, _ = x.shape
+    out = _gemm.empty((batch, high, wide, len(plan.mlp.fc2.weight)), operand)
+    hidden_of, fc2 = _rows.mlp(plan.mlp, batch * high * wide, operand)
+    for images, stripes in _inference_maps._stripes(batch, high, wide):
+        part, result = x[images], out[images]
+        for lines in stripes:
+            found = fc2(hidden_of(_inference_maps._convolved(part, plan, lines, operand)))
+            if len(stripes) == 1 and batch == len(part):
+                return found.view(out.shape)
+            rows = result[:, slice(*lines)]
+            rows.copy_(found.view(rows.shape))
+    return out
+
+
+def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor | None:
+    """x + gamma * mlp(y), of maps [B, H, W, C]; None where it is for the public ops."""
+    lower = autocast_dtype(x.device)
+    if not _fits.tail(x, y, plan, lower):
+        return None
+    operand, channels = lower or x.dtype, x.shape[3]
+    scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
+    out = _gemm.empty(x.shape, torch.promote_types(x.dtype, scaled))
+    base, inner = (t.contiguous().view(-1, channels) for t in (x, y))
+    hidden_of, fc2 = _rows.mlp(plan.mlp, len(base), operand)
+    for rows in _rows.chunks(len(base)):
+        branch = fc2(hidden_of(inner[rows].to(operand)))
+        _rows.add(base[rows], branch, plan.gamma, out.view(base.shape)[rows])
+    return out

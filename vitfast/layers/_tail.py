@@ -1,0 +1,38 @@
+"""The end of a block whose mixer and norm are timm's: an MLP and the residual add, channels last.
+
+x + drop_path(gamma * mlp(y))
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from vitfast.layers import _block, _guard, _inference_branch, _mlp
+from vitfast.layers._guard import DropRate
+from vitfast.layers._mlp import Mlp
+
+
+class Tail(NamedTuple):
+    """What such a block holds. gamma [C] or None."""
+
+    mlp: Mlp
+    gamma: torch.Tensor | None
+    drop: DropRate | None
+
+
+def trains(x: torch.Tensor, plan: Tail) -> bool:
+    """Whether autograd records the tail for x or its own parameters, or it drops paths."""
+    return plan.drop is not None or _guard.records_grad(*_block.tensors((x, plan)))
+
+
+def run(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor:
+    """The tail on maps x and y [B, C, H, W] of any strides; the result is channels-last."""
+    base, inner = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
+    out = None
+    if not (torch.compiler.is_compiling() or trains(base, plan) or _guard.records_grad(inner)):
+        out = _inference_branch.tail(base, inner, plan)
+    if out is None:
+        out = _block.add(base, _mlp.apply(inner, plan.mlp), plan.gamma, plan.drop)
+    return out.permute(0, 3, 1, 2)

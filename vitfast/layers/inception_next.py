@@ -1,0 +1,42 @@
+"""Drop-in for the block of timm's InceptionNeXt."""
+
+from __future__ import annotations
+
+import torch
+from timm.models import inception_next
+from torch import nn
+
+from vitfast.layers import _guard, _mlp, _tail
+from vitfast.layers._base import Layer
+from vitfast.layers._tail import Tail
+from vitfast.layers.mlp import plan_conv_mlp
+
+
+def plan_block(module: nn.Module) -> Tail:
+    """How timm's `MetaNeXtBlock` computes after its mixer and norm, which are timm's."""
+    children = module._modules
+    return Tail(
+        mlp=_mlp.pointwise(children, "mlp"),
+        gamma=_guard.optional_parameter(module, "gamma"),
+        drop=_guard.drop_path(children, "drop_path"),
+    )
+
+
+class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
+    """`timm.models.inception_next.MetaNeXtBlock`: mixer and norm as timm's; channels-last out.
+
+    In training timm's forward: torch's BatchNorm and narrow convolutions go backward over
+    channels-last maps so slowly that the MLP's gain is lost.
+    """
+
+    role = "block"
+    plan = staticmethod(plan_block)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_block, self, x)
+        if plan is None or x.ndim != 4 or _tail.trains(x, plan):
+            return super().forward(x)
+        return _tail.run(x, self.norm(self.token_mixer(x)), plan)
+
+
+_mlp.POINTWISE[inception_next.ConvMlp] = plan_conv_mlp
