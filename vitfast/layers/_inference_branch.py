@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitfast.layers import _fits, _inference_maps, _rows
-from vitfast.ops import _gemm
+from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
@@ -25,17 +25,12 @@ def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
         return None
     operand = lower or x.dtype
     x = x.contiguous()
-    batch, high, wide, _ = x.shape
-    out = _gemm.empty((batch, high, wide, len(plan.mlp.fc2.weight)), operand)
-    hidden_of, fc2 = _rows.mlp(plan.mlp, batch * high * wide, operand)
-    for images, stripes in _inference_maps._stripes(batch, high, wide):
-        part, result = x[images], out[images]
-        for lines in stripes:
-            found = fc2(hidden_of(_inference_maps._convolved(part, plan, lines, operand)))
-            if len(stripes) == 1 and batch == len(part):
-                return found.view(out.shape)
-            rows = result[:, slice(*lines)]
-            rows.copy_(found.view(rows.shape))
+    out = native.empty((*x.shape[:3], len(plan.mlp.fc2.weight)), operand)
+    rows_out = out.view(-1, out.shape[3])
+    hidden_of, fc2 = _rows.mlp(plan.mlp, len(rows_out), operand)
+    for _, pieces in _inference_maps.convolved(x, plan, operand):
+        for rows, normed in pieces:
+            rows_out[rows] = fc2(hidden_of(normed))
     return out
 
 
@@ -46,7 +41,7 @@ def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor | None:
         return None
     operand, channels = lower or x.dtype, x.shape[3]
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
-    out = _gemm.empty(x.shape, torch.promote_types(x.dtype, scaled))
+    out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
     base, inner = (t.contiguous().view(-1, channels) for t in (x, y))
     hidden_of, fc2 = _rows.mlp(plan.mlp, len(base), operand)
     for rows in _rows.chunks(len(base)):

@@ -151,27 +151,62 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
     x = x.contiguous()
     out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
-    batch, high, wide, channels = x.shape
+    rows_in, rows_out = (t.view(-1, t.shape[3]) for t in (x, out))
     mlp = plan.mlp
-    hidden_of, fc2 = _rows.mlp(mlp, batch * high * wide, operand)
-    at_once = max(_CONVOLVED_BYTES // (channels * operand.itemsize), _rows.CHUNK_ROWS)
-    most = max(_HIDDEN_BYTES // (len(mlp.fc1.weight) * operand.itemsize), _LEAST_ROWS)
-    for images, stripes in _stripes(batch, high, wide, at_once):
-        part = x[images]
-        pixels, results = part.view(-1, channels), out[images].view(-1, channels)
-
+    hidden_of, fc2 = _rows.mlp(mlp, len(rows_in), operand)
+    for images, pieces in convolved(x, plan, operand):
         if mlp.grn is None:
-            for rows, normed in _convolved(part, plan, stripes, operand, most):
-                _rows.add(pixels[rows], fc2(hidden_of(normed)), plan.gamma, results[rows])
+            for rows, normed in pieces:
+                _rows.add(rows_in[rows], fc2(hidden_of(normed)), plan.gamma, rows_out[rows])
             continue
-        # A piece of several images has to hold all of each.
-        found = _convolved(part, plan, stripes, operand, most if len(part) == 1 else len(pixels))
-        hiddens = [(rows, hidden_of(normed)) for rows, normed in found]
-        scales = _responses([hidden for _, hidden in hiddens], len(part), mlp.grn)
+        hiddens = [(rows, hidden_of(normed)) for rows, normed in pieces]
+        scales = _responses([hidden for _, hidden in hiddens], images, mlp.grn)
         for rows, hidden in hiddens:
             _respond(hidden, scales, mlp.grn.bias)
-            _rows.add(pixels[rows], fc2(hidden), plan.gamma, results[rows])
+            _rows.add(rows_in[rows], fc2(hidden), plan.gamma, rows_out[rows])
     return out
+
+
+Piece = tuple[slice, torch.Tensor]
+
+
+def convolved(
+    x: torch.Tensor, plan: ConvNeXt, operand: torch.dtype
+) -> Iterator[tuple[int, Iterator[Piece]]]:
+    """norm(conv(x)) of contiguous maps, by group of images: how many, and their pieces.
+
+    A piece is some of the B * H * W rows and what they are. It holds all of every image if it holds
+    several images' and there is a global response norm.
+    """
+    batch, high, wide, channels = x.shape
+    at_once = max(_CONVOLVED_BYTES // (channels * operand.itemsize), _rows.CHUNK_ROWS)
+    most = max(_HIDDEN_BYTES // (len(plan.mlp.fc1.weight) * operand.itemsize), _LEAST_ROWS)
+    for images, stripes in _stripes(batch, high, wide, at_once):
+        count = images.stop - images.start
+        whole = plan.mlp.grn is not None and count > 1
+        step = count * high * wide if whole else most
+        yield count, _pieces(x, plan, operand, images, stripes, step)
+
+
+def _pieces(
+    x: torch.Tensor,
+    plan: ConvNeXt,
+    operand: torch.dtype,
+    images: slice,
+    stripes: list[tuple[int, int]],
+    most: int,
+) -> Iterator[Piece]:
+    norm = plan.norm
+    _, high, wide, channels = x.shape
+    for first, last in stripes:
+        normed = dwconv_op.run(
+            x[images], *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind,
+            dtype=operand, out_dtype=operand, rows=(first, last),
+        ).view(-1, channels)  # fmt: skip
+        start = (images.start * high + first) * wide
+        for i in range(0, len(normed), most):
+            piece = normed[i : i + most]
+            yield slice(start + i, start + i + len(piece)), piece
 
 
 def _stripes(
@@ -180,30 +215,11 @@ def _stripes(
     """Some images and all of their lines, or one and so many rows at a time."""
     if high * wide <= _rows.WHOLE_ROWS:
         images = _rows.WHOLE_ROWS // (high * wide)
-        return [(slice(i, i + images), [(0, high)]) for i in range(0, batch, images)]
+        starts = range(0, batch, images)
+        return [(slice(i, min(i + images, batch)), [(0, high)]) for i in starts]
     step = max(1, rows // wide)
     lines = [(i, min(i + step, high)) for i in range(0, high, step)]
     return [(slice(i, i + 1), lines) for i in range(batch)]
-
-
-def _convolved(
-    x: torch.Tensor,
-    plan: ConvNeXt,
-    stripes: list[tuple[int, int]],
-    operand: torch.dtype,
-    most: int,
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """norm(conv(x)) of stripes of maps, at most so many rows at a time: [rows, C]."""
-    norm, wide = plan.norm, x.shape[2]
-    for first, last in stripes:
-        normed = dwconv_op.run(
-            x, *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind, dtype=operand,
-            out_dtype=operand, rows=(first, last),
-        ).view(-1, x.shape[3])  # fmt: skip
-        start = first * wide
-        for i in range(0, len(normed), most):
-            piece = normed[i : i + most]
-            yield slice(start + i, start + i + len(piece)), piece
 
 
 def _responses(hiddens: list[list[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
