@@ -50,6 +50,7 @@ class Call(NamedTuple):
     dtype: torch.dtype  # that they compute in
     given: tuple[torch.dtype, ...]  # that weights may have
     records: bool  # whether autograd is on
+    pixels: int  # of its map
 
 
 def direct(x: torch.Tensor) -> Call | None:
@@ -61,7 +62,8 @@ def direct(x: torch.Tensor) -> Call | None:
     dtype = lower or x.dtype
     if x.dtype == torch.float64 or not _onednn_conv.available(dtype):
         return None
-    return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), records)
+    pixels = x.numel() // max(x.shape[1], 1)
+    return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), records, pixels)
 
 
 def ready(call: Call, conv: Conv, channels: int) -> Ready | None:
@@ -70,7 +72,7 @@ def ready(call: Call, conv: Conv, channels: int) -> Ready | None:
         return None
     if not _onednn_conv.fits(conv, channels, call.given):
         return None
-    return _onednn_conv.prepare(conv, call.dtype)
+    return _onednn_conv.prepare(conv, call.dtype, call.pixels)
 
 
 def _covers(x: torch.Tensor, conv: Conv) -> bool:

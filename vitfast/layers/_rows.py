@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from vitfast.layers._guard import Linear
     from vitfast.layers._mlp import Mlp
 
-FEW_ROWS = 450
-_SMALL_WEIGHT = 1 << 20
-"""Below so many rows, or a quarter with a larger weight, oneDNN's blocks of rows fit badly: it
-takes 1.05 to 1.4 times as long."""
 CHUNK_ROWS = 1024
 WHOLE_ROWS = 2048
 """Up to so many rows go through as one chunk."""
@@ -55,7 +51,7 @@ def mlp(
     plain = plan.packed is None and plan.gate is None and plan.norm is None
     if (
         plain
-        and not _few(rows, plan.fc1.weight, dtype)
+        and not _gemm.is_faster(rows, plan.fc1.weight, dtype)
         and not _onednn.reasons(*plan.fc1, dtype, plan.act)
         and not _onednn.reasons(*plan.fc2, dtype, "none")
     ):
@@ -76,19 +72,17 @@ def linear(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The faster of oneDNN and our own kernel, which has every activation and gate."""
     plain = packed is None and gate is None
-    if plain and not _few(rows, layer.weight, dtype) and not _onednn.reasons(*layer, dtype, act):
+    if (
+        plain
+        and not _gemm.is_faster(rows, layer.weight, dtype)
+        and not _onednn.reasons(*layer, dtype, act)
+    ):
         return _onednn.prepare(*layer, rows, dtype, act)
     gate_weight, gate_bias = gate or (None, None)
     prepared = _gemm.prepare(
         *layer, rows, dtype, gate=packed, gate_weight=gate_weight, gate_bias=gate_bias
     )
     return partial(_gemm.apply, prepared, act=act)
-
-
-def _few(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether our own kernel is the faster one, which takes the weight as it lies."""
-    most = FEW_ROWS if weight.numel() <= _SMALL_WEIGHT else FEW_ROWS // 4
-    return dtype == torch.float32 and rows < most
 
 
 def patches(layer: Linear, rows: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -8,7 +8,7 @@ are linear layers, whose products of many channels are summed in pieces.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _onednn
+from vitfast.ops import _gemm, _onednn
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.runtime import native
 from vitfast.settings import settings
@@ -111,7 +111,7 @@ class Ready:
     conv: Conv
     pieces: tuple[torch.Tensor, ...]
     bias: torch.Tensor | None
-    linear: _onednn.Linear | None
+    linear: Callable[[torch.Tensor], torch.Tensor] | None
 
     def room(self, height: int, width: int) -> Pads | None:
         """What an input of this size has to be padded with before it comes here; None: nothing."""
@@ -145,21 +145,31 @@ class Ready:
         )  # fmt: skip
 
 
-def prepare(conv: Conv, dtype: torch.dtype) -> Ready:
-    """A convolution of inputs of this dtype, that `available` and `fits` allow."""
+def prepare(conv: Conv, dtype: torch.dtype, rows: int) -> Ready:
+    """A convolution of inputs of this dtype and about so many pixels, that `available` and `fits`
+    allow."""
     _onednn._settle_allocator()
-    linear = _pointwise(conv)
-    pack = partial(_pack_linear if linear else _pack, conv)
-    form = (conv.eps, conv.stride, conv.dilation, conv.groups)
-    pieces = _onednn.CACHE.get(conv.weight, dtype, form, pack)
     bias = conv.bias
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    if not linear:
-        return Ready(conv, pieces, bias, None)
-    out, channels = conv.weight.shape[:2]
-    step = _onednn._step(channels, dtype)
-    return Ready(conv, pieces, bias, _onednn.Linear(pieces, step, bias, "none", out))
+    if _pointwise(conv):
+        return Ready(conv, (), bias, _linear(conv, bias, dtype, rows))
+    form = (conv.eps, conv.stride, conv.dilation, conv.groups)
+    pieces = _onednn.CACHE.get(conv.weight, dtype, form, partial(_pack, conv))
+    return Ready(conv, pieces, bias, None)
+
+
+def _linear(
+    conv: Conv, bias: torch.Tensor | None, dtype: torch.dtype, rows: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    weight = conv.weight
+    if _gemm.is_faster(rows, weight, dtype):
+        pack, form = partial(_matrix, conv), ("matrix", conv.eps)
+        (matrix,) = _onednn.CACHE.get(weight, dtype, form, pack)
+        return partial(_gemm.apply, _gemm.prepare(matrix, bias, rows, dtype))
+    pack, form = partial(_pack_linear, conv), ("linear", conv.eps)
+    pieces = _onednn.CACHE.get(weight, dtype, form, pack)
+    return _onednn.Linear(pieces, _onednn._step(weight.shape[1], dtype), bias, "none", len(weight))
 
 
 def plain_weight(conv: Conv) -> torch.Tensor:
@@ -181,8 +191,12 @@ def _standard(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return (weight if conv.eps is None else standardised(weight, conv.eps, True)).to(dtype)
 
 
+def _matrix(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    return (_standard(conv, weight, dtype).reshape(len(weight), -1).contiguous(),)
+
+
 def _pack_linear(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    return _onednn._pack(_standard(conv, weight, dtype).reshape(len(weight), -1), dtype)
+    return _onednn._pack(*_matrix(conv, weight, dtype), dtype)
 
 
 def _pack(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
