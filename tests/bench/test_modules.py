@@ -68,6 +68,17 @@ def test_a_row_has_everything(train):
     assert 0 < row.floor_share < 1
 
 
+def test_a_model_that_is_not_swapped_has_its_peers_times():
+    case = modules.model_case("test_resnet", SIZE, 1, Setting())
+    row = modules.measure(case, ["eager"], seconds=0.01)
+    assert not row.swapped
+    assert row.results["vitfast"] == Result(reason="not swapped")
+    assert row.results["eager"].median_ms > 0 and row.results["eager"].floor_share > 0
+    assert row.ratios() == {} and row.rate is None and row.floor_share is None
+    alone = modules.measure(case, [], seconds=0.01)
+    assert alone.results == {"vitfast": Result(reason="not swapped")}
+
+
 def test_training_counts_three_times_the_work():
     once, thrice = (
         modules.model_case("test_vit", SIZE, 1, Setting(train=train)).cost()

@@ -40,6 +40,12 @@ def test_a_peer_computes_what_timm_does(name, model, image):
     torch.testing.assert_close(call().clone(), expected, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_in_which_nothing_is_swapped_is_not_timed_as_vitfast(image):
+    model = zoo.build("test_resnet", (64, 64))
+    with pytest.raises(PeerUnavailableError, match="^not swapped$"):
+        peers.vitfast(model, [image], Setting())
+
+
 @pytest.mark.slow
 def test_torch_compile_computes_what_timm_does(model, image):
     call = peers.compiled(model, [image], Setting())

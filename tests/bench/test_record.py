@@ -13,12 +13,12 @@ from vitfast.bench.timer import Timing
 from vitfast.errors import InputValueError
 
 
-def row(ours: float, *, case: str = "attention vit_base_224", **peers: float | None) -> Row:
+def row(ours: float | None, *, case: str = "attention vit_base_224", **peers: float | None) -> Row:
     results = {
         name: Result(reason="not installed") if ms is None else Result(median_ms=ms)
         for name, ms in peers.items()
     }
-    results["vitfast"] = Result(median_ms=ours)
+    results["vitfast"] = Result(median_ms=ours, reason="" if ours else "not swapped")
     return Row("ops", case, "1x197x768", "float32", "infer", "cpu", results)
 
 
@@ -91,6 +91,21 @@ def test_rows_and_peers_that_only_one_file_has_are_left_out():
     assert [(c.key[1], c.peer) for c in record.changes(before, now)] == [
         ("attention vit_base_224", "eager")
     ]
+
+
+def test_a_model_that_is_not_swapped_any_more_got_worse():
+    before = record.bench_document([row(2.0, eager=5.0, openvino=2.0)], {})
+    found = record.changes(before, [row(None, eager=5.0, openvino=2.0)])
+    assert [(c.peer, c.before, c.after, c.worse) for c in found] == [
+        ("eager", 2.5, 1.0, True),
+        ("openvino", 1.0, 0.4, True),
+    ]
+
+
+def test_a_model_that_never_was_swapped_has_nothing_to_compare():
+    plain = row(None, eager=5.0)
+    assert not plain.swapped and plain.ratios() == {}
+    assert record.changes(record.bench_document([plain], {}), [plain]) == []
 
 
 @pytest.mark.parametrize(

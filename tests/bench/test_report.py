@@ -65,6 +65,27 @@ def test_a_peer_that_ran_in_another_row_is_a_dash():
     assert notes == ["eager: no kernel"]
 
 
+def test_a_model_that_is_not_swapped_shows_its_peers_and_no_time_of_vitfast():
+    rows = [
+        Row("models", name, "1", "float32", "infer", "cpu", {
+            "eager": Result(median_ms=3.0), "compile": Result(median_ms=2.0), "vitfast": ours,
+        })
+        for name, ours in {
+            "resnet50": Result(reason="not swapped"), "vit_tiny": Result(median_ms=1.0),
+            "vgg11": Result(reason="not swapped"),
+        }.items()
+    ]  # fmt: skip
+    for given in (rows, rows[:1]):  # the peers' columns stand without any ratio, too
+        header, cells, _ = table(given, ["eager", "compile"])
+        found = dict(zip(header, cells[0], strict=True))
+        assert (found["eager"], found["compile"]) == ("3.00 ms", "2.00 ms")
+        assert found["vitfast"] == "not swapped"
+        assert {found[n] for n in ("rate", "of floor", "error/budget")} == {"-"}
+    _, cells, notes = table(rows, ["eager", "compile"])
+    assert "3.00 ms (3.00x)" in cells[1] and "1.00 ms" in cells[1]
+    assert notes == ["not swapped: vitfast found nothing to replace in resnet50, vgg11"]
+
+
 def test_what_was_not_measured_is_a_dash():
     row = Row("ops", "x", "1", "float32", "infer", "cpu", {"vitfast": Result(median_ms=1.0)})
     header, (cells,), _ = table([row], [])

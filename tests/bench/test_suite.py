@@ -57,7 +57,14 @@ def test_the_set_of_a_cpu_runs_every_level():
         Part("ops", None, ops=("layer_norm",), case="prime_width"),
     ]
     seen = []
-    rows, notes = suite.run(parts, Setting(), OPTIONS, 5.0, lambda text, done: seen.append(done))
+    said = []
+
+    def show(text, done):
+        said.append(text)
+        seen.append(done)
+
+    rows, notes = suite.run(parts, Setting(), OPTIONS, 5.0, show)
+    assert {"test_vit: building", "test_vit: preparing vitfast", "test_vit: timing"} <= set(said)
     assert notes == []
     assert [row.level for row in rows[:2]] == ["models", "blocks"]
     assert [row.passes for row in rows[:2]] == ["infer", "train"]

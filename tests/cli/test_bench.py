@@ -11,9 +11,11 @@ import time
 
 import pytest
 
-from vitfast.bench import modules, suite
+from vitfast.bench import modules, suite, zoo
 
-MODEL = ("--model", "test_vit", "--img-size", "64", "--seconds", "0.01", "--no-memory")
+SHORT = ("--seconds", "0.01", "--no-memory")
+MODEL = ("--model", "test_vit", "--img-size", "64", *SHORT)
+PAIR = ("--model", "test_vit", "--model", "test_resnet")
 
 
 def test_models(vitfast, tmp_path):
@@ -72,10 +74,100 @@ def test_compare_passes_and_fails(vitfast, tmp_path):
     assert "has none of these cases" in out
 
 
+def test_several_models_are_one_table(vitfast, tmp_path):
+    path = tmp_path / "out.json"
+    words = ("--model", "vit_tiny_patch16_224", *PAIR, "--model", "test_vit", *SHORT)
+    status, out, err = vitfast("bench", "models", *words, "--json", path)
+    assert (status, err) == (0, "")
+    tiny, vit, resnet = (line.split() for line in out.splitlines()[2:5])
+    assert tiny[:2] == ["vit_tiny_patch16_224", "1x3x224x224"]
+    assert vit[:2] == ["test_vit", "1x3x160x160"]  # each at a size of its own, and once
+    assert resnet[:2] == ["test_resnet", "1x3x160x160"]
+    assert " (" in out.splitlines()[3] and "not swapped" not in out.splitlines()[3]
+    assert "(" not in out.splitlines()[4] and "not swapped" in out.splitlines()[4]
+    assert "nothing to replace in test_resnet\n" in out
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == ["vit_tiny_patch16_224", "test_vit", "test_resnet"]
+    assert rows[1]["ratios"].keys() == {"eager"} and rows[2]["ratios"] == {}
+    assert rows[2]["results"]["eager"]["median_ms"] > 0
+    assert rows[2]["results"]["vitfast"]["median_ms"] is None
+    assert rows[2]["results"]["vitfast"]["reason"] == "not swapped"
+
+
+def test_one_size_for_several_models(vitfast):
+    status, out, _ = vitfast("bench", "models", *PAIR, *SHORT, "--img-size", "64x96")
+    assert status == 0
+    assert out.count("1x3x64x96") == 2
+
+
+def test_a_model_that_is_not_swapped_by_itself_with_no_other_contender(vitfast):
+    words = ("--model", "test_resnet", "--peers", "openvino", "--pass", "train", *SHORT)
+    status, out, err = vitfast("bench", "models", *words)
+    assert (status, err) == (0, "")
+    assert "not swapped" in out
+    assert "openvino: inference only" in out
+
+
+@pytest.mark.parametrize(
+    "words, case",
+    [(("blocks",), "test_vit"), (("ops", "--op", "layer_norm"), "layer_norm test_vit #1")],
+)
+def test_a_model_without_blocks_leaves_the_others_alone(vitfast, tmp_path, words, case):
+    path = tmp_path / "out.json"
+    models = ("--model", "test_resnet", "--model", "test_vit")
+    status, out, _ = vitfast("bench", *words, *models, *SHORT, "--json", path)
+    assert status == 1
+    assert case in out
+    found = json.loads(path.read_text())
+    assert [row["case"] for row in found["rows"]] == [case]
+    assert "test_resnet has no list of transformer blocks" in found["left_out"][0]
+    assert found["left_out"][0] in out
+
+
+@pytest.mark.parametrize("level", ["ops", "blocks", "models"])
+def test_no_model_is_built_before_all_names_are_known(vitfast, monkeypatch, level):
+    monkeypatch.setattr(zoo, "build", lambda *args, **kwargs: pytest.fail("built a model"))
+    status, out, err = vitfast("bench", level, *PAIR, "--model", "vit_bse_patch16_224")
+    assert (status, out) == (2, "")
+    assert "timm has no model 'vit_bse_patch16_224'; did you mean vit_base_patch16_224" in err
+
+
+def test_an_interrupt_keeps_the_models_that_are_done(vitfast, tmp_path, monkeypatch):
+    path = tmp_path / "out.json"
+    measure = modules.measure
+
+    def interrupted(case, *args, **kwargs):
+        if case.name == "test_resnet":
+            raise KeyboardInterrupt
+        return measure(case, *args, **kwargs)
+
+    monkeypatch.setattr(modules, "measure", interrupted)
+    assert vitfast("bench", "models", *PAIR, *SHORT, "--json", path)[0] == 130
+    assert [row["case"] for row in json.loads(path.read_text())["rows"]] == ["test_vit"]
+
+
+def test_compare_goes_case_by_case(vitfast, tmp_path):
+    path = tmp_path / "before.json"
+    assert vitfast("bench", "models", *PAIR, *SHORT, "--json", path)[0] == 0
+    found = json.loads(path.read_text())
+    for ratios, status in (((1e-3, {}), 0), ((1e3, {}), 1), ((1e-3, {"eager": 2.0}), 1)):
+        for row, kept in zip(found["rows"], ({"eager": ratios[0]}, ratios[1]), strict=True):
+            row["ratios"] = kept
+        path.write_text(json.dumps(found))
+        got, out, _ = vitfast("bench", "models", *PAIR, *SHORT, "--compare", path)
+        assert got == status
+        rest = out.partition("Against")[2]
+        assert "test_vit 1x3x160x160" in rest
+        # Swapped once and not any more is a loss; never swapped is nothing to compare.
+        assert ("not compared, no ratio in both files: test_resnet" in rest) == (not ratios[1])
+        assert ("test_resnet 1x3x160x160" in rest) == bool(ratios[1])
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         (("models", "--model", "vit_bse_patch16_224"), "did you mean vit_base_patch16_224"),
+        (("blocks", "--model", "test_resnet", "--model", "resnet18"), "resnet18 has no list of"),
         (("models", "--img-size", "big"), "expected a size"),
         (("models", "--batch", "0"), "expected at least 1"),
         (("models", "--seconds", "0"), "expected a positive number"),

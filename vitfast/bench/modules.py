@@ -140,7 +140,10 @@ def measure(
     with_memory: bool = True,
     progress: Progress | None = None,
 ) -> Row:
-    """Time vitfast and the peers wanted, in turns; judge every output against float64."""
+    """Time vitfast and the peers wanted, in turns; judge every output against float64.
+
+    Where nothing of the module is swapped, vitfast has no time and the peers have theirs.
+    """
     say = progress or (lambda text, share: None)
     setting = case.setting
     row = Row(
@@ -175,13 +178,15 @@ def measure(
         for name, call in calls.items():
             more = memory.added_by(call, setting.device)
             added[name] = None if more is None else held + more
-    timings = interleave(
-        calls,
-        seconds=seconds,
-        watch=stopwatch(setting.device),
-        check=judge,
-        on_progress=lambda share: say(f"timing {case.name}", share),
-    )
+    timings = {}
+    if calls:  # a model that is not swapped may have no other contender either
+        timings = interleave(
+            calls,
+            seconds=seconds,
+            watch=stopwatch(setting.device),
+            check=judge,
+            on_progress=lambda share: say("timing", share),
+        )
     for name, timing in timings.items():
         row.results[name] = Result.of(
             timing,

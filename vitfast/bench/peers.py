@@ -24,6 +24,8 @@ from vitfast.errors import InputValueError, VitfastError
 
 Call = Callable[[], Any]
 CHECKED_GRADIENTS = 8
+NOT_SWAPPED = "not swapped"
+"""Why a model has no time of vitfast: what would be timed is timm."""
 
 
 class PeerUnavailableError(VitfastError, RuntimeError):
@@ -61,7 +63,8 @@ def vitfast(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting)
     from vitfast.swap import swap
 
     fast = sharing_copy(module)
-    swap(fast)
+    if not swap(fast).swapped:
+        raise PeerUnavailableError(NOT_SWAPPED)
     return eager(fast, inputs, setting)
 
 

@@ -75,15 +75,20 @@ class Row:
     def key(self) -> tuple[str, ...]:
         return (self.level, self.case, self.shape, self.dtype, self.passes, self.device)
 
-    def ratio(self, peer: str) -> float | None:
-        """How many times faster vitfast is than this peer."""
-        ours, theirs = self.results.get("vitfast"), self.results.get(peer)
+    @property
+    def swapped(self) -> bool:
+        """Whether vitfast was timed: of a model that it does not know, nothing is swapped."""
+        return self.results["vitfast"].median_ms is not None
+
+    def ratio(self, peer: str, of: str = "vitfast") -> float | None:
+        """How many times faster vitfast (or another contender) is than this peer."""
+        ours, theirs = self.results.get(of), self.results.get(peer)
         if ours is None or theirs is None or not ours.median_ms or theirs.median_ms is None:
             return None
         return theirs.median_ms / ours.median_ms
 
-    def ratios(self) -> dict[str, float]:
-        found = {peer: self.ratio(peer) for peer in self.results if peer != "vitfast"}
+    def ratios(self, of: str = "vitfast") -> dict[str, float]:
+        found = {peer: self.ratio(peer, of) for peer in self.results if peer != "vitfast"}
         return {peer: ratio for peer, ratio in found.items() if ratio is not None}
 
     def as_json(self) -> dict[str, Any]:
@@ -179,7 +184,8 @@ class Change:
 def changes(before: dict[str, Any], rows: Iterable[Row]) -> list[Change]:
     """How the ratios of these rows differ from an earlier file's, where both have them.
 
-    Ratios, not times: both contenders of a ratio met the same machine on the same day.
+    Ratios, not times: both contenders of a ratio met the same machine on the same day. A model that
+    had ratios and is not swapped any more runs as eager, and eager's ratios stand for vitfast's.
     """
     names = ("level", "case", "shape", "dtype", "passes", "device")
     old = {tuple(row.get(n) for n in names): row.get("ratios", {}) for row in before["rows"]}
@@ -187,7 +193,7 @@ def changes(before: dict[str, Any], rows: Iterable[Row]) -> list[Change]:
         Change(row.key, peer, old[row.key][peer], ratio)
         for row in rows
         if row.key in old
-        for peer, ratio in row.ratios().items()
+        for peer, ratio in row.ratios("vitfast" if row.swapped else "eager").items()
         if old[row.key].get(peer)
     ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vitfast.bench.peers import NOT_SWAPPED
 from vitfast.bench.record import Result, Row
 
 MISSING = "-"
@@ -33,9 +34,10 @@ def table(
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
     """Header, cells and notes.
 
-    A peer's cell is its median and, in brackets, how many times faster vitfast is.
+    A peer's cell is its median and, in brackets, how many times faster vitfast is; the median alone
+    where nothing was swapped.
     """
-    shown = [n for n in names if any(row.ratio(n) is not None for row in rows)]
+    shown = [n for n in names if any(_median(row, n) is not None for row in rows)]
     header = (
         "case", "shape", "dtype", "pass", *shown, "vitfast", "rate", "of floor",
         *(f"MB {name}" for name in (*names[:1], "vitfast")), "error/budget",
@@ -48,10 +50,12 @@ def table(
             result = row.results.get(name, Result(reason="not measured"))
             ratio = row.ratio(name)
             cell = MISSING
-            if ratio is None:
+            if result.median_ms is None:
                 _note(notes, f"{name}: {result.reason}")
             else:
-                cell = f"{milliseconds(result.median_ms or 0.0)} ({digits(ratio)}x)"
+                cell = milliseconds(result.median_ms)
+            if ratio is not None:
+                cell += f" ({digits(ratio)}x)"
             if name in shown:
                 peers.append(cell)
         if row.note:
@@ -64,13 +68,24 @@ def table(
         cells.append(
             (
                 row.case, row.shape, row.dtype, row.passes, *peers,
-                milliseconds(ours.median_ms or 0.0) + (f" {row.backend}" if row.backend else ""),
+                _ours(ours) + (f" {row.backend}" if row.backend else ""),
                 f"{digits(row.rate)} {row.unit}" if row.rate else MISSING,
                 f"{row.floor_share:.0%}" if row.floor_share else MISSING, *memory,
                 MISSING if ours.error_over_budget is None else f"{ours.error_over_budget:.2f}",
             )
         )  # fmt: skip
+    unknown = list(dict.fromkeys(row.case for row in rows if not row.swapped))
+    if unknown:
+        notes.append(f"{NOT_SWAPPED}: vitfast found nothing to replace in {', '.join(unknown)}")
     return header, cells, notes
+
+
+def _ours(result: Result) -> str:
+    return result.reason or MISSING if result.median_ms is None else milliseconds(result.median_ms)
+
+
+def _median(row: Row, name: str) -> float | None:
+    return row.results[name].median_ms if name in row.results else None
 
 
 def _note(notes: list[str], text: str) -> None:

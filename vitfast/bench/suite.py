@@ -115,10 +115,14 @@ def _op(case: ops.OpCase, options: Options, progress: modules.Progress) -> Row:
 
 def _model(part: Part, setting: Setting, options: Options, progress: modules.Progress) -> Row:
     build = modules.block_case if part.level == "blocks" else modules.model_case
-    progress(f"building {part.model}", 0.0)
+
+    def say(text: str, share: float) -> None:
+        progress(f"{part.model}: {text}", share)
+
+    say("building", 0.0)
     row = modules.measure(
         build(part.model or "", part.img_size, part.batch, setting), options.wanted[part.level],
-        seconds=options.seconds[part.level], with_memory=options.with_memory, progress=progress,
+        seconds=options.seconds[part.level], with_memory=options.with_memory, progress=say,
     )  # fmt: skip
     if part.level == "models" and options.with_memory and setting.device == "cpu":
         arguments = {
@@ -126,7 +130,7 @@ def _model(part: Part, setting: Setting, options: Options, progress: modules.Pro
             "dtype": row.dtype, "device": setting.device, "train": setting.train,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
-        modules.add_model_memory(row, arguments, progress)
+        modules.add_model_memory(row, arguments, say)
     return row
 
 

@@ -25,9 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("level", nargs="?", choices=tuple(DEFAULT_SECONDS), help="single ops, one block, or whole "
         "models; without: the standard set of this machine, in bfloat16 on a GPU")  # fmt: skip
-    add("--model", metavar="NAME", help=f"timm model; {DEFAULT_MODEL} for blocks and models, "
-        "and for ops the shapes listed with each op")  # fmt: skip
-    add("--img-size", metavar="HxW", help="such as 224 or 2160x3840; the model's own by default")
+    add("--model", action="append", metavar="NAME", help="timm model; may be repeated: one "
+        "table of all, CNNs in which nothing is swapped included. Default: "
+        f"{DEFAULT_MODEL}; for ops the shapes listed with each op")  # fmt: skip
+    add("--img-size", metavar="HxW", help="such as 224 or 2160x3840; each model's own by default")
     add("--batch", type=int, default=1, metavar="B")
     add("--dtype", choices=tuple(DTYPES), help="float32 by default; others run under autocast")
     add("--pass", dest="passes", choices=("infer", "train"), default="infer",
@@ -56,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     earlier = record.read(args.compare) if args.compare else None
     if args.json:
         record.check_writable(args.json)
+    parts = _parts(args) if args.level else suite.PARTS[setting.device]
+    minutes = math.inf
+    if not args.level:
+        _refuse_choices(args)
+        minutes = _minutes(args, suite.MINUTES[setting.device])
     facts = machine.describe(setting.device)
     rows: list[Row] = []
     notes: list[str] = []
@@ -66,28 +72,28 @@ def run(args: argparse.Namespace) -> int:
             kept = record.bench_document(rows, facts, floors=floors, left_out=notes)
             record.write_json(args.json, kept)
 
-    if args.level:
-        found = suite.cases(_part(args), setting, options)
+    if args.level and len(parts) == 1:
+        found = suite.cases(parts[0], setting, options)
         with progress_bar(len(found)) as show:
             for i, measure in enumerate(found):
                 rows.append(measure(lambda text, share, i=i: show(text, i + min(share, 1.0))))
     else:
-        _refuse_choices(args)
-        parts = suite.PARTS[setting.device]
         with progress_bar(len(parts)) as show:
-            minutes = _minutes(args, suite.MINUTES[setting.device])
             rows, notes = suite.run(parts, setting, options, minutes, show, keep=keep)
+        if args.level and not rows:
+            raise InputValueError("; ".join(notes))
     floors = machine.floors(setting.device, setting.dtype)
     _show(rows, facts, floors, list(dict.fromkeys(n for names in options.wanted.values()
                                                   for n in names)))  # fmt: skip
     for note in notes:
         print(note)
     keep(rows, notes)
+    failed = bool(args.level and notes)  # a model that was asked for by name has no row
     if earlier is None:
-        return 0
+        return int(failed)
     changed = record.changes(earlier, rows)
-    _show_changes(changed, args.compare)
-    return int(any(change.worse for change in changed))
+    _show_changes(changed, rows, args.compare)
+    return int(failed or any(change.worse for change in changed))
 
 
 def _setting(args: argparse.Namespace) -> Setting:
@@ -122,28 +128,33 @@ def _options(args: argparse.Namespace, device: str) -> Options:
     return suite.Options(wanted, seconds, not args.no_memory)
 
 
-def _part(args: argparse.Namespace) -> Part:
-    """The one part that the arguments describe."""
-    from vitfast.bench import suite, zoo
+def _parts(args: argparse.Namespace) -> list[Part]:
+    """What the arguments describe: a part for each model."""
+    from vitfast.bench import ops, suite, zoo
 
     if args.batch < 1:
         raise InputValueError(f"--batch {args.batch}: expected at least 1")
     if args.minutes is not None:
         raise InputValueError("--minutes is for `vitfast bench` without a level")
     size = None if args.img_size is None else zoo.parse_img_size(args.img_size)
-    model = args.model
+    models: list[str | None] = list(dict.fromkeys(args.model or ()))
     if args.level != "ops":
         if args.op or args.case:
             raise InputValueError(f"--op and --case go with `vitfast bench ops`, not {args.level}")
-        model = model or DEFAULT_MODEL
-        zoo.check_name(model)
-    elif model is None and (size is not None or args.batch != 1):
+        models = models or [DEFAULT_MODEL]
+    elif not models and (size is not None or args.batch != 1):
         raise InputValueError("--img-size and --batch need --model: they are a model's")
-    elif model is not None and args.case:
+    elif models and args.case:
         raise InputValueError("--case names a sample of the specs; leave out --model")
-    return suite.Part(
-        args.level, model, size, args.batch, args.passes == "train", tuple(args.op or ()), args.case
-    )
+    for name in models:
+        zoo.check_name(name or "")
+    chosen = tuple(args.op or ())
+    ops.specs(chosen)  # raises for a name that is none
+    train = args.passes == "train"
+    return [
+        suite.Part(args.level, model, size, args.batch, train, chosen, args.case)
+        for model in models or [None]
+    ]
 
 
 def _refuse_choices(args: argparse.Namespace) -> None:
@@ -177,11 +188,11 @@ def _show(
         print(note)
 
 
-def _show_changes(found: Sequence[Change], path: str) -> None:
+def _show_changes(found: Sequence[Change], rows: Sequence[Row], path: str) -> None:
     from vitfast.cli.table import print_table
 
     if not found:
-        print(f"{path} has none of these cases")
+        print(f"{path} has none of these cases, or no ratio of vitfast in them")
         return
     cells = [
         (" ".join(c.key[1:5]), c.peer, f"{c.before:.2f}x", f"{c.after:.2f}x",
@@ -189,3 +200,7 @@ def _show_changes(found: Sequence[Change], path: str) -> None:
         for c in found
     ]  # fmt: skip
     print_table(f"Against {path}", ("case", "peer", "before", "now", "change", ""), cells)
+    compared = {change.key for change in found}
+    rest = dict.fromkeys(row.case for row in rows if row.key not in compared)
+    if rest:
+        print(f"not compared, no ratio in both files: {', '.join(rest)}")
