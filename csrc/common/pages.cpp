@@ -50,9 +50,9 @@ void* map(int64_t bytes) {
   return first + before;
 }
 
-void trim(Pages& p) {
+void trim(Pages& p, int64_t limit) {
   size_t count = 0;
-  for (; p.free_bytes > p.limit; ++count) {
+  for (; p.free_bytes > limit; ++count) {
     munmap(p.free[count].at, p.free[count].bytes);
     p.free_bytes -= p.free[count].bytes;
   }
@@ -77,6 +77,10 @@ void* take_pages(int64_t bytes) {
     p.free_bytes -= found.bytes;
   } else {
     found.at = map(bytes);
+    if (found.at == nullptr) {  // the caller's next attempt, at least, shall have what is free
+      trim(p, 0);
+      found.at = map(bytes);
+    }
     if (found.at == nullptr) return nullptr;
   }
   p.taken.emplace(found.at, found.bytes);
@@ -97,14 +101,14 @@ void give_pages(void* block) {
 #endif
   p.free.push_back({block, bytes});
   p.free_bytes += bytes;
-  trim(p);
+  trim(p, p.limit);
 }
 
 void limit_pages(int64_t bytes) {
   Pages& p = pages();
   const std::lock_guard<std::mutex> lock(p.mutex);
   p.limit = std::max<int64_t>(bytes, 0);
-  trim(p);
+  trim(p, p.limit);
 }
 
 PagesUse pages_use() {

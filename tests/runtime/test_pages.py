@@ -128,3 +128,21 @@ def test_other_devices_and_small_tensors_are_torchs(nothing_kept):
     with torch.device("meta"):
         assert large().is_cpu
     assert nothing_kept.pages_use()[0] == before[0]
+
+
+def test_what_is_free_does_not_stand_in_the_way():
+    import resource
+
+    together = [large(nbytes=16 << 20) for _ in range(4)]
+    del together
+    child = os.fork()
+    if child == 0:
+        with open("/proc/self/statm") as file:
+            mapped = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + (8 << 20),) * 2)
+        try:
+            fits = large(nbytes=40 << 20).nbytes == 40 << 20
+        except RuntimeError:
+            fits = False
+        os._exit(0 if fits else 1)
+    assert os.waitpid(child, 0)[1] == 0

@@ -75,10 +75,10 @@ def apply(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor:
         x = _group_norm.apply(_conv.apply(x, conv), norm)
     conv, norm = plan.steps[2]
     x = _conv.apply(x, conv)
-    if plan.drop_path is None:
+    if plan.drop_path is None and x.shape == shortcut.shape:
         return _group_norm.apply(x, norm, shortcut, "relu")
-    x = dropped(_group_norm.apply(x, norm), plan.drop_path)
-    return F.relu(x + shortcut)
+    x = _group_norm.apply(x, norm)
+    return F.relu((x if plan.drop_path is None else dropped(x, plan.drop_path)) + shortcut)
 
 
 def dropped(x: torch.Tensor, rate: DropRate) -> torch.Tensor:

@@ -64,10 +64,13 @@ class HybridEmbed(Layer, timm_layers.HybridEmbed):
         if self.dynamic_img_pad:
             rows, columns = self.patch_size
             x = F.pad(x, (0, -x.shape[-1] % columns, 0, -x.shape[-2] % rows))
-        if not self.flatten and self.output_fmt not in (Format.NHWC, Format.NLC):
+        rows, columns = x.shape[-2] // height, x.shape[-1] // width
+        if (
+            not (self.flatten or self.output_fmt in (Format.NHWC, Format.NLC))
+            or rows * columns == 0
+        ):
             x = self.proj(x)
             return x if self.output_fmt == Format.NCHW else timm_layers.nchw_to(x, self.output_fmt)
-        rows, columns = x.shape[-2] // height, x.shape[-1] // width
         if plan is None:
             tokens = x.flatten(2).transpose(1, 2)
         else:

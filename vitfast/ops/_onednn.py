@@ -251,7 +251,7 @@ class WeightCache:
             self._entries[key] = _Entry(weakref.ref(weight, drop), found, pieces, nbytes)
             self.bytes += nbytes
             while self.bytes > self.most_bytes and len(self._entries) > 1:
-                self._remove(next(iter(self._entries)))
+                self._remove(list(self._entries)[0])  # a weight that dies meanwhile removes its own
         return pieces
 
     def clear(self) -> None:

@@ -93,7 +93,10 @@ def threads() -> int:
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
 ) -> torch.Tensor:
-    """torch.empty; a large tensor of the CPU in memory that is kept for the next one."""
+    """torch.empty; a large tensor of the CPU in memory that is kept for the next one.
+
+    Its storage cannot be resized.
+    """
     device = device or _CPU
     if dtype in _DLPACK and math.prod(shape) * dtype.itemsize >= _LARGE and device == _CPU:
         module = _with_pages()
