@@ -32,6 +32,7 @@ FLOAT64_COST = 3.5
 """Upper guess of a float64 forward over a float32 one: half the lanes, no prepacked weights."""
 MODELS = (
     "vit_base_patch16_224@224",
+    "convnext_tiny@288",
     "vit_small_patch14_dinov2@518",
     "vit_small_patch16_dinov3@256",
     "vit_base_patch16_224@1024",

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--image", metavar="PATH", help="a photograph; one is built in")
     add("--pretrained", action="store_true", help="trained weights (from the network or cache)")
     add("--models", metavar="NAME[@SIZE],...", help="timm models; ViT-B/16 at 224 and 1024, "
-        "DINOv2 and DINOv3 ViT-S by default")  # fmt: skip
+        "ConvNeXt-T, DINOv2 and DINOv3 ViT-S by default")  # fmt: skip
     add("--dtype", choices=tuple(DTYPES), default="float32", help="bf16: under autocast")
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--output", metavar="PATH", default=REPORT, help=f"file or folder; {REPORT} by default")

@@ -4,7 +4,6 @@ from vitfast import layers
 from vitfast.families._family import Family, Gap
 
 _SCALED = "weights with a gain, of NFNets: not implemented yet"
-_BATCH = "convolutions with BatchNorm are PyTorch's"
 
 FAMILY = Family(
     name="hybrid",
@@ -25,8 +24,7 @@ FAMILY = Family(
             Gap(f"timm.layers.{name}", _SCALED)
             for name in ("ScaledStdConv2d", "ScaledStdConv2dSame")
         ),
-        Gap("timm.layers.BatchNormAct2d", _BATCH),
-        Gap("timm.models.resnet.Bottleneck", _BATCH),
+        Gap("timm.models.resnet.Bottleneck", "convolutions with BatchNorm are PyTorch's"),
         Gap("timm.models.resnetv2.PreActBasic", "not implemented yet: its parts are swapped"),
     ),
 )
