@@ -26,6 +26,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "check: a generic test on a sample tagged 'check'; repeated on every ISA level"
     )
+    config.addinivalue_line("markers", "in_a_process: runs other tests in a process of its own")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that run others in a process, minutes each, come first: half of them at the beginning,
+    half in the middle, near which the second of two workers begins."""
+    long = [i for i in items if i.get_closest_marker("in_a_process")]
+    rest = [i for i in items if not i.get_closest_marker("in_a_process")]
+    half, middle = len(long) // 2, len(rest) // 2 + 4
+    items[:] = long[:half] + rest[:middle] + long[half:] + rest[middle:]
 
 
 @pytest.fixture(scope="session", autouse=True)

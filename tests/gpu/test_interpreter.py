@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARDS = 4
 
 
+@pytest.mark.in_a_process
 @pytest.mark.parametrize("shard", range(1, SHARDS + 1))
 def test_kernels_in_the_interpreter(shard):
     """The shards are as many, so that runners with several workers can spread them."""

@@ -5,10 +5,12 @@ A copy of the package gets one textual change and judges one sample in a process
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,17 +25,40 @@ GRN, DWCONV = "ops/grn/triton.py", "ops/dwconv_norm/triton.py"
 GROUPS, GROUPS_LAUNCH = (f"ops/group_norm_act/{f}.py" for f in ("triton_kernels", "triton"))
 LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
-import sys, torch
-from vitfast import ops
-from vitfast.testing.cases import Case
-from vitfast.testing.errors import raise_if_wrong
-op, sample = sys.argv[1:]
-spec = ops.spec_of(op)
-case = Case(spec, next(s for s in spec.samples if s.name == sample), torch.float32)
-raise_if_wrong(case.judge(case.outputs(backend="triton")))
-raise_if_wrong(case.judge_gradients(case.gradients(case.trained, backend="triton")))
-print("right")
+import json, os, sys, traceback
+import torch, triton.language
+
+def judge(package, op, sample):
+    sys.path.insert(0, package)
+    from vitfast import ops
+    from vitfast.testing.cases import Case
+    from vitfast.testing.errors import raise_if_wrong
+    assert ops.__file__.startswith(package)
+    spec = ops.spec_of(op)
+    case = Case(spec, next(s for s in spec.samples if s.name == sample), torch.float32)
+    raise_if_wrong(case.judge(case.outputs(backend="triton")))
+    raise_if_wrong(case.judge_gradients(case.gradients(case.trained, backend="triton")))
+    print("right")
+
+for line in sys.stdin:
+    package, op, sample, said = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        to = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(to, 1)
+        os.dup2(to, 2)
+        try:
+            judge(package, op, sample)
+        except BaseException:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
+    os.waitpid(child, 0)
+    print("done", flush=True)
 """
+"""Judges one copy of vitfast after another, each in a process forked once torch is loaded, which
+takes ten times as long as the rest; no thread is started before."""
 FAULTS = {
     "dropped rescale": (ATTENTION, "o1 *= rescale[:, None]", "o1 *= 1.0", "attention", "tokens_65"),
     "rescale of the sum": (
@@ -259,15 +284,27 @@ FAULTS = {
 }  # fmt: skip
 
 
-def judge(package: Path, op: str, sample: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", JUDGE, op, sample],
-        env={**os.environ, "PYTHONPATH": str(package.parent), "TRITON_INTERPRET": "1"},
-        cwd=package.parent,
-        capture_output=True,
-        text=True,
-    )
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory) -> Iterator[Callable[[Path, str, str], str]]:
+    folder = tmp_path_factory.mktemp("judge")
+    server = subprocess.Popen(
+        [sys.executable, "-c", JUDGE],
+        env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=folder, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    said = folder / "said"
+
+    def ask(package: Path, op: str, sample: str) -> str:
+        said.unlink(missing_ok=True)
+        print(
+            json.dumps([str(package.parent), op, sample, str(said)]), file=server.stdin, flush=True
+        )
+        assert server.stdout.readline() == "done\n"
+        return said.read_text()
+
+    yield ask
+    server.stdin.close()
+    server.wait()
 
 
 @pytest.fixture
@@ -283,7 +320,7 @@ def plant(package: Path, file: str, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_planted_fault_is_caught(package, name):
+def test_a_planted_fault_is_caught(package, judge, name):
     file, old, new, op, sample = FAULTS[name]
     plant(package, file, old, new)
     said = judge(package, op, sample)
@@ -329,5 +366,5 @@ def test_a_rounded_delta_is_caught(package):
 
 
 @pytest.mark.parametrize(("op", "sample"), sorted({f[3:] for f in FAULTS.values()}))
-def test_the_judge_accepts_the_kernels_as_they_are(op, sample):
+def test_the_judge_accepts_the_kernels_as_they_are(judge, op, sample):
     assert judge(PACKAGE, op, sample).splitlines()[-1] == "right"

@@ -23,6 +23,7 @@ def _levels() -> list[str]:
     return [] if native.reasons() else list(ISA_LEVELS[: native.native().best_isa() + 1])
 
 
+@pytest.mark.in_a_process
 @pytest.mark.parametrize("level", _levels())
 def test_numerics_of_checked_samples(level):
     run = subprocess.run(
