@@ -30,6 +30,7 @@ def short(monkeypatch):
 def test_the_main_job_is_the_default():
     assert parse_models(None) == [
         ("vit_base_patch16_224", (224, 224)),
+        ("convnext_tiny", (288, 288)),
         ("vit_small_patch14_dinov2", (518, 518)),
         ("vit_small_patch16_dinov3", (256, 256)),
         ("vit_base_patch16_224", (1024, 1024)),

@@ -4,6 +4,7 @@ from vitfast import layers
 from vitfast.families._family import Family, Gap
 
 _SCALED = "weights with a gain, of NFNets: not implemented yet"
+_BATCH = "convolutions with BatchNorm are PyTorch's"
 
 FAMILY = Family(
     name="hybrid",
@@ -24,7 +25,8 @@ FAMILY = Family(
             Gap(f"timm.layers.{name}", _SCALED)
             for name in ("ScaledStdConv2d", "ScaledStdConv2dSame")
         ),
-        Gap("timm.models.resnet.Bottleneck", "convolutions with BatchNorm are PyTorch's"),
+        Gap("timm.layers.BatchNormAct2d", _BATCH),
+        Gap("timm.models.resnet.Bottleneck", _BATCH),
         Gap("timm.models.resnetv2.PreActBasic", "not implemented yet: its parts are swapped"),
     ),
 )
