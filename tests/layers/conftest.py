@@ -197,6 +197,26 @@ def parity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
     return check
 
 
+@pytest.fixture
+def one_graph() -> Callable[[nn.Module, torch.Tensor], str]:
+    """one_graph(module, x): what inference compiles to, without a break, and computes as module."""
+
+    def text(module: nn.Module, x: torch.Tensor) -> str:
+        graphs = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> torch.fx.GraphModule:
+            graphs.append(graph)
+            return graph
+
+        torch._dynamo.reset()
+        with torch.no_grad():
+            got = torch.compile(module, fullgraph=True, backend=backend)(x)
+            torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
+        return graphs[0].print_readable(print_output=False)
+
+    return text
+
+
 @pytest.fixture(name="lively")
 def lively_fixture() -> Callable[[nn.Module], nn.Module]:
     return lively

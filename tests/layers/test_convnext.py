@@ -144,21 +144,10 @@ def test_patches_of_nothing_are_refused_as_by_torch():
         module(torch.randn(1, 3, 3, 8))
 
 
-def test_one_graph(lively):
+def test_one_graph(lively, one_graph):
     module = lively(torch.nn.Sequential(block("linear"), block("conv"))).eval()
     swap(module)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    x = torch.randn(2, C, 8, 8)
-    with torch.no_grad():
-        got = torch.compile(module, fullgraph=True, backend=backend)(x)
-        torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
-    text = graphs[0].print_readable(print_output=False)
+    text = one_graph(module, torch.randn(2, C, 8, 8))
     assert text.count("vitfast.dwconv_norm.default") == 2
 
 

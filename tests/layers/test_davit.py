@@ -122,19 +122,8 @@ def test_sizes_set_after_the_swap(lively):
         torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
-def test_one_graph(lively):
+def test_one_graph(lively, one_graph):
     module = lively(model()).eval()
     swap(module)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    x = torch.randn(1, 3, 64, 64)
-    with torch.no_grad():
-        got = torch.compile(module, fullgraph=True, backend=backend)(x)
-        torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
-    text = graphs[0].print_readable(print_output=False)
+    text = one_graph(module, torch.randn(1, 3, 64, 64))
     assert text.count("vitfast.window_attention.default") == 2

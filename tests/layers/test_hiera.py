@@ -86,21 +86,10 @@ def test_model(parity, lively, autocast):
     assert sum(type(b) is layers.HieraBlock for b in found.blocks) == 4
 
 
-def test_one_graph(lively):
+def test_one_graph(lively, one_graph):
     module = lively(torch.nn.Sequential(block("units"), block("global"))).eval()
     swap(module)
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    x = torch.randn(2, 48, C)
-    with torch.no_grad():
-        got = torch.compile(module, fullgraph=True, backend=backend)(x)
-        torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
-    text = graphs[0].print_readable(print_output=False)
+    text = one_graph(module, torch.randn(2, 48, C))
     assert text.count("vitfast.window_attention.default") == 1
 
 
