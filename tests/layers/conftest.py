@@ -217,6 +217,24 @@ def one_graph() -> Callable[[nn.Module, torch.Tensor], str]:
     return text
 
 
+@pytest.fixture
+def hook_calls() -> Callable[[nn.Module, torch.Tensor, str], int]:
+    """hook_calls(module, x, child): how often inference calls a hook on this child of a swapped
+    copy, put on after the first call."""
+
+    def count(module: nn.Module, x: torch.Tensor, child: str) -> int:
+        ours = copy.deepcopy(module)
+        swap(ours)
+        calls = []
+        with torch.no_grad():
+            ours(x)
+            ours.get_submodule(child).register_forward_hook(lambda *_: calls.append(1))
+            torch.testing.assert_close(ours(x), module(x), rtol=1e-4, atol=1e-5)
+        return len(calls)
+
+    return count
+
+
 @pytest.fixture(name="lively")
 def lively_fixture() -> Callable[[nn.Module], nn.Module]:
     return lively
