@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from vitfast.families import layer_table
+from vitfast.layers import _inference_maps, _rows
 from vitfast.swap import swap
 from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
@@ -233,6 +234,16 @@ def hook_calls() -> Callable[[nn.Module, torch.Tensor, str], int]:
         return len(calls)
 
     return count
+
+
+@pytest.fixture
+def narrow_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows at a time, so that small maps go through convolution and MLP in several parts."""
+    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(_inference_maps, "_CONVOLVED_BYTES", 0)
+    monkeypatch.setattr(_inference_maps, "_HIDDEN_BYTES", 0)
+    monkeypatch.setattr(_inference_maps, "_LEAST_ROWS", 50)
 
 
 @pytest.fixture(name="lively")

@@ -9,7 +9,7 @@ import torch
 from timm.models import convnext
 
 from vitfast import layers, swap
-from vitfast.layers import _inference_maps, _rows
+from vitfast.layers import _rows
 
 C = 24
 BLOCKS = {
@@ -154,11 +154,6 @@ def test_one_graph(lively, one_graph):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, C, 20, 20), (2, C, 33, 31), (9, C, 9, 9)], ids=str)
 @pytest.mark.parametrize("name", ["linear", "grn_conv"])
-def test_stripes(parity, lively, monkeypatch, name, shape, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
-    monkeypatch.setattr(_inference_maps, "_CONVOLVED_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_HIDDEN_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_LEAST_ROWS", 50)
+def test_stripes(parity, lively, narrow_stripes, name, shape, autocast):
     module = lively(block(name)).eval()
     parity(module, torch.randn(shape), backward=False, autocast=autocast)

@@ -12,7 +12,6 @@ from timm.models import edgenext
 from torch import nn
 
 from vitfast import layers, swap
-from vitfast.layers import _inference_maps, _rows
 
 C = 24
 BLOCKS = {
@@ -59,12 +58,7 @@ def test_sizes_and_layouts(parity, lively, name, size, layout):
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, C, 20, 20), (9, C, 9, 9)], ids=str)
-def test_stripes(parity, lively, monkeypatch, shape, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_inference_maps, "_CONVOLVED_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_HIDDEN_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_LEAST_ROWS", 50)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+def test_stripes(parity, lively, narrow_stripes, shape, autocast):
     module = lively(block("kernel_9")).eval()
     parity(module, torch.randn(shape), backward=False, autocast=autocast)
 

@@ -11,7 +11,7 @@ from timm.models import rdnet
 from torch import nn
 
 from vitfast import layers, swap
-from vitfast.layers import _convnext, _inference_maps, _rows
+from vitfast.layers import _convnext
 
 C, HIDDEN, WIDTH = 24, 72, 40
 kinds = pytest.mark.parametrize("kind", ["Block", "BlockESE"])
@@ -48,12 +48,7 @@ def test_sizes_and_layouts(parity, lively, kind, size, layout):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("sizes", [(C, HIDDEN, WIDTH), (C, HIDDEN, 3), (C, HIDDEN, C)], ids=str)
 @pytest.mark.parametrize("shape", [(3, C, 20, 20), (2, C, 33, 31), (9, C, 9, 9)], ids=str)
-def test_stripes(parity, lively, monkeypatch, shape, sizes, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_inference_maps, "_CONVOLVED_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_HIDDEN_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_LEAST_ROWS", 50)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+def test_stripes(parity, lively, narrow_stripes, shape, sizes, autocast):
     module = lively(block("Block", sizes=sizes))
     parity(module, torch.randn(shape), backward=False, autocast=autocast)
 
