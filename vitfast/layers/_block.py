@@ -154,7 +154,7 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
         block.norm2.bias,
         block.norm2.eps,
         gamma=block.gamma1,
-        drop_scale=_drop_scale(branch, block.gamma1, block.drop1),
+        drop_scale=drop_scale(branch, block.gamma1, block.drop1),
         norm=block.norm2.kind,
         out_dtype=operand,
     )
@@ -165,7 +165,7 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
 def add(
     x: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None, drop: DropRate | None
 ) -> torch.Tensor:
-    return ops.residual_add(x, branch, gamma=gamma, drop_scale=_drop_scale(branch, gamma, drop))
+    return ops.residual_add(x, branch, gamma=gamma, drop_scale=drop_scale(branch, gamma, drop))
 
 
 def _add_normed(
@@ -177,7 +177,7 @@ def _add_normed(
         norm.weight,
         norm.bias,
         norm.eps,
-        drop_scale=_drop_scale(branch, None, drop),
+        drop_scale=drop_scale(branch, None, drop),
         norm=norm.kind,
     )
 
@@ -195,7 +195,7 @@ def operand_dtype(x: torch.Tensor) -> torch.dtype | None:
     return autocast_dtype(x.device) if x.dtype == torch.float32 else None
 
 
-def _drop_scale(
+def drop_scale(
     branch: torch.Tensor, gamma: torch.Tensor | None, rate: DropRate | None
 ) -> torch.Tensor | None:
     """[B] factors drawn as `timm.layers.drop_path` draws them: shape, dtype and so RNG alike."""

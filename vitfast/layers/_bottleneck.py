@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import resnetv2
 from torch import nn
 
-from vitfast.layers import _conv, _fits, _group_norm, _guard
+from vitfast.layers import _block, _conv, _fits, _group_norm, _guard
 from vitfast.layers._conv import Call
 from vitfast.layers._group_norm import GroupNorm
 from vitfast.layers._guard import DropRate
@@ -78,15 +78,13 @@ def apply(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor:
     if plan.drop_path is None and x.shape == shortcut.shape:
         return _group_norm.apply(x, norm, shortcut, "relu")
     x = _group_norm.apply(x, norm)
-    return F.relu((x if plan.drop_path is None else dropped(x, plan.drop_path)) + shortcut)
+    return F.relu(dropped(x, plan.drop_path) + shortcut)
 
 
-def dropped(x: torch.Tensor, rate: DropRate) -> torch.Tensor:
-    """timm's drop_path."""
-    mask = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(rate.keep)
-    if rate.keep > 0.0 and rate.scale_by_keep:
-        mask.div_(rate.keep)
-    return x * mask
+def dropped(x: torch.Tensor, rate: DropRate | None) -> torch.Tensor:
+    """timm's drop_path on maps [B, C, H, W]."""
+    scale = _block.drop_scale(x, None, rate)
+    return x if scale is None else x * scale[:, None, None, None]
 
 
 def _direct(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor | None:
@@ -216,6 +214,4 @@ def apply_preact(x: torch.Tensor, plan: PreActBottleneck) -> torch.Tensor:
         if i == 0 and plan.downsample is not None:
             shortcut = plan.downsample(x)
         x = _conv.apply(x, conv)
-    if plan.drop_path is not None:
-        x = dropped(x, plan.drop_path)
-    return x + shortcut
+    return dropped(x, plan.drop_path) + shortcut
