@@ -126,6 +126,11 @@ def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool
     )
 
 
+def records(x: torch.Tensor, plan: Any) -> bool:
+    """Whether autograd records this call for x or the plan's tensors, or its `drop` drops paths."""
+    return plan.drop is not None or _guard.records_grad(*tensors((x, plan)))
+
+
 def tensors(values: tuple) -> Iterator[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):

@@ -55,7 +55,7 @@ def run(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     rows = x.permute(0, 2, 3, 1)
     out = None
     fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
-    if fits and not _records(rows, block):
+    if fits and not _block.records(rows, block):
         out = _inference_maps.convnext(rows, block)
     if out is None:
         out = _differentiable(rows, block)
@@ -66,16 +66,11 @@ def run_branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     """fc2(act(fc1(norm(conv(x))))) alone, as `run`; it may have another width than x."""
     rows = x.permute(0, 2, 3, 1)
     out = None
-    if not (torch.compiler.is_compiling() or _records(rows, block)):
+    if not (torch.compiler.is_compiling() or _block.records(rows, block)):
         out = _inference_branch.convolved(rows, block)
     if out is None:
         out = _branch(rows, block)
     return out.permute(0, 3, 1, 2)
-
-
-def _records(x: torch.Tensor, block: ConvNeXt) -> bool:
-    """Whether autograd records this call, or it drops paths."""
-    return block.drop is not None or _guard.records_grad(*_block.tensors((x, block)))
 
 
 def _differentiable(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:

@@ -22,16 +22,13 @@ class Tail(NamedTuple):
     drop: DropRate | None
 
 
-def trains(x: torch.Tensor, plan: Tail) -> bool:
-    """Whether autograd records the tail for x or its own parameters, or it drops paths."""
-    return plan.drop is not None or _guard.records_grad(*_block.tensors((x, plan)))
-
-
 def run(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor:
     """The tail on maps x and y [B, C, H, W] of any strides; the result is channels-last."""
     base, inner = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
     out = None
-    if not (torch.compiler.is_compiling() or trains(base, plan) or _guard.records_grad(inner)):
+    if not (
+        torch.compiler.is_compiling() or _block.records(base, plan) or _guard.records_grad(inner)
+    ):
         out = _inference_branch.tail(base, inner, plan)
     if out is None:
         out = _block.add(base, _mlp.apply(inner, plan.mlp), plan.gamma, plan.drop)
