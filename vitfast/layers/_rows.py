@@ -51,8 +51,7 @@ def mlp(
     plain = plan.packed is None and plan.gate is None and plan.norm is None
     if (
         plain
-        and not _gemm.is_faster(rows, plan.fc1.weight, dtype)
-        and not _onednn.reasons(*plan.fc1, dtype, plan.act)
+        and _is_for_onednn(plan.fc1, rows, dtype, plan.act)
         and not _onednn.reasons(*plan.fc2, dtype, "none")
     ):
         both = _onednn.prepare_mlp(*plan.fc1, *plan.fc2, rows, dtype, plan.act)
@@ -72,17 +71,19 @@ def linear(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The faster of oneDNN and our own kernel, which has every activation and gate."""
     plain = packed is None and gate is None
-    if (
-        plain
-        and not _gemm.is_faster(rows, layer.weight, dtype)
-        and not _onednn.reasons(*layer, dtype, act)
-    ):
+    if plain and _is_for_onednn(layer, rows, dtype, act):
         return _onednn.prepare(*layer, rows, dtype, act)
     gate_weight, gate_bias = gate or (None, None)
     prepared = _gemm.prepare(
         *layer, rows, dtype, gate=packed, gate_weight=gate_weight, gate_bias=gate_bias
     )
     return partial(_gemm.apply, prepared, act=act)
+
+
+def _is_for_onednn(layer: Linear, rows: int, dtype: torch.dtype, act: str) -> bool:
+    """Whether oneDNN runs this layer, and no slower than our own kernel."""
+    faster = _gemm.is_faster(rows, layer.weight, dtype)
+    return not faster and not _onednn.reasons(*layer, dtype, act)
 
 
 def patches(layer: Linear, rows: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
