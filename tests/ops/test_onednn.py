@@ -29,6 +29,11 @@ def run(weight, x, bias=None, act="none"):
         return _onednn.prepare(weight, bias, len(x), x.dtype, act)(x)
 
 
+def packed(cache, weight):
+    """As `prepare` asks for the packing of a linear layer."""
+    return cache.get(weight, torch.float32, _onednn._pack.__name__, _onednn._pack)
+
+
 def layer(n=24, k=40, dtype=torch.float32):
     return torch.nn.Parameter(torch.randn(n, k, dtype=dtype)), torch.randn(7, k, dtype=dtype)
 
@@ -63,8 +68,8 @@ def test_activations(act, dtype):
 
 def test_a_packing_is_used_again_unless_it_is_large_beside_many_rows():
     weight, x = layer()
-    first = _onednn.CACHE.get(weight, torch.float32)
-    assert _onednn.CACHE.get(weight, torch.float32)[0] is first[0]
+    first = packed(_onednn.CACHE, weight)
+    assert packed(_onednn.CACHE, weight)[0] is first[0]
     _onednn.clear_weight_cache()
     many = torch.randn(_onednn.CACHE_ROWS, 40)
     run(torch.randn(_onednn.CACHE_ELEMENTS // 40 + 1, 40), many)
@@ -147,7 +152,7 @@ def test_the_cache_is_bounded():
     cache = _onednn.WeightCache(most_bytes=3 * 24 * 40 * 4)
     weights = [layer()[0] for _ in range(5)]
     for weight in weights:
-        cache.get(weight, torch.float32)
+        packed(cache, weight)
     assert len(cache) == 3
     assert cache.bytes == cache.most_bytes
 

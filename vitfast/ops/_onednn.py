@@ -228,22 +228,22 @@ class WeightCache:
         self,
         weight: torch.Tensor,
         dtype: torch.dtype,
-        form: Hashable = None,
-        pack: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]] | None = None,
+        form: Hashable,
+        pack: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]],
     ) -> tuple[torch.Tensor, ...]:
         """What `pack` makes of a weight for products of this dtype, new if need be.
 
         Args:
             weight: [N, ...], contiguous; or [N, K] or [N, C, H, W], channels-last.
             form: what else, besides weight and dtype, the result depends on.
-            pack: by default the packing of a linear layer.
+            pack: a function of weight and dtype.
         """
         key = (id(weight), dtype, form)
         found = state(weight)
         entry = self._entries.get(key)
         if entry is not None and entry.state == found and entry.weight() is weight:
             return entry.pieces
-        pieces = (pack or _pack)(weight, dtype)
+        pieces = pack(weight, dtype)
         drop = partial(_drop, weakref.ref(self), key)
         nbytes = weight.numel() * dtype.itemsize
         with self._lock:
