@@ -13,8 +13,7 @@ from torch import nn
 from vitfast.layers import _bottleneck, _conv, _group_norm, _guard
 from vitfast.layers._guard import Unfit
 from vitfast.ops import _norm as norm_op
-from vitfast.ops import _onednn_conv
-from vitfast.ops._onednn_conv import Conv
+from vitfast.ops._onednn_conv import same_pads
 
 
 def features(backbone: Any, x: torch.Tensor) -> Any:
@@ -49,8 +48,6 @@ def _pooled(x: torch.Tensor, stem: Any) -> torch.Tensor | None:
     if ready is None:
         return None
     y = ready(x.to(call.dtype))
-    window = y.new_empty((0, 1, *pool.kernel_size))
-    padding = Conv(window, None, pool.stride, (0, 0), (1, 1), 1, None, True)
-    room = _onednn_conv.pads(padding, *y.shape[2:])
+    room = same_pads(y.shape[2:], pool.kernel_size, pool.stride, pool.dilation)
     y = _bottleneck.normalise(y, norm, room if any(room) else None)
     return F.max_pool2d(y, pool.kernel_size, pool.stride)

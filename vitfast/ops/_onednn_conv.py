@@ -8,7 +8,7 @@ are linear layers, whose products of many channels are summed in pieces.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -47,14 +47,23 @@ Pads = tuple[int, int, int, int]
 
 def pads(conv: Conv, height: int, width: int) -> Pads:
     """All that an input of this size is padded with."""
+    high, wide = conv.padding
+    if not conv.same:
+        return wide, wide, high, high
+    sizes, kernel = (height, width), conv.weight.shape[2:]
+    left, right, top, bottom = same_pads(sizes, kernel, conv.stride, conv.dilation)
+    return wide + left, wide + right, high + top, high + bottom
+
+
+def same_pads(
+    sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Pads:
+    """What TensorFlow pads a map with, by its sizes; all given as (height, width)."""
     found = []
-    for axis, size in ((1, width), (0, height)):
-        before = after = conv.padding[axis]
-        if conv.same:
-            step, reach = conv.stride[axis], (conv.weight.shape[2 + axis] - 1) * conv.dilation[axis]
-            total = max((-(-size // step) - 1) * step + reach + 1 - size, 0)
-            before, after = before + total // 2, after + total - total // 2
-        found += [before, after]
+    for axis in (1, 0):
+        size, step, reach = sizes[axis], stride[axis], (kernel[axis] - 1) * dilation[axis]
+        total = max((-(-size // step) - 1) * step + reach + 1 - size, 0)
+        found += [total // 2, total - total // 2]
     return tuple(found)  # type: ignore[return-value]
 
 
