@@ -385,11 +385,6 @@ FeatureMap feature_map(const FeatureMapArg& arg, const GroupNormShape& s, bool l
   return {reinterpret_cast<void*>(address), float_dtype(dtype), sample, channel, line, pixel};
 }
 
-ChannelVector channel_vector(const ChannelsArg& arg) {
-  const Channels found = channels(arg);
-  return {found.ptr, found.dtype};
-}
-
 void group_norm_forward_checked(const GroupNormArg& shape, const FeatureMapArg& x,
                                 const FeatureMapArg& residual, const FeatureMapArg& y,
                                 const ChannelsArg& weight, const ChannelsArg& bias,
@@ -397,7 +392,7 @@ void group_norm_forward_checked(const GroupNormArg& shape, const FeatureMapArg& 
   const GroupNormShape s = group_norm_shape(shape);
   require(x && y, "group_norm_forward: x or y is missing");
   group_norm_forward({s, feature_map(x, s, false), feature_map(residual, s, false),
-                      feature_map(y, s, true), channel_vector(weight), channel_vector(bias),
+                      feature_map(y, s, true), channels(weight), channels(bias),
                       reinterpret_cast<float*>(stats)});
 }
 
@@ -415,9 +410,9 @@ void group_norm_backward_checked(const GroupNormArg& shape, const FeatureMapArg&
                                feature_map(y, s, false),
                                feature_map(dx, s, false),
                                feature_map(dresidual, s, false),
-                               channel_vector(weight),
-                               channel_vector(dweight),
-                               channel_vector(dbias),
+                               channels(weight),
+                               channels(dweight),
+                               channels(dbias),
                                reinterpret_cast<const float*>(stats)};
   require(a.y.ptr == nullptr || a.y.dtype == a.grad.dtype,
           "group_norm_backward: y and grad must have one dtype");

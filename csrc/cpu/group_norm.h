@@ -8,6 +8,7 @@
 
 #include "../common/dtype.h"
 #include "isa.h"
+#include "norm.h"
 
 namespace vitfast {
 
@@ -18,12 +19,6 @@ struct FeatureMap {
   void* ptr = nullptr;
   DType dtype = DType::f32;
   int64_t sample = 0, channel = 0, line = 0, pixel = 0;
-};
-
-// A contiguous [C] vector. Null: absent.
-struct ChannelVector {
-  void* ptr = nullptr;
-  DType dtype = DType::f32;
 };
 
 struct GroupNormShape {
@@ -39,7 +34,7 @@ struct GroupNormShape {
 struct GroupNormForward {
   GroupNormShape shape;
   FeatureMap x, residual, y;
-  ChannelVector weight, bias;
+  Channels weight, bias;
   float* stats;  // [B, groups, 2]: mean, 1 / sqrt(var + eps); null: not wanted
 };
 
@@ -47,8 +42,8 @@ struct GroupNormForward {
 struct GroupNormBackward {
   GroupNormShape shape;
   FeatureMap grad, x, y, dx, dresidual;
-  ChannelVector weight;
-  ChannelVector dweight, dbias;  // overwritten; null: not wanted
+  Channels weight;
+  Channels dweight, dbias;  // overwritten; null: not wanted
   const float* stats;
 };
 

@@ -137,7 +137,7 @@ char* moved(char* p, const FeatureMap& m, int64_t elements) {
   return p == nullptr ? nullptr : p + elements * size_of(m.dtype);
 }
 
-void write(const ChannelVector& out, int64_t c, double value) {
+void write(const Channels& out, int64_t c, double value) {
   if (out.dtype == DType::f32)
     from_float(static_cast<float>(value), static_cast<float*>(out.ptr) + c);
   else

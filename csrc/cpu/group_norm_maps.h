@@ -35,10 +35,6 @@ inline int64_t map_bytes(const FeatureMap& m, const GroupNormShape& s) {
   return m.ptr != nullptr ? s.B * s.C * s.H * s.W * size_of(m.dtype) : 0;
 }
 
-inline const float* floats(const ChannelVector& v, float* scratch, int64_t C, float absent) {
-  return floats(Channels{v.ptr, v.dtype}, scratch, C, absent);
-}
-
 // start(b, slot), first(b, i, slot) for every share of a sample, then middle(b, g0, g1, slot) over
 // its groups, then last(b, i, slot). Whole samples go to threads of their own while there are
 // enough of them, the others are shared out. A slot is scratch for one sample.
