@@ -15,6 +15,8 @@ namespace vitfast {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 namespace {
 
+constexpr int64_t kPage = int64_t{2} << 20;  // a large one
+
 struct Block {
   void* at;
   int64_t bytes;

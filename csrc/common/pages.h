@@ -6,10 +6,8 @@
 
 namespace vitfast {
 
-constexpr int64_t kPage = int64_t{2} << 20;  // a large one
-
-// A block of at least so many bytes, aligned to a page and of unknown content; nullptr where the
-// system has none, or no such pages.
+// A block of at least so many bytes, aligned to a large page and of unknown content; nullptr
+// where the system has none, or no such pages.
 void* take_pages(int64_t bytes);
 
 // Gives a block back. It may be taken again; the system may have its memory until then.
