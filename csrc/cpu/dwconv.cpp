@@ -57,51 +57,80 @@ inline vf square_root(vf v) {
 #endif
 }
 
-// The sum over a pixel's channels; of squared distances from `centre` if Square. Lanes stay apart.
+// Pixels that are normalised side by side, so that none waits for its own sums.
+constexpr int kSide = 4;
+
+// The sums over the channels of kSide pixels; of squared distances from `centre` if Square. Lanes
+// stay apart, and a pixel's order of additions is always the same.
 template <bool Square>
-inline vf sum_of(const float* z, int64_t C, vf centre) {
-  const auto term = [centre](vf v, vf sum) VITFAST_INLINE {
-    if constexpr (!Square) return sum + v;
-    const vf d = v - centre;
-    return fma(d, d, sum);
-  };
-  vf sum[4] = {};
-  int64_t c = 0;
-  for (; c + 4 * kLanes <= C; c += 4 * kLanes)
+inline void sum_pixels(const float* z, int64_t step, int64_t C, const float* centre, vf* sums) {
+  vf even[kSide] = {}, odd[kSide] = {}, mean[kSide] = {};
+  if constexpr (Square)
+    for (int p = 0; p < kSide; ++p) mean[p] = splat(centre[p]);
+  const auto add = [&](vf(&sum)[kSide], int64_t c) VITFAST_INLINE {
 #pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) sum[k] = term(load(z + c + k * kLanes), sum[k]);
-  for (; c + kLanes <= C; c += kLanes) sum[0] = term(load(z + c), sum[0]);
-  if (c < C) {  // z is zero past the last channel
-    const vf d = keep(load(z + c) - centre, Part{static_cast<int>(C - c)});
-    sum[1] = Square ? fma(d, d, sum[1]) : sum[1] + load(z + c);
+    for (int p = 0; p < kSide; ++p) {
+      const vf v = load(z + p * step + c), d = v - mean[p];
+      sum[p] = Square ? fma(d, d, sum[p]) : sum[p] + v;
+    }
+  };
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= C; c += 2 * kLanes) {
+    add(even, c);
+    add(odd, c + kLanes);
   }
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  if (c + kLanes <= C) {
+    add(even, c);
+    c += kLanes;
+  }
+  if (c < C)
+#pragma GCC unroll 4
+    for (int p = 0; p < kSide; ++p) {  // z is zero past the last channel
+      const vf v = load(z + p * step + c), d = keep(v - mean[p], Part{static_cast<int>(C - c)});
+      odd[p] = Square ? fma(d, d, odd[p]) : odd[p] + v;
+    }
+#pragma GCC unroll 4
+  for (int p = 0; p < kSide; ++p) sums[p] = even[p] + odd[p];
 }
 
+// The means of kLanes pixels, of which those past `count` mean nothing.
 template <bool Square>
 inline vf means_of(const float* z, int64_t step, int count, int64_t C, const float* centres) {
-  vf sums[kLanes] = {};
-  for (int i = 0; i < count; ++i) sums[i] = sum_of<Square>(z + i * step, C, splat(centres[i]));
+  vf sums[kLanes];
+  for (int i = 0; i < kLanes; i += kSide)
+    if (i < count)
+      sum_pixels<Square>(z + i * step, step, C, centres + i, sums + i);
+    else
+      for (int p = 0; p < kSide; ++p) sums[i + p] = zero();
   return sums_of(sums) / static_cast<float>(C);
 }
 
-template <class T, class S>
-inline void write_vector(const float* z, vf mean, vf scale, const float* weight, const float* bias,
-                         T* y, S span, bool past) {
-  const vf normal = (load(z, span) - mean) * scale;
-  put(y, fma(normal, load(weight, span), load(bias, span)), span, past);
-}
-
 template <class T, bool Past>
-inline void write_pixel(const float* z, float mean_, float scale_, const float* weight,
-                        const float* bias, T* y, int64_t C) {
-  const vf mean = splat(mean_), scale = splat(scale_);
+void write_pixels(const float* z, int64_t step, int count, const float* means, const float* scales,
+                  const float* weight, const float* bias, T* y, int64_t C) {
+  vf mean[kSide], scale[kSide];
+#pragma GCC unroll 4
+  for (int p = 0; p < kSide; ++p) mean[p] = splat(means[p]), scale[p] = splat(scales[p]);
+  const auto write = [&](int p, int64_t c, vf w, vf b, auto span) VITFAST_INLINE {
+    const vf normal = (load(z + p * step + c) - mean[p]) * scale[p];
+    put(y + p * C + c, fma(normal, w, b), span, Past);
+  };
   int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes)
-    write_vector(z + c, mean, scale, weight + c, bias + c, y + c, Whole{}, Past);
-  if (c < C)
-    write_vector(z + c, mean, scale, weight + c, bias + c, y + c, Part{static_cast<int>(C - c)},
-                 false);
+  if (count >= kSide)
+    for (; c + kLanes <= C; c += kLanes) {
+      const vf w = load(weight + c), b = load(bias + c);
+#pragma GCC unroll 4
+      for (int p = 0; p < kSide; ++p) write(p, c, w, b, Whole{});
+    }
+  for (; c < C; c += kLanes) {
+    const vf w = load(weight + c), b = load(bias + c);
+    for (int p = 0; p < dw_min(count, kSide); ++p) {
+      if (c + kLanes <= C)
+        write(p, c, w, b, Whole{});
+      else
+        write(p, c, w, b, Part{static_cast<int>(C - c)});
+    }
+  }
 }
 
 // Norm of up to kLanes pixels, a lane for the statistics of each.
@@ -112,16 +141,14 @@ void normalise(const Plan& plan, const float* z, int count, T* y, float* stats) 
   if (plan.a.kind == NormKind::layer) store(mean, means_of<false>(z, step, count, C, mean));
   const vf var = means_of<true>(z, step, count, C, mean);
   store(scale, splat(1.f) / square_root(var + splat(plan.a.eps)));
-  for (int i = 0; i < count; ++i) {
-    if (plan.stream_out)
-      write_pixel<T, true>(z + i * step, mean[i], scale[i], plan.weight, plan.shift, y + i * C, C);
-    else
-      write_pixel<T, false>(z + i * step, mean[i], scale[i], plan.weight, plan.shift, y + i * C, C);
-    if (stats != nullptr) {
+  const auto write = plan.stream_out ? write_pixels<T, true> : write_pixels<T, false>;
+  for (int i = 0; i < count; i += kSide)
+    write(z + i * step, step, count - i, mean + i, scale + i, plan.weight, plan.shift, y + i * C, C);
+  if (stats != nullptr)
+    for (int i = 0; i < count; ++i) {
       stats[2 * i] = mean[i];
       stats[2 * i + 1] = scale[i];
     }
-  }
 }
 
 template <class T>
