@@ -27,7 +27,10 @@ Plan plan_of(const Gemm& g) {
   p.steps = steps_of(g.b.k, g.compute);
   p.panels = panels_of(g.b.n);
   const bool one_group = g.a.rows >= g.m || g.a.outer == g.a.rows * g.a.inner;
-  p.staged = g.a_transposed || (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
+  // Rows that share the sets of the L1 cache push each other out of it.
+  const bool shared_sets =
+      g.a.inner * size_of(g.a.dtype) % 4096 == 0 && g.m >= kTileRows && p.panels > 4;
+  p.staged = g.a_transposed || shared_sets || (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
              (!one_group && g.a.rows < 4 * kTileRows);
   p.group_rows = one_group || p.staged ? g.m : g.a.rows;
   int64_t most = kBlockRows;
@@ -220,7 +223,7 @@ struct Tiles {
 // operands need no such care), and for a stretch of B to stay in the L1 cache.
 inline int64_t stretch_of(const Plan& p) {
   if (p.pairs) return kMostSteps;
-  return p.steps <= kMostSteps ? kMostSteps / 4 : kMostSteps / 2;
+  return kMostSteps / 2;
 }
 
 // Steps of a panel that are put in order at a time: long runs of each column, as the hardware's

@@ -193,6 +193,17 @@ inline vf vmax(vf a, vf b) {
   return select(a > b, a, b);
 #endif
 }
+inline vf vmin(vf a, vf b) {  // NaN as in vmax
+#if defined(__AVX512F__)
+  return reinterpret_cast<vf>(
+      _mm512_min_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<vf>(
+      _mm256_min_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
+#else
+  return select(a < b, a, b);
+#endif
+}
 
 inline float reduce_add(vf v) {
 #if defined(__AVX512F__)
