@@ -25,7 +25,7 @@ from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
 from vitfast.layers import Layer
 from vitfast.layers._guard import Unfit, Unsupported
-from vitfast.ops._onednn import clear_weight_cache
+from vitfast.ops._weight_cache import clear_weight_cache
 from vitfast.settings import logger
 
 __all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "restore", "swap"]

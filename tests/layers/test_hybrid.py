@@ -13,7 +13,7 @@ from timm.models import resnetv2
 from torch import nn
 
 from vitfast import layers, restore, swap
-from vitfast.ops import _onednn, _onednn_conv
+from vitfast.ops import _onednn_conv, _weight_cache
 from vitfast.runtime import native
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
@@ -261,12 +261,12 @@ def test_a_changed_weight_counts_at_once(lively, name, change, memory_format):
 def test_restore_forgets_the_weights(needs_native, lively):
     module = lively(conv("same"))
     swap(module)
-    _onednn.clear_weight_cache()
+    _weight_cache.clear_weight_cache()
     with torch.no_grad():
         module(image(16))
-    assert len(_onednn.CACHE) == 1
+    assert len(_weight_cache.CACHE) == 1
     restore(module)
-    assert len(_onednn.CACHE) == 0
+    assert len(_weight_cache.CACHE) == 0
 
 
 # ---- the embedding, and models -------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _onednn
+from vitfast.ops import _onednn, _weight_cache
 from vitfast.runtime import native
 
 pytestmark = pytest.mark.skipif(
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    _onednn.clear_weight_cache()
+    _weight_cache.clear_weight_cache()
     yield
-    _onednn.clear_weight_cache()
+    _weight_cache.clear_weight_cache()
 
 
 def run(weight, x, bias=None, act="none"):
@@ -68,14 +68,14 @@ def test_activations(act, dtype):
 
 def test_a_packing_is_used_again_unless_it_is_large_beside_many_rows():
     weight, x = layer()
-    first = packed(_onednn.CACHE, weight)
-    assert packed(_onednn.CACHE, weight)[0] is first[0]
-    _onednn.clear_weight_cache()
-    many = torch.randn(_onednn.CACHE_ROWS, 40)
-    run(torch.randn(_onednn.CACHE_ELEMENTS // 40 + 1, 40), many)
-    assert len(_onednn.CACHE) == 0
+    first = packed(_weight_cache.CACHE, weight)
+    assert packed(_weight_cache.CACHE, weight)[0] is first[0]
+    _weight_cache.clear_weight_cache()
+    many = torch.randn(_weight_cache.CACHE_ROWS, 40)
+    run(torch.randn(_weight_cache.CACHE_ELEMENTS // 40 + 1, 40), many)
+    assert len(_weight_cache.CACHE) == 0
     run(weight, many)
-    assert len(_onednn.CACHE) == 1
+    assert len(_weight_cache.CACHE) == 1
 
 
 EDITS = {
@@ -126,7 +126,7 @@ def test_a_new_weight_at_an_old_address_is_seen():
         assert is_current(weight, x)
         del weight
         gc.collect()
-        assert len(_onednn.CACHE) == 0
+        assert len(_weight_cache.CACHE) == 0
 
 
 def test_copies_have_packings_of_their_own():
@@ -149,7 +149,7 @@ def test_float32_weights_serve_bfloat16_products():
 
 
 def test_the_cache_is_bounded():
-    cache = _onednn.WeightCache(most_bytes=3 * 24 * 40 * 4)
+    cache = _weight_cache.WeightCache(most_bytes=3 * 24 * 40 * 4)
     weights = [layer()[0] for _ in range(5)]
     for weight in weights:
         packed(cache, weight)

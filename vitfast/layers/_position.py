@@ -1,8 +1,8 @@
 """The biases by relative position of timm's layers as tables for `ops.window_attention`.
 
 Swin V2 and MaxViT may compute theirs from coordinates by a small MLP. Without autograd on the CPU a
-result is kept, and used while all that it was computed from is the same, as `ops._onednn` tells it
-for weights: computing it anew took 5 % of the time of swinv2_tiny.
+result is kept, and used while all that it was computed from is the same, as `ops._weight_cache`
+tells it for weights: computing it anew took 5 % of the time of swinv2_tiny.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 
 from vitfast.layers import _guard, _mlp
 from vitfast.layers._guard import Linear, Unfit, Unsupported
-from vitfast.ops import _onednn
+from vitfast.ops import _weight_cache
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
@@ -91,7 +91,7 @@ def _state(mlp: nn.Module, coordinates: torch.Tensor) -> Any:
     if _guard.records_grad(*tensors) or any(t.dtype == torch.float64 for t in tensors):
         return None
     lower = autocast_dtype(coordinates.device)
-    return act, lower, [_onednn.state(torch.atleast_2d(t)) for t in tensors]
+    return act, lower, [_weight_cache.state(torch.atleast_2d(t)) for t in tensors]
 
 
 def _parts(mlp: nn.Module) -> tuple[str, tuple[Linear, ...]]:

@@ -75,7 +75,7 @@ def linear(
         return _onednn.prepare(*layer, rows, dtype, act)
     gate_weight, gate_bias = gate or (None, None)
     prepared = _gemm.prepare(
-        *layer, rows, dtype, gate=packed, gate_weight=gate_weight, gate_bias=gate_bias
+        *layer, rows, dtype, gate=packed, gate_weight=gate_weight, gate_bias=gate_bias, keep=True
     )
     return partial(_gemm.apply, prepared, act=act)
 

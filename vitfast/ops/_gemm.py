@@ -5,16 +5,18 @@
 native kernel cannot or should not run, they go through the op `linear_act`.
 
 Weights are read where they lie and put in order in the kernel, or for products of many rows once
-beforehand, for this one call. No copy of a weight outlives a call, so none can become stale.
+beforehand, for this one call; inference keeps them in order (`_weight_cache`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from vitfast.ops._onednn import EXACT_WIDTH
+from vitfast.ops._weight_cache import CACHE, worth_keeping
 from vitfast.runtime import native
 from vitfast.runtime.native import DTYPE_CODES
 from vitfast.settings import settings
@@ -30,7 +32,7 @@ ACTS = {
 }
 """The numbers of `Act` in csrc/cpu/activation_kinds.h."""
 DTYPES = (torch.float32, torch.bfloat16)
-_FEW_ROWS, _SMALL_WEIGHT = 450, 1 << 20
+_FEW_ROWS = 1000
 _PACKED_ROWS = 512
 """From so many rows on, B is put in order once, beforehand, instead of by every block of rows."""
 
@@ -44,6 +46,8 @@ def has_tiles() -> bool:
 
 
 HAS_TILES = has_tiles()
+_PAIRS = "avx512_bf16"
+"""The instruction set that multiplies pairs of bfloat16."""
 
 
 def reasons(x: torch.Tensor, *others: torch.Tensor | None) -> list[str]:
@@ -106,13 +110,42 @@ def matrix(
         n_stride,
         k_stride,
     )
-    packed = None
-    if rows >= _PACKED_ROWS:
-        module, code = native.native(), DTYPE_CODES[dtype]
-        packed = torch.empty(module.gemm_packed_bytes(b, code) // 4, dtype=torch.float32)
-        module.gemm_pack(b, code, packed.data_ptr(), native.threads())
     memory = (first,) if second is None else (first, second)
-    return Matrix(b, packed, n, k, dtype, memory)
+    found = Matrix(b, None, n, k, dtype, memory)
+    return replace(found, packed=_in_order(found)) if rows >= _PACKED_ROWS else found
+
+
+def kept(
+    weight: torch.Tensor,
+    dtype: torch.dtype,
+    gate: str = "",
+    form: Hashable = None,
+    make: Callable[[torch.Tensor, torch.dtype], torch.Tensor] | None = None,
+) -> Matrix:
+    """B as of `matrix`, in order and kept for as long as its weight stays what it is.
+
+    Args:
+        weight: plain, [N, K] or dense with more dimensions after N.
+        make: gives the rows [N, K] of a weight for this dtype, where they are others; form: what
+            tells these from the rows of another function.
+    """
+
+    def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        rows = weight.detach() if make is None else make(weight, dtype)
+        return (_in_order(matrix((rows,), dtype, 0, gate=gate)),)
+
+    (packed,) = CACHE.get(weight, dtype, ("in order", native.isa(), gate, form), pack)
+    n, k = len(weight) // (2 if gate else 1), weight.numel() // len(weight)
+    address = weight.data_ptr()  # not read any more
+    b = (address, address if gate else 0, DTYPE_CODES[weight.dtype], n, k, k, 1)
+    return Matrix(b, packed, n, k, dtype, ())
+
+
+def _in_order(b: Matrix) -> torch.Tensor:
+    module, code = native.native(), DTYPE_CODES[b.dtype]
+    packed = torch.empty(module.gemm_packed_bytes(b.native, code) // 4, dtype=torch.float32)
+    module.gemm_pack(b.native, code, packed.data_ptr(), native.threads())
+    return packed
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +165,15 @@ class Linear:
 
 
 def is_faster(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether products of so many rows in all take less time here than on oneDNN.
+    """Whether products of so many rows in all take less time here than on oneDNN, weights in order.
 
-    Its blocks fit few rows badly: it takes 1.05 to 1.4 times as long. Here a float32 weight is
-    taken as it lies.
+    Its blocks fit few rows badly: it takes up to 1.5 times as long. In float32 it has to sum many
+    columns in pieces.
     """
-    most = _FEW_ROWS if weight.numel() <= _SMALL_WEIGHT else _FEW_ROWS // 4
-    return dtype == torch.float32 and rows < most
+    if dtype == torch.bfloat16 and (HAS_TILES or native.reasons() or native.isa() != _PAIRS):
+        return False
+    wide = dtype == torch.float32 and weight.numel() > EXACT_WIDTH * len(weight)
+    return rows < _FEW_ROWS or wide
 
 
 def prepare(
@@ -150,12 +185,14 @@ def prepare(
     gate: str | None = None,
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
+    keep: bool = False,
 ) -> Linear:
     """A layer for products with `rows` rows in all, in this dtype. Not to be kept between calls.
 
     Args:
         weight, bias, gate, gate_weight, gate_bias: as for `vitfast.ops.linear_act`; float32
             weights serve bfloat16 products.
+        keep: the weight's order, unless the gate's weight is another one.
     """
     b = None
     if (
@@ -165,9 +202,17 @@ def prepare(
         and weight.numel()
         and not reasons(weight, bias, gate_weight, gate_bias)
     ):
-        weights = (weight,) if gate_weight is None else (gate_weight, weight)
-        b = matrix(weights, dtype, rows, gate=gate or "")
+        if keep and gate_weight is None and _is_plain(weight) and worth_keeping(weight, rows):
+            b = kept(weight, dtype, gate or "")
+        else:
+            weights = (weight,) if gate_weight is None else (gate_weight, weight)
+            b = matrix(weights, dtype, rows, gate=gate or "")
     return Linear(b, weight, bias, gate or "", gate_weight, gate_bias)
+
+
+def _is_plain(weight: torch.Tensor) -> bool:
+    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return plain and (weight.ndim == 2 or weight.is_contiguous())
 
 
 def linear(

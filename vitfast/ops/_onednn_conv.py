@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _gemm, _onednn
+from vitfast.ops import _gemm, _onednn, _weight_cache
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.runtime import native
 from vitfast.settings import settings
@@ -164,7 +164,7 @@ def prepare(conv: Conv, dtype: torch.dtype, rows: int) -> Ready:
     if _pointwise(conv):
         return Ready(conv, (), bias, _linear(conv, bias, dtype, rows))
     form = (conv.eps, conv.stride, conv.dilation, conv.groups)
-    pieces = _onednn.CACHE.get(conv.weight, dtype, form, partial(_pack, conv))
+    pieces = _weight_cache.CACHE.get(conv.weight, dtype, form, partial(_pack, conv))
     return Ready(conv, pieces, bias, None)
 
 
@@ -173,11 +173,10 @@ def _linear(
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     weight = conv.weight
     if _gemm.is_faster(rows, weight, dtype):
-        pack, form = partial(_matrix, conv), ("matrix", conv.eps)
-        (matrix,) = _onednn.CACHE.get(weight, dtype, form, pack)
-        return partial(_gemm.apply, _gemm.prepare(matrix, bias, rows, dtype))
+        b = _gemm.kept(weight, dtype, form=("standardised", conv.eps), make=partial(_matrix, conv))
+        return partial(_gemm.apply, _gemm.Linear(b, weight, bias, "", None, None))
     pack, form = partial(_pack_linear, conv), ("linear", conv.eps)
-    pieces = _onednn.CACHE.get(weight, dtype, form, pack)
+    pieces = _weight_cache.CACHE.get(weight, dtype, form, pack)
     return _onednn.Linear(pieces, _onednn._step(weight.shape[1], dtype), bias, "none", len(weight))
 
 
@@ -192,7 +191,7 @@ def plain_weight(conv: Conv) -> torch.Tensor:
     def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return (_standard(conv, weight, dtype).contiguous(),)
 
-    return _onednn.CACHE.get(weight, weight.dtype, ("contiguous", conv.eps), pack)[0]
+    return _weight_cache.CACHE.get(weight, weight.dtype, ("contiguous", conv.eps), pack)[0]
 
 
 def _standard(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -200,12 +199,12 @@ def _standard(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Ten
     return (weight if conv.eps is None else standardised(weight, conv.eps, True)).to(dtype)
 
 
-def _matrix(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    return (_standard(conv, weight, dtype).reshape(len(weight), -1).contiguous(),)
+def _matrix(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return _standard(conv, weight, dtype).reshape(len(weight), -1).contiguous()
 
 
 def _pack_linear(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    return _onednn._pack(*_matrix(conv, weight, dtype), dtype)
+    return _onednn._pack(_matrix(conv, weight, dtype), dtype)
 
 
 def _pack(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -1,0 +1,130 @@
+"""Weights as products read them, kept between calls of inference.
+
+To pack a weight takes a tenth of a product of few rows. What is kept is used only while its weight
+is the same object, with the same storage address, version counter, dtype, shape and strides, and
+the same fingerprint: a hash of elements along a diagonal, which notices what bumps no version
+counter (edits through `.data`, of inference tensors, by other libraries) unless the edit leaves
+every one of those elements alone.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from vitfast.runtime import native
+
+CACHE_ROWS = 8192
+CACHE_ELEMENTS = 1 << 19
+"""From so many rows on a packing costs below 3 % of its product, and memory counts more, unless the
+weight is small: then nearly all that a packing takes is the 0.17 ms of asking oneDNN for it."""
+
+
+def worth_keeping(weight: torch.Tensor, rows: int) -> bool:
+    """Whether the packing of a weight for so many rows in all should be kept."""
+    return rows < CACHE_ROWS or weight.numel() <= CACHE_ELEMENTS
+
+
+_Key = tuple[int, torch.dtype, Hashable]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    weight: weakref.ref[torch.Tensor]
+    state: tuple[Any, ...]
+    pieces: tuple[torch.Tensor, ...]
+    nbytes: int
+
+
+class WeightCache:
+    """Packed weights by weight and dtype. An entry goes with its weight, the oldest when there
+    are too many bytes. Safe to use from several threads: at worst two pack the same weight."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self.most_bytes = most_bytes
+        self.bytes = 0
+        self._entries: dict[_Key, _Entry] = {}
+        self._lock = threading.RLock()  # a weakref's callback may run while it is held
+
+    def get(
+        self,
+        weight: torch.Tensor,
+        dtype: torch.dtype,
+        form: Hashable,
+        pack: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]],
+    ) -> tuple[torch.Tensor, ...]:
+        """What `pack` makes of a weight for products of this dtype, new if need be.
+
+        Args:
+            weight: [N, ...], contiguous; or [N, K] or [N, C, H, W], channels-last.
+            form: what else, besides weight and dtype, the result depends on.
+            pack: a function of weight and dtype.
+        """
+        key = (id(weight), dtype, form)
+        found = state(weight)
+        entry = self._entries.get(key)
+        if entry is not None and entry.state == found and entry.weight() is weight:
+            return entry.pieces
+        pieces = pack(weight, dtype)
+        drop = partial(_drop, weakref.ref(self), key)
+        nbytes = weight.numel() * dtype.itemsize
+        with self._lock:
+            self._remove(key)
+            self._entries[key] = _Entry(weakref.ref(weight, drop), found, pieces, nbytes)
+            self.bytes += nbytes
+            while self.bytes > self.most_bytes and len(self._entries) > 1:
+                self._remove(list(self._entries)[0])  # a weight that dies meanwhile removes its own
+        return pieces
+
+    def clear(self) -> None:
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _remove(self, key: _Key) -> None:
+        with self._lock:
+            entry = self._entries.pop(key, None)
+            if entry is not None:
+                self.bytes -= entry.nbytes
+
+
+def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Tensor]) -> None:
+    alive = cache()
+    # The id may belong to another weight by now: only the entry of the one that died goes.
+    if alive is not None and (entry := alive._entries.get(key)) and entry.weight is dead:
+        alive._remove(key)
+
+
+def state(w: torch.Tensor) -> tuple[Any, ...]:
+    """What tells a weight from what it was, see above; equal as long as it is the same."""
+    version = 0 if w.is_inference() else w._version
+    address = w.data_ptr()
+    fingerprint = native.native().fingerprint(address, w.itemsize, *_matrix(w), native.threads())
+    return address, version, w.dtype, w.shape, w.stride(), fingerprint
+
+
+def _matrix(w: torch.Tensor) -> tuple[int, int, int, int]:
+    """Rows, columns and their strides, of which every output channel has an element on the
+    diagonal; nearly square for a convolution's weight, so that it is short."""
+    if w.ndim == 2:
+        return *w.shape, *w.stride()  # type: ignore[return-value]
+    rows = len(w) * w.shape[2] if w.ndim == 4 else len(w)
+    columns = w.numel() // max(rows, 1)
+    return rows, columns, columns, 1
+
+
+CACHE = WeightCache(native.memory() // 4)
+
+
+def clear_weight_cache() -> None:
+    """Forget every packed weight; the next inference call packs anew."""
+    CACHE.clear()
