@@ -7,6 +7,7 @@ MLP. The MLP's wide hidden tensor exists for one chunk only, and stays in cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -183,7 +184,7 @@ class _Steps:
         self.whole = True  # else `finish` stops at the first residual add
         self._qkv = [_rows.linear(linear, rows, operand) for linear in attn.qkv]
         self._proj = _rows.linear(attn.proj, rows, operand)
-        self._hidden, self._fc2 = _rows.mlp(mlp, rows, operand)
+        self._mlp = _rows.mlp(mlp, rows, operand)
         self._normed = native.empty((min(rows, _rows.WHOLE_ROWS), len(attn.proj.weight)), operand)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -213,17 +214,17 @@ class _Steps:
             if norm is not None:
                 part = _rows.normalise(part, norm, part)
             finish = self._norm_last if self.plan.norms_last else self._norm_first
-            finish(x[chunk], self._proj(part), out[chunk])
+            finish(x[chunk], part, out[chunk])
 
-    def _norm_first(self, x: torch.Tensor, branch: torch.Tensor, out: torch.Tensor) -> None:
+    def _norm_first(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
         plan = self.plan
         if not self.whole:
-            _rows.add(x, branch, plan.gamma1, out)
+            self._proj.add_to(x, plan.gamma1, attended, out)
             return
         part = norm_op.forward(
             norm_op.KINDS[plan.norm2.kind],
             x,
-            branch=branch,
+            branch=self._proj(attended),
             gamma=plan.gamma1,
             weight=plan.norm2.weight,
             bias=plan.norm2.bias,
@@ -231,19 +232,20 @@ class _Steps:
             residual_out=out,
             normed_out=self._normed[: len(x)],
         )[1]
-        _rows.add(out, self._mlp(part), plan.gamma2, out)
+        self._mlp.add_to(out, plan.gamma2, self._hidden(part), out)
 
     def mlp_half(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x + gamma2 * mlp(norm2(x)) into `out`."""
         part = _rows.normalise(x, self.plan.norm2, self._normed[: len(x)])
-        _rows.add(x, self._mlp(part), self.plan.gamma2, out)
+        self._mlp.add_to(x, self.plan.gamma2, self._hidden(part), out)
 
-    def _norm_last(self, x: torch.Tensor, branch: torch.Tensor, out: torch.Tensor) -> None:
-        _rows.add_normed(x, branch, self.plan.norm1, out)
-        _rows.add_normed(out, self._mlp(out.to(self.operand)), self.plan.norm2, out)
+    def _norm_last(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
+        _rows.add_normed(x, self._proj(attended), self.plan.norm1, out)
+        branch = self._mlp.output(self._hidden(out.to(self.operand)))
+        _rows.add_normed(out, branch, self.plan.norm2, out)
 
-    def _mlp(self, x: torch.Tensor) -> torch.Tensor:
-        hidden, norm = self._hidden(x), self.plan.mlp.norm
+    def _hidden(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        hidden, norm = self._mlp.hidden(x), self.plan.mlp.norm
         if norm is not None:
             _rows.normalise(hidden[0], norm, hidden[0])
-        return self._fc2(hidden)
+        return hidden

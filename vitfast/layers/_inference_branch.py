@@ -27,10 +27,10 @@ def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     x = x.contiguous()
     out = native.empty((*x.shape[:3], len(plan.mlp.fc2.weight)), operand)
     rows_out = out.view(-1, out.shape[3])
-    hidden_of, fc2 = _rows.mlp(plan.mlp, len(rows_out), operand)
+    halves = _rows.mlp(plan.mlp, len(rows_out), operand)
     for _, pieces in _inference_maps.convolved(x, plan, operand):
         for rows, normed in pieces:
-            rows_out[rows] = fc2(hidden_of(normed))
+            rows_out[rows] = halves.output(halves.hidden(normed))
     return out
 
 
@@ -43,8 +43,9 @@ def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor | None:
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
     out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
     base, inner = (t.contiguous().view(-1, channels) for t in (x, y))
-    hidden_of, fc2 = _rows.mlp(plan.mlp, len(base), operand)
+    halves = _rows.mlp(plan.mlp, len(base), operand)
+    results = out.view(base.shape)
     for rows in _rows.chunks(len(base)):
-        branch = fc2(hidden_of(inner[rows].to(operand)))
-        _rows.add(base[rows], branch, plan.gamma, out.view(base.shape)[rows])
+        hidden = halves.hidden(inner[rows].to(operand))
+        halves.add_to(base[rows], plan.gamma, hidden, results[rows])
     return out

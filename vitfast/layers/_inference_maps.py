@@ -6,7 +6,7 @@ As `_inference`, some lines or images at a time.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -153,17 +153,18 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
     rows_in, rows_out = (t.view(-1, t.shape[3]) for t in (x, out))
     mlp = plan.mlp
-    hidden_of, fc2 = _rows.mlp(mlp, len(rows_in), operand)
+    halves = _rows.mlp(mlp, len(rows_in), operand)
     for images, pieces in convolved(x, plan, operand):
         if mlp.grn is None:
             for rows, normed in pieces:
-                _rows.add(rows_in[rows], fc2(hidden_of(normed)), plan.gamma, rows_out[rows])
+                hidden = halves.hidden(normed)
+                halves.add_to(rows_in[rows], plan.gamma, hidden, rows_out[rows])
             continue
-        hiddens = [(rows, hidden_of(normed)) for rows, normed in pieces]
+        hiddens = [(rows, halves.hidden(normed)) for rows, normed in pieces]
         scales = _responses([hidden for _, hidden in hiddens], images, mlp.grn)
         for rows, hidden in hiddens:
             _respond(hidden, scales, mlp.grn.bias)
-            _rows.add(rows_in[rows], fc2(hidden), plan.gamma, rows_out[rows])
+            halves.add_to(rows_in[rows], plan.gamma, hidden, rows_out[rows])
     return out
 
 
@@ -222,7 +223,7 @@ def _stripes(
     return [(slice(i, i + 1), lines) for i in range(batch)]
 
 
-def _responses(hiddens: list[list[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
+def _responses(hiddens: list[Sequence[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
     """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
     widths = [piece.shape[1] for piece in hiddens[0]]
     sums = [torch.zeros((images, width), dtype=torch.float64) for width in widths]
@@ -233,7 +234,7 @@ def _responses(hiddens: list[list[torch.Tensor]], images: int, grn: Grn) -> torc
     return grn_op.scale_of(torch.cat(sums, 1), grn.weight, grn.eps)
 
 
-def _respond(hidden: list[torch.Tensor], scales: torch.Tensor, bias: torch.Tensor) -> None:
+def _respond(hidden: Sequence[torch.Tensor], scales: torch.Tensor, bias: torch.Tensor) -> None:
     """bias + scale * hidden in place, by image and piece of columns."""
     widths = [piece.shape[1] for piece in hidden]
     columns = scales.split(widths, 1), bias.float().split(widths)

@@ -5,7 +5,8 @@ Nothing here checks what it is given: see `_fits`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,53 @@ def add_normed(x: torch.Tensor, branch: torch.Tensor, norm: Norm, out: torch.Ten
     )
 
 
-def mlp(
-    plan: Mlp, rows: int, dtype: torch.dtype
-) -> tuple[
-    Callable[[torch.Tensor], list[torch.Tensor]], Callable[[list[torch.Tensor]], torch.Tensor]
-]:
-    """The two halves of an MLP: to its hidden tensor, in pieces of columns, and from there."""
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A linear layer ready to run. own: on our own kernel, which can add as it writes."""
+
+    run: Callable[[torch.Tensor], torch.Tensor]
+    own: _gemm.Linear | None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.run(x)
+
+    def add_to(
+        self, residual: torch.Tensor, gamma: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """residual + gamma * self(x) into `out`, which may be the residual."""
+        if self.own is None:
+            add(residual, self.run(x), gamma, out)
+        else:
+            _gemm.apply(self.own, x, residual=residual, gamma=gamma, out=out)
+
+
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """An MLP ready to run: to its hidden tensor, in pieces of columns, and from there.
+
+    fc2: the second half where the hidden tensor is one piece.
+    """
+
+    hidden: Callable[[torch.Tensor], Sequence[torch.Tensor]]
+    output: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    fc2: Layer | None
+
+    def add_to(
+        self,
+        residual: torch.Tensor,
+        gamma: torch.Tensor | None,
+        hidden: Sequence[torch.Tensor],
+        out: torch.Tensor,
+    ) -> None:
+        """residual + gamma * self.output(hidden) into `out`, which may be the residual."""
+        if self.fc2 is None:
+            add(residual, self.output(hidden), gamma, out)
+        else:
+            self.fc2.add_to(residual, gamma, hidden[0], out)
+
+
+def mlp(plan: Mlp, rows: int, dtype: torch.dtype) -> Halves:
+    """An MLP for so many rows in all, of this dtype."""
     plain = plan.packed is None and plan.gate is None and plan.norm is None
     if (
         plain
@@ -55,10 +97,10 @@ def mlp(
         and not _onednn.reasons(*plan.fc2, dtype, "none")
     ):
         both = _onednn.prepare_mlp(*plan.fc1, *plan.fc2, rows, dtype, plan.act)
-        return both.hidden, both
+        return Halves(both.hidden, both, None)
     fc1 = linear(plan.fc1, rows, dtype, plan.act, plan.packed, plan.gate)
     fc2 = linear(plan.fc2, rows, dtype)
-    return lambda x: [fc1(x)], lambda hidden: fc2(hidden[0])
+    return Halves(lambda x: [fc1(x)], lambda hidden: fc2(hidden[0]), fc2)
 
 
 def linear(
@@ -68,16 +110,17 @@ def linear(
     act: str = "none",
     packed: str | None = None,
     gate: Linear | None = None,
-) -> Callable[[torch.Tensor], torch.Tensor]:
+) -> Layer:
     """The faster of oneDNN and our own kernel, which has every activation and gate."""
     plain = packed is None and gate is None
     if plain and _is_for_onednn(layer, rows, dtype, act):
-        return _onednn.prepare(*layer, rows, dtype, act)
+        return Layer(_onednn.prepare(*layer, rows, dtype, act), None)
     gate_weight, gate_bias = gate or (None, None)
     prepared = _gemm.prepare(
         *layer, rows, dtype, gate=packed, gate_weight=gate_weight, gate_bias=gate_bias, keep=True
     )
-    return partial(_gemm.apply, prepared, act=act)
+    adds = prepared.matrix is not None and act == "none"
+    return Layer(partial(_gemm.apply, prepared, act=act), prepared if adds else None)
 
 
 def _is_for_onednn(layer: Linear, rows: int, dtype: torch.dtype, act: str) -> bool:
@@ -86,12 +129,13 @@ def _is_for_onednn(layer: Linear, rows: int, dtype: torch.dtype, act: str) -> bo
     return not faster and not _onednn.reasons(*layer, dtype, act)
 
 
-def patches(layer: Linear, rows: int, dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+def patches(layer: Linear, rows: int, dtype: torch.dtype) -> Layer:
     """A convolution [N, C, H, W] of disjoint patches, whose rows come as [H, W, C]."""
     weight, bias = layer
-    if not _onednn.reasons(weight, bias, dtype, "none"):
-        return _onednn.prepare(weight, bias, rows, dtype, channels_last=True)
-    return linear(layer._replace(weight=weight.permute(0, 2, 3, 1).flatten(1)), rows, dtype)
+    if _is_for_onednn(layer, rows, dtype, "none"):
+        return Layer(_onednn.prepare(weight, bias, rows, dtype, channels_last=True), None)
+    prepared = _gemm.prepare(weight, bias, rows, dtype, channels_last=True, keep=True)
+    return Layer(partial(_gemm.apply, prepared), prepared)
 
 
 def normalise(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:

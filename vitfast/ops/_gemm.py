@@ -186,6 +186,7 @@ def prepare(
     gate_weight: torch.Tensor | None = None,
     gate_bias: torch.Tensor | None = None,
     keep: bool = False,
+    channels_last: bool = False,
 ) -> Linear:
     """A layer for products with `rows` rows in all, in this dtype. Not to be kept between calls.
 
@@ -193,21 +194,32 @@ def prepare(
         weight, bias, gate, gate_weight, gate_bias: as for `vitfast.ops.linear_act`; float32
             weights serve bfloat16 products.
         keep: the weight's order, unless the gate's weight is another one.
+        channels_last: it is [N, C, H, W], of rows [H, W, C].
     """
-    b = None
-    if (
+    fits = (
         settings.backend in ("auto", "cpu")
         and not (HAS_TILES and dtype == torch.bfloat16)
         and dtype in DTYPES
-        and weight.numel()
+        and bool(weight.numel())
         and not reasons(weight, bias, gate_weight, gate_bias)
-    ):
-        if keep and gate_weight is None and _is_plain(weight) and worth_keeping(weight, rows):
-            b = kept(weight, dtype, gate or "")
-        else:
+    )
+    gate = gate or ""
+    keep = keep and gate_weight is None and _is_plain(weight) and worth_keeping(weight, rows)
+    b = None
+    if fits and keep:
+        make = _channels_last if channels_last else None
+        b = kept(weight, dtype, gate, "channels last" if channels_last else None, make)
+    else:
+        if channels_last:
+            weight = _channels_last(weight, dtype)
+        if fits:
             weights = (weight,) if gate_weight is None else (gate_weight, weight)
-            b = matrix(weights, dtype, rows, gate=gate or "")
-    return Linear(b, weight, bias, gate or "", gate_weight, gate_bias)
+            b = matrix(weights, dtype, rows, gate=gate)
+    return Linear(b, weight, bias, gate, gate_weight, gate_bias)
+
+
+def _channels_last(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return weight.detach().permute(0, 2, 3, 1).flatten(1)
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
