@@ -44,6 +44,7 @@ MODELS = {
     "edgenext": "edgenext_x_small",
     "rdnet": "rdnet_tiny",
     "inception_next": "inception_next_tiny",
+    "metaformer": "caformer_s18",
 }
 DEPTH = {"depth": 2}
 """Blocks of a checked model: enough for one to feed another."""
@@ -58,6 +59,7 @@ MODEL_OPTIONS = {
     "edgenext": {"depths": (2, 2, 2, 2)},
     "rdnet": {"num_blocks_list": (1,) * 7},
     "inception_next": STAGES,
+    "metaformer": {},  # its functions take no depths
 }
 """Where `DEPTH` is not how a model is built with fewer blocks."""
 MODEL_DTYPES = (torch.float32, torch.bfloat16)

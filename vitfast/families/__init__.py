@@ -24,6 +24,7 @@ NAMES = (
     "edgenext",
     "rdnet",
     "inception_next",
+    "metaformer",
     "swin",
     "swin_v2",
     "swin_v2_cr",

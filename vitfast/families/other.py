@@ -46,7 +46,6 @@ _ATTENTIONS = {
     "volo": ("Attention", "OutlookAttention", "ClassAttention"),
     "xcit": ("XCA",),
 }
-_METAFORMER = "StarReLU, pooling and norms of its own: not implemented yet"
 _NCHW_NORMS = ("LayerNorm2dFp32", "SimpleNorm2d")
 
 FAMILY = Family(
@@ -60,7 +59,6 @@ FAMILY = Family(
             for file, names in _ATTENTIONS.items()
             for gap in attentions(f"timm.models.{file}", *names)
         ),
-        *blocks("timm.models.metaformer", "MetaFormerBlock", reason=_METAFORMER),
         *(
             Gap(f"timm.layers.{name}", "norm over NCHW: not implemented yet")
             for name in _NCHW_NORMS

@@ -23,6 +23,10 @@ from vitfast.layers.layer_scale import LayerScale
 from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import ConvNeXtBlock as MaxxVitConvNeXtBlock
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
+from vitfast.layers.metaformer import Attention as MetaFormerAttention
+from vitfast.layers.metaformer import LayerNorm2dNoBias as MetaFormerLayerNorm2dNoBias
+from vitfast.layers.metaformer import LayerNormNoBias as MetaFormerLayerNormNoBias
+from vitfast.layers.metaformer import MetaFormerBlock
 from vitfast.layers.mlp import GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
 from vitfast.layers.norm import GlobalResponseNorm, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from vitfast.layers.patch_embed import PatchEmbed
@@ -72,6 +76,10 @@ __all__ = [
     "MaxxVitAttentionCl",
     "MaxxVitConvNeXtBlock",
     "MaxxVitPartitionAttentionCl",
+    "MetaFormerAttention",
+    "MetaFormerBlock",
+    "MetaFormerLayerNorm2dNoBias",
+    "MetaFormerLayerNormNoBias",
     "Mlp",
     "PatchEmbed",
     "RDNetBlock",

@@ -58,12 +58,17 @@ def pointwise(children: Children, name: str) -> Mlp:
     return plan(module)
 
 
-def common(module: nn.Module, fc1: str, *, pointwise: bool = False) -> Mlp:
-    """The parts that all MLPs have alike. `pointwise`: 1x1 convolutions are linear layers, too."""
+def common(module: nn.Module, fc1: str, *, pointwise: bool = False, act: str | None = None) -> Mlp:
+    """The parts that all MLPs have alike.
+
+    Args:
+        pointwise: 1x1 convolutions are linear layers, too.
+        act: instead of the module's, which the caller has looked at.
+    """
     children = module._modules
     if not pointwise and type(children[fc1]) is nn.Conv2d:
         raise Unsupported("linear layers as convolutions over NCHW are not implemented")
-    act = _guard.activation(children, "act")
+    act = act or _guard.activation(children, "act")
     _guard.check_no_dropout(children, "drop1")
     _guard.check_no_dropout(children, "drop2")
     return Mlp(

@@ -1,0 +1,244 @@
+"""MetaFormer's block in inference on the CPU: norm, token mixer, norm and MLP, channels last.
+
+    x = scale1 * x + gamma1 * mixer(norm1(x))
+    x = scale2 * x + gamma2 * mlp(norm2(x))
+
+The mixer pools, attends, or is an inverted separable convolution. Activations may be StarReLU: its
+ReLU goes with the product before it, its square is a pass over rows that are still in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from vitfast.layers import _attention, _fits, _rows
+from vitfast.layers._attention import Attention
+from vitfast.layers._group_norm import GroupNorm
+from vitfast.layers._guard import DropRate, Linear
+from vitfast.layers._mlp import Mlp
+from vitfast.layers._norm import Norm
+from vitfast.ops import _norm as norm_op
+from vitfast.ops.attention import native as attention_op
+from vitfast.ops.dwconv_norm import native as dwconv_op
+from vitfast.ops.group_norm_act import native as group_norm_op
+from vitfast.runtime import native
+from vitfast.runtime.library import autocast_dtype
+
+
+class Star(NamedTuple):
+    """StarReLU after its ReLU: scale * a^2 + bias, [1] each."""
+
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+
+class SepConv(NamedTuple):
+    """fc2(conv(act(fc1))). conv: weight [M, 1, k, k'] and bias [M]."""
+
+    fc1: Linear
+    act: str
+    star: Star | None
+    conv: Linear
+    fc2: Linear
+
+
+class Pool(NamedTuple):
+    """module: of a map [B, C, H, W], without parameters; its result has its input's dtype."""
+
+    module: Callable[[torch.Tensor], torch.Tensor]
+
+
+class Half(NamedTuple):
+    """What a branch has around it. gamma, scale: [C] or None; factors of the branch and of x."""
+
+    norm: Norm | GroupNorm
+    gamma: torch.Tensor | None
+    scale: torch.Tensor | None
+
+
+class Block(NamedTuple):
+    """What a block holds. star: of the MLP's activation."""
+
+    first: Half
+    mixer: SepConv | Pool | Attention
+    second: Half
+    mlp: Mlp
+    star: Star | None
+    drop: DropRate | None
+
+
+def run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
+    """The block on x [B, H, W, C] or, if it attends, [B, N, C]; None where it is for timm.
+
+    The result has the dtype that the residual stream has in timm.
+    """
+    lower = autocast_dtype(x.device)
+    if not _fit(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    rows = x[..., 0].numel()
+    mixed = x.dtype if isinstance(plan.mixer, Pool) else operand
+    between = _stream(x.dtype, plan.first, mixed)
+    out = native.empty(x.shape, _stream(between, plan.second, operand))
+    mix = _mixer(plan.mixer, plan.first, rows, operand)
+    halves = _rows.mlp(plan.mlp, rows, operand)
+    images = max(1, _rows.WHOLE_ROWS // x[0, ..., 0].numel())
+    for part, result in zip(x.contiguous().split(images), out.split(images), strict=True):
+        middle = result if out.dtype == between else native.empty(part.shape, between)
+        mix(part, middle)
+        _add_mlp(middle, plan, halves, operand, result)
+    return out
+
+
+def _fit(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> bool:
+    """Whether dtypes, devices and sizes are those the kernels take unchecked."""
+    if not _fits.on_cpu(x, lower):
+        return False
+    channels, mixer, mlp = x.shape[-1], plan.mixer, plan.mlp
+    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    hidden = len(mlp.fc1.weight)
+    linears = [(mlp.fc1, hidden, channels), (mlp.fc2, channels, hidden)]
+    stars = [plan.star]
+    if isinstance(mixer, SepConv):
+        width, (kernel, offset) = len(mixer.fc1.weight), mixer.conv
+        linears += [(mixer.fc1, width, channels), (mixer.fc2, channels, width)]
+        stars.append(mixer.star)
+        if not (
+            max(kernel.shape[2:]) <= dwconv_op.WIDEST
+            and _fits.tensor(kernel, (width, 1, *kernel.shape[2:]), dtypes)
+            and _fits.vector(offset, width, dtypes)
+        ):
+            return False
+    elif isinstance(mixer, Attention):
+        linears += [(mixer.qkv[0], 3 * channels, channels), (mixer.proj, channels, channels)]
+        if channels % mixer.heads or channels // mixer.heads > _fits.MOST_HEAD_DIM:
+            return False
+    return (
+        mlp.norm is None
+        and all(_fits.linear(*one, dtypes) for one in linears)
+        and all(_fits.vector(t, 1) for star in stars if star is not None for t in star)
+        and all(
+            _fits.vector(t, channels)
+            for half in (plan.first, plan.second)
+            for t in (half.norm.weight, half.norm.bias, half.gamma, half.scale)
+        )
+    )
+
+
+def _stream(x: torch.dtype, half: Half, branch: torch.dtype) -> torch.dtype:
+    """The dtype of scale * x + gamma * branch."""
+    found = torch.promote_types(x, branch)
+    for factor in (half.gamma, half.scale):
+        found = found if factor is None else torch.promote_types(found, factor.dtype)
+    return found
+
+
+def _mixer(
+    mixer: SepConv | Pool | Attention, half: Half, rows: int, operand: torch.dtype
+) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """What writes scale1 * x + gamma1 * mixer(norm1(x)) of some of the images to a tensor."""
+    if isinstance(mixer, Pool):
+
+        def pool(x: torch.Tensor, out: torch.Tensor) -> None:
+            normed = _normalised(x, half.norm, x.dtype)
+            mixed = mixer.module(normed.permute(0, 3, 1, 2))
+            _add(x, mixed.permute(0, 2, 3, 1), half, out)
+
+        return pool
+    inner: Callable[[torch.Tensor], torch.Tensor]
+    if isinstance(mixer, SepConv):
+        inner, last = _separable(mixer, rows, operand), mixer.fc2
+    else:
+        inner, last = _attended(mixer, rows, operand), mixer.proj
+    layer = _rows.linear(last, rows, operand)
+
+    def mix(x: torch.Tensor, out: torch.Tensor) -> None:
+        mixed = inner(_normalised(x, half.norm, operand))
+        base, result = (t.view(-1, t.shape[-1]) for t in (x, out))
+        for chunk in _rows.chunks(len(base)):
+            if half.scale is None:
+                layer.add_to(base[chunk], half.gamma, mixed[chunk], result[chunk])
+            else:
+                _add(base[chunk], layer(mixed[chunk]), half, result[chunk])
+
+    return mix
+
+
+def _separable(
+    mixer: SepConv, rows: int, operand: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The rows that the last product takes, of maps [B, H, W, C]."""
+    fc1 = _rows.linear(mixer.fc1, rows, operand, mixer.act)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        hidden = _starred(fc1(x.view(-1, x.shape[3])), mixer.star)
+        maps = hidden.view(*x.shape[:3], -1)
+        return dwconv_op.run(maps, *mixer.conv, norm=None).view(hidden.shape)
+
+    return run
+
+
+def _attended(
+    mixer: Attention, rows: int, operand: torch.dtype
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """As `_separable`, of tokens [B, N, C]."""
+    project = _rows.linear(mixer.qkv[0], rows, operand)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        packed = project(x.view(-1, x.shape[2])).view(*x.shape[:2], -1)
+        q, k, v = _attention.split_packed(packed, mixer).unbind(2)
+        out = torch.empty(q.shape, dtype=q.dtype)
+        attention_op.forward_direct(q, k, v, scale=q.shape[-1] ** -0.5, out=out)
+        return out.view(len(packed) * packed.shape[1], -1)
+
+    return run
+
+
+def _add_mlp(
+    x: torch.Tensor, plan: Block, halves: _rows.Halves, operand: torch.dtype, out: torch.Tensor
+) -> None:
+    """scale2 * x + gamma2 * mlp(norm2(x)) into `out`, which may be x."""
+    half = plan.second
+    if isinstance(half.norm, GroupNorm):  # over an image, so before any of x is written over
+        ready = _normalised(x, half.norm, operand).view(-1, x.shape[-1])
+    rows, results = (t.view(-1, t.shape[-1]) for t in (x, out))
+    for chunk in _rows.chunks(len(rows)):
+        base, result = rows[chunk], results[chunk]
+        if isinstance(half.norm, GroupNorm):
+            normed = ready[chunk]
+        else:
+            normed = _normalised(base, half.norm, operand)
+        hidden = [_starred(piece, plan.star) for piece in halves.hidden(normed)]
+        if half.scale is None:
+            halves.add_to(base, half.gamma, hidden, result)
+        else:
+            _add(base, halves.output(hidden), half, result)
+
+
+def _add(x: torch.Tensor, branch: torch.Tensor, half: Half, out: torch.Tensor) -> None:
+    if half.scale is None:
+        _rows.add(x, branch, half.gamma, out)
+    else:
+        branch = branch if half.gamma is None else branch * half.gamma
+        _rows.add(branch, x, half.scale, out)
+
+
+def _normalised(x: torch.Tensor, norm: Norm | GroupNorm, dtype: torch.dtype) -> torch.Tensor:
+    out = native.empty(x.shape, dtype)
+    if isinstance(norm, Norm):
+        return _rows.normalise(x, norm, out)
+    maps, results = x.permute(0, 3, 1, 2), out.permute(0, 3, 1, 2)
+    weight, bias = norm_op.vector(norm.weight), norm_op.vector(norm.bias)
+    group_norm_op.run(maps, norm.groups, weight, bias, norm.eps, None, False, results)
+    return out
+
+
+def _starred(hidden: torch.Tensor, star: Star | None) -> torch.Tensor:
+    """In place, in one rounding; `hidden` has been through a ReLU."""
+    if star is None:
+        return hidden
+    bias, scale = star.bias.to(hidden.dtype), star.scale.item()
+    return torch.addcmul(bias, hidden, hidden, value=scale, out=hidden)

@@ -1,0 +1,173 @@
+"""Drop-ins for timm's MetaFormer (PoolFormer, ConvFormer, CAFormer): blocks, attention, norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm import layers as timm_layers
+from timm.models import metaformer
+from torch import nn
+
+from vitfast.layers import _attention, _block, _convnext, _guard, _metaformer, _mlp, _norm
+from vitfast.layers._attention import Attention as AttentionPlan
+from vitfast.layers._base import Layer
+from vitfast.layers._group_norm import GroupNorm
+from vitfast.layers._guard import Children, Unsupported
+from vitfast.layers._metaformer import Block, Half, Pool, SepConv, Star
+from vitfast.layers._norm import Norm
+from vitfast.layers.mlp import plan_pointwise
+
+_ONE_GROUP = {timm_layers.GroupNorm1, metaformer.GroupNorm1NoBias}
+
+
+def plan_attention(module: Any) -> AttentionPlan:
+    """How timm's `Attention` of MetaFormer computes."""
+    plan = _attention.common(module, (_guard.linear(module._modules, "qkv"),))
+    return _attention.check_width(plan)
+
+
+def plan_block(module: nn.Module) -> Block:
+    """How timm's `MetaFormerBlock` computes, on channels last."""
+    children = module._modules
+    attends = type(children["token_mixer"]) in _attention.PLANS
+    act, star = _activation(children["mlp"]._modules, "act")
+    if _mlp.POINTWISE.get(type(children["mlp"])) is not plan_pointwise:
+        raise Unsupported(f"MLP {type(children['mlp']).__name__} is not implemented")
+    _guard.check_bare(children["mlp"], "mlp")
+    drops = [_guard.drop_path(children, f"drop_path{i}") for i in (1, 2)]
+    return Block(
+        first=_plan_half(children, "1", attends),
+        mixer=_plan_mixer(children),
+        second=_plan_half(children, "2", attends),
+        mlp=_mlp.common(children["mlp"], "fc1", pointwise=True, act=act),
+        star=star,
+        drop=drops[0] or drops[1],
+    )
+
+
+def _plan_half(children: Children, number: str, attends: bool) -> Half:
+    name = f"norm{number}"
+    norm: Norm | GroupNorm
+    if type(children[name]) in _ONE_GROUP and not attends:
+        norm = _plan_group_norm(children, name)
+    else:
+        norm = (_norm.child if attends else _norm.child_2d)(children, name)
+    factors = (_plan_scale(children, f"{kind}_scale{number}") for kind in ("layer", "res"))
+    return Half(norm, *factors)
+
+
+def _plan_group_norm(children: Children, name: str) -> GroupNorm:
+    module = children[name]
+    _guard.check_bare(module, name)
+    if module._fast_norm:
+        raise Unsupported("fast norm was switched on when it was built")
+    weight, bias = (_guard.tensor(module, n) for n in ("weight", "bias"))
+    return GroupNorm(module.num_groups, weight, bias, module.eps, "none")
+
+
+def _plan_scale(children: Children, name: str) -> torch.Tensor | None:
+    module = children[name]
+    _guard.check_bare(module, name)
+    if type(module) is nn.Identity:
+        return None
+    if type(module) is not metaformer.Scale:
+        raise _guard.Unfit(f"{name} is a {type(module).__name__}, not timm's Scale")
+    return _guard.tensor(module, "scale")
+
+
+def _plan_mixer(children: Children) -> SepConv | Pool | AttentionPlan:
+    module = children["token_mixer"]
+    if type(module) is metaformer.Pooling and type(module.pool) is nn.AvgPool2d:
+        return Pool(module)
+    if type(module) is not metaformer.SepConv:
+        return _attention.child(children, "token_mixer")
+    _guard.check_bare(module, "token_mixer")
+    inner = module._modules
+    act, star = _activation(inner, "act1")
+    if _guard.activation(inner, "act2") != "none":
+        raise Unsupported("an activation after the depthwise convolution is not implemented")
+    return SepConv(
+        fc1=_guard.linear(inner, "pwconv1", pointwise=True),
+        act=act,
+        star=star,
+        conv=_convnext.depthwise(inner, "dwconv"),
+        fc2=_guard.linear(inner, "pwconv2", pointwise=True),
+    )
+
+
+def _activation(children: Children, name: str) -> tuple[str, Star | None]:
+    """The name of an activation, and what comes after it in a StarReLU."""
+    module = children.get(name)
+    if type(module) is not metaformer.StarReLU:
+        return _guard.activation(children, name), None
+    _guard.check_bare(module, name)
+    act = _guard.activation(module._modules, "relu")
+    if act != "relu":
+        raise _guard.Unfit(f"the relu of a StarReLU is {act}")
+    return act, Star(_guard.tensor(module, "scale"), _guard.tensor(module, "bias"))
+
+
+class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
+    """`timm.models.metaformer.MetaFormerBlock` in inference on the CPU; channels-last out.
+
+    Elsewhere timm's forward, on swapped norms and attention.
+    """
+
+    role = "block"
+    plan = staticmethod(plan_block)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = None
+        if not torch.compiler.is_compiling():
+            plan = _guard.ready(plan_block, self, x)
+            if plan is not None and not _block.records(x, plan):
+                out = _run(x, plan)
+        return super().forward(x) if out is None else out
+
+
+def _run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
+    if isinstance(plan.mixer, AttentionPlan):
+        return _metaformer.run(x, plan) if x.ndim == 3 else None
+    if x.ndim != 4:
+        return None
+    out = _metaformer.run(x.permute(0, 2, 3, 1), plan)
+    return None if out is None else out.permute(0, 3, 1, 2)
+
+
+class Attention(Layer, metaformer.Attention):
+    """`timm.models.metaformer.Attention` on `vitfast.ops.attention`."""
+
+    role = "attention"
+    plan = staticmethod(plan_attention)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_attention, self, x)
+        return super().forward(x) if plan is None else _attention.attend(x, plan)
+
+
+class LayerNormNoBias(Layer, metaformer.LayerNormNoBias):
+    """`timm.models.metaformer.LayerNormNoBias` on `vitfast.ops.layer_norm`."""
+
+    plan = staticmethod(_norm.plan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(_norm.plan, self, x)
+        return super().forward(x) if plan is None else _norm.apply(x, plan)
+
+
+class LayerNorm2dNoBias(Layer, metaformer.LayerNorm2dNoBias):
+    """`timm.models.metaformer.LayerNorm2dNoBias` on `vitfast.ops.layer_norm`; channels-last out."""
+
+    plan = staticmethod(_norm.plan_2d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(_norm.plan_2d, self, x)
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        return _norm.apply(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
+
+
+_attention.PLANS |= {metaformer.Attention: plan_attention, Attention: plan_attention}
+_norm.KINDS |= {metaformer.LayerNormNoBias: "layer", LayerNormNoBias: "layer"}
+_norm.KINDS_2D |= {metaformer.LayerNorm2dNoBias: "layer", LayerNorm2dNoBias: "layer"}
