@@ -240,6 +240,41 @@ def test_attention(parity, lively, autocast):
     assert type(found) is layers.MetaFormerAttention
 
 
+def downsampling(norm: bool = True) -> nn.Module:
+    kind = metaformer.LayerNorm2dNoBias if norm else None
+    return metaformer.Downsampling(C, 48, kernel_size=3, stride=2, padding=1, norm_layer=kind)
+
+
+@autocasts
+@layouts
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (14, 14)], ids=str)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
+def test_downsampling(parity, lively, norm, size, layout, autocast):
+    x = torch.randn(2, C, *size).to(memory_format=layout)
+    # In bfloat16 torch leaves parts of the weight's gradient of a map of one pixel unwritten.
+    backward = size != (1, 1)
+    found = parity(lively(downsampling(norm)).eval(), x, autocast=autocast, backward=backward)
+    assert type(found) is layers.MetaFormerDownsampling
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_downsampling_in_other_dtypes(parity, lively, dtype):
+    parity(lively(downsampling()).to(dtype).eval(), torch.randn(2, C, 9, 8, dtype=dtype))
+
+
+@pytest.mark.parametrize("child", ["norm", "conv"])
+def test_hooks_of_downsampling_are_called(lively, hook_calls, child):
+    assert hook_calls(lively(downsampling()), torch.randn(2, C, 6, 7), child) == 1
+
+
+@pytest.mark.parametrize("change", ["padding_mode", "padding"])
+def test_other_paddings_are_left_to_timm(change):
+    module = downsampling()
+    setattr(module.conv, change, {"padding_mode": "reflect", "padding": "same"}[change])
+    swap(module)
+    assert type(module) is metaformer.Downsampling
+
+
 MODELS = {
     "poolformer": dict(
         downsample_norm=None, mlp_act=nn.GELU, mlp_bias=True, norm_layers=GroupNorm1,

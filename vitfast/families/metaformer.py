@@ -10,6 +10,7 @@ FAMILY = Family(
     layers=(
         layers.MetaFormerBlock,
         layers.MetaFormerAttention,
+        layers.MetaFormerDownsampling,
         layers.MetaFormerLayerNormNoBias,
         layers.MetaFormerLayerNorm2dNoBias,
     ),

@@ -24,6 +24,7 @@ from vitfast.layers.maxvit import AttentionCl as MaxxVitAttentionCl
 from vitfast.layers.maxvit import ConvNeXtBlock as MaxxVitConvNeXtBlock
 from vitfast.layers.maxvit import PartitionAttentionCl as MaxxVitPartitionAttentionCl
 from vitfast.layers.metaformer import Attention as MetaFormerAttention
+from vitfast.layers.metaformer import Downsampling as MetaFormerDownsampling
 from vitfast.layers.metaformer import LayerNorm2dNoBias as MetaFormerLayerNorm2dNoBias
 from vitfast.layers.metaformer import LayerNormNoBias as MetaFormerLayerNormNoBias
 from vitfast.layers.metaformer import MetaFormerBlock
@@ -78,6 +79,7 @@ __all__ = [
     "MaxxVitPartitionAttentionCl",
     "MetaFormerAttention",
     "MetaFormerBlock",
+    "MetaFormerDownsampling",
     "MetaFormerLayerNorm2dNoBias",
     "MetaFormerLayerNormNoBias",
     "Mlp",

@@ -92,7 +92,9 @@ def apply(x: torch.Tensor, conv: Conv) -> torch.Tensor:
         if packed is not None:
             return packed(x.to(call.dtype))
     weight = conv.weight
-    if torch.compiler.is_compiling() or last or _guard.records_grad(x, *conv[:2]):
+    if conv.eps is None:
+        pass
+    elif torch.compiler.is_compiling() or last or _guard.records_grad(x, *conv[:2]):
         weight = _onednn_conv.standardised(weight, conv.eps, last)
     else:
         weight = _onednn_conv.plain_weight(conv)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm import layers as timm_layers
 from timm.models import metaformer
 from torch import nn
 
-from vitfast.layers import _attention, _block, _convnext, _guard, _metaformer, _mlp, _norm
+from vitfast.layers import _attention, _block, _conv, _convnext, _guard, _metaformer, _mlp, _norm
 from vitfast.layers._attention import Attention as AttentionPlan
 from vitfast.layers._base import Layer
 from vitfast.layers._group_norm import GroupNorm
@@ -17,8 +17,36 @@ from vitfast.layers._guard import Children, Unsupported
 from vitfast.layers._metaformer import Block, Half, Pool, SepConv, Star
 from vitfast.layers._norm import Norm
 from vitfast.layers.mlp import plan_pointwise
+from vitfast.ops._onednn_conv import Conv
 
 _ONE_GROUP = {timm_layers.GroupNorm1, metaformer.GroupNorm1NoBias}
+
+
+class Downsample(NamedTuple):
+    """A norm over channels, or none, and a convolution."""
+
+    norm: Norm | None
+    conv: Conv
+
+
+def plan_downsampling(module: nn.Module) -> Downsample:
+    """How timm's `Downsampling` of MetaFormer computes."""
+    children = module._modules
+    conv, norm = children["conv"], children["norm"]
+    if type(conv) is not nn.Conv2d:
+        raise _guard.Unfit(f"conv is a {type(conv).__name__}, not torch.nn.Conv2d")
+    _guard.check_bare(conv, "conv")
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise Unsupported("only zeros, of a number, are implemented as padding")
+    weight, bias = (_guard.tensor(conv, name) for name in ("weight", "bias"))
+    options = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    plain = type(norm) is nn.Identity
+    if plain:
+        _guard.check_bare(norm, "norm")
+    return Downsample(
+        None if plain else _norm.child_2d(children, "norm"),
+        Conv(weight, bias, *options, None, False),
+    )
 
 
 def plan_attention(module: Any) -> AttentionPlan:
@@ -133,6 +161,21 @@ def _run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
         return None
     out = _metaformer.run(x.permute(0, 2, 3, 1), plan)
     return None if out is None else out.permute(0, 3, 1, 2)
+
+
+class Downsampling(Layer, metaformer.Downsampling):
+    """`timm.models.metaformer.Downsampling`, packing its weight once a version in inference."""
+
+    plan = staticmethod(plan_downsampling)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _guard.ready(plan_downsampling, self, x)
+        if plan is None or x.ndim != 4 or not x.is_floating_point():
+            return super().forward(x)
+        if plan.norm is not None:
+            rows = _norm.apply(x.permute(0, 2, 3, 1), plan.norm, _block.operand_dtype(x))
+            x = rows.permute(0, 3, 1, 2)
+        return _conv.apply(x, plan.conv)
 
 
 class Attention(Layer, metaformer.Attention):
