@@ -128,7 +128,9 @@ def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool
 
 def records(x: torch.Tensor, plan: Any) -> bool:
     """Whether autograd records this call for x or the plan's tensors, or its `drop` drops paths."""
-    return plan.drop is not None or _guard.records_grad(*tensors((x, plan)))
+    if plan.drop is not None:
+        return True
+    return torch.is_grad_enabled() and _guard.records_grad(*tensors((x, plan)))
 
 
 def tensors(values: tuple) -> Iterator[torch.Tensor]:
