@@ -14,7 +14,6 @@ from torch import nn
 
 from vitfast import layers, restore, swap
 from vitfast.ops import _onednn_conv, _weight_cache
-from vitfast.runtime import native
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 formats = pytest.mark.parametrize("memory_format", [LAST, FIRST], ids=["last", "first"])
@@ -195,12 +194,6 @@ def test_a_hook_on_a_part_runs(lively, name):
 
 
 @pytest.fixture
-def needs_native():
-    if native.reasons():
-        pytest.skip("; ".join(native.reasons()))
-
-
-@pytest.fixture
 def standardised(monkeypatch):
     """How often a weight was standardised."""
     count = []
@@ -348,15 +341,6 @@ def test_a_hook_in_the_backbone_runs(lively, name):
     with torch.no_grad():
         module(torch.randn(1, 3, 64, 64))
     assert seen == [1]
-
-
-@pytest.mark.parametrize("name", ["vit_small_resnet26d_224", "vit_base_mci_224"])
-def test_stems_with_batch_norm(parity, lively, name):
-    """Theirs stay PyTorch's, the report says so."""
-    module = lively(model(name)).eval()
-    swapped = parity(module, torch.randn(1, 3, 64, 64), backward=False)
-    reasons = {e.reason for e in swap(swapped).skipped if e.path.startswith("patch_embed")}
-    assert len(reasons) == 1 and "BatchNorm" in reasons.pop()
 
 
 PARTS = {

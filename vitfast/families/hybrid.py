@@ -4,7 +4,7 @@ from vitfast import layers
 from vitfast.families._family import Family, Gap
 
 _SCALED = "weights with a gain, of NFNets: not implemented yet"
-_BATCH = "convolutions with BatchNorm are PyTorch's"
+_BATCH = "BatchNorm is folded into convolutions in inference on the CPU, else PyTorch's"
 
 FAMILY = Family(
     name="hybrid",

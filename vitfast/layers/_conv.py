@@ -66,16 +66,16 @@ def direct(x: torch.Tensor) -> Call | None:
     return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), records, pixels)
 
 
-def ready(call: Call, conv: Conv, channels: int) -> Ready | None:
+def ready(call: Call, conv: Conv, channels: int, adds: bool = False) -> Ready | None:
     """The convolution of so many channels on oneDNN, or None where torch is to run it."""
     if call.records and _guard.records_grad(*conv[:2]):
         return None
     if not _onednn_conv.fits(conv, channels, call.given):
         return None
-    return _onednn_conv.prepare(conv, call.dtype, call.pixels)
+    return _onednn_conv.prepare(conv, call.dtype, call.pixels, adds)
 
 
-def _covers(x: torch.Tensor, conv: Conv) -> bool:
+def covers(x: torch.Tensor, conv: Conv) -> bool:
     """Whether there is anything to convolve."""
     left, right, top, bottom = _onednn_conv.pads(conv, *x.shape[2:])
     reach = [(n - 1) * d for n, d in zip(conv.weight.shape[2:], conv.dilation, strict=True)]
@@ -86,7 +86,7 @@ def _covers(x: torch.Tensor, conv: Conv) -> bool:
 def apply(x: torch.Tensor, conv: Conv) -> torch.Tensor:
     """The convolution of a map x [B, C, H, W]; the result has x's memory format."""
     last = x.ndim == 4 and channels_last(x)
-    call = direct(x) if last and conv.weight.ndim == 4 and _covers(x, conv) else None
+    call = direct(x) if last and conv.weight.ndim == 4 and covers(x, conv) else None
     if call is not None:
         packed = ready(call, conv, x.shape[1])
         if packed is not None:

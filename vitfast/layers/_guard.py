@@ -155,7 +155,7 @@ def drop_path(children: Children, name: str) -> DropRate | None:
     return DropRate(1 - module.drop_prob, module.scale_by_keep)
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     activations.GELU: "gelu",
     activations.GELUTanh: "gelu_tanh",
     activations.QuickGELU: "quick_gelu",
@@ -174,7 +174,7 @@ def activation(children: Children, name: str) -> str:
     if type(module) is nn.GELU:
         found = "gelu_tanh" if module.approximate == "tanh" else "gelu"
     else:
-        found = _ACTIVATIONS.get(type(module), "")
+        found = ACTIVATIONS.get(type(module), "")
     if not found:
         raise Unsupported(f"activation {type(module).__name__} is not implemented")
     check_bare(module, name)

@@ -10,7 +10,7 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import resnetv2
 from torch import nn
 
-from vitfast.layers import _bottleneck, _conv, _group_norm, _guard
+from vitfast.layers import _bottleneck, _conv, _folded, _group_norm, _guard
 from vitfast.layers._guard import Unfit
 from vitfast.ops import _norm as norm_op
 from vitfast.ops._onednn_conv import same_pads
@@ -24,6 +24,8 @@ def features(backbone: Any, x: torch.Tensor) -> Any:
         pooled = _pooled(x, backbone._modules["stem"] if whole else backbone)
     except Unfit:
         pooled = None
+    if pooled is None and not whole:
+        pooled = _folded.features(backbone, x.contiguous(memory_format=torch.channels_last))
     if pooled is None:
         return backbone(x.contiguous(memory_format=torch.channels_last))
     return backbone.head(backbone.norm(backbone.stages(pooled))) if whole else pooled

@@ -112,7 +112,7 @@ def matrix(
     )
     memory = (first,) if second is None else (first, second)
     found = Matrix(b, None, n, k, dtype, memory)
-    return replace(found, packed=_in_order(found)) if rows >= _PACKED_ROWS else found
+    return replace(found, packed=in_order(found)) if rows >= _PACKED_ROWS else found
 
 
 def kept(
@@ -132,16 +132,24 @@ def kept(
 
     def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         rows = weight.detach() if make is None else make(weight, dtype)
-        return (_in_order(matrix((rows,), dtype, 0, gate=gate)),)
+        return (in_order(matrix((rows,), dtype, 0, gate=gate)),)
 
     (packed,) = CACHE.get(weight, dtype, ("in order", native.isa(), gate, form), pack)
-    n, k = len(weight) // (2 if gate else 1), weight.numel() // len(weight)
+    return of_packed(weight, dtype, packed, gate)
+
+
+def of_packed(
+    weight: torch.Tensor, dtype: torch.dtype, packed: torch.Tensor, gate: str = ""
+) -> Matrix:
+    """B of a weight [N, ...] whose elements are `in_order`."""
+    n, k = weight.shape[0] // (2 if gate else 1), weight[0].numel()
     address = weight.data_ptr()  # not read any more
     b = (address, address if gate else 0, DTYPE_CODES[weight.dtype], n, k, k, 1)
     return Matrix(b, packed, n, k, dtype, ())
 
 
-def _in_order(b: Matrix) -> torch.Tensor:
+def in_order(b: Matrix) -> torch.Tensor:
+    """The elements of B as products read them with this instruction set."""
     module, code = native.native(), DTYPE_CODES[b.dtype]
     packed = torch.empty(module.gemm_packed_bytes(b.native, code) // 4, dtype=torch.float32)
     module.gemm_pack(b.native, code, packed.data_ptr(), native.threads())

@@ -20,8 +20,9 @@ EXACT_WIDTH = 1024
 """oneDNN sums all K products of a float32 result in one chain: beyond this K its error passes twice
 that of a blocked BLAS, so K is cut into pieces that are added up."""
 
-_ATTRIBUTES = {
+ATTRIBUTES = {
     "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
     "gelu": ("gelu", [], "none"),
     "gelu_tanh": ("gelu", [], "tanh"),
 }
@@ -62,7 +63,7 @@ def reasons(
         why.append("dtypes other than float32 and bfloat16 are not implemented")
     elif dtype == torch.bfloat16 and not _missing() and not _bfloat16():
         why.append("oneDNN has no bfloat16 on this CPU")
-    if act not in _ATTRIBUTES:
+    if act not in ATTRIBUTES:
         why.append(f"oneDNN has no {act}")
     elif act != "none" and dtype == torch.float32 and weight.numel() > EXACT_WIDTH * len(weight):
         why.append("so many columns are summed in pieces, before which no activation can go")
@@ -93,7 +94,7 @@ class Linear:
         """act(x W^T + bias) for x [M, K] with contiguous rows, in the dtype it was prepared for."""
         if len(self.pieces) == 1:
             return torch.ops.mkldnn._linear_pointwise.default(
-                x, self.pieces[0], self.bias, *_ATTRIBUTES[self.act]
+                x, self.pieces[0], self.bias, *ATTRIBUTES[self.act]
             )
         return self.of_parts(x.split(self.step, -1))
 
@@ -102,7 +103,7 @@ class Linear:
         if len(parts) == 1:
             return self(parts[0])
         y = torch.ops.mkldnn._linear_pointwise.default(
-            parts[0], self.pieces[0], self.bias, *_ATTRIBUTES["none"]
+            parts[0], self.pieces[0], self.bias, *ATTRIBUTES["none"]
         )
         for part, piece in zip(parts[1:], self.pieces[1:], strict=True):
             y = torch.ops.mkldnn._linear_pointwise.binary(part, y, piece, None, "add")

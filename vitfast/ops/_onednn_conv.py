@@ -1,14 +1,15 @@
 """Convolutions on oneDNN through torch, for inference: channels-last, weights packed once.
 
-A weight is standardised (Qiao et al. 2019) as it is packed. What is kept is used under the rules of
-`_onednn`; that one is unpacked costs a convolution of few pixels most of its time. 1x1 convolutions
-are linear layers, whose products of many channels are summed in pieces.
+A weight is standardised (Qiao et al. 2019) as it is packed, or takes the BatchNorm after it along.
+What is kept is used under the rules of `_weight_cache`; that one is unpacked costs a convolution of
+few pixels most of its time. Convolutions of disjoint patches, 1x1 ones among them, are linear
+layers: oneDNN takes up to 30 times as long for some of them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -24,11 +25,22 @@ from vitfast.settings import settings
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
+class BatchNorm(NamedTuple):
+    """(y - mean) / sqrt(var + eps) * weight + bias, each [O] or for these two None."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    mean: torch.Tensor
+    var: torch.Tensor
+    eps: float
+
+
 class Conv(NamedTuple):
     """weight [O, C / groups, H, W] and bias [O] of a convolution of maps, and its options.
 
     eps: of the weight's standardisation; None without one. same: padding as TensorFlow has it, by
-    the size of the input, besides `padding`.
+    the size of the input, besides `padding`. norm and act: what comes after it ("none", "relu" or
+    "gelu"); a weight is not both standardised and normed.
     """
 
     weight: torch.Tensor
@@ -39,6 +51,8 @@ class Conv(NamedTuple):
     groups: int
     eps: float | None
     same: bool
+    norm: BatchNorm | None = None
+    act: str = "none"
 
 
 Pads = tuple[int, int, int, int]
@@ -93,9 +107,10 @@ def _missing(dtype: torch.dtype) -> bool:
 
 def fits(conv: Conv, channels: int, dtypes: Collection[torch.dtype]) -> bool:
     """Whether this convolution, of plain tensors of these dtypes, can take so many channels."""
-    weight, bias = conv[:2]
+    weight, bias, norm = conv.weight, conv.bias, conv.norm
     return (
-        weight.is_cpu
+        (norm is None or all(_channels(t, len(weight)) for t in norm[:4]))
+        and weight.is_cpu
         and weight.ndim == 4
         and weight.shape[1] * conv.groups == channels
         and weight.dtype in dtypes
@@ -104,13 +119,21 @@ def fits(conv: Conv, channels: int, dtypes: Collection[torch.dtype]) -> bool:
     )
 
 
+def _channels(t: torch.Tensor | None, size: int) -> bool:
+    return t is None or (t.is_cpu and t.shape == (size,) and t.is_contiguous())
+
+
 def _dense(weight: torch.Tensor) -> bool:
     last = torch.channels_last
     return weight.is_contiguous() or weight.is_contiguous(memory_format=last)
 
 
-def _pointwise(conv: Conv) -> bool:
-    return conv.weight.shape[2:] == (1, 1) and conv.groups == 1 and conv.padding == (0, 0)
+def _of_patches(conv: Conv) -> bool:
+    """Whether it sees every element at most once."""
+    kernel = tuple(conv.weight.shape[2:])
+    if conv.groups != 1 or conv.padding != (0, 0):
+        return False
+    return kernel == (1, 1) or (kernel == conv.stride and conv.dilation == (1, 1) and not conv.same)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +144,7 @@ class Ready:
     pieces: tuple[torch.Tensor, ...]
     bias: torch.Tensor | None
     linear: Callable[[torch.Tensor], torch.Tensor] | None
+    own: _gemm.Linear | None = None  # the same on our own kernel
 
     def room(self, height: int, width: int) -> Pads | None:
         """What an input of this size has to be padded with before it comes here; None: nothing."""
@@ -135,12 +159,8 @@ class Ready:
         """
         conv = self.conv
         if self.linear is not None:
-            if conv.stride != (1, 1):
-                x = x[:, :, :: conv.stride[0], :: conv.stride[1]]
-                x = x.contiguous(memory_format=torch.channels_last)
-            x = x.permute(0, 2, 3, 1)
-            y = self.linear(x.reshape(-1, x.shape[3]))
-            return y.view(*x.shape[:3], -1).permute(0, 3, 1, 2)
+            x = self._patches(x)
+            return self.linear(x.flatten(0, 2)).view(*x.shape[:3], -1).permute(0, 3, 1, 2)
         padding = [0, 0]
         if not padded:
             left, right, top, bottom = found = pads(conv, *x.shape[2:])
@@ -150,34 +170,84 @@ class Ready:
                 x = F.pad(x, found)
         return torch.ops.mkldnn._convolution_pointwise.default(
             x, self.pieces[0], self.bias, padding, conv.stride, conv.dilation, conv.groups,
-            "none", [], "",
+            *_onednn.ATTRIBUTES[conv.act],
         )  # fmt: skip
 
+    def _patches(self, x: torch.Tensor) -> torch.Tensor:
+        """What the linear layer takes, contiguous [B, H', W', h * w * C]."""
+        (high, wide), (down, across) = self.conv.weight.shape[2:], self.conv.stride
+        x = x.permute(0, 2, 3, 1)
+        if high == wide == 1:
+            return x[:, ::down, ::across].contiguous()
+        x = x.unfold(1, high, down).unfold(2, wide, across)  # [B, H', W', C, h, w]
+        return x.permute(0, 1, 2, 4, 5, 3).flatten(3).contiguous()
 
-def prepare(conv: Conv, dtype: torch.dtype, rows: int) -> Ready:
+    def add_relu(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """relu(residual + self(x)), in the dtype of both."""
+        if self.own is None or not residual.is_contiguous(memory_format=torch.channels_last):
+            return self(x).add_(residual).relu_()
+        rows, others = (t.permute(0, 2, 3, 1) for t in (x, residual))
+        out = _gemm.apply(self.own, rows, residual=others)
+        return out.relu_().permute(0, 3, 1, 2)
+
+
+def prepare(conv: Conv, dtype: torch.dtype, rows: int, adds: bool = False) -> Ready:
     """A convolution of inputs of this dtype and about so many pixels, that `available` and `fits`
-    allow."""
+    allow. adds: for `Ready.add_relu`."""
     _onednn._settle_allocator()
-    bias = conv.bias
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    if _pointwise(conv):
-        return Ready(conv, (), bias, _linear(conv, bias, dtype, rows))
+    if _of_patches(conv):
+        return _prepare_linear(conv, dtype, rows, adds)
     form = (conv.eps, conv.stride, conv.dilation, conv.groups)
-    pieces = _weight_cache.CACHE.get(conv.weight, dtype, form, partial(_pack, conv))
+    pieces, bias = _kept(conv, dtype, form, partial(_pack, conv))
     return Ready(conv, pieces, bias, None)
 
 
-def _linear(
-    conv: Conv, bias: torch.Tensor | None, dtype: torch.dtype, rows: int
-) -> Callable[[torch.Tensor], torch.Tensor]:
+def _prepare_linear(conv: Conv, dtype: torch.dtype, rows: int, adds: bool) -> Ready:
     weight = conv.weight
-    if _gemm.is_faster(rows, weight, dtype):
-        b = _gemm.kept(weight, dtype, form=("standardised", conv.eps), make=partial(_matrix, conv))
-        return partial(_gemm.apply, _gemm.Linear(b, weight, bias, "", None, None))
-    pack, form = partial(_pack_linear, conv), ("linear", conv.eps)
-    pieces = _weight_cache.CACHE.get(weight, dtype, form, pack)
-    return _onednn.Linear(pieces, _onednn._step(weight.shape[1], dtype), bias, "none", len(weight))
+    adds = adds and conv.stride == (1, 1)
+    if _gemm.is_faster(1 if adds else rows, weight, dtype):
+        form = ("in order", native.isa(), conv.eps)
+        (packed,), bias = _kept(conv, dtype, form, partial(_pack_in_order, conv))
+        b = _gemm.of_packed(weight, dtype, packed)
+        own = _gemm.Linear(b, weight, bias, "", None, None)
+        run = partial(_gemm.apply, own, act=conv.act)
+        return Ready(conv, (), bias, run, own if adds else None)
+    pieces, bias = _kept(conv, dtype, ("linear", conv.eps), partial(_pack_linear, conv))
+    step = _onednn._step(weight[0].numel(), dtype)
+    run = _onednn.Linear(pieces, step, bias, conv.act, weight.shape[0])
+    return Ready(conv, (), bias, run)
+
+
+Pack = Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]]
+
+
+def _kept(
+    conv: Conv, dtype: torch.dtype, form: tuple[Hashable, ...], pack: Pack
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+    """The packed weight and the bias, which a norm changes, too."""
+    bias, norm = conv.bias, conv.norm
+    if norm is None:
+        if bias is not None and bias.dtype != dtype:
+            bias = bias.to(dtype)
+        return _weight_cache.CACHE.get(conv.weight, dtype, form, pack), bias
+
+    def both(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        return *pack(weight, dtype), _folded_bias(conv, norm).to(dtype)
+
+    form, others = (*form, norm.eps), (bias, *norm[:4])
+    *pieces, bias = _weight_cache.CACHE.get(conv.weight, dtype, form, both, others)
+    return tuple(pieces), bias
+
+
+def _scale(norm: BatchNorm) -> torch.Tensor:
+    scale = (norm.var.double() + norm.eps).rsqrt()
+    return scale if norm.weight is None else scale * norm.weight.detach()
+
+
+def _folded_bias(conv: Conv, norm: BatchNorm) -> torch.Tensor:
+    centre = -norm.mean.double() if conv.bias is None else conv.bias.detach() - norm.mean.double()
+    bias = centre * _scale(norm)
+    return bias if norm.bias is None else bias + norm.bias.detach()
 
 
 def plain_weight(conv: Conv) -> torch.Tensor:
@@ -196,11 +266,22 @@ def plain_weight(conv: Conv) -> torch.Tensor:
 
 def _standard(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     weight = weight.detach()
-    return (weight if conv.eps is None else standardised(weight, conv.eps, True)).to(dtype)
+    if conv.eps is not None:
+        weight = standardised(weight, conv.eps, True)
+    if conv.norm is not None:
+        weight = weight * _scale(conv.norm)[:, None, None, None]
+    return weight.to(dtype)
 
 
 def _matrix(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return _standard(conv, weight, dtype).reshape(len(weight), -1).contiguous()
+    rows = _standard(conv, weight, dtype).permute(0, 2, 3, 1)
+    return rows.reshape(len(weight), -1).contiguous()
+
+
+def _pack_in_order(
+    conv: Conv, weight: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    return (_gemm.in_order(_gemm.matrix((_matrix(conv, weight, dtype),), dtype, 0)),)
 
 
 def _pack_linear(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -58,6 +58,7 @@ class WeightCache:
         dtype: torch.dtype,
         form: Hashable,
         pack: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]],
+        others: Sequence[torch.Tensor | None] = (),
     ) -> tuple[torch.Tensor, ...]:
         """What `pack` makes of a weight for products of this dtype, new if need be.
 
@@ -65,9 +66,12 @@ class WeightCache:
             weight: [N, ...], contiguous; or [N, K] or [N, C, H, W], channels-last.
             form: what else, besides weight and dtype, the result depends on.
             pack: a function of weight and dtype.
+            others: dense tensors that the result depends on, too.
         """
         key = (id(weight), dtype, form)
         found = state(weight)
+        if others:
+            found += tuple(None if t is None else state(t) for t in others)
         entry = self._entries.get(key)
         if entry is not None and entry.state == found and entry.weight() is weight:
             return entry.pieces

@@ -1,0 +1,176 @@
+"""Convolutional stems with BatchNorm in CPU inference: the norm folded into packed convolutions.
+
+timm's ResNet (as in its ResNet-D hybrids) and MobileCLIP's stem, module by module: a convolution
+takes the BatchNorm and the activation after it along, a bottleneck its residual, too. Any other
+module between them is called as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from timm import layers as timm_layers
+from timm.models import _features, resnet
+from timm.models import vision_transformer_hybrid as hybrid
+from torch import nn
+
+from vitfast.layers import _conv, _guard
+from vitfast.layers._conv import Call
+from vitfast.layers._guard import Unfit
+from vitfast.ops._onednn_conv import BatchNorm, Conv, Ready
+
+_CHAINS = {nn.Sequential, _features.FeatureListNet, hybrid.ConvStem, timm_layers.ConvNormAct}
+_NORMS = {nn.BatchNorm2d, timm_layers.BatchNormAct2d}
+_ACTS = ("none", "relu", "gelu")
+
+
+class Bottleneck(NamedTuple):
+    """Three convolutions with their norms, and what the shortcut runs through before its own."""
+
+    convs: tuple[Conv, Conv, Conv]
+    before: tuple[nn.Module, ...]
+    shortcut: Conv | None
+
+
+Step = Conv | Bottleneck | nn.Module
+
+
+def features(backbone: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The last map of backbone(x), for channels-last images x [B, C, H, W].
+
+    None where it is for the modules themselves.
+    """
+    call = _conv.direct(x)
+    if call is None or x.numel() == 0 or type(backbone) not in _CHAINS:
+        return None
+    if type(backbone) is _features.FeatureListNet and not (
+        list(backbone.return_layers)[-1] == list(backbone._modules)[-1]
+        and not backbone.grad_checkpointing
+    ):
+        return None
+    try:
+        steps = list(_steps(list(_flat(backbone))))
+        if not any(type(step) is Conv for step in steps):
+            return None
+        for step in steps:
+            x = _run(x, step, call)
+    except Unfit:
+        return None
+    return x
+
+
+def _flat(module: Any) -> Iterator[Any]:
+    """The modules that a chain runs one after another."""
+    _guard.check_bare(module, type(module).__name__)
+    if type(module) in _CHAINS:
+        for child in module._modules.values():
+            yield from _flat(child)
+    elif type(module) is not nn.Identity:
+        yield module
+
+
+def _steps(modules: list[Any]) -> Iterator[Step]:
+    rest = modules
+    while rest:
+        if type(rest[0]) is nn.Conv2d:
+            conv, taken = _folded(rest)
+            rest = rest[taken:]
+            yield conv
+            continue
+        module, rest = rest[0], rest[1:]
+        yield _bottleneck(module) if type(module) is resnet.Bottleneck else module
+
+
+def _folded(modules: list[Any]) -> tuple[Conv, int]:
+    """The convolution that comes first with what follows it, and how many modules these are."""
+    conv, norm, act, taken = modules[0], None, "none", 1
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        raise Unfit("its convolution pads otherwise than with zeros")
+    if len(modules) > taken and type(modules[taken]) in _NORMS:
+        module = modules[taken]
+        norm, taken = _norm(module), taken + 1
+        if type(module) is timm_layers.BatchNormAct2d:
+            if type(module.drop) is not nn.Identity:
+                raise Unfit("its norm drops")
+            _guard.check_bare(module.drop, "drop")
+            act = _guard.activation(module._modules, "act")
+    if act == "none" and len(modules) > taken and type(modules[taken]) in _guard.ACTIVATIONS:
+        act, taken = _guard.activation({"act": modules[taken]}, "act"), taken + 1
+    if act not in _ACTS:
+        raise Unfit(f"activation {act} is not implemented here")
+    weight, bias = _guard.tensor(conv, "weight"), _guard.tensor(conv, "bias")
+    shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return Conv(weight, bias, *shape, None, False, norm, act), taken
+
+
+def _norm(module: Any) -> BatchNorm:
+    buffers = module._buffers
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if module.training or mean is None or var is None:
+        raise Unfit("its norm uses the statistics of the batch")
+    weight, bias = _guard.tensor(module, "weight"), _guard.tensor(module, "bias")
+    return BatchNorm(weight, bias, mean, var, module.eps)
+
+
+def _bottleneck(module: Any) -> Bottleneck:
+    children = module._modules
+    if children.get("se") is not None or not all(
+        type(children[name]) is nn.Identity for name in ("drop_block", "aa") if name in children
+    ):
+        raise Unfit("its bottlenecks gate, drop or blur")
+    if children.get("drop_path") is not None and _guard.drop_path(children, "drop_path"):
+        raise Unfit("its bottlenecks drop paths")
+    convs = []
+    for i in (1, 2, 3):
+        parts = [children[f"conv{i}"], children[f"bn{i}"], *([children[f"act{i}"]] * (i < 3))]
+        flat = [part for child in parts for part in _flat(child)]
+        conv, taken = _folded(flat)
+        if taken != len(flat) or type(children[f"bn{i}"]) is not nn.BatchNorm2d:
+            raise Unfit("its bottlenecks are of another kind")
+        convs.append(conv)
+    if _guard.activation(children, "act3") != "relu":
+        raise Unfit("its bottlenecks end in another activation than ReLU")
+    for name in ("drop_block", "aa"):
+        if name in children:
+            _guard.check_bare(children[name], name)
+    before, shortcut = (), None
+    if children.get("downsample") is not None:
+        steps = list(_steps(list(_flat(children["downsample"]))))
+        if not steps or type(steps[-1]) is not Conv or Bottleneck in map(type, steps):
+            raise Unfit("its shortcuts do not end in a convolution")
+        *before, shortcut = steps
+    return Bottleneck(tuple(convs), tuple(before), shortcut)  # type: ignore[arg-type]
+
+
+def _run(x: torch.Tensor, step: Step, call: Call) -> torch.Tensor:
+    if isinstance(step, Conv):
+        return _ready(x, step, call)(x.to(call.dtype))
+    if not isinstance(step, Bottleneck):
+        return step(x)
+    y = shortcut = x.to(call.dtype)
+    if step.shortcut is not None:
+        for module in step.before:
+            shortcut = _run(shortcut, module, call)
+        shortcut = _run(shortcut, step.shortcut, call)
+    for conv in step.convs[:2]:
+        y = _run(y, conv, call)
+    ready = _ready(y, step.convs[2], call, adds=True)
+    if shortcut.shape != (len(y), len(step.convs[2].weight), *y.shape[2:]):
+        raise Unfit("its shortcut has another shape")
+    return ready.add_relu(y, shortcut)
+
+
+def _ready(x: torch.Tensor, conv: Conv, call: Call, adds: bool = False) -> Ready:
+    """The convolution, packed for maps like x."""
+    norm = conv.norm
+    if norm is not None and call.records and _guard.records_grad(norm.weight, norm.bias):
+        raise Unfit("autograd records its norm")
+    ready = None
+    if x.ndim == 4 and _conv.covers(x, conv):
+        pixels = x.numel() // x.shape[1]
+        ready = _conv.ready(call._replace(pixels=pixels), conv, x.shape[1], adds)
+    if ready is None:
+        raise Unfit("a convolution is for PyTorch")
+    return ready
