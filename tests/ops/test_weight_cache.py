@@ -1,0 +1,198 @@
+"""Weights that inference keeps in the order of its products: never a stale one."""
+
+from __future__ import annotations
+
+import copy
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vitfast.ops import _gemm, _onednn, _weight_cache
+from vitfast.runtime import native
+from vitfast.settings import settings
+
+pytestmark = pytest.mark.skipif(
+    bool(native.reasons() or _onednn._missing()), reason="needs oneDNN and the extension"
+)
+
+
+@pytest.fixture(autouse=True)
+def empty_cache():
+    _weight_cache.clear_weight_cache()
+    yield
+    _weight_cache.clear_weight_cache()
+
+
+def on_onednn(weight, x):
+    with torch.no_grad():
+        return _onednn.prepare(weight, None, len(x), x.dtype)(x)
+
+
+def on_our_own(weight, x):
+    with torch.no_grad():
+        return _gemm.apply(_gemm.prepare(weight, None, len(x), x.dtype, keep=True), x)
+
+
+@pytest.fixture(params=[on_onednn, on_our_own])
+def run(request):
+    """run(weight, x): a linear layer of x [M, K]."""
+    return request.param
+
+
+@pytest.fixture
+def is_current(run):
+    """is_current(weight, x): whether the answer is that of the weight as it is now."""
+
+    def check(weight, x):
+        expected = x.double() @ weight.detach().double().T
+        return bool(torch.allclose(run(weight, x).double(), expected, atol=1e-4))
+
+    return check
+
+
+def layer(n=24, k=40, dtype=torch.float32):
+    return torch.nn.Parameter(torch.randn(n, k, dtype=dtype)), torch.randn(7, k, dtype=dtype)
+
+
+def packed(cache, weight):
+    """As `prepare` asks for the packing of a linear layer."""
+    return cache.get(weight, torch.float32, _onednn._pack.__name__, _onednn._pack)
+
+
+def test_a_packing_is_used_again_unless_it_is_large_beside_many_rows(run):
+    weight, x = layer()
+    first = packed(_weight_cache.CACHE, weight)
+    assert packed(_weight_cache.CACHE, weight)[0] is first[0]
+    _weight_cache.clear_weight_cache()
+    many = torch.randn(_weight_cache.CACHE_ROWS, 40)
+    run(torch.randn(_weight_cache.CACHE_ELEMENTS // 40 + 1, 40), many)
+    assert len(_weight_cache.CACHE) == 0
+    run(weight, many)
+    assert len(_weight_cache.CACHE) == 1
+
+
+EDITS = {
+    "no_grad_element": lambda w: w.__setitem__((0, 0), 9.0),
+    "copy_": lambda w: w.copy_(torch.randn_like(w)),
+    "lerp_": lambda w: w.lerp_(torch.randn_like(w), 0.1),
+    "data_mul_": lambda w: w.data.mul_(2),
+    "data_copy_": lambda w: w.data.copy_(torch.randn_like(w)),
+    "data_row": lambda w: w.data[5].zero_(),
+    "data_column": lambda w: w.data[:, 17].zero_(),
+    "data_assigned": lambda w: setattr(w, "data", torch.randn_like(w)),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)])
+def test_every_kind_of_edit_is_seen(is_current, edit, shape):
+    weight, x = layer(*shape)
+    assert is_current(weight, x)
+    with torch.no_grad():
+        edit(weight)
+    assert is_current(weight, x)
+
+
+def test_optimizer_steps_and_load_state_dict_are_seen(is_current):
+    model, x = torch.nn.Linear(40, 24, bias=False), torch.randn(7, 40)
+    assert is_current(model.weight, x)
+    model(x).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    assert is_current(model.weight, x)
+    model.load_state_dict({"weight": torch.randn(24, 40)})
+    assert is_current(model.weight, x)
+    model.to(torch.bfloat16).to(torch.float32)
+    assert is_current(model.weight, x)
+
+
+def test_weights_of_inference_mode_are_seen(is_current):
+    with torch.inference_mode():
+        weight, x = torch.randn(24, 40), torch.randn(7, 40)
+        assert is_current(weight, x)
+        weight.mul_(3)
+        assert is_current(weight, x)
+
+
+def test_a_new_weight_at_an_old_address_is_seen(is_current):
+    for _ in range(8):
+        weight, x = layer()
+        assert is_current(weight, x)
+        del weight
+        gc.collect()
+        assert len(_weight_cache.CACHE) == 0
+
+
+def test_copies_have_packings_of_their_own(is_current):
+    weight, x = layer()
+    assert is_current(weight, x)
+    twin = copy.deepcopy(weight)
+    with torch.no_grad():
+        twin.mul_(2)
+    assert is_current(twin, x) and is_current(weight, x)
+
+
+def test_float32_weights_serve_bfloat16_products(run):
+    weight, x = layer()
+    low = x.bfloat16()
+    expected = F.linear(low, weight.detach().bfloat16())
+    assert torch.allclose(run(weight, low).float(), expected.float(), atol=0.1)
+    with torch.no_grad():
+        weight.zero_()
+    assert not run(weight, low).any()
+
+
+def test_the_cache_is_bounded():
+    cache = _weight_cache.WeightCache(most_bytes=3 * 24 * 40 * 4)
+    weights = [layer()[0] for _ in range(5)]
+    for weight in weights:
+        packed(cache, weight)
+    assert len(cache) == 3
+    assert cache.bytes == cache.most_bytes
+
+
+def test_an_instruction_set_has_an_order_of_its_own():
+    weight, x = layer(70, 40)
+    want = F.linear(x, weight.detach())
+    try:
+        for settings.cpu_isa in ("baseline", None, "baseline"):
+            torch.testing.assert_close(on_our_own(weight, x), want)
+    finally:
+        settings.cpu_isa = None
+    assert len(_weight_cache.CACHE) == (1 if native.isa() == "baseline" else 2)
+
+
+@pytest.mark.parametrize("gate", ["first", "last"])
+def test_a_packed_gate(gate):
+    weight, x = layer(48, 40)
+    for _ in range(2):
+        ready = _gemm.prepare(weight, None, len(x), x.dtype, gate=gate, keep=True)
+        first, last = F.linear(x, weight.detach()).chunk(2, -1)
+        want = first.relu() * last if gate == "first" else first * last.relu()
+        torch.testing.assert_close(_gemm.apply(ready, x, "relu"), want)
+        weight.data.mul_(-1)
+    assert len(_weight_cache.CACHE) == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rows_of_patches_have_their_channels_last(keep, memory_format):
+    weight = torch.randn(24, 5, 2, 3).to(memory_format=memory_format)
+    patches = torch.randn(7, 5, 2, 3)
+    ready = _gemm.prepare(weight, None, 7, torch.float32, keep=keep, channels_last=True)
+    rows = patches.permute(0, 2, 3, 1).flatten(1)
+    torch.testing.assert_close(_gemm.apply(ready, rows), F.conv2d(patches, weight)[:, :, 0, 0])
+
+
+@pytest.mark.parametrize("dtype, k", [(torch.float32, 1024), (torch.bfloat16, 2048)])
+@pytest.mark.parametrize("rows", [14, 15, 61, 300])
+def test_rows_that_share_cache_sets(dtype, k, rows):
+    """They are copied apart; the sums are those of the same rows elsewhere, bit by bit."""
+    weight = torch.randn(330, k).to(dtype)
+    x = torch.randn(rows, k).to(dtype)
+    apart = torch.empty(rows, k + 48, dtype=dtype)[:, :k].copy_(x)
+    got = on_our_own(weight, x)
+    assert torch.equal(got, on_our_own(weight, apart))
+    exact = x.double() @ weight.double().T
+    assert (got - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max() * 8
