@@ -114,6 +114,17 @@ def test_maps_of_any_size(parity, embed, name, size):
     parity(module, image(*size), backward=False)
 
 
+@pytest.mark.parametrize("name", ["resnet_d", "clip", "clip_relu"])
+def test_what_is_not_a_number_stays_none(embed, name):
+    theirs = embed(BACKBONES[name]())
+    ours = copy.deepcopy(theirs)
+    swap(ours)
+    x = image()
+    x[1, 0, 5, 7] = float("nan")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
 def test_bfloat16_weights(embed, folded):
     theirs = embed(features())
     ours = copy.deepcopy(theirs)

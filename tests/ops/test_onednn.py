@@ -40,14 +40,14 @@ def test_error_is_at_most_twice_that_of_torch(k):
     assert ours.abs().max() <= 15 * ours.square().mean().sqrt() + 1e-6
 
 
-@pytest.mark.parametrize("act", ["none", "relu", "gelu", "gelu_tanh"])
+@pytest.mark.parametrize("act", ["none", "gelu", "gelu_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations(act, dtype):
     weight, x = layer(dtype=dtype)
     bias = torch.randn(24, dtype=dtype)
     z = F.linear(x.double(), weight.detach().double(), bias.double())
     approximate = "tanh" if act == "gelu_tanh" else "none"
-    expected = {"none": z, "relu": z.relu()}.get(act, F.gelu(z, approximate=approximate))
+    expected = z if act == "none" else F.gelu(z, approximate=approximate)
     rounding = torch.finfo(dtype).eps * expected.abs() + 1e-5
     assert ((run(weight, x, bias, act).double() - expected).abs() <= rounding).all()
 

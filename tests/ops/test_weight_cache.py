@@ -153,6 +153,7 @@ def test_the_cache_is_bounded():
 
 
 def test_an_instruction_set_has_an_order_of_its_own():
+    torch.manual_seed(0)
     weight, x = layer(70, 40)
     want = F.linear(x, weight.detach())
     try:
@@ -170,7 +171,7 @@ def test_a_packed_gate(gate):
         ready = _gemm.prepare(weight, None, len(x), x.dtype, gate=gate, keep=True)
         first, last = F.linear(x, weight.detach()).chunk(2, -1)
         want = first.relu() * last if gate == "first" else first * last.relu()
-        torch.testing.assert_close(_gemm.apply(ready, x, "relu"), want)
+        torch.testing.assert_close(_gemm.apply(ready, x, "relu"), want, rtol=1e-4, atol=1e-4)
         weight.data.mul_(-1)
     assert len(_weight_cache.CACHE) == 1
 

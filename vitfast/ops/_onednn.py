@@ -22,7 +22,6 @@ that of a blocked BLAS, so K is cut into pieces that are added up."""
 
 ATTRIBUTES = {
     "none": ("none", [], ""),
-    "relu": ("relu", [], ""),
     "gelu": ("gelu", [], "none"),
     "gelu_tanh": ("gelu", [], "tanh"),
 }

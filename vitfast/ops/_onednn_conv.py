@@ -168,10 +168,12 @@ class Ready:
                 padding = [top, left]
             else:
                 x = F.pad(x, found)
-        return torch.ops.mkldnn._convolution_pointwise.default(
+        act, after = _fused(conv.act)
+        y = torch.ops.mkldnn._convolution_pointwise.default(
             x, self.pieces[0], self.bias, padding, conv.stride, conv.dilation, conv.groups,
-            *_onednn.ATTRIBUTES[conv.act],
+            *_onednn.ATTRIBUTES[act],
         )  # fmt: skip
+        return y.relu_() if after else y
 
     def _patches(self, x: torch.Tensor) -> torch.Tensor:
         """What the linear layer takes, contiguous [B, H', W', h * w * C]."""
@@ -189,6 +191,11 @@ class Ready:
         rows, others = (t.permute(0, 2, 3, 1) for t in (x, residual))
         out = _gemm.apply(self.own, rows, residual=others)
         return out.relu_().permute(0, 3, 1, 2)
+
+
+def _fused(act: str) -> tuple[str, bool]:
+    """What oneDNN applies, and whether ReLU is left: its own makes zeros of NaN."""
+    return ("none", True) if act == "relu" else (act, False)
 
 
 def prepare(conv: Conv, dtype: torch.dtype, rows: int, adds: bool = False) -> Ready:
@@ -214,8 +221,9 @@ def _prepare_linear(conv: Conv, dtype: torch.dtype, rows: int, adds: bool) -> Re
         return Ready(conv, (), bias, run, own if adds else None)
     pieces, bias = _kept(conv, dtype, ("linear", conv.eps), partial(_pack_linear, conv))
     step = _onednn._step(weight[0].numel(), dtype)
-    run = _onednn.Linear(pieces, step, bias, conv.act, weight.shape[0])
-    return Ready(conv, (), bias, run)
+    act, after = _fused(conv.act)
+    run = _onednn.Linear(pieces, step, bias, act, weight.shape[0])
+    return Ready(conv, (), bias, (lambda x: run(x).relu_()) if after else run)
 
 
 Pack = Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]]
