@@ -9,6 +9,7 @@ every one of those elements alone.
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Sequence
@@ -127,6 +128,8 @@ def _matrix(w: torch.Tensor) -> tuple[int, int, int, int]:
 
 
 CACHE = WeightCache(native.memory() // 4)
+if hasattr(os, "register_at_fork"):  # another thread may hold the lock while this one forks
+    os.register_at_fork(after_in_child=lambda: setattr(CACHE, "_lock", threading.RLock()))
 
 
 def clear_weight_cache() -> None:
