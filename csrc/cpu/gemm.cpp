@@ -19,6 +19,9 @@ constexpr int64_t kStagedBytes = 4 << 20;
 struct Plan {
   bool pairs, staged;
   int64_t steps, panels, group_rows, blocks_per_group, blocks, block_rows;
+  // Sums of a tile are added to the totals after so many steps: few enough for exact sums (rounded
+  // operands need no such care), and for a stretch of B to stay in the L1 cache.
+  int64_t stretch;
 };
 
 Plan plan_of(const Gemm& g) {
@@ -26,6 +29,8 @@ Plan plan_of(const Gemm& g) {
   p.pairs = in_pairs(g.compute);
   p.steps = steps_of(g.b.k, g.compute);
   p.panels = panels_of(g.b.n);
+  const bool few_terms = g.a_transposed && p.steps <= kMostSteps;  // of a weight's gradient
+  p.stretch = p.pairs ? kMostSteps : few_terms ? kMostSteps / 4 : kMostSteps / 2;
   const bool one_group = g.a.rows >= g.m || g.a.outer == g.a.rows * g.a.inner;
   // Rows that share the sets of the L1 cache push each other out of it.
   const bool shared_sets =
@@ -219,13 +224,6 @@ struct Tiles {
   }
 };
 
-// Sums of a tile are added to the totals after so many steps: few enough for exact sums (rounded
-// operands need no such care), and for a stretch of B to stay in the L1 cache.
-inline int64_t stretch_of(const Plan& p) {
-  if (p.pairs) return kMostSteps;
-  return kMostSteps / 2;
-}
-
 // Steps of a panel that are put in order at a time: long runs of each column, as the hardware's
 // prefetching wants them, and still a part of the L2 cache only.
 constexpr int64_t kSlabSteps = 4 * kMostSteps;
@@ -289,7 +287,7 @@ class Panel {
 // total[rows][kPanel] = A B for one panel.
 void panel_product(const Tiles& tiles, const Plan& p, int64_t rows, const char* a, int64_t a_stride,
                    const Panel& b, float* total) {
-  const int64_t count = ceil_div(rows, kTileRows), stretch = stretch_of(p), steps = p.steps;
+  const int64_t count = ceil_div(rows, kTileRows), stretch = p.stretch, steps = p.steps;
   Ahead ahead;
   for (int64_t s = 0; s < steps; s += stretch) {
     const char* const in_order = b.from(s);
