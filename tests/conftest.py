@@ -19,6 +19,7 @@ with contextlib.suppress(ImportError):
 import pytest
 import torch
 
+from vitfast.runtime import native
 from vitfast.settings import settings
 
 
@@ -63,3 +64,9 @@ def same_state_after() -> Iterator[None]:
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     torch.set_default_dtype(dtype)
+
+
+@pytest.fixture
+def needs_native() -> None:
+    if native.reasons():
+        pytest.skip("; ".join(native.reasons()))

@@ -14,7 +14,6 @@ from torch import nn
 
 from vitfast.families import layer_table
 from vitfast.layers import _inference_maps, _rows
-from vitfast.runtime import native
 from vitfast.swap import swap
 from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
@@ -255,9 +254,3 @@ def lively_fixture() -> Callable[[nn.Module], nn.Module]:
 @pytest.fixture(name="timm_forbidden")
 def timm_forbidden_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     return lambda *classes: timm_forbidden(monkeypatch, *classes)
-
-
-@pytest.fixture
-def needs_native() -> None:
-    if native.reasons():
-        pytest.skip("; ".join(native.reasons()))

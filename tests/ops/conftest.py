@@ -9,8 +9,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitfast.ops
+from vitfast.ops import _onednn, _weight_cache
 from vitfast.ops.spec import OpSpec, Sample
-from vitfast.runtime import native
 from vitfast.testing.cases import Case
 from vitfast.testing.inputs import generator_of
 
@@ -71,6 +71,14 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
 
 
 @pytest.fixture
-def needs_native() -> None:
-    if native.reasons():
-        pytest.skip("; ".join(native.reasons()))
+def needs_onednn() -> None:
+    if _onednn._missing():
+        pytest.skip("; ".join(_onednn._missing()))
+
+
+@pytest.fixture
+def empty_cache() -> Iterator[None]:
+    """No weight is kept from another test, nor for one."""
+    _weight_cache.clear_weight_cache()
+    yield
+    _weight_cache.clear_weight_cache()

@@ -6,19 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _onednn, _weight_cache
-from vitfast.runtime import native
+from vitfast.ops import _onednn
 
-pytestmark = pytest.mark.skipif(
-    bool(native.reasons() or _onednn._missing()), reason="needs oneDNN and the extension"
-)
-
-
-@pytest.fixture(autouse=True)
-def empty_cache():
-    _weight_cache.clear_weight_cache()
-    yield
-    _weight_cache.clear_weight_cache()
+pytestmark = pytest.mark.usefixtures("needs_native", "needs_onednn", "empty_cache")
 
 
 def run(weight, x, bias=None, act="none"):

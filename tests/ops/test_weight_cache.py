@@ -16,16 +16,7 @@ from vitfast.ops import _gemm, _onednn, _weight_cache
 from vitfast.runtime import native
 from vitfast.settings import settings
 
-pytestmark = pytest.mark.skipif(
-    bool(native.reasons() or _onednn._missing()), reason="needs oneDNN and the extension"
-)
-
-
-@pytest.fixture(autouse=True)
-def empty_cache():
-    _weight_cache.clear_weight_cache()
-    yield
-    _weight_cache.clear_weight_cache()
+pytestmark = pytest.mark.usefixtures("needs_native", "needs_onednn", "empty_cache")
 
 
 def on_onednn(weight, x):

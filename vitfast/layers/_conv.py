@@ -23,6 +23,17 @@ def plan(module: Any) -> Conv:
     """What a convolution holds, its own hooks set aside (whoever called it has run them)."""
     if type(module) not in KINDS:
         raise Unsupported(f"convolution {type(module).__name__} is not implemented")
+    return _hold(module, module.eps, getattr(module, "same_pad", False))
+
+
+def plan_plain(module: Any) -> Conv:
+    """As `plan`, of an nn.Conv2d."""
+    if module.padding_mode != "zeros":
+        raise Unsupported(f"padding with {module.padding_mode} is not implemented")
+    return _hold(module, None, False)
+
+
+def _hold(module: Any, eps: float | None, same: bool) -> Conv:
     if isinstance(module.padding, str):
         raise Unsupported(f"padding by name ({module.padding!r}) is not implemented")
     return Conv(
@@ -32,8 +43,8 @@ def plan(module: Any) -> Conv:
         module.padding,
         module.dilation,
         module.groups,
-        module.eps,
-        getattr(module, "same_pad", False),
+        eps,
+        same,
     )
 
 

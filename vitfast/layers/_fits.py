@@ -117,13 +117,10 @@ def convolved(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> boo
         return False
     channels = x.shape[3]
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
-    mlp, (kernel, offset) = plan.mlp, plan.conv
+    mlp = plan.mlp
     hidden, width = len(mlp.fc1.weight), len(mlp.fc2.weight)
     return (
-        kernel.ndim == 4
-        and max(kernel.shape[2:]) <= WIDEST
-        and tensor(kernel, (channels, 1, *kernel.shape[2:]), dtypes)
-        and vector(offset, channels, dtypes)
+        depthwise(plan.conv, channels, dtypes)
         and vector(plan.norm.weight, channels)
         and vector(plan.norm.bias, channels)
         and mlp.norm is None
@@ -131,6 +128,17 @@ def convolved(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> boo
         and linear(mlp.fc2, width, hidden, dtypes)
         and (mlp.grn is None or all(vector(t, hidden) for t in mlp.grn[:2]))
         and vector(plan.gamma, width)
+    )
+
+
+def depthwise(layer: Linear, channels: int, dtypes: Collection[torch.dtype]) -> bool:
+    """Whether a depthwise convolution has so many channels."""
+    kernel, bias = layer
+    return (
+        kernel.ndim == 4
+        and max(kernel.shape[2:]) <= WIDEST
+        and tensor(kernel, (channels, 1, *kernel.shape[2:]), dtypes)
+        and vector(bias, channels, dtypes)
     )
 
 

@@ -85,9 +85,7 @@ def _steps(modules: list[Any]) -> Iterator[Step]:
 
 def _folded(modules: list[Any]) -> tuple[Conv, int]:
     """The convolution that comes first with what follows it, and how many modules these are."""
-    conv, norm, act, taken = modules[0], None, "none", 1
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise Unfit("its convolution pads otherwise than with zeros")
+    norm, act, taken = None, "none", 1
     if len(modules) > taken and type(modules[taken]) in _NORMS:
         module = modules[taken]
         norm, taken = _norm(module), taken + 1
@@ -100,9 +98,7 @@ def _folded(modules: list[Any]) -> tuple[Conv, int]:
         act, taken = _guard.activation({"act": modules[taken]}, "act"), taken + 1
     if act not in _ACTS:
         raise Unfit(f"activation {act} is not implemented here")
-    weight, bias = _guard.tensor(conv, "weight"), _guard.tensor(conv, "bias")
-    shape = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return Conv(weight, bias, *shape, None, False, norm, act), taken
+    return _conv.plan_plain(modules[0])._replace(norm=norm, act=act), taken
 
 
 def _norm(module: Any) -> BatchNorm:
@@ -116,9 +112,8 @@ def _norm(module: Any) -> BatchNorm:
 
 def _bottleneck(module: Any) -> Bottleneck:
     children = module._modules
-    if children.get("se") is not None or not all(
-        type(children[name]) is nn.Identity for name in ("drop_block", "aa") if name in children
-    ):
+    others = (children.get(name) for name in ("se", "drop_block", "aa"))
+    if [part for child in others if child is not None for part in _flat(child)]:
         raise Unfit("its bottlenecks gate, drop or blur")
     if children.get("drop_path") is not None and _guard.drop_path(children, "drop_path"):
         raise Unfit("its bottlenecks drop paths")
@@ -132,9 +127,6 @@ def _bottleneck(module: Any) -> Bottleneck:
         convs.append(conv)
     if _guard.activation(children, "act3") != "relu":
         raise Unfit("its bottlenecks end in another activation than ReLU")
-    for name in ("drop_block", "aa"):
-        if name in children:
-            _guard.check_bare(children[name], name)
     before, shortcut = (), None
     if children.get("downsample") is not None:
         steps = list(_steps(list(_flat(children["downsample"]))))

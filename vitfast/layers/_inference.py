@@ -241,7 +241,7 @@ class _Steps:
 
     def _norm_last(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
         _rows.add_normed(x, self._proj(attended), self.plan.norm1, out)
-        branch = self._mlp.output(self._hidden(out.to(self.operand)))
+        branch = self._mlp(self._hidden(out.to(self.operand)))
         _rows.add_normed(out, branch, self.plan.norm2, out)
 
     def _hidden(self, x: torch.Tensor) -> Sequence[torch.Tensor]:

@@ -30,7 +30,7 @@ def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     halves = _rows.mlp(plan.mlp, len(rows_out), operand)
     for _, pieces in _inference_maps.convolved(x, plan, operand):
         for rows, normed in pieces:
-            rows_out[rows] = halves.output(halves.hidden(normed))
+            rows_out[rows] = halves(halves.hidden(normed))
     return out
 
 

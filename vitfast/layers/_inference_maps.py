@@ -125,7 +125,9 @@ def downsample(
         return None
     lines, columns = high // height, wide // across
     out = native.empty((batch, lines, columns, width), operand)
-    linear = _rows.patches(Linear(weight, bias), batch * lines * columns, operand)
+    linear = _rows.linear(
+        Linear(weight, bias), batch * lines * columns, operand, channels_last=True
+    )
     x = image.permute(0, 2, 3, 1).contiguous()
     for images, stripes in _stripes(batch, lines, columns, _rows.CHUNK_ROWS):
         for first, last in stripes:

@@ -10,7 +10,7 @@ ReLU goes with the product before it, its square is a pass over rows that are st
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -103,14 +103,10 @@ def _fit(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> bool:
     linears = [(mlp.fc1, hidden, channels), (mlp.fc2, channels, hidden)]
     stars = [plan.star]
     if isinstance(mixer, SepConv):
-        width, (kernel, offset) = len(mixer.fc1.weight), mixer.conv
+        width = len(mixer.fc1.weight)
         linears += [(mixer.fc1, width, channels), (mixer.fc2, channels, width)]
         stars.append(mixer.star)
-        if not (
-            max(kernel.shape[2:]) <= dwconv_op.WIDEST
-            and _fits.tensor(kernel, (width, 1, *kernel.shape[2:]), dtypes)
-            and _fits.vector(offset, width, dtypes)
-        ):
+        if not _fits.depthwise(mixer.conv, width, dtypes):
             return False
     elif isinstance(mixer, Attention):
         linears += [(mixer.qkv[0], 3 * channels, channels), (mixer.proj, channels, channels)]
@@ -159,10 +155,7 @@ def _mixer(
         mixed = inner(_normalised(x, half.norm, operand))
         base, result = (t.view(-1, t.shape[-1]) for t in (x, out))
         for chunk in _rows.chunks(len(base)):
-            if half.scale is None:
-                layer.add_to(base[chunk], half.gamma, mixed[chunk], result[chunk])
-            else:
-                _add(base[chunk], layer(mixed[chunk]), half, result[chunk])
+            _add_result(base[chunk], layer, mixed[chunk], half, result[chunk])
 
     return mix
 
@@ -212,10 +205,17 @@ def _add_mlp(
         else:
             normed = _normalised(base, half.norm, operand)
         hidden = [_starred(piece, plan.star) for piece in halves.hidden(normed)]
-        if half.scale is None:
-            halves.add_to(base, half.gamma, hidden, result)
-        else:
-            _add(base, halves.output(hidden), half, result)
+        _add_result(base, halves, hidden, half, result)
+
+
+def _add_result(
+    x: torch.Tensor, step: _rows.Layer | _rows.Halves, inner: Any, half: Half, out: torch.Tensor
+) -> None:
+    """scale * x + gamma * step(inner) into `out`, which may be x."""
+    if half.scale is None:
+        step.add_to(x, half.gamma, inner, out)
+    else:
+        _add(x, step(inner), half, out)
 
 
 def _add(x: torch.Tensor, branch: torch.Tensor, half: Half, out: torch.Tensor) -> None:

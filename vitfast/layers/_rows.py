@@ -74,6 +74,9 @@ class Halves:
     output: Callable[[Sequence[torch.Tensor]], torch.Tensor]
     fc2: Layer | None
 
+    def __call__(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
+        return self.output(hidden)
+
     def add_to(
         self,
         residual: torch.Tensor,
@@ -81,9 +84,9 @@ class Halves:
         hidden: Sequence[torch.Tensor],
         out: torch.Tensor,
     ) -> None:
-        """residual + gamma * self.output(hidden) into `out`, which may be the residual."""
+        """residual + gamma * self(hidden) into `out`, which may be the residual."""
         if self.fc2 is None:
-            add(residual, self.output(hidden), gamma, out)
+            add(residual, self(hidden), gamma, out)
         else:
             self.fc2.add_to(residual, gamma, hidden[0], out)
 
@@ -110,14 +113,26 @@ def linear(
     act: str = "none",
     packed: str | None = None,
     gate: Linear | None = None,
+    channels_last: bool = False,
 ) -> Layer:
-    """The faster of oneDNN and our own kernel, which has every activation and gate."""
+    """The faster of oneDNN and our own kernel, which has every activation and gate.
+
+    Args:
+        channels_last: the weight is [N, C, H, W], of rows [H, W, C].
+    """
     plain = packed is None and gate is None
     if plain and _is_for_onednn(layer, rows, dtype, act):
-        return Layer(_onednn.prepare(*layer, rows, dtype, act), None)
+        return Layer(_onednn.prepare(*layer, rows, dtype, act, channels_last), None)
     gate_weight, gate_bias = gate or (None, None)
     prepared = _gemm.prepare(
-        *layer, rows, dtype, gate=packed, gate_weight=gate_weight, gate_bias=gate_bias, keep=True
+        *layer,
+        rows,
+        dtype,
+        gate=packed,
+        gate_weight=gate_weight,
+        gate_bias=gate_bias,
+        keep=True,
+        channels_last=channels_last,
     )
     adds = prepared.matrix is not None and act == "none"
     return Layer(partial(_gemm.apply, prepared, act=act), prepared if adds else None)
@@ -127,15 +142,6 @@ def _is_for_onednn(layer: Linear, rows: int, dtype: torch.dtype, act: str) -> bo
     """Whether oneDNN runs this layer, and no slower than our own kernel."""
     faster = _gemm.is_faster(rows, layer.weight, dtype)
     return not faster and not _onednn.reasons(*layer, dtype, act)
-
-
-def patches(layer: Linear, rows: int, dtype: torch.dtype) -> Layer:
-    """A convolution [N, C, H, W] of disjoint patches, whose rows come as [H, W, C]."""
-    weight, bias = layer
-    if _is_for_onednn(layer, rows, dtype, "none"):
-        return Layer(_onednn.prepare(weight, bias, rows, dtype, channels_last=True), None)
-    prepared = _gemm.prepare(weight, bias, rows, dtype, channels_last=True, keep=True)
-    return Layer(partial(_gemm.apply, prepared), prepared)
 
 
 def normalise(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:

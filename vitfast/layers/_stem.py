@@ -24,10 +24,10 @@ def features(backbone: Any, x: torch.Tensor) -> Any:
         pooled = _pooled(x, backbone._modules["stem"] if whole else backbone)
     except Unfit:
         pooled = None
-    if pooled is None and not whole:
-        pooled = _folded.features(backbone, x.contiguous(memory_format=torch.channels_last))
     if pooled is None:
-        return backbone(x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        found = None if whole else _folded.features(backbone, x)
+        return backbone(x) if found is None else found
     return backbone.head(backbone.norm(backbone.stages(pooled))) if whole else pooled
 
 

@@ -36,17 +36,11 @@ def plan_downsampling(module: nn.Module) -> Downsample:
     if type(conv) is not nn.Conv2d:
         raise _guard.Unfit(f"conv is a {type(conv).__name__}, not torch.nn.Conv2d")
     _guard.check_bare(conv, "conv")
-    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-        raise Unsupported("only zeros, of a number, are implemented as padding")
-    weight, bias = (_guard.tensor(conv, name) for name in ("weight", "bias"))
-    options = (conv.stride, conv.padding, conv.dilation, conv.groups)
     plain = type(norm) is nn.Identity
     if plain:
         _guard.check_bare(norm, "norm")
-    return Downsample(
-        None if plain else _norm.child_2d(children, "norm"),
-        Conv(weight, bias, *options, None, False),
-    )
+    found = _conv.plan_plain(conv)
+    return Downsample(None if plain else _norm.child_2d(children, "norm"), found)
 
 
 def plan_attention(module: Any) -> AttentionPlan:

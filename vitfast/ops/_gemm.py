@@ -10,7 +10,7 @@ beforehand, for this one call; inference keeps them in order (`_weight_cache`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -119,22 +119,21 @@ def kept(
     weight: torch.Tensor,
     dtype: torch.dtype,
     gate: str = "",
-    form: Hashable = None,
-    make: Callable[[torch.Tensor, torch.dtype], torch.Tensor] | None = None,
+    channels_last: bool = False,
 ) -> Matrix:
     """B as of `matrix`, in order and kept for as long as its weight stays what it is.
 
     Args:
         weight: plain, [N, K] or dense with more dimensions after N.
-        make: gives the rows [N, K] of a weight for this dtype, where they are others; form: what
-            tells these from the rows of another function.
+        channels_last: it is [N, C, H, W], of rows [H, W, C].
     """
 
     def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        rows = weight.detach() if make is None else make(weight, dtype)
+        rows = _channels_last(weight) if channels_last else weight.detach()
         return (in_order(matrix((rows,), dtype, 0, gate=gate)),)
 
-    (packed,) = CACHE.get(weight, dtype, ("in order", native.isa(), gate, form), pack)
+    form = ("in order", native.isa(), gate, channels_last)
+    (packed,) = CACHE.get(weight, dtype, form, pack)
     return of_packed(weight, dtype, packed, gate)
 
 
@@ -215,18 +214,17 @@ def prepare(
     keep = keep and gate_weight is None and _is_plain(weight) and worth_keeping(weight, rows)
     b = None
     if fits and keep:
-        make = _channels_last if channels_last else None
-        b = kept(weight, dtype, gate, "channels last" if channels_last else None, make)
+        b = kept(weight, dtype, gate, channels_last)
     else:
         if channels_last:
-            weight = _channels_last(weight, dtype)
+            weight = _channels_last(weight)
         if fits:
             weights = (weight,) if gate_weight is None else (gate_weight, weight)
             b = matrix(weights, dtype, rows, gate=gate)
     return Linear(b, weight, bias, gate, gate_weight, gate_bias)
 
 
-def _channels_last(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _channels_last(weight: torch.Tensor) -> torch.Tensor:
     return weight.detach().permute(0, 2, 3, 1).flatten(1)
 
 
