@@ -148,6 +148,20 @@ def test_training_keeps_the_statistics_of_batches(embed):
     assert (ours.backbone.bn1.running_mean != embed(features()).backbone.bn1.running_mean).all()
 
 
+def test_what_counts_batches_does_so_once(embed):
+    """Even where a later step turns out to be none to fold."""
+    chain = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.MaxPool2d(2), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3)
+    )
+    module = embed(chain)
+    swap(module)
+    chain[2].train()
+    chain[3].half()
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        module(image())
+    assert chain[2].num_batches_tracked == 1
+
+
 CHANGES = {
     "mean": lambda m: m.bn2.running_mean.add_(1),
     "var": lambda m: m.bn2.running_var.mul_(3),

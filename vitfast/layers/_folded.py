@@ -80,6 +80,8 @@ def _steps(modules: list[Any]) -> Iterator[Step]:
             yield conv
             continue
         module, rest = rest[0], rest[1:]
+        if module.training:  # it might draw or count, and do so again where the steps are given up
+            raise Unfit("it is training")
         yield _bottleneck(module) if type(module) is resnet.Bottleneck else module
 
 
