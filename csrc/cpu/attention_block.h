@@ -121,7 +121,7 @@ struct Workspace {
   typedef typename M::Row Row;
   Elem *q, *k, *v, *pairs;  // q: [block][unit][kBlock]; k, v: panels
   float *o, *s, *row;       // o: [block][d][kBlock]
-  float *max, *sum;         // [block][kBlock]
+  float *max, *shift, *sum;  // [block][kBlock]
   Row* rows;
 
   static int64_t bytes(int64_t blocks, int64_t D) { return Workspace().carve(nullptr, blocks, D); }
@@ -136,6 +136,7 @@ struct Workspace {
     used = take(base, used, s, kTileKeys * kBlock);
     used = take(base, used, row, D);
     used = take(base, used, max, blocks * kBlock);
+    used = take(base, used, shift, blocks * kBlock);
     used = take(base, used, sum, blocks * kBlock);
     return take(base, used, rows, (kTileKeys > kBlock ? kTileKeys : kBlock) * width);
   }
@@ -185,7 +186,7 @@ inline void flip_signs(uint32_t* p, int64_t n) {
 //   queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
 //   add_scores(w, lanes, units, factor, first, count, k0, keys, top): w.s = scores * factor with what is
 //     added to them, in powers of two, and their maximum with `top`;
-//   write(first, count, o, sum, max, c): takes O, its sums, and the maxima in units of c.
+//   write(first, count, o, sum, shift): takes O, its sums, and what was taken off the scores.
 template <class M, class P>
 inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
   typedef typename M::Row Row;
@@ -205,6 +206,7 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
   }
   for (int64_t i = 0; i < blocks * kBlock; i += kLanes) {
     store(w.max + i, splat(-kInf));
+    store(w.shift + i, zero());
     store(w.sum + i, zero());
   }
   std::memset(w.o, 0, static_cast<size_t>(blocks * D * kBlock) * 4);
@@ -221,8 +223,9 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
       const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
       if (p.hidden(first, count, k0)) continue;
       const int vecs = static_cast<int>(ceil_div(count, kLanes));
-      alignas(64) float top[kBlock], alpha[kBlock], shift[kBlock], sum[kBlock];
+      alignas(64) float top[kBlock], alpha[kBlock], sum[kBlock];
       float* max = w.max + i * kBlock;
+      float* shift = w.shift + i * kBlock;
       float* total = w.sum + i * kBlock;
       for (int m = 0; m < kBlock; m += kLanes) store(top + m, load(max + m));
       const typename M::Elem* lanes = w.q + i * units * kBlock;
@@ -238,8 +241,11 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
         const vf now = load(top + m);
         // All keys so far masked: any finite shift keeps exp2(-inf) = 0 and avoids inf - inf.
         const vf safe = select(now == -kInf, zero(), now) * splat(c);
+        // From one rounded shift to the next. The product max * c, fused into this difference, would
+        // leave the rounding of the shift in alpha, and a tile's share off by it once per later tile.
+        const vf before = select(load(max + m) == -kInf, splat(-kInf), load(shift + m));
+        store(alpha + m, exp2_nonpositive(before - safe));
         store(shift + m, safe);
-        store(alpha + m, exp2_nonpositive(load(max + m) * splat(c) - safe));
         store(max + m, now);
       }
       exponentials<M>(vecs, w.s, keys, c, shift, sum, w.pairs);
@@ -255,8 +261,7 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
 
   for (int64_t i = 0; i < blocks; ++i) {
     const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
-    p.write(first, count, w.o + i * D * kBlock, w.sum + i * kBlock, w.max + i * kBlock,
-            terms ? 1.f : factor);
+    p.write(first, count, w.o + i * D * kBlock, w.sum + i * kBlock, w.shift + i * kBlock);
   }
 }
 

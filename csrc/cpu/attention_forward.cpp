@@ -66,16 +66,16 @@ struct Dense {
     T* out = static_cast<T*>(a.out.ptr) + b * a.out.sb + first * a.out.sn + h * a.out.sh;
     write_output<T>(o, sum, count, D, a.out.sd, [&](int64_t m) { return out + m * a.out.sn; });
   }
-  void write(int64_t first, int64_t count, const float* o, const float* sum, const float* max, float c) const {
+  void write(int64_t first, int64_t count, const float* o, const float* sum, const float* shift) const {
     if (a.dtype == DType::f32)
       write_as<float>(first, count, o, sum);
     else
       write_as<bf16_t>(first, count, o, sum);
     if (!a.stats) return;
-    float* shift = a.stats + (b * a.H + h) * a.Nq + first;
-    float* total = shift + a.B * a.H * a.Nq;
+    float* to = a.stats + (b * a.H + h) * a.Nq + first;
+    float* total = to + a.B * a.H * a.Nq;
     for (int64_t m = 0; m < count; ++m) {
-      shift[m] = (max[m] == -kInf ? 0.f : max[m]) * c;
+      to[m] = shift[m];
       total[m] = sum[m];
     }
   }

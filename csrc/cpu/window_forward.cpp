@@ -59,17 +59,17 @@ struct Window {
       return token[first + m] < 0 ? nullptr : out + token[first + m] * a.heads * D;
     });
   }
-  void write(int64_t first, int64_t count, const float* o, const float* sum, const float* max, float c) const {
+  void write(int64_t first, int64_t count, const float* o, const float* sum, const float* shift) const {
     if (a.dtype == DType::f32)
       write_as<float>(first, count, o, sum);
     else
       write_as<bf16_t>(first, count, o, sum);
     if (!a.stats) return;
     const Grid g = grid(a);
-    float* shift = a.stats + ((batch * g.high * g.wide + index) * a.heads + head) * N + first;
-    float* total = shift + a.B * g.high * g.wide * a.heads * N;
+    float* to = a.stats + ((batch * g.high * g.wide + index) * a.heads + head) * N + first;
+    float* total = to + a.B * g.high * g.wide * a.heads * N;
     for (int64_t m = 0; m < count; ++m) {
-      shift[m] = (max[m] == -kInf ? 0.f : max[m]) * c;
+      to[m] = shift[m];
       total[m] = sum[m];
     }
   }
@@ -141,13 +141,13 @@ inline void attend_tile(const Window<M>& p, const Tile<M>& t, const Workspace<M>
   });
   for (int m = 0; m < vecs * kLanes; m += kLanes) {
     const vf top = load(w.max + m);  // a finite shift avoids inf - inf
-    store(w.max + m, select(top == -kInf, zero(), top));
+    store(w.shift + m, select(top == -kInf, zero(), top));
   }
-  exponentials<M>(vecs, w.s, N, 1.f, w.max, sum, w.pairs);
+  exponentials<M>(vecs, w.s, N, 1.f, w.shift, sum, w.pairs);
   for_groups(D, [&](int64_t d, int n) {
     with_tile(n, vecs, TileOutput<M>{{t.units, d}, probabilities(w, M{}), key_units, w.o + d * kBlock});
   });
-  p.write(0, N, w.o, sum, w.max, 1.f);
+  p.write(0, N, w.o, sum, w.shift);
 }
 
 // What a thread holds of a window beside the workspace.

@@ -236,8 +236,9 @@ def test_ctrl_c_in_the_middle_of_a_run(tmp_path):
     child = subprocess.Popen(
         [sys.executable, "-c",
          "import sys, vitfast.bench.timer as t, vitfast.bench.modules as m\n"
-         "def loud(*a, **k): print('timing', flush=True); return t.interleave(*a, **k)\n"
-         "m.interleave = loud\n"
+         "def endless(*a, **k):\n"
+         "    print('timing', flush=True); return t.interleave(*a, **k, max_rounds=10**9)\n"
+         "m.interleave = endless\n"
          "from vitfast.cli.main import main; sys.exit(main(sys.argv[1:]))", *words],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -85,7 +85,7 @@ def _run(case: Case, backward: bool) -> None:
 @pytest.mark.parametrize(("spec", "sample"), SAMPLES, ids=_ids(SAMPLES))
 def test_against_the_reference(spec, sample, dtype):
     """Within the error criterion, between NaN guard zones, in memory that was NaN before."""
-    if dtype == torch.float16 and sample.name == "logits_minus_6e4":
+    if dtype == torch.float16 and sample.name == "logits_minus_43000":
         pytest.skip("these logits are beyond float16")
     case = Case(spec, sample, dtype)
     _run(case, backward=False)

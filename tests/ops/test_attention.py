@@ -57,6 +57,31 @@ def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
 
 
+# ---- many tiles of keys -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cpu", "vendor"])
+def test_early_keys_count_as_much_as_late_ones(backend):
+    """Among 20,000 equal keys: an error of the running maximum would grow with every tile."""
+    n, d = 20_000, 16
+    for seed in range(4):  # roundings differ with the logit
+        q, key = torch.randn(2, 1, 1, 1, d, generator=torch.Generator().manual_seed(seed))
+        k = key.expand(1, n, 1, d).contiguous()
+        v = torch.zeros(1, n, 1, d)
+        v[:, : n // 2] = 1
+        out = attention(q, k, v, backend=backend)
+        torch.testing.assert_close(out, torch.full_like(out, 0.5), rtol=0, atol=1e-6)
+
+
+def test_backward_and_forward_agree_on_the_weights():
+    """The gradients of v are the weights, and their sum over the keys is 1."""
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 5000, 1, 16)
+    v = torch.zeros(1, 5000, 1, 16, requires_grad=True)
+    out = attention(q, k, v, backend="cpu")
+    (weights,) = torch.autograd.grad(out, v, torch.ones_like(out))
+    assert abs(float(weights[..., 0].double().sum()) - 1) < 5e-7
+
+
 # ---- symmetries ----------------------------------------------------------------------------------
 
 

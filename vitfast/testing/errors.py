@@ -17,7 +17,8 @@ b = base - reference, n elements and ulp the spacing of the working dtype at rms
     Here s is the standard error of mean(b): rms(b) / sqrt(n), or more where errors come in clusters
     (a row shares its statistics), judged by the means of b along each dimension; and m is
     (rms(b) / s)^2, the number of independent errors
-(e) 1 - cosine(actual, reference) <= 1e-4 (float32: 1e-7), or twice that of the base
+(e) 1 - cosine(actual, reference) <= 1e-4 (float32: 1e-7), or that of the base times 2 or
+    rms_factor^2 (it grows with the square of the error)
 (f) max|reference| >= 20 * the error that (b) allows; otherwise even zeros might pass, and the case
     is rejected as toothless
 (g) where the working dtype is float32: |e| <= 4 * (1e-5 + 1.3e-6 |reference|) for every element
@@ -226,9 +227,8 @@ def _judge(
     rms_allowed = wide * rms_b + 0.1 * step + one / math.sqrt(max(n, 1))
     bias, bias_allowed = _bias(e, r, whole, reference, one / max(n, 1), step, dtype)
     gap = _cosine_gap(actual[judged].double(), r)
-    gap_allowed = max(
-        COSINE_GAP[working], 2 * _cosine_gap(base[usable].double(), reference[usable])
-    )
+    base_gap = _cosine_gap(base[usable].double(), reference[usable])
+    gap_allowed = max(COSINE_GAP[working], max(2, rms_factor**2) * base_gap)
     power = _ratio(max_r, max_allowed)
 
     problems = []

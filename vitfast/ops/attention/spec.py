@@ -254,7 +254,7 @@ PROLOGUES = (
     _sample("norm_float32_weights", 37, 2, 32, _norm("layer", bias=False, dtype=torch.float32)),
     _sample("norm_layer_no_affine", 37, 2, 32, qk_norm="layer"),
     _sample("norm_rms", 40, 3, 24, _norm("rms", eps=1e-5), batch=2),
-    _sample("norm_rms_small", 9, 2, 8, _norm("rms"), tags=SMALL),
+    _sample("norm_rms_small", 17, 2, 8, _norm("rms"), tags=SMALL),
     _sample("rope", 37, 3, 16, _rope(1), batch=2, tags=("odd", "check")),
     _sample("rope_half", 37, 3, 24, _rope(5, half=True), batch=2, tags=("odd", "check")),
     _sample("rope_heads", 37, 3, 16, _rope(per_head=True), batch=2),
@@ -274,7 +274,8 @@ VALUES = (
     _sample("scale_1", 37, 2, 16, scale=1.0),
     _sample("logits_80", 37, 2, 32, change=_logits_near(80.0)),
     _sample("logits_minus_80", 37, 2, 32, change=_logits_near(-80.0)),
-    _sample("logits_minus_6e4", 37, 2, 32, change=_logits_near(-6e4)),
+    # 43,000 and its 62,000 in powers of two have the same spacing of float32.
+    _sample("logits_minus_43000", 37, 2, 32, change=_logits_near(-4.3e4)),
     _sample("outlier_channels", 65, 2, 64, change=_outliers, tags=("odd", "check")),
     _sample("one_hot", 37, 2, 32, change=_one_hot),
     _sample("empty_batch", 5, 2, 16, batch=0, tags=("odd", "empty")),
@@ -300,5 +301,8 @@ SPEC = OpSpec(
     # The reference sums each row in one product; a flash kernel carries the row's normaliser, and
     # its rounding, through many steps. PyTorch's own (vendor) is as far off as this factor.
     rms_factor=2.0,
+    # The largest error is that of the few largest weights, and luck: over seeds, and by the BLAS it
+    # runs on, a result as exact as PyTorch's has 0.6 to 3.7 times PyTorch's largest error.
+    backward_factor=4.0,
     samples=SHAPES + HEAD_DIMS + TOKENS + LAYOUTS + MASKS + PROLOGUES + VALUES,
 )

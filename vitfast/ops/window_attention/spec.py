@@ -114,6 +114,7 @@ SPEC = OpSpec(
     reference=reference,
     dispatcher=DISPATCHER,
     cost=_cost,
-    rms_factor=2.0,  # as for attention
+    rms_factor=2.0,  # these as for attention
+    backward_factor=4.0,
     samples=REAL + SHAPES,
 )
