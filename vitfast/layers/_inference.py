@@ -170,8 +170,8 @@ def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
         return None
     rows = x.reshape(-1, x.shape[-1])
     out = native.empty(rows.shape, steps.stream)
-    for chunk in _rows.chunks(len(rows)):
-        steps.mlp_half(rows[chunk], out[chunk])
+    for part, result in _rows.in_chunks(rows, out):
+        steps.mlp_half(part, result)
     return out.view(x.shape)
 
 
@@ -189,16 +189,15 @@ class _Steps:
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """norm1 and the projection(s) to q, k and v: [rows, 3 A], or three of [rows, A]."""
-        chunks = _rows.chunks(len(x))
-        if len(chunks) == 1:
+        if len(x) <= _rows.WHOLE_ROWS:
             part = self._to_qkv(x)
             return [layer(part) for layer in self._qkv]
         sizes = [linear.weight.shape[0] for linear in self.plan.attn.qkv]
         results = [native.empty((len(x), size), self.operand) for size in sizes]
-        for chunk in chunks:
-            part = self._to_qkv(x[chunk])
-            for layer, result in zip(self._qkv, results, strict=True):
-                result[chunk] = layer(part)
+        for rows, *parts in _rows.in_chunks(x, *results):
+            part = self._to_qkv(rows)
+            for layer, result in zip(self._qkv, parts, strict=True):
+                result.copy_(layer(part))
         return results
 
     def _to_qkv(self, x: torch.Tensor) -> torch.Tensor:
@@ -209,12 +208,11 @@ class _Steps:
     def finish(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
         """Everything after the attention, into `out` [rows, C]."""
         norm = self.plan.attn.norm
-        for chunk in _rows.chunks(len(x)):
-            part = attended[chunk]
+        finish = self._norm_last if self.plan.norms_last else self._norm_first
+        for before, part, after in _rows.in_chunks(x, attended, out):
             if norm is not None:
-                part = _rows.normalise(part, norm, part)
-            finish = self._norm_last if self.plan.norms_last else self._norm_first
-            finish(x[chunk], part, out[chunk])
+                _rows.normalise(part, norm, part)
+            finish(before, part, after)
 
     def _norm_first(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
         plan = self.plan

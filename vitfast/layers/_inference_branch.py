@@ -45,7 +45,7 @@ def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor | None:
     base, inner = (t.contiguous().view(-1, channels) for t in (x, y))
     halves = _rows.mlp(plan.mlp, len(base), operand)
     results = out.view(base.shape)
-    for rows in _rows.chunks(len(base)):
-        hidden = halves.hidden(inner[rows].to(operand))
-        halves.add_to(base[rows], plan.gamma, hidden, results[rows])
+    for before, rows, after in _rows.in_chunks(base, inner, results):
+        hidden = halves.hidden(rows.to(operand))
+        halves.add_to(before, plan.gamma, hidden, after)
     return out

@@ -159,14 +159,15 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     for images, pieces in convolved(x, plan, operand):
         if mlp.grn is None:
             for rows, normed in pieces:
-                hidden = halves.hidden(normed)
-                halves.add_to(rows_in[rows], plan.gamma, hidden, rows_out[rows])
+                before, after = _rows.part(rows_in, rows), _rows.part(rows_out, rows)
+                halves.add_to(before, plan.gamma, halves.hidden(normed), after)
             continue
         hiddens = [(rows, halves.hidden(normed)) for rows, normed in pieces]
         scales = _responses([hidden for _, hidden in hiddens], images, mlp.grn)
         for rows, hidden in hiddens:
             _respond(hidden, scales, mlp.grn.bias)
-            halves.add_to(rows_in[rows], plan.gamma, hidden, rows_out[rows])
+            before, after = _rows.part(rows_in, rows), _rows.part(rows_out, rows)
+            halves.add_to(before, plan.gamma, hidden, after)
     return out
 
 
@@ -203,13 +204,14 @@ def _pieces(
     _, high, wide, channels = x.shape
     for first, last in stripes:
         normed = dwconv_op.run(
-            x[images], *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind,
+            _rows.part(x, images), *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind,
             dtype=operand, out_dtype=operand, rows=(first, last),
         ).view(-1, channels)  # fmt: skip
         start = (images.start * high + first) * wide
-        for i in range(0, len(normed), most):
-            piece = normed[i : i + most]
-            yield slice(start + i, start + i + len(piece)), piece
+        count = normed.shape[0]
+        for i in range(0, count, most):
+            last = min(i + most, count)
+            yield slice(start + i, start + last), _rows.part(normed, slice(i, last))
 
 
 def _stripes(

@@ -154,8 +154,8 @@ def _mixer(
     def mix(x: torch.Tensor, out: torch.Tensor) -> None:
         mixed = inner(_normalised(x, half.norm, operand))
         base, result = (t.view(-1, t.shape[-1]) for t in (x, out))
-        for chunk in _rows.chunks(len(base)):
-            _add_result(base[chunk], layer, mixed[chunk], half, result[chunk])
+        for before, part, after in _rows.in_chunks(base, mixed, result):
+            _add_result(before, layer, part, half, after)
 
     return mix
 

@@ -5,10 +5,9 @@ Nothing here checks what it is given: see `_fits`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -43,8 +42,7 @@ def add_normed(x: torch.Tensor, branch: torch.Tensor, norm: Norm, out: torch.Ten
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """A linear layer ready to run. own: on our own kernel, which can add as it writes."""
 
     run: Callable[[torch.Tensor], torch.Tensor]
@@ -63,8 +61,7 @@ class Layer:
             _gemm.apply(self.own, x, residual=residual, gamma=gamma, out=out)
 
 
-@dataclass(frozen=True, slots=True)
-class Halves:
+class Halves(NamedTuple):
     """An MLP ready to run: to its hidden tensor, in pieces of columns, and from there.
 
     fc2: the second half where the hidden tensor is one piece.
@@ -154,6 +151,17 @@ def normalise(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:
         normed_out=out,
     )
     return out
+
+
+def in_chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """The same rows of each, `chunks` at a time."""
+    for chunk in chunks(tensors[0].shape[0]):
+        yield tuple(part(t, chunk) for t in tensors)
+
+
+def part(t: torch.Tensor, rows: slice) -> torch.Tensor:
+    """t[rows]; a view costs more than a comparison."""
+    return t if rows.start == 0 and rows.stop == t.shape[0] else t[rows]
 
 
 def chunks(rows: int) -> list[slice]:

@@ -11,7 +11,7 @@ beforehand, for this one call; inference keeps them in order (`_weight_cache`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
@@ -61,8 +61,7 @@ def reasons(x: torch.Tensor, *others: torch.Tensor | None) -> list[str]:
     return why
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
+class Matrix(NamedTuple):
     """B of a product, [k, n] (gated: two of them), for the native call; keeps its memory alive."""
 
     native: tuple[int, int, int, int, int, int, int]
@@ -112,7 +111,7 @@ def matrix(
     )
     memory = (first,) if second is None else (first, second)
     found = Matrix(b, None, n, k, dtype, memory)
-    return replace(found, packed=in_order(found)) if rows >= _PACKED_ROWS else found
+    return found._replace(packed=in_order(found)) if rows >= _PACKED_ROWS else found
 
 
 def kept(
@@ -128,20 +127,19 @@ def kept(
         channels_last: it is [N, C, H, W], of rows [H, W, C].
     """
 
-    def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def pack(weight: torch.Tensor, dtype: torch.dtype) -> Matrix:
         rows = _channels_last(weight) if channels_last else weight.detach()
-        return (in_order(matrix((rows,), dtype, 0, gate=gate)),)
+        return of_packed(weight, dtype, in_order(matrix((rows,), dtype, 0, gate=gate)), gate)
 
-    form = ("in order", native.isa(), gate, channels_last)
-    (packed,) = CACHE.get(weight, dtype, form, pack)
-    return of_packed(weight, dtype, packed, gate)
+    return CACHE.get(weight, dtype, ("in order", native.isa(), gate, channels_last), pack)
 
 
 def of_packed(
     weight: torch.Tensor, dtype: torch.dtype, packed: torch.Tensor, gate: str = ""
 ) -> Matrix:
     """B of a weight [N, ...] whose elements are `in_order`."""
-    n, k = weight.shape[0] // (2 if gate else 1), weight[0].numel()
+    n = weight.shape[0]
+    n, k = n // (2 if gate else 1), weight.numel() // n
     address = weight.data_ptr()  # not read any more
     b = (address, address if gate else 0, DTYPE_CODES[weight.dtype], n, k, k, 1)
     return Matrix(b, packed, n, k, dtype, ())
@@ -155,8 +153,7 @@ def in_order(b: Matrix) -> torch.Tensor:
     return packed
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(NamedTuple):
     """A linear layer ready to run; without a matrix, through the op."""
 
     matrix: Matrix | None
@@ -179,8 +176,9 @@ def is_faster(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """
     if dtype == torch.bfloat16 and (HAS_TILES or native.reasons() or native.isa() != _PAIRS):
         return False
-    wide = dtype == torch.float32 and weight.numel() > EXACT_WIDTH * len(weight)
-    return rows < _FEW_ROWS or wide
+    if rows < _FEW_ROWS:
+        return True
+    return dtype == torch.float32 and weight.numel() > EXACT_WIDTH * weight.shape[0]
 
 
 def prepare(
@@ -207,8 +205,10 @@ def prepare(
         settings.backend in ("auto", "cpu")
         and not (HAS_TILES and dtype == torch.bfloat16)
         and dtype in DTYPES
-        and bool(weight.numel())
-        and not reasons(weight, bias, gate_weight, gate_bias)
+        and weight.numel() > 0
+        and not native.reasons()
+        and (_is_read(weight) and _is_read(bias))
+        and (_is_read(gate_weight) and _is_read(gate_bias))
     )
     gate = gate or ""
     keep = keep and gate_weight is None and _is_plain(weight) and worth_keeping(weight, rows)
@@ -222,6 +222,10 @@ def prepare(
             weights = (weight,) if gate_weight is None else (gate_weight, weight)
             b = matrix(weights, dtype, rows, gate=gate)
     return Linear(b, weight, bias, gate, gate_weight, gate_bias)
+
+
+def _is_read(t: torch.Tensor | None) -> bool:
+    return t is None or (t.is_cpu and t.dtype in DTYPES)
 
 
 def _channels_last(weight: torch.Tensor) -> torch.Tensor:

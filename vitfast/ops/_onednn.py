@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -64,7 +64,9 @@ def reasons(
         why.append("oneDNN has no bfloat16 on this CPU")
     if act not in ATTRIBUTES:
         why.append(f"oneDNN has no {act}")
-    elif act != "none" and dtype == torch.float32 and weight.numel() > EXACT_WIDTH * len(weight):
+    elif (
+        act != "none" and dtype == torch.float32 and weight.numel() > EXACT_WIDTH * weight.shape[0]
+    ):
         why.append("so many columns are summed in pieces, before which no activation can go")
     return why
 
@@ -79,8 +81,7 @@ def _settle_allocator() -> None:
     torch.empty(31 << 20, dtype=torch.uint8)
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
+class Linear(NamedTuple):
     """A layer ready to run. Not to be kept between calls: its weight may change."""
 
     pieces: tuple[torch.Tensor, ...]  # packed, of `step` columns each
@@ -129,11 +130,11 @@ def prepare(
     pieces = CACHE.get(weight, dtype, pack.__name__, pack) if keep else pack(weight, dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    return Linear(pieces, _step(weight[0].numel(), dtype), bias, act, weight.shape[0])
+    width = weight.shape[0]
+    return Linear(pieces, _step(weight.numel() // width, dtype), bias, act, width)
 
 
-@dataclass(frozen=True, slots=True)
-class Mlp:
+class Mlp(NamedTuple):
     """Two layers with a hidden tensor in pieces of columns, each of which is one sum's length."""
 
     first: tuple[Linear, ...]
@@ -166,7 +167,7 @@ def prepare_mlp(
     if bias1 is not None:
         biases = bias1.to(dtype).split(step)
     first = (
-        Linear((piece,), weight1[0].numel(), bias, act, step)
+        Linear((piece,), weight1.numel() // weight1.shape[0], bias, act, step)
         for piece, bias in zip(pieces, biases, strict=True)
     )
     return Mlp(tuple(first), second)

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,8 +135,7 @@ def _of_patches(conv: Conv) -> bool:
     return kernel == (1, 1) or (kernel == conv.stride and conv.dilation == (1, 1) and not conv.same)
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
+class Ready(NamedTuple):
     """A convolution ready to run. Not to be kept between calls: its weight may change."""
 
     conv: Conv
@@ -214,24 +212,23 @@ def _prepare_linear(conv: Conv, dtype: torch.dtype, rows: int, adds: bool) -> Re
     adds = adds and conv.stride == (1, 1)
     if _gemm.is_faster(1 if adds else rows, weight, dtype):
         form = ("in order", native.isa(), conv.eps)
-        (packed,), bias = _kept(conv, dtype, form, partial(_pack_in_order, conv))
-        b = _gemm.of_packed(weight, dtype, packed)
+        (b,), bias = _kept(conv, dtype, form, partial(_pack_in_order, conv))
         own = _gemm.Linear(b, weight, bias, "", None, None)
         run = partial(_gemm.apply, own, act=conv.act)
         return Ready(conv, (), bias, run, own if adds else None)
     pieces, bias = _kept(conv, dtype, ("linear", conv.eps), partial(_pack_linear, conv))
-    step = _onednn._step(weight[0].numel(), dtype)
+    step = _onednn._step(weight.numel() // weight.shape[0], dtype)
     act, after = _fused(conv.act)
     run = _onednn.Linear(pieces, step, bias, act, weight.shape[0])
     return Ready(conv, (), bias, (lambda x: run(x).relu_()) if after else run)
 
 
-Pack = Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]]
+Pack = Callable[[torch.Tensor, torch.dtype], tuple[Any, ...]]
 
 
 def _kept(
     conv: Conv, dtype: torch.dtype, form: tuple[Hashable, ...], pack: Pack
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+) -> tuple[tuple[Any, ...], torch.Tensor | None]:
     """The packed weight and the bias, which a norm changes, too."""
     bias, norm = conv.bias, conv.norm
     if norm is None:
@@ -239,7 +236,7 @@ def _kept(
             bias = bias.to(dtype)
         return _weight_cache.CACHE.get(conv.weight, dtype, form, pack), bias
 
-    def both(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    def both(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
         return *pack(weight, dtype), _folded_bias(conv, norm).to(dtype)
 
     form, others = (*form, norm.eps), (bias, *norm[:4])
@@ -286,10 +283,9 @@ def _matrix(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return rows.reshape(len(weight), -1).contiguous()
 
 
-def _pack_in_order(
-    conv: Conv, weight: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, ...]:
-    return (_gemm.in_order(_gemm.matrix((_matrix(conv, weight, dtype),), dtype, 0)),)
+def _pack_in_order(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[_gemm.Matrix]:
+    packed = _gemm.in_order(_gemm.matrix((_matrix(conv, weight, dtype),), dtype, 0))
+    return (_gemm.of_packed(weight, dtype, packed),)
 
 
 def _pack_linear(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,13 +33,14 @@ def worth_keeping(weight: torch.Tensor, rows: int) -> bool:
 
 
 _Key = tuple[int, torch.dtype, Hashable]
+Packed = TypeVar("Packed")
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     weight: weakref.ref[torch.Tensor]
     state: tuple[Any, ...]
-    pieces: tuple[torch.Tensor, ...]
+    packed: Any
     nbytes: int
 
 
@@ -58,9 +59,9 @@ class WeightCache:
         weight: torch.Tensor,
         dtype: torch.dtype,
         form: Hashable,
-        pack: Callable[[torch.Tensor, torch.dtype], tuple[torch.Tensor, ...]],
+        pack: Callable[[torch.Tensor, torch.dtype], Packed],
         others: Sequence[torch.Tensor | None] = (),
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> Packed:
         """What `pack` makes of a weight for products of this dtype, new if need be.
 
         Args:
@@ -75,17 +76,17 @@ class WeightCache:
             found += tuple(None if t is None else state(t) for t in others)
         entry = self._entries.get(key)
         if entry is not None and entry.state == found and entry.weight() is weight:
-            return entry.pieces
-        pieces = pack(weight, dtype)
+            return entry.packed  # type: ignore[no-any-return]
+        packed = pack(weight, dtype)
         drop = partial(_drop, weakref.ref(self), key)
         nbytes = weight.numel() * dtype.itemsize
         with self._lock:
             self._remove(key)
-            self._entries[key] = _Entry(weakref.ref(weight, drop), found, pieces, nbytes)
+            self._entries[key] = _Entry(weakref.ref(weight, drop), found, packed, nbytes)
             self.bytes += nbytes
             while self.bytes > self.most_bytes and len(self._entries) > 1:
                 self._remove(list(self._entries)[0])  # a weight that dies meanwhile removes its own
-        return pieces
+        return packed
 
     def clear(self) -> None:
         with self._lock:
