@@ -29,8 +29,7 @@ inline vf exp_nonpositive(vf x) {
   p = fma(p, r, splat(4.999999404e-1f));
   p = fma(p * r, r, r) + 1.f;
 #if defined(__AVX512F__)
-  return reinterpret_cast<vf>(
-      _mm512_scalef_ps(reinterpret_cast<__m512>(p), reinterpret_cast<__m512>(n)));
+  return scaled_above(n, p, reinterpret_cast<__m512>(n));
 #else
   const vi exponent = __builtin_convertvector(n, vi) << 23;
   const vf scaled = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + exponent);
