@@ -137,7 +137,7 @@ def downsample(
             for i, j in itertools.product(range(height), range(across)):
                 _rows.normalise(part[:, i, :, j], norm, rows[:, :, i, j])
             result = out[images, first:last]
-            result.copy_(linear(rows.view(-1, weight[0].numel())).view(result.shape))
+            result.copy_(linear(rows.view(-1, height * across * channels)).view(result.shape))
     return out.view(batch, -1, width)
 
 
@@ -156,18 +156,21 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     rows_in, rows_out = (t.view(-1, t.shape[3]) for t in (x, out))
     mlp = plan.mlp
     halves = _rows.mlp(mlp, len(rows_in), operand)
+
+    def finish(rows: slice, hidden: Sequence[torch.Tensor]) -> None:
+        before, after = _rows.part(rows_in, rows), _rows.part(rows_out, rows)
+        halves.add_to(before, plan.gamma, hidden, after)
+
     for images, pieces in convolved(x, plan, operand):
         if mlp.grn is None:
             for rows, normed in pieces:
-                before, after = _rows.part(rows_in, rows), _rows.part(rows_out, rows)
-                halves.add_to(before, plan.gamma, halves.hidden(normed), after)
+                finish(rows, halves.hidden(normed))
             continue
         hiddens = [(rows, halves.hidden(normed)) for rows, normed in pieces]
         scales = _responses([hidden for _, hidden in hiddens], images, mlp.grn)
         for rows, hidden in hiddens:
             _respond(hidden, scales, mlp.grn.bias)
-            before, after = _rows.part(rows_in, rows), _rows.part(rows_out, rows)
-            halves.add_to(before, plan.gamma, hidden, after)
+            finish(rows, hidden)
     return out
 
 

@@ -195,15 +195,11 @@ def _add_mlp(
 ) -> None:
     """scale2 * x + gamma2 * mlp(norm2(x)) into `out`, which may be x."""
     half = plan.second
-    if isinstance(half.norm, GroupNorm):  # over an image, so before any of x is written over
-        ready = _normalised(x, half.norm, operand).view(-1, x.shape[-1])
-    rows, results = (t.view(-1, t.shape[-1]) for t in (x, out))
-    for chunk in _rows.chunks(len(rows)):
-        base, result = rows[chunk], results[chunk]
-        if isinstance(half.norm, GroupNorm):
-            normed = ready[chunk]
-        else:
-            normed = _normalised(base, half.norm, operand)
+    over_image = isinstance(half.norm, GroupNorm)  # so before any of x is written over
+    ready = _normalised(x, half.norm, operand) if over_image else x
+    rows = (t.view(-1, t.shape[-1]) for t in (x, ready, out))
+    for base, part, result in _rows.in_chunks(*rows):
+        normed = part if over_image else _normalised(part, half.norm, operand)
         hidden = [_starred(piece, plan.star) for piece in halves.hidden(normed)]
         _add_result(base, halves, hidden, half, result)
 

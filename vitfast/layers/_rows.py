@@ -154,18 +154,14 @@ def normalise(x: torch.Tensor, norm: Norm, out: torch.Tensor) -> torch.Tensor:
 
 
 def in_chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same rows of each, `chunks` at a time."""
-    for chunk in chunks(tensors[0].shape[0]):
+    """The same consecutive rows of each, all or CHUNK_ROWS at a time."""
+    rows = tensors[0].shape[0]
+    step = rows if rows <= WHOLE_ROWS else CHUNK_ROWS
+    for i in range(0, rows, max(step, 1)):
+        chunk = slice(i, min(i + step, rows))
         yield tuple(part(t, chunk) for t in tensors)
 
 
 def part(t: torch.Tensor, rows: slice) -> torch.Tensor:
     """t[rows]; a view costs more than a comparison."""
     return t if rows.start == 0 and rows.stop == t.shape[0] else t[rows]
-
-
-def chunks(rows: int) -> list[slice]:
-    """Consecutive row ranges, the first the largest."""
-    if rows <= WHOLE_ROWS:
-        return [slice(0, rows)]
-    return [slice(i, min(i + CHUNK_ROWS, rows)) for i in range(0, rows, CHUNK_ROWS)]

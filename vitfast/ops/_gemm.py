@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitfast.ops._onednn import EXACT_WIDTH
+from vitfast.ops._onednn import EXACT_WIDTH, columns
 from vitfast.ops._weight_cache import CACHE, worth_keeping
 from vitfast.runtime import native
 from vitfast.runtime.native import DTYPE_CODES
@@ -138,8 +138,7 @@ def of_packed(
     weight: torch.Tensor, dtype: torch.dtype, packed: torch.Tensor, gate: str = ""
 ) -> Matrix:
     """B of a weight [N, ...] whose elements are `in_order`."""
-    n = weight.shape[0]
-    n, k = n // (2 if gate else 1), weight.numel() // n
+    n, k = weight.shape[0] // (2 if gate else 1), columns(weight)
     address = weight.data_ptr()  # not read any more
     b = (address, address if gate else 0, DTYPE_CODES[weight.dtype], n, k, k, 1)
     return Matrix(b, packed, n, k, dtype, ())
@@ -176,9 +175,7 @@ def is_faster(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
     """
     if dtype == torch.bfloat16 and (HAS_TILES or native.reasons() or native.isa() != _PAIRS):
         return False
-    if rows < _FEW_ROWS:
-        return True
-    return dtype == torch.float32 and weight.numel() > EXACT_WIDTH * weight.shape[0]
+    return rows < _FEW_ROWS or (dtype == torch.float32 and columns(weight) > EXACT_WIDTH)
 
 
 def prepare(
@@ -207,8 +204,10 @@ def prepare(
         and dtype in DTYPES
         and weight.numel() > 0
         and not native.reasons()
-        and (_is_read(weight) and _is_read(bias))
-        and (_is_read(gate_weight) and _is_read(gate_bias))
+        and _is_read(weight)
+        and _is_read(bias)
+        and _is_read(gate_weight)
+        and _is_read(gate_bias)
     )
     gate = gate or ""
     keep = keep and gate_weight is None and _is_plain(weight) and worth_keeping(weight, rows)
@@ -225,6 +224,7 @@ def prepare(
 
 
 def _is_read(t: torch.Tensor | None) -> bool:
+    """As no `reasons`, without the words: inference asks for every layer."""
     return t is None or (t.is_cpu and t.dtype in DTYPES)
 
 

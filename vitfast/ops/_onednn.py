@@ -27,6 +27,11 @@ ATTRIBUTES = {
 }
 
 
+def columns(weight: torch.Tensor) -> int:
+    """K of a weight [N, ...]; 0 of one without rows."""
+    return weight.numel() // max(weight.shape[0], 1)
+
+
 @functools.cache
 def _missing() -> list[str]:
     if not torch.backends.mkldnn.is_available():
@@ -64,9 +69,7 @@ def reasons(
         why.append("oneDNN has no bfloat16 on this CPU")
     if act not in ATTRIBUTES:
         why.append(f"oneDNN has no {act}")
-    elif (
-        act != "none" and dtype == torch.float32 and weight.numel() > EXACT_WIDTH * weight.shape[0]
-    ):
+    elif act != "none" and dtype == torch.float32 and columns(weight) > EXACT_WIDTH:
         why.append("so many columns are summed in pieces, before which no activation can go")
     return why
 
@@ -130,8 +133,7 @@ def prepare(
     pieces = CACHE.get(weight, dtype, pack.__name__, pack) if keep else pack(weight, dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    width = weight.shape[0]
-    return Linear(pieces, _step(weight.numel() // width, dtype), bias, act, width)
+    return Linear(pieces, _step(columns(weight), dtype), bias, act, weight.shape[0])
 
 
 class Mlp(NamedTuple):
@@ -167,7 +169,7 @@ def prepare_mlp(
     if bias1 is not None:
         biases = bias1.to(dtype).split(step)
     first = (
-        Linear((piece,), weight1.numel() // weight1.shape[0], bias, act, step)
+        Linear((piece,), columns(weight1), bias, act, step)
         for piece, bias in zip(pieces, biases, strict=True)
     )
     return Mlp(tuple(first), second)

@@ -217,7 +217,7 @@ def _prepare_linear(conv: Conv, dtype: torch.dtype, rows: int, adds: bool) -> Re
         run = partial(_gemm.apply, own, act=conv.act)
         return Ready(conv, (), bias, run, own if adds else None)
     pieces, bias = _kept(conv, dtype, ("linear", conv.eps), partial(_pack_linear, conv))
-    step = _onednn._step(weight.numel() // weight.shape[0], dtype)
+    step = _onednn._step(_onednn.columns(weight), dtype)
     act, after = _fused(conv.act)
     run = _onednn.Linear(pieces, step, bias, act, weight.shape[0])
     return Ready(conv, (), bias, (lambda x: run(x).relu_()) if after else run)
