@@ -1,4 +1,4 @@
-// vitfast._native: the only file that knows pybind11. One `bind_<op>` section per op.
+// vitfast._native: the only file but state.cpp that knows pybind11. One `bind_<op>` section per op.
 //
 // Tensors arrive as addresses (uintptr_t), sizes and strides in elements; the Python side has
 // checked them and keeps them alive. Kernels run without the GIL.
@@ -7,15 +7,19 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <initializer_list>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
+#include <utility>
 #include <variant>
 #include <vector>
 
 #include "common/pages.h"
+#include "common/scratch.h"
 #include "cpu/attention.h"
 #include "cpu/dwconv.h"
 #include "cpu/gemm.h"
@@ -25,8 +29,8 @@
 #include "cpu/linear_backward.h"
 #include "cpu/norm.h"
 #include "cpu/patchify.h"
-#include "cpu/weights.h"
 #include "cpu/window.h"
+#include "state.h"
 
 namespace py = pybind11;
 using namespace vitfast;
@@ -270,9 +274,10 @@ void grn_backward_checked(bool planar, int64_t B, int64_t N, int64_t C, const Ro
   grn_backward(a);
 }
 
-void grn_accumulate_checked(int64_t N, int64_t C, const RowsArg& x, uintptr_t sums, int threads) {
+void grn_accumulate_checked(int64_t N, int64_t C, const RowsArg& x, uintptr_t sums, bool adds,
+                            int threads) {
   check_norm_sizes(1, N, C, threads);
-  const GrnAccumulate a = {N, C, rows(x), reinterpret_cast<double*>(sums), threads};
+  const GrnAccumulate a = {N, C, rows(x), reinterpret_cast<double*>(sums), adds, threads};
   check_grn({a.x});
   require(sums != 0, "grn_accumulate: sums are missing");
   grn_accumulate(a);
@@ -748,15 +753,6 @@ void bind_linear_act(py::module_& m) {
         return gemm_packed_bytes(gemm_b(b), gemm_dtype(compute));
       },
       "Size of what gemm_pack writes.");
-  m.def(
-      "fingerprint",
-      [](uintptr_t weight, int64_t item_bytes, int64_t rows, int64_t columns, int64_t row_stride,
-         int64_t column_stride, int threads) {
-        require(item_bytes == 2 || item_bytes == 4, "fingerprint: items have 2 or 4 bytes");
-        return fingerprint({reinterpret_cast<const void*>(weight), item_bytes, rows, columns,
-                            row_stride, column_stride, threads});
-      },
-      Release(), "See csrc/cpu/weights.h.");
   m.def("linear_backward", &linear_backward_checked, Release(), "See csrc/cpu/linear_backward.h.");
 }
 
@@ -852,12 +848,102 @@ void bind_patch_embed(py::module_& m) {
         "See csrc/cpu/patchify.h. Strides of B, C, H, W; sizes are channels, grid, patch.");
 }
 
+// ---- tape ---------------------------------------------------------------------------------------
+
+// Addresses of a tape: bit 62, a buffer's number, and how far into it. No address of memory and no
+// size or stride is as large.
+constexpr int64_t kOnTape = int64_t{1} << 62, kReach = int64_t{1} << 44;
+
+using Bases = std::vector<uintptr_t>;
+
+// Puts the addresses in an argument at where the buffers lie now.
+struct Relocate {
+  const Bases& bases;
+
+  template <class T>
+  void operator()(std::optional<T>& value) const {
+    if (value) (*this)(*value);
+  }
+  template <class... T>
+  void operator()(std::variant<T...>& value) const {
+    std::visit(*this, value);
+  }
+  template <class... T>
+  void operator()(std::tuple<T...>& values) const {
+    std::apply([this](auto&... each) { ((*this)(each), ...); }, values);
+  }
+  template <class T, size_t n>
+  void operator()(std::array<T, n>& values) const {
+    for (T& value : values) (*this)(value);
+  }
+  template <class T>
+  void operator()(T& value) const {
+    static_assert(std::is_arithmetic_v<T>, "a tape must know how to look into this argument");
+    if constexpr (std::is_integral_v<T> && sizeof(T) == 8) {
+      const auto v = static_cast<int64_t>(value);
+      if (v >= kOnTape) value = static_cast<T>(bases.at((v - kOnTape) / kReach) + v % kReach);
+    }
+  }
+};
+
+// Calls of kernels in a row, to be run again on other tensors. Its first two buffers are the input
+// and the output; the others it takes itself.
+class Tape {
+ public:
+  Tape(int64_t bytes, std::vector<int64_t> offsets) : bytes_(bytes), offsets_(std::move(offsets)) {
+    for (const int64_t offset : offsets_) require(offset >= 0 && offset < bytes, "tape: offset");
+  }
+
+  template <class... Args>
+  void add(void (*kernel)(Args...), std::tuple<std::decay_t<Args>...> args) {
+    calls_.push_back([kernel, args = std::move(args)](const Bases& bases) {
+      auto now = args;
+      Relocate{bases}(now);
+      std::apply(kernel, now);
+    });
+  }
+
+  void run(uintptr_t input, uintptr_t output) const {
+    const common::Scratch scratch(bytes_);
+    Bases bases{input, output};
+    for (const int64_t offset : offsets_) bases.push_back(reinterpret_cast<uintptr_t>(scratch.ptr) + offset);
+    for (const auto& call : calls_) call(bases);
+  }
+
+ private:
+  int64_t bytes_;
+  std::vector<int64_t> offsets_;
+  std::vector<std::function<void(const Bases&)>> calls_;
+};
+
+template <class... Args>
+auto recorded(void (*kernel)(Args...)) {
+  return [kernel](Tape& tape, std::decay_t<Args>... args) {
+    tape.add(kernel, std::tuple<std::decay_t<Args>...>(std::move(args)...));
+  };
+}
+
+void bind_tape(py::module_& m) {
+  py::class_<Tape>(m, "Tape")
+      .def(py::init<int64_t, std::vector<int64_t>>(), "Bytes of its own, and where buffers 2... lie.")
+      .def("run", &Tape::run, Release(), "All calls, on the addresses of an input and an output.")
+      .def("gemm", recorded(&gemm_checked))
+      .def("grn_accumulate", recorded(&grn_accumulate_checked))
+      .def("grn_scale", recorded(&grn_scale_checked))
+      .def("norm_forward", recorded(&norm_forward_checked))
+      .def("dwconv_forward", recorded(&dwconv_forward_checked))
+      .def("attention_forward", recorded(&attention_forward_checked))
+      .def("window_forward", recorded(&window_forward_checked));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of vitfast";
   bind_isa(m);
   bind_pages(m);
+  bind_state(m);
+  bind_tape(m);
   bind_attention(m);
   bind_window(m);
   bind_linear_act(m);

@@ -135,7 +135,7 @@ void grn_accumulate(const GrnAccumulate& a) {
         squares<bf16_t>(a.x, 0, first, last, partials + unit * vector, a.C);
     }
   });
-  add_up(partials, cut.units, vector, a.sums, true, a.C);
+  add_up(partials, cut.units, vector, a.sums, a.adds, a.C);
 }
 
 void grn_scale(const GrnScale& a) {

@@ -30,11 +30,12 @@ struct GrnBackward {
   int threads;
 };
 
-// sums[c] += sum of squares of channel c over the rows of a chunk; [C] each.
+// sums[c] (+)= sum of squares of channel c over the rows of a chunk; [C] each.
 struct GrnAccumulate {
   int64_t N, C;
   Rows x;
   double* sums;
+  bool adds;
   int threads;
 };
 

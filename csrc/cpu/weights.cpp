@@ -4,13 +4,15 @@
 #include <cstring>
 
 #include "../common/parallel.h"
+#include "../common/scratch.h"
 
 namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
 constexpr int64_t kAhead = 24;
-constexpr int64_t kParts = 4;  // hashed apart, whatever the threads
+constexpr int64_t kParts = 4;   // of a matrix, hashed apart, whatever the threads
+constexpr int64_t kFew = 1024;  // elements that one thread is done with sooner
 
 inline uint64_t mixed(uint64_t h, uint64_t bits) {
   h = (h ^ bits) * 0x9e3779b97f4a7c15u;
@@ -29,10 +31,16 @@ struct Walk {
   }
 };
 
+int64_t length(const Fingerprint& f) {
+  if (f.rows == 0 || f.columns == 0) return 0;
+  return f.rows > f.columns ? f.rows : f.columns;
+}
+
 template <class T>
 uint64_t hash(const Fingerprint& f, int64_t begin, int64_t end) {
   const T* const weight = static_cast<const T*>(f.weight);
   uint64_t h = 1;
+  if (begin == end) return h;
   Walk now(f, begin), later(f, begin + kAhead);
   for (int64_t i = begin; i < end; ++i) {
     __builtin_prefetch(weight + later.offset());
@@ -47,19 +55,23 @@ uint64_t hash(const Fingerprint& f, int64_t begin, int64_t end) {
 
 }  // namespace
 
-uint64_t fingerprint(const Fingerprint& f) {
-  if (f.rows == 0 || f.columns == 0) return 0;
-  const int64_t n = f.rows > f.columns ? f.rows : f.columns;
-  uint64_t parts[kParts];
-  parallel_for(kParts, f.threads, [&](int64_t begin, int64_t end, int) {
+void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out, int threads) {
+  const Scratch scratch(count * kParts * static_cast<int64_t>(sizeof(uint64_t)));
+  uint64_t* const parts = scratch.as<uint64_t>();
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += length(matrices[i]);
+  parallel_for(count * kParts, total < kFew ? 1 : threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
-      const int64_t first = n * p / kParts, last = n * (p + 1) / kParts;
+      const Fingerprint& f = matrices[p / kParts];
+      const int64_t n = length(f), part = p % kParts;
+      const int64_t first = n * part / kParts, last = n * (part + 1) / kParts;
       parts[p] = f.item_bytes == 2 ? hash<uint16_t>(f, first, last) : hash<uint32_t>(f, first, last);
     }
   });
-  uint64_t h = 0;
-  for (const uint64_t part : parts) h = mixed(h, part);
-  return h;
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = 0;
+    for (int64_t p = 0; p < kParts; ++p) out[i] = mixed(out[i], parts[i * kParts + p]);
+  }
 }
 
 }  // namespace VITFAST_ISA

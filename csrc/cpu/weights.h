@@ -1,4 +1,4 @@
-// A fingerprint of a weight, by which a cached packing of it notices edits that nobody announced.
+// Fingerprints of weights, by which what is kept of them notices edits that nobody announced.
 #pragma once
 #include <cstdint>
 
@@ -12,10 +12,12 @@ struct Fingerprint {
   const void* weight;
   int64_t item_bytes;  // 2 or 4
   int64_t rows, columns, row_stride, column_stride;
-  int threads;
 };
 
-VITFAST_DECLARE(uint64_t fingerprint(const Fingerprint&))
-inline uint64_t fingerprint(const Fingerprint& f) { VITFAST_DISPATCH(fingerprint(f)) }
+// out[count]: one each.
+VITFAST_DECLARE(void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out, int threads))
+inline void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out, int threads) {
+  VITFAST_DISPATCH(fingerprints(matrices, count, out, threads))
+}
 
 }  // namespace vitfast

@@ -73,7 +73,10 @@ def run(
     autocast: torch.dtype | None,
     grad: bool,
 ) -> dict[str, torch.Tensor]:
-    """The output, and the gradients of parameters and floating inputs, by name."""
+    """The output, and the gradients of parameters and floating inputs, by name.
+
+    Without gradients three calls have to give the same bits: the third may be a tape's.
+    """
     given = map_tensors(
         {str(i): a for i, a in enumerate(args)} | kwargs,
         lambda t: t.detach().clone().requires_grad_(grad and t.is_floating_point()),
@@ -81,7 +84,13 @@ def run(
     torch.manual_seed(1)  # drop_path
     context = torch.autocast("cpu", autocast) if autocast else contextlib.nullcontext()
     with context, torch.set_grad_enabled(grad):
-        out = module(*(given[str(i)] for i in range(len(args))), **{k: given[k] for k in kwargs})
+        positional = [given[str(i)] for i in range(len(args))]
+        named = {k: given[k] for k in kwargs}
+        out = module(*positional, **named)
+        for _ in range(0 if grad else 2):
+            torch.manual_seed(1)
+            again = module(*positional, **named)
+            torch.testing.assert_close(again, out, rtol=0, atol=0, equal_nan=True)
     if not grad:
         return {"output": out}
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))

@@ -12,7 +12,6 @@ the norms come last (res-post-norm):
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -122,7 +121,7 @@ def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool
     if torch.compiler.is_compiling() or block.drop1 is not None or block.drop2 is not None:
         return True
     return torch.is_grad_enabled() and any(
-        t.requires_grad for t in tensors((x, block, *attention.values()))
+        t.requires_grad for t in _guard.tensors((x, block, *attention.values()))
     )
 
 
@@ -130,15 +129,7 @@ def records(x: torch.Tensor, plan: Any) -> bool:
     """Whether autograd records this call for x or the plan's tensors, or its `drop` drops paths."""
     if plan.drop is not None:
         return True
-    return torch.is_grad_enabled() and _guard.records_grad(*tensors((x, plan)))
-
-
-def tensors(values: tuple) -> Iterator[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from tensors(value)
+    return torch.is_grad_enabled() and _guard.records_grad(*_guard.tensors((x, plan)))
 
 
 def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.models import resnetv2
 from torch import nn
 
-from vitfast.layers import _block, _conv, _fits, _group_norm, _guard
+from vitfast.layers import _block, _conv, _fits, _group_norm, _guard, _memo
 from vitfast.layers._conv import Call
 from vitfast.layers._group_norm import GroupNorm
 from vitfast.layers._guard import DropRate
@@ -99,6 +99,29 @@ def _direct(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor | None:
     call = _conv.direct(x)
     if call is None or x.dtype not in norm_op.DTYPES:
         return None
+    ready = _memo.recall(_ready, 0, x, plan, call)
+    if ready is None:
+        return None
+    (first, norm1), (second, norm2), (third, norm3) = zip(
+        ready, (norm for _, norm in plan.steps), strict=False
+    )
+    lower = x.to(call.dtype)
+    shortcut = x
+    if plan.shortcut is not None:
+        shortcut = normalise(ready[3](lower), plan.shortcut[1])
+    y = first(lower)
+    room = second.room(*y.shape[2:])
+    y = second(normalise(y, norm1, room), padded=room is not None)
+    y = third(normalise(y, norm2))
+    if shortcut.shape != y.shape:
+        return None
+    return normalise(y, norm3, residual=shortcut, act="relu")
+
+
+def _ready(
+    x: torch.Tensor, plan: Bottleneck, _lower: torch.dtype | None, call: Call
+) -> list[Ready] | None:
+    """The three convolutions, and the shortcut's if there is one."""
     ready: list[Ready] = []
     channels = x.shape[1]
     for conv, norm in plan.steps:
@@ -114,21 +137,7 @@ def _direct(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor | None:
         ready.append(found)
     elif channels != x.shape[1]:
         return None
-
-    (first, norm1), (second, norm2), (third, norm3) = zip(
-        ready, (norm for _, norm in plan.steps), strict=False
-    )
-    lower = x.to(call.dtype)
-    shortcut = x
-    if plan.shortcut is not None:
-        shortcut = normalise(ready[3](lower), plan.shortcut[1])
-    y = first(lower)
-    room = second.room(*y.shape[2:])
-    y = second(normalise(y, norm1, room), padded=room is not None)
-    y = third(normalise(y, norm2))
-    if shortcut.shape != y.shape:
-        return None
-    return normalise(y, norm3, residual=shortcut, act="relu")
+    return ready
 
 
 def fitting(call: Call, conv: Conv, norm: GroupNorm, channels: int) -> Ready | None:

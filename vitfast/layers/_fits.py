@@ -44,16 +44,13 @@ def block(
     x: torch.Tensor,
     plan: Block,
     lower: torch.dtype | None,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    rope: torch.Tensor | None,
     windows: Windows | None,
 ) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked."""
     if x.ndim != 3 or not on_cpu(x, lower):
         return False
     attn, mlp = plan.attn, plan.mlp
-    batch, tokens, channels = x.shape
+    channels = x.shape[2]
     width, hidden = attn.proj.weight.shape[-1], mlp.fc2.weight.shape[-1]
     dim, shared = width // attn.heads, width // attn.kv_groups
     sizes = (width, shared, shared) if len(attn.qkv) == 3 else (3 * width,)
@@ -85,9 +82,23 @@ def block(
         and (windows is None or _windows(windows, attn))
         and vector(plan.gamma1, channels)
         and vector(plan.gamma2, channels)
-        and _addend(mask)
+    )
+
+
+def terms(
+    x: torch.Tensor,
+    plan: Block,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rope: torch.Tensor | None,
+) -> bool:
+    """As `block`, of what a call adds to its attention."""
+    batch, tokens, _ = x.shape
+    dim = plan.attn.proj.weight.shape[-1] // plan.attn.heads
+    return (
+        _addend(mask)
         and _addend(bias)
-        and (rope is None or _rope(rope, attn, batch, tokens, dim))
+        and (rope is None or _rope(rope, plan.attn, batch, tokens, dim))
     )
 
 

@@ -9,7 +9,7 @@ call, since all of this can change between two calls; it costs about 0.15 us a c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -80,6 +80,15 @@ def ready(
         return plan(module)
     except Unfit:
         return None
+
+
+def tensors(values: tuple) -> Iterator[torch.Tensor]:
+    """Those among some values, and in the tuples among them, such as plans."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors(value)
 
 
 def records_grad(*tensors: torch.Tensor | None) -> bool:

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vitfast.layers import _attention, _fits, _rows
+from vitfast.layers import _attention, _fits, _memo, _rows
 from vitfast.ops import _norm as norm_op
+from vitfast.ops._weight_cache import CACHE
 from vitfast.ops.attention import native as attention_op
 from vitfast.ops.window_attention import native as window_op
 from vitfast.runtime import native
-from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
-    from vitfast.layers._attention import Windows
+    from vitfast.layers._attention import Attention, Windows
     from vitfast.layers._block import Block
+    from vitfast.layers._norm import Norm
 
 
 def block(
@@ -38,11 +39,28 @@ def block(
 
     The result has the dtype that the residual stream has in timm.
     """
-    steps = _steps(x, plan, mask, bias, rope, windows)
-    if steps is None:
+    if mask is None and bias is None and rope is None:
+        run = _windowed if windows is not None else _causal if is_causal else _whole
+        return _memo.call(run, _steps, _rows_of(x), x, plan, windows, True)
+    steps = _memo.recall(_steps, _rows_of(x), x, plan, windows, True)
+    if steps is None or windows is not None or not _fits.terms(x, plan, mask, bias, rope):
         return None
-    if windows is not None:
-        return _windowed(x, steps, windows)
+    return _whole(x, steps, mask, bias, rope, is_causal)
+
+
+def _causal(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
+    return _whole(x, steps, is_causal=True)
+
+
+def _whole(
+    x: torch.Tensor,
+    steps: _Steps,
+    mask: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    rope: torch.Tensor | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    plan = steps.plan
     batch, tokens, channels = x.shape
     rows = x.reshape(-1, channels)
     qkv = [t.unflatten(0, (batch, tokens)) for t in steps.project(rows)]
@@ -53,20 +71,22 @@ def block(
     return out.view(batch, tokens, channels)
 
 
+def _rows_of(x: torch.Tensor) -> int:
+    return x.shape[0] * x.shape[1] if x.ndim == 3 else 0
+
+
 def _steps(
     x: torch.Tensor,
     plan: Block,
-    mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    rope: torch.Tensor | None = None,
-    windows: Windows | None = None,
+    lower: torch.dtype | None,
+    windows: Windows | None,
+    whole: bool,
 ) -> _Steps | None:
-    lower = autocast_dtype(x.device)
     operand = lower or x.dtype
     stream = _fits.stream_dtype(x, plan, operand)
-    if stream is None or not _fits.block(x, plan, lower, mask, bias, rope, windows):
+    if stream is None or not _fits.block(x, plan, lower, windows):
         return None
-    return _Steps(plan, x.shape[0] * x.shape[1], operand, stream)
+    return _Steps(plan, x.shape[0] * x.shape[1], operand, stream, windows, whole)
 
 
 def _attend(
@@ -91,18 +111,18 @@ def _attend(
     )
 
 
-def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
+def _windowed(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
     """The block on a map x [B, H W, C], from norm1 to the end in one chunk after the other.
 
     A chunk is some images, or some rows of windows of one. Only x and the result are as large as
     the map.
     """
-    attn = steps.plan.attn
+    attn, windows = steps.plan.attn, steps.windows
+    assert windows is not None
     batch, tokens, channels = x.shape
     (high, wide), window, shift, grid = windows
     width = attn.proj.weight.shape[1]
     heads = (attn.heads, width // attn.heads)
-    terms = window_op.terms(*heads, attn.table, attn.padding(windows), attn.logit_scale)
 
     def run(
         rows: torch.Tensor, out: torch.Tensor, stripe: tuple[int, int] | None, high: int = high
@@ -111,7 +131,7 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
         qkv = qkv.view(len(rows) if stripe is None else 1, -1, wide, 3 * width)
         attended = native.empty((*qkv.shape[:3], *heads), qkv.dtype)
         window_op.run(
-            _attention.split_packed(qkv, attn), attended, (high, wide), window, shift, terms,
+            _attention.split_packed(qkv, attn), attended, (high, wide), window, shift, steps.terms,
             grid=grid, stripe=stripe,
         )  # fmt: skip
         del qkv
@@ -156,18 +176,15 @@ def _windowed(x: torch.Tensor, steps: _Steps, windows: Windows) -> torch.Tensor:
 
 def attention_half(x: torch.Tensor, plan: Block, windows: Windows) -> torch.Tensor | None:
     """x + gamma1 * attn(norm1(x)) alone, as `block`."""
-    steps = _steps(x, plan, windows=windows)
-    if steps is None:
-        return None
-    steps.whole = False
-    return _windowed(x, steps, windows)
+    return _memo.call(_windowed, _steps, _rows_of(x), x, plan, windows, False)
 
 
 def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
     """x + gamma2 * mlp(norm2(x)) alone, as `block`."""
-    steps = _steps(x, plan)
-    if steps is None:
-        return None
+    return _memo.call(_mlp_half, _steps, _rows_of(x), x, plan, None, True)
+
+
+def _mlp_half(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = native.empty(rows.shape, steps.stream)
     for part, result in _rows.in_chunks(rows, out):
@@ -175,17 +192,36 @@ def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
     return out.view(x.shape)
 
 
-class _Steps:
-    """The steps of a block that work row by row, ready to run on any of `rows` rows."""
+def _terms(attn: Attention, windows: Windows) -> window_op.Terms:
+    read = (attn.table, attn.qkv[0].bias, attn.logit_scale)
+    CACHE.note(*(t for t in read if t is not None))
+    dim = attn.proj.weight.shape[1] // attn.heads
+    return window_op.terms(attn.heads, dim, attn.table, attn.padding(windows), attn.logit_scale)
 
-    def __init__(self, plan: Block, rows: int, operand: torch.dtype, stream: torch.dtype) -> None:
-        attn, mlp = plan.attn, plan.mlp
-        self.plan, self.operand, self.stream = plan, operand, stream
-        self.whole = True  # else `finish` stops at the first residual add
+
+class _Steps:
+    """The steps of a block that work row by row, ready to run on any of `rows` rows.
+
+    whole: else `finish` stops at the first residual add.
+    """
+
+    def __init__(
+        self,
+        plan: Block,
+        rows: int,
+        operand: torch.dtype,
+        stream: torch.dtype,
+        windows: Windows | None,
+        whole: bool,
+    ) -> None:
+        attn = plan.attn
+        self.plan, self.windows, self.whole = plan, windows, whole
+        self.operand, self.stream = operand, stream
         self._qkv = [_rows.linear(linear, rows, operand) for linear in attn.qkv]
         self._proj = _rows.linear(attn.proj, rows, operand)
-        self._mlp = _rows.mlp(mlp, rows, operand)
-        self._normed = native.empty((min(rows, _rows.WHOLE_ROWS), len(attn.proj.weight)), operand)
+        self._mlp = _rows.mlp(plan.mlp, rows, operand)
+        if windows is not None:
+            self.terms = _terms(attn, windows)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """norm1 and the projection(s) to q, k and v: [rows, 3 A], or three of [rows, A]."""
@@ -202,7 +238,7 @@ class _Steps:
 
     def _to_qkv(self, x: torch.Tensor) -> torch.Tensor:
         if not self.plan.norms_last:
-            return _rows.normalise(x, self.plan.norm1, self._normed[: len(x)])
+            return self._normed(x, self.plan.norm1)
         return x.to(self.operand)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
@@ -228,14 +264,17 @@ class _Steps:
             bias=plan.norm2.bias,
             eps=plan.norm2.eps,
             residual_out=out,
-            normed_out=self._normed[: len(x)],
+            normed_out=native.empty(x.shape, self.operand),
         )[1]
         self._mlp.add_to(out, plan.gamma2, self._hidden(part), out)
 
     def mlp_half(self, x: torch.Tensor, out: torch.Tensor) -> None:
         """x + gamma2 * mlp(norm2(x)) into `out`."""
-        part = _rows.normalise(x, self.plan.norm2, self._normed[: len(x)])
+        part = self._normed(x, self.plan.norm2)
         self._mlp.add_to(x, self.plan.gamma2, self._hidden(part), out)
+
+    def _normed(self, x: torch.Tensor, norm: Norm) -> torch.Tensor:
+        return _rows.normalise(x, norm, native.empty(x.shape, self.operand))
 
     def _norm_last(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
         _rows.add_normed(x, self._proj(attended), self.plan.norm1, out)

@@ -9,29 +9,38 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vitfast.layers import _fits, _inference_maps, _rows
+from vitfast.layers import _fits, _inference_maps, _memo, _rows
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
     from vitfast.layers._convnext import ConvNeXt
+    from vitfast.layers._rows import Halves
     from vitfast.layers._tail import Tail
 
 
 def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     """mlp(norm(conv(x))) [B, H, W, C'] of a map x [B, H, W, C]; None where it is for the ops."""
-    lower = autocast_dtype(x.device)
-    if plan.mlp.grn is not None or not _fits.convolved(x, plan, lower):
+    steps = _memo.recall(_convolved_steps, _inference_maps.rows_of(x), x, plan)
+    if steps is None:
         return None
-    operand = lower or x.dtype
+    operand, halves = steps
     x = x.contiguous()
     out = native.empty((*x.shape[:3], len(plan.mlp.fc2.weight)), operand)
     rows_out = out.view(-1, out.shape[3])
-    halves = _rows.mlp(plan.mlp, len(rows_out), operand)
     for _, pieces in _inference_maps.convolved(x, plan, operand):
         for rows, normed in pieces:
             rows_out[rows] = halves(halves.hidden(normed))
     return out
+
+
+def _convolved_steps(
+    x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None
+) -> tuple[torch.dtype, Halves] | None:
+    if plan.mlp.grn is not None or not _fits.convolved(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    return operand, _rows.mlp(plan.mlp, _inference_maps.rows_of(x), operand)
 
 
 def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor | None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vitfast.layers import _fits, _rows
+from vitfast.layers import _fits, _memo, _rows
 from vitfast.layers._guard import Linear
 from vitfast.layers._norm import Grn, Norm
+from vitfast.layers._rows import Halves
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.grn import native as grn_op
@@ -146,16 +147,15 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
 
     None where it is for the public ops.
     """
-    lower = autocast_dtype(x.device)
-    if not _fits.convnext(x, plan, lower):
-        return None
-    operand = lower or x.dtype
-    scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
+    return _memo.call(_convnext, _convnext_steps, rows_of(x), x, plan)
+
+
+def _convnext(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
+    plan, operand, dtype, halves = steps
     x = x.contiguous()
-    out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
+    out = native.empty(x.shape, dtype)
     rows_in, rows_out = (t.view(-1, t.shape[3]) for t in (x, out))
     mlp = plan.mlp
-    halves = _rows.mlp(mlp, len(rows_in), operand)
 
     def finish(rows: slice, hidden: Sequence[torch.Tensor]) -> None:
         before, after = _rows.part(rows_in, rows), _rows.part(rows_out, rows)
@@ -172,6 +172,28 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
             _respond(hidden, scales, mlp.grn.bias)
             finish(rows, hidden)
     return out
+
+
+def _convnext_steps(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> _Steps | None:
+    if not _fits.convnext(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
+    halves = _rows.mlp(plan.mlp, rows_of(x), operand)
+    return _Steps(plan, operand, torch.promote_types(x.dtype, scaled), halves)
+
+
+class _Steps(NamedTuple):
+    """A block ready to run. dtype: of the result."""
+
+    plan: ConvNeXt
+    operand: torch.dtype
+    dtype: torch.dtype
+    halves: Halves
+
+
+def rows_of(x: torch.Tensor) -> int:
+    return x.numel() // max(x.shape[-1], 1)
 
 
 Piece = tuple[slice, torch.Tensor]
@@ -233,12 +255,12 @@ def _stripes(
 def _responses(hiddens: list[Sequence[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
     """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
     widths = [piece.shape[1] for piece in hiddens[0]]
-    sums = [torch.zeros((images, width), dtype=torch.float64) for width in widths]
-    for hidden in hiddens:
-        for piece, totals in zip(hidden, sums, strict=True):
+    sums = torch.empty((images, sum(widths)), dtype=torch.float64)
+    for i, hidden in enumerate(hiddens):
+        for piece, totals in zip(hidden, sums.split(widths, 1), strict=True):
             for one, total in zip(piece.chunk(images), totals, strict=True):
-                grn_op.accumulate(one, total)
-    return grn_op.scale_of(torch.cat(sums, 1), grn.weight, grn.eps)
+                grn_op.accumulate(one, total, adds=i > 0)
+    return grn_op.scale_of(sums, grn.weight, grn.eps)
 
 
 def _respond(hidden: Sequence[torch.Tensor], scales: torch.Tensor, bias: torch.Tensor) -> None:
@@ -247,8 +269,10 @@ def _respond(hidden: Sequence[torch.Tensor], scales: torch.Tensor, bias: torch.T
     columns = scales.split(widths, 1), bias.float().split(widths)
     for piece, factors, shift in zip(hidden, *columns, strict=True):
         for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
-            if one.dtype == factor.dtype:
-                torch.addcmul(shift, one, factor, out=one)
-                continue
             base = shift.expand(one.shape)
-            one.copy_(norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor)[0])
+            out = one if one.dtype == base.dtype else None
+            sums = norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor, residual_out=out)[
+                0
+            ]
+            if out is None:
+                norm_op.forward(norm_op.NONE, sums, residual_out=one)

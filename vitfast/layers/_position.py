@@ -21,7 +21,8 @@ from vitfast.ops import _weight_cache
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
-_KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, torch.Tensor]] = weakref.WeakKeyDictionary()
+_KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, torch.Tensor]]
+_KEPT = weakref.WeakKeyDictionary()
 
 
 def table(mlp: nn.Module, coordinates: torch.Tensor, heads: int) -> torch.Tensor:
@@ -67,18 +68,22 @@ def _kept(
     mlp: nn.Module, coordinates: torch.Tensor, compute: Callable[[], torch.Tensor], form: Any
 ) -> torch.Tensor:
     """compute(), of an MLP of coordinates [..., 2]; `form` is what else it depends on."""
-    state = _state(mlp, coordinates)
-    kept = _KEPT.get(mlp) if state is not None else None
-    if kept is not None and kept[0] == (form, *state):
-        return kept[1]
+    inputs = _inputs(mlp, coordinates)
+    if inputs is None:
+        return compute()
+    (*how, tensors), kept = inputs, _KEPT.get(mlp)
+    if kept is not None and kept[0] == (form, *how) and kept[1].same(tensors):
+        return kept[2]
+    state = _weight_cache.state(tensors)
     # The module is called, whatever became of it: hooks and replaced layers count.
     found = compute()
-    if state is not None:
-        _KEPT[mlp] = (form, *state), found
+    _KEPT[mlp] = (form, *how), state, found
     return found
 
 
-def _state(mlp: nn.Module, coordinates: torch.Tensor) -> Any:
+def _inputs(
+    mlp: nn.Module, coordinates: torch.Tensor
+) -> tuple[str, torch.dtype | None, tuple[torch.Tensor, ...]] | None:
     """What the MLP's result depends on; None where it is to be computed every time."""
     if torch.compiler.is_compiling() or not coordinates.is_cpu or native.reasons():
         return None
@@ -87,11 +92,11 @@ def _state(mlp: nn.Module, coordinates: torch.Tensor) -> Any:
         act, linears = _parts(mlp)
     except (KeyError, Unfit):
         return None
-    tensors = [coordinates.view(-1, 2), *(t for pair in linears for t in pair if t is not None)]
+    weights = (t for pair in linears for t in pair if t is not None)
+    tensors = (coordinates.view(-1, 2), *weights)
     if _guard.records_grad(*tensors) or any(t.dtype == torch.float64 for t in tensors):
         return None
-    lower = autocast_dtype(coordinates.device)
-    return act, lower, [_weight_cache.state(torch.atleast_2d(t)) for t in tensors]
+    return act, autocast_dtype(coordinates.device), tensors
 
 
 def _parts(mlp: nn.Module) -> tuple[str, tuple[Linear, ...]]:

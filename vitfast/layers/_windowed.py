@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vitfast.layers import _attention, _block, _guard
+from vitfast.layers import _attention, _block, _guard, _memo
 from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._block import Block
 
@@ -25,7 +25,7 @@ def attend(
 
 def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> torch.Tensor | None:
     """The block on a map x [B, H, W, C]; None where it is for timm's forward."""
-    planned = _guard.ready(plan, module, x)
+    planned = _memo.ready(plan, module, x)
     if planned is None or x.ndim != 4:
         return None
     size = (x.shape[1], x.shape[2])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import beit
 
-from vitfast.layers import _attention, _block, _guard
+from vitfast.layers import _attention, _block, _guard, _memo
 from vitfast.layers._base import Layer
 
 
@@ -59,7 +59,7 @@ class Block(Layer, beit.Block):
     def forward(
         self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        plan = _guard.ready(_block.with_gammas, self, x, shared_rel_pos_bias)
+        plan = _memo.ready(_block.with_gammas, self, x, shared_rel_pos_bias)
         if plan is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         return _block.run(x, plan, **position_bias(self.attn, shared_rel_pos_bias))

@@ -9,7 +9,7 @@ from timm import layers as timm_layers
 from timm.models import convnext
 from torch import nn
 
-from vitfast.layers import _convnext, _guard, _mlp, _norm
+from vitfast.layers import _convnext, _guard, _memo, _mlp, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._convnext import ConvNeXt
 from vitfast.layers._guard import Children, Unsupported
@@ -48,5 +48,5 @@ class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_block, self, x)
+        plan = _memo.ready(plan_block, self, x)
         return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import davit
 
-from vitfast.layers import _attention, _block, _guard, _windowed
+from vitfast.layers import _attention, _block, _guard, _memo, _windowed
 from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
 from vitfast.layers._block import Block
@@ -53,7 +53,7 @@ class SpatialBlock(Layer, davit.SpatialBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_block, self, x)
+        plan = _memo.ready(plan_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         size = (x.shape[2], x.shape[3])

@@ -6,7 +6,7 @@ import torch
 from timm.models import edgenext
 from torch import nn
 
-from vitfast.layers import _convnext, _guard, _mlp, _norm
+from vitfast.layers import _convnext, _guard, _memo, _mlp, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._convnext import ConvNeXt
 from vitfast.layers._guard import Unsupported
@@ -33,5 +33,5 @@ class ConvBlock(Layer, edgenext.ConvBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_block, self, x)
+        plan = _memo.ready(plan_block, self, x)
         return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan)

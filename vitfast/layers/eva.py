@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import eva
 
-from vitfast.layers import _attention, _block, _guard
+from vitfast.layers import _attention, _block, _guard, _memo
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
 
@@ -62,7 +62,7 @@ class EvaBlock(Layer, eva.EvaBlock):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = _guard.ready(_block.with_gammas, self, x, attn_mask, rope)
+        plan = _memo.ready(_block.with_gammas, self, x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return _block.run(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)

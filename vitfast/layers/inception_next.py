@@ -6,7 +6,7 @@ import torch
 from timm.models import inception_next
 from torch import nn
 
-from vitfast.layers import _block, _guard, _mlp, _tail
+from vitfast.layers import _block, _guard, _memo, _mlp, _tail
 from vitfast.layers._base import Layer
 from vitfast.layers._tail import Tail
 from vitfast.layers.mlp import plan_conv_mlp
@@ -33,7 +33,7 @@ class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_block, self, x)
+        plan = _memo.ready(plan_block, self, x)
         if plan is None or x.ndim != 4 or _block.records(x, plan):
             return super().forward(x)
         return _tail.run(x, self.norm(self.token_mixer(x)), plan)

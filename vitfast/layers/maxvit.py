@@ -13,6 +13,7 @@ from vitfast.layers import (
     _block,
     _convnext,
     _guard,
+    _memo,
     _mlp,
     _norm,
     _position,
@@ -72,7 +73,7 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
         window = tuple(self.partition_size)
         plan = None
         if x.ndim == 4 and not any(s % w for s, w in zip(x.shape[1:3], window, strict=True)):
-            plan = _guard.ready(_block.with_layer_scale, self, x)
+            plan = _memo.ready(_block.with_layer_scale, self, x)
         if plan is None or not _takes(self.attn, window):
             return super().forward(x)
         size = (x.shape[1], x.shape[2])
@@ -104,7 +105,7 @@ class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
     plan = staticmethod(plan_convnext)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_convnext, self, x)
+        plan = _memo.ready(plan_convnext, self, x)
         return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan)
 
 

@@ -9,7 +9,17 @@ from timm import layers as timm_layers
 from timm.models import metaformer
 from torch import nn
 
-from vitfast.layers import _attention, _block, _conv, _convnext, _guard, _metaformer, _mlp, _norm
+from vitfast.layers import (
+    _attention,
+    _block,
+    _conv,
+    _convnext,
+    _guard,
+    _memo,
+    _metaformer,
+    _mlp,
+    _norm,
+)
 from vitfast.layers._attention import Attention as AttentionPlan
 from vitfast.layers._base import Layer
 from vitfast.layers._group_norm import GroupNorm
@@ -142,7 +152,7 @@ class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = None
         if not torch.compiler.is_compiling():
-            plan = _guard.ready(plan_block, self, x)
+            plan = _memo.ready(plan_block, self, x)
             if plan is not None and not _block.records(x, plan):
                 out = _run(x, plan)
         return super().forward(x) if out is None else out

@@ -6,7 +6,7 @@ import torch
 from timm.models import rdnet
 from torch import nn
 
-from vitfast.layers import _convnext, _guard, _norm
+from vitfast.layers import _convnext, _guard, _memo, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._convnext import ConvNeXt
 from vitfast.layers._guard import Unsupported
@@ -42,7 +42,7 @@ class Block(Layer, rdnet.Block):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_block, self, x)
+        plan = _memo.ready(plan_block, self, x)
         return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run_branch(x, plan)
 
 
@@ -53,7 +53,7 @@ class BlockESE(Layer, rdnet.BlockESE):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_block, self, x)
+        plan = _memo.ready(plan_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return self.layers[5](_convnext.run_branch(x, plan))

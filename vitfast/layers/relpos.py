@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import vision_transformer_relpos as relpos
 
-from vitfast.layers import _attention, _block, _guard
+from vitfast.layers import _attention, _block, _guard, _memo
 from vitfast.layers._base import Layer
 
 
@@ -42,7 +42,7 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
     plan = staticmethod(_block.with_layer_scale)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = _guard.ready(_block.with_layer_scale, self, x, shared_rel_pos)
+        plan = _memo.ready(_block.with_layer_scale, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         return _block.run(x, plan, **position_bias(self.attn, shared_rel_pos))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from timm.models import resnetv2
 
-from vitfast.layers import _bottleneck, _guard
+from vitfast.layers import _bottleneck, _guard, _memo
 from vitfast.layers._base import Layer
 
 
@@ -15,7 +15,7 @@ class Bottleneck(Layer, resnetv2.Bottleneck):
     plan = staticmethod(_bottleneck.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_bottleneck.plan, self, x)
+        plan = _memo.ready(_bottleneck.plan, self, x)
         return super().forward(x) if plan is None else _bottleneck.apply(x, plan)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference_maps, _norm, patch_embed
+from vitfast.layers import _block, _guard, _inference_maps, _memo, _norm, patch_embed
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Unsupported
 from vitfast.layers._norm import Norm
@@ -49,7 +49,7 @@ class Sequential(Layer, nn.Sequential):
     plan = staticmethod(plan_patches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_patches, self, x)
+        plan = _memo.ready(plan_patches, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         height, width = plan.projection.weight.shape[2:]
@@ -65,7 +65,7 @@ class Sequential(Layer, nn.Sequential):
 
 def _fused(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
     """In inference on the CPU; elsewhere None."""
-    if torch.compiler.is_compiling() or _guard.records_grad(*_block.tensors((x, plan))):
+    if torch.compiler.is_compiling() or _guard.records_grad(*_guard.tensors((x, plan))):
         return None
     if plan.norm_first:
         return _inference_maps.downsample(x, *plan.projection, plan.norm)

@@ -219,6 +219,7 @@ def prepare(
             weight = _channels_last(weight)
         if fits:
             weights = (weight,) if gate_weight is None else (gate_weight, weight)
+            CACHE.note(*weights)
             b = matrix(weights, dtype, rows, gate=gate)
     return Linear(b, weight, bias, gate, gate_weight, gate_bias)
 

@@ -132,8 +132,13 @@ def prepare(
     pack = _pack_channels_last if channels_last else _pack
     pieces = CACHE.get(weight, dtype, pack.__name__, pack) if keep else pack(weight, dtype)
     if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
+        bias = rounded(bias, dtype)
     return Linear(pieces, _step(columns(weight), dtype), bias, act, weight.shape[0])
+
+
+def rounded(bias: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    CACHE.note(bias)
+    return bias.to(dtype)
 
 
 class Mlp(NamedTuple):
@@ -167,7 +172,8 @@ def prepare_mlp(
     pieces = CACHE.get(weight1, dtype, step, pack) if keep else pack(weight1, dtype)
     biases: Sequence[torch.Tensor | None] = [None] * len(pieces)
     if bias1 is not None:
-        biases = bias1.to(dtype).split(step)
+        bias1 = bias1 if bias1.dtype == dtype else rounded(bias1, dtype)
+        biases = bias1.split(step)
     first = (
         Linear((piece,), columns(weight1), bias, act, step)
         for piece, bias in zip(pieces, biases, strict=True)

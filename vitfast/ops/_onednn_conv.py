@@ -233,7 +233,7 @@ def _kept(
     bias, norm = conv.bias, conv.norm
     if norm is None:
         if bias is not None and bias.dtype != dtype:
-            bias = bias.to(dtype)
+            bias = _onednn.rounded(bias, dtype)
         return _weight_cache.CACHE.get(conv.weight, dtype, form, pack), bias
 
     def both(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:

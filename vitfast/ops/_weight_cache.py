@@ -9,10 +9,11 @@ every one of those elements alone.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ Packed = TypeVar("Packed")
 @dataclass(frozen=True, slots=True)
 class _Entry:
     weight: weakref.ref[torch.Tensor]
-    state: tuple[Any, ...]
+    state: Any
     packed: Any
     nbytes: int
 
@@ -51,6 +52,8 @@ class WeightCache:
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
         self.bytes = 0
+        self.when_crowded: list[Callable[[], None]] = []  # for those that keep what they got here
+        self._thread = threading.local()
         self._entries: dict[_Key, _Entry] = {}
         self._lock = threading.RLock()  # a weakref's callback may run while it is held
 
@@ -70,13 +73,16 @@ class WeightCache:
             pack: a function of weight and dtype.
             others: dense tensors that the result depends on, too.
         """
-        key = (id(weight), dtype, form)
-        found = state(weight)
+        tensors: tuple[torch.Tensor, ...] = (weight,)
         if others:
-            found += tuple(None if t is None else state(t) for t in others)
+            tensors += tuple(t for t in others if t is not None)
+            form = (form, *(t is None for t in others))
+        self.note(*tensors)
+        key = (id(weight), dtype, form)
         entry = self._entries.get(key)
-        if entry is not None and entry.state == found and entry.weight() is weight:
+        if entry is not None and entry.state.same(tensors) and entry.weight() is weight:
             return entry.packed  # type: ignore[no-any-return]
+        found = state(tensors)
         packed = pack(weight, dtype)
         drop = partial(_drop, weakref.ref(self), key)
         nbytes = weight.numel() * dtype.itemsize
@@ -84,14 +90,33 @@ class WeightCache:
             self._remove(key)
             self._entries[key] = _Entry(weakref.ref(weight, drop), found, packed, nbytes)
             self.bytes += nbytes
+            crowded = self.bytes > self.most_bytes
             while self.bytes > self.most_bytes and len(self._entries) > 1:
                 self._remove(list(self._entries)[0])  # a weight that dies meanwhile removes its own
+        if crowded:
+            self._tell()
         return packed
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[list[torch.Tensor]]:
+        """Collects the tensors of which this thread keeps more than their addresses meanwhile."""
+        before, self._thread.noted = getattr(self._thread, "noted", None), []
+        try:
+            yield self._thread.noted
+        finally:
+            self._thread.noted = before
+
+    def note(self, *tensors: torch.Tensor) -> None:
+        """Something prepared has these tensors' elements in another form."""
+        noted = getattr(self._thread, "noted", None)
+        if noted is not None:
+            noted.extend(tensors)
 
     def clear(self) -> None:
         with self._lock:
             self._entries.clear()
             self.bytes = 0
+        self._tell()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -102,6 +127,10 @@ class WeightCache:
             if entry is not None:
                 self.bytes -= entry.nbytes
 
+    def _tell(self) -> None:
+        for tell in self.when_crowded:
+            tell()
+
 
 def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Tensor]) -> None:
     alive = cache()
@@ -110,22 +139,26 @@ def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Te
         alive._remove(key)
 
 
-def state(w: torch.Tensor) -> tuple[Any, ...]:
-    """What tells a weight from what it was, see above; equal as long as it is the same."""
-    version = 0 if w.is_inference() else w._version
-    address = w.data_ptr()
-    fingerprint = native.native().fingerprint(address, w.itemsize, *_matrix(w), native.threads())
-    return address, version, w.dtype, w.shape, w.stride(), fingerprint
+def state(tensors: tuple[torch.Tensor, ...], unread: Collection[int] = ()) -> Any:
+    """What tells plain, dense tensors on the CPU of 2 or 4 bytes an item from what they become, see
+    above: an object whose `same(tensors)` is true for as long as they are what they were.
+
+    Args:
+        unread: ids of those whose elements do not matter.
+    """
+    nothing = (0, 0, 0, 0)
+    matrices = [(t.itemsize, *(nothing if id(t) in unread else _matrix(t))) for t in tensors]
+    return native.native().TensorState(tensors, matrices, native.threads())
 
 
-def _matrix(w: torch.Tensor) -> tuple[int, int, int, int]:
+def _matrix(w: torch.Tensor) -> tuple[int, ...]:
     """Rows, columns and their strides, of which every output channel has an element on the
     diagonal; nearly square for a convolution's weight, so that it is short."""
     if w.ndim == 2:
-        return *w.shape, *w.stride()  # type: ignore[return-value]
-    rows = len(w) * w.shape[2] if w.ndim == 4 else len(w)
+        return *w.shape, *w.stride()
+    rows = len(w) * w.shape[2] if w.ndim == 4 else w.numel() if w.ndim < 2 else len(w)
     columns = w.numel() // max(rows, 1)
-    return rows, columns, columns, 1
+    return rows, columns, w.stride(0) if w.ndim == 1 else columns, 1
 
 
 CACHE = WeightCache(native.memory() // 4)

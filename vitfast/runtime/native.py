@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.utils.dlpack import from_dlpack
@@ -57,6 +58,8 @@ def reasons() -> list[str]:
 
 
 _applied_isa: str | None = None
+recorder: Any = None
+"""What stands for the extension while `runtime.tape` records."""
 
 
 def native() -> ModuleType:
@@ -78,7 +81,7 @@ def native() -> ModuleType:
             )
         module.select_isa(ISA_LEVELS.index(wanted))
         _applied_isa = settings.cpu_isa
-    return module
+    return module if recorder is None else recorder  # type: ignore[no-any-return]
 
 
 def isa() -> str:
@@ -98,7 +101,12 @@ def empty(
     Its storage cannot be resized.
     """
     device = device or _CPU
-    if dtype in _DLPACK and math.prod(shape) * dtype.itemsize >= _LARGE and device == _CPU:
+    if (
+        recorder is None
+        and dtype in _DLPACK
+        and math.prod(shape) * dtype.itemsize >= _LARGE
+        and device == _CPU
+    ):
         module = _with_pages()
         pages = None if module is None else module.pages_tensor(shape, *_DLPACK[dtype])
         if pages is not None:

@@ -68,18 +68,22 @@ def _channels(t: torch.Tensor) -> tuple[int, int]:
 # ---- the two halves ------------------------------------------------------------------------------
 
 
-def accumulate(x: torch.Tensor, sums: torch.Tensor) -> None:
-    """Adds to sums [C], float64, the squares of x [..., C], rows of one image.
+def accumulate(x: torch.Tensor, sums: torch.Tensor, adds: bool = True) -> None:
+    """Adds to sums [C], float64, the squares of x [..., C], rows of one image; or writes them.
 
     The same bits for any number of threads; chunks of the same rows give the same.
     """
     if x.shape[-1] != sums.shape[0] or sums.dtype != torch.float64 or not sums.is_contiguous():
         raise ValueError(f"sums must be float64 [{x.shape[-1]}], got {sums.dtype} {sums.shape}")
     if x.numel() == 0:
+        if not adds:
+            sums.zero_()
         return
     x = x.reshape(-1, x.shape[-1])
     x = _norm.dense(x[None])
-    native.native().grn_accumulate(*x.shape[1:], _rows(x, False), sums.data_ptr(), native.threads())
+    native.native().grn_accumulate(
+        *x.shape[1:], _rows(x, False), sums.data_ptr(), adds, native.threads()
+    )
 
 
 def scale_of(sums: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -1,0 +1,336 @@
+// Floor: one cache miss a line of the modules' dictionaries, some twenty a module, of the tensors'
+// heads and of the fingerprints, as many of them at a time as the core can track: by the time a block
+// runs again, its weights and those of all others have passed through the caches.
+#include "state.h"
+
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu/weights.h"
+
+namespace py = pybind11;
+
+namespace vitfast {
+namespace {
+
+py::object owned(PyObject* found) {
+  if (found == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+// What to fetch before looking at it. Only hints: what is no longer there does no harm.
+class Lines {
+ public:
+  void add(const void* address, int64_t bytes) {
+    const auto first = reinterpret_cast<uintptr_t>(address) & ~uintptr_t{63};
+    const auto last = reinterpret_cast<uintptr_t>(address) + bytes;
+    for (uintptr_t line = first; line < last; line += 64) lines_.push_back(line);
+  }
+  void fetch() const {
+#if defined(__GNUC__)
+    for (const uintptr_t line : lines_) __builtin_prefetch(reinterpret_cast<const void*>(line));
+#endif
+  }
+
+ private:
+  std::vector<uintptr_t> lines_;
+};
+
+// ---- modules ------------------------------------------------------------------------------------
+
+// An object, known again by its identity without being kept alive where it allows that.
+class Identity {
+ public:
+  explicit Identity(PyObject* object) : object_(object) {
+    weak_ = PyType_SUPPORTS_WEAKREFS(Py_TYPE(object));
+    held_ = weak_ ? owned(PyWeakref_NewRef(object, nullptr))
+                  : py::reinterpret_borrow<py::object>(object);
+  }
+  void add_to(Lines& lines) const {
+    if (!weak_) return;
+    lines.add(held_.ptr(), sizeof(PyWeakReference));
+    lines.add(object_, sizeof(PyObject));
+  }
+  bool is(PyObject* other) const { return other == object_ && (!weak_ || alive()); }
+
+ private:
+  // Another object may have come to lie where one that died did.
+  bool alive() const {
+#if PY_VERSION_HEX >= 0x030D0000
+    PyObject* found = nullptr;
+    const int rc = PyWeakref_GetRef(held_.ptr(), &found);
+    Py_XDECREF(found);
+    if (rc < 0) throw py::error_already_set();
+    return rc != 0;
+#else
+    return PyWeakref_GetObject(held_.ptr()) == object_;
+#endif
+  }
+
+  PyObject* object_;
+  py::object held_;
+  bool weak_;
+};
+
+// Of what no forward depends on, though it is in every module.
+bool is_ignored(PyObject* key) {
+  static const char* const names[] = {"_state_dict_hooks",
+                                      "_state_dict_pre_hooks",
+                                      "_load_state_dict_pre_hooks",
+                                      "_load_state_dict_post_hooks",
+                                      "_non_persistent_buffers_set",
+                                      "_forward_hooks_with_kwargs",
+                                      "_forward_hooks_always_called",
+                                      "_forward_pre_hooks_with_kwargs"};
+  if (!PyUnicode_Check(key)) return false;
+  for (const char* name : names) {
+    if (PyUnicode_CompareWithASCIIString(key, name) == 0) return true;
+  }
+  return false;
+}
+
+// The keys of a dictionary and the identities of its values; of dictionaries in it what they hold.
+class DictState {
+ public:
+  DictState(PyObject* dict, bool nested) : size_(PyDict_Size(dict)) {
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    items_.reserve(size_);
+    while (PyDict_Next(dict, &position, &key, &value)) {
+      Item item;
+      item.key = py::reinterpret_borrow<py::object>(key);
+      if (is_ignored(key)) {
+      } else if (!nested && PyDict_Check(value)) {
+        item.dict = std::make_unique<DictState>(value, true);
+      } else {
+        item.value = std::make_unique<Identity>(value);
+      }
+      items_.push_back(std::move(item));
+    }
+  }
+
+  void add_to(Lines& lines, PyObject* dict) const {
+    const auto* const head = reinterpret_cast<PyDictObject*>(dict);
+    lines.add(head, sizeof *head);
+    if (size_ == 0) return;
+    const auto n = static_cast<int64_t>(size_);
+    if (head->ma_values != nullptr) lines.add(head->ma_values, 8 * n);
+    lines.add(head->ma_keys, 64 + 2 * n + 24 * n);
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    for (const Item& item : items_) {
+      if (!PyDict_Next(dict, &position, &key, &value)) return;
+      if (item.value) item.value->add_to(lines);
+      if (item.dict) item.dict->add_to(lines, value);
+    }
+  }
+
+  bool same(PyObject* dict) const {
+    if (PyDict_Size(dict) != size_) return false;
+    PyObject *key, *value;
+    Py_ssize_t position = 0;
+    for (const Item& item : items_) {
+      if (!PyDict_Next(dict, &position, &key, &value) || key != item.key.ptr()) return false;
+      if (item.dict) {
+        if (!PyDict_Check(value) || !item.dict->same(value)) return false;
+      } else if (item.value && !item.value->is(value)) {
+        return false;
+      }
+    }
+    return true;
+  }
+
+ private:
+  struct Item {
+    py::object key;
+    std::unique_ptr<Identity> value;
+    std::unique_ptr<DictState> dict;
+  };
+  Py_ssize_t size_;
+  std::vector<Item> items_;
+};
+
+class ModuleState {
+ public:
+  explicit ModuleState(const py::list& modules) {
+    for (const py::handle module : modules) {
+      const py::object dict = owned(PyObject_GenericGetDict(module.ptr(), nullptr));
+      const auto type = reinterpret_cast<PyObject*>(Py_TYPE(module.ptr()));
+      modules_.push_back({module.ptr(), py::reinterpret_borrow<py::object>(type),
+                          std::make_unique<DictState>(dict.ptr(), false)});
+      lines_.add(module.ptr(), sizeof(PyObject));
+      modules_.back().dict->add_to(lines_, dict.ptr());
+    }
+  }
+
+  // Parents come before their children, so that a module is alive when its turn comes.
+  bool same(const py::object& root) const {
+    if (modules_.empty() || root.ptr() != modules_.front().module) return false;
+    lines_.fetch();
+    for (const One& one : modules_) {
+      if (reinterpret_cast<PyObject*>(Py_TYPE(one.module)) != one.type.ptr()) return false;
+      const py::object dict = owned(PyObject_GenericGetDict(one.module, nullptr));
+      if (!one.dict->same(dict.ptr())) return false;
+    }
+    return true;
+  }
+
+ private:
+  struct One {
+    PyObject* module;
+    py::object type;
+    std::unique_ptr<DictState> dict;
+  };
+  std::vector<One> modules_;
+  Lines lines_;
+};
+
+// ---- tensors ------------------------------------------------------------------------------------
+
+// What DLPack 1.3 says of a tensor without taking it (dlpack.h: DLTensor, DLPackExchangeAPI).
+struct Tensor {
+  void* data;
+  int32_t device, device_id, ndim;
+  uint8_t code, bits;
+  uint16_t lanes;
+  const int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct Exchange {
+  uint32_t major, minor;
+  void* header;
+  void* managed[3];
+  int (*tensor)(PyObject*, Tensor*);
+};
+
+const Exchange& exchange(PyObject* t) {
+  static const Exchange* found = nullptr;
+  if (found == nullptr) {
+    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(t));
+    const py::object capsule = owned(PyObject_GetAttrString(type, "__dlpack_c_exchange_api__"));
+    const auto* const api =
+        static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (api == nullptr) throw py::error_already_set();
+    if (api->major != 1) throw std::runtime_error("vitfast knows DLPack's version 1 only");
+    found = api;  // it lives as long as torch
+  }
+  return *found;
+}
+
+// Version, address, device, dtype, sizes and strides.
+using Facts = std::vector<int64_t>;
+
+class Reader {
+ public:
+  explicit Reader(PyObject* t) {
+    if (exchange(t).tensor(t, &tensor_) != 0) throw py::error_already_set();
+    static const auto* const name = new py::str("_version");  // outlives the interpreter
+    const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(t, name->ptr()));
+    if (!version) PyErr_Clear();  // tensors of inference mode have none
+    version_ = version ? version.cast<int64_t>() : -1;
+  }
+
+  Facts facts() const {
+    Facts found{version_, head(), kind(), tensor_.ndim};
+    found.insert(found.end(), tensor_.shape, tensor_.shape + tensor_.ndim);
+    if (tensor_.strides) found.insert(found.end(), tensor_.strides, tensor_.strides + tensor_.ndim);
+    return found;
+  }
+
+  bool has(const Facts& facts) const {
+    if (facts[0] != version_ || facts[1] != head() || facts[2] != kind()) return false;
+    if (facts[3] != tensor_.ndim) return false;
+    const int64_t* expected = facts.data() + 4;
+    for (int i = 0; i < tensor_.ndim; ++i) {
+      if (*expected++ != tensor_.shape[i]) return false;
+    }
+    if ((tensor_.strides != nullptr) != (facts.size() > 4u + tensor_.ndim)) return tensor_.ndim == 0;
+    for (int i = 0; tensor_.strides != nullptr && i < tensor_.ndim; ++i) {
+      if (*expected++ != tensor_.strides[i]) return false;
+    }
+    return true;
+  }
+
+  int64_t head() const { return reinterpret_cast<int64_t>(tensor_.data) + tensor_.byte_offset; }
+  const int64_t* shape() const { return tensor_.shape; }
+
+ private:
+  int64_t kind() const {
+    return int64_t{tensor_.device} << 40 | int64_t{tensor_.device_id} << 32 | tensor_.lanes << 16 |
+           tensor_.code << 8 | tensor_.bits;
+  }
+
+  Tensor tensor_{};
+  int64_t version_;
+};
+
+using Matrix = std::array<int64_t, 5>;
+
+class TensorState {
+ public:
+  // Of tensors, and for each item bytes, rows, columns and their strides as the fingerprint's.
+  TensorState(const py::tuple& tensors, const std::vector<Matrix>& matrices,
+              int threads)
+      : threads_(threads) {
+    if (tensors.size() != matrices.size()) throw std::invalid_argument("TensorState: lengths");
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const Matrix& m = matrices[i];
+      if (m[0] != 2 && m[0] != 4) {
+        throw std::invalid_argument("TensorState: items have 2 or 4 bytes");
+      }
+      PyObject* const t = PyTuple_GET_ITEM(tensors.ptr(), i);
+      const Reader reader(t);
+      facts_.push_back(reader.facts());
+      matrices_.push_back(
+          {reinterpret_cast<const void*>(reader.head()), m[0], m[1], m[2], m[3], m[4]});
+      lines_.add(t, 64);
+      if (reader.shape() != nullptr) lines_.add(reader.shape() - 16, 256);  // inside torch's own
+    }
+    hashes_ = hashed();
+  }
+
+  bool same(const py::tuple& tensors) const {
+    if (tensors.size() != facts_.size()) return false;
+    lines_.fetch();
+    for (size_t i = 0; i < facts_.size(); ++i) {
+      if (!Reader(PyTuple_GET_ITEM(tensors.ptr(), i)).has(facts_[i])) return false;
+    }
+    return hashed() == hashes_;
+  }
+
+ private:
+  std::vector<uint64_t> hashed() const {
+    std::vector<uint64_t> found(matrices_.size());
+    const py::gil_scoped_release release;
+    fingerprints(matrices_.data(), static_cast<int64_t>(found.size()), found.data(), threads_);
+    return found;
+  }
+
+  int threads_;
+  std::vector<Facts> facts_;
+  std::vector<Fingerprint> matrices_;
+  std::vector<uint64_t> hashes_;
+  Lines lines_;
+};
+
+}  // namespace
+
+void bind_state(py::module_& m) {
+  py::class_<ModuleState>(m, "ModuleState")
+      .def(py::init<const py::list&>(),
+           "Of modules, parents first: their classes and what their dictionaries hold.")
+      .def("same", &ModuleState::same, "Whether nothing has changed, of the first module.");
+  py::class_<TensorState>(m, "TensorState")
+      .def(py::init<const py::tuple&, const std::vector<Matrix>&, int>(),
+           "Of dense tensors on the CPU: address, version, dtype, shape, strides and fingerprint. "
+           "Item bytes, rows, columns and their strides of each; threads.")
+      .def("same", &TensorState::same, "Whether nothing about these tensors has changed.");
+}
+
+}  // namespace vitfast

@@ -1,0 +1,115 @@
+"""Recorded native calls: what goes on a tape, and where its intermediates lie."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vitfast.ops import _norm as norm_op
+from vitfast.runtime import native, tape
+
+pytestmark = pytest.mark.usefixtures("needs_native")
+
+
+def twice_normed(x):
+    inner = norm_op.forward(norm_op.KINDS["layer"], x)[1]
+    return norm_op.forward(norm_op.KINDS["rms"], inner.view(x.shape))[1]
+
+
+def test_a_tape_gives_the_same_for_other_inputs():
+    x = torch.randn(5, 33)
+    out, taped = tape.record(twice_normed, x)
+    torch.testing.assert_close(out, twice_normed(x), rtol=0, atol=0)
+    for other in (torch.randn(5, 33), torch.full((5, 33), float("inf"))):
+        found = taped(other)
+        torch.testing.assert_close(found, twice_normed(other), rtol=0, atol=0, equal_nan=True)
+    assert native.recorder is None
+
+
+def test_weights_are_read_where_they_lie():
+    weight, x = torch.randn(33), torch.randn(5, 33)
+
+    def run(x):
+        return norm_op.forward(norm_op.KINDS["layer"], x, weight=weight)[1]
+
+    _, taped = tape.record(run, x)
+    weight.mul_(3)
+    torch.testing.assert_close(taped(x), run(x), rtol=0, atol=0)
+
+
+COMPUTING = {
+    "torch": lambda x: twice_normed(x + 1),
+    "torch_after": lambda x: twice_normed(x).mul_(2),
+    "copy": lambda x: twice_normed(x.t().contiguous().t().contiguous()),
+    "other_native": lambda x: (native.native().selected_isa(), twice_normed(x))[1],
+    "input_itself": lambda x: x,
+    "part_of_what_it_allocates": lambda x: twice_normed(x)[1:],
+    "nothing": lambda x: None,
+}
+
+
+@pytest.mark.parametrize("function", COMPUTING)
+def test_what_is_not_only_kernels_is_not_taped(function):
+    x = torch.randn(5, 33)
+    with torch.no_grad():
+        out, taped = tape.record(COMPUTING[function], x)
+        assert taped is None
+        torch.testing.assert_close(out, COMPUTING[function](x), rtol=0, atol=0)
+
+
+def test_an_error_leaves_nothing_behind():
+    with pytest.raises(ZeroDivisionError):
+        tape.record(lambda x: 1 / 0, torch.zeros(2, 3))
+    assert native.recorder is None
+    assert tape.record(twice_normed, torch.randn(2, 3))[1] is not None
+
+
+def test_other_threads_are_not_recorded():
+    x, others = torch.randn(5, 33), []
+
+    def run(x):
+        worker = threading.Thread(target=lambda: others.append(twice_normed(x * 2) + 1))
+        worker.start()
+        worker.join()
+        return twice_normed(x)
+
+    _, taped = tape.record(run, x)
+    torch.testing.assert_close(others[0], twice_normed(x * 2) + 1, rtol=0, atol=0)
+    torch.testing.assert_close(taped(x), twice_normed(x), rtol=0, atol=0)
+    assert len(others) == 1
+
+
+def test_a_recording_within_a_recording_is_none():
+    inner = []
+
+    def run(x):
+        inner.append(tape.record(twice_normed, x)[1])
+        return twice_normed(x)
+
+    assert tape.record(run, torch.randn(2, 3))[1] is not None
+    assert inner == [None]
+
+
+uses = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(sorted)
+
+
+@given(st.lists(st.tuples(st.integers(1, 1000), uses), max_size=8))
+def test_buffers_in_use_at_the_same_time_do_not_overlap(buffers):
+    sizes = [size for size, _ in buffers]
+    users = [calls for _, calls in buffers]
+    offsets, total = tape._lay_out(sizes, users)
+    spans = [range(o, o + s) for o, s in zip(offsets, sizes, strict=True)]
+    assert all(offset % 64 == 0 for offset in offsets)
+    for i, calls in enumerate(users):
+        if not calls:
+            continue
+        assert spans[i].stop <= total
+        for k in range(i):
+            if users[k] and calls[0] <= users[k][-1] and users[k][0] <= calls[-1]:
+                assert spans[i].stop <= spans[k].start or spans[k].stop <= spans[i].start
+    rounded = [-(-size // 64) * 64 for size, calls in buffers if calls]
+    assert total <= max(sum(rounded), 1)

@@ -1,0 +1,204 @@
+"""What a block found out in its last calls, for as long as nothing changes that it depends on.
+
+To look at a block's children, to check what they hold, to prepare its products and to call one
+kernel after the other from Python takes ten times as long as to see that all of it is as it was:
+the children's classes and what is in their dictionaries, and the state of the tensors as
+`ops._weight_cache` tells it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from vitfast.layers import _guard
+from vitfast.layers._guard import Plan
+from vitfast.ops import _weight_cache
+from vitfast.runtime import native, tape
+from vitfast.runtime.library import autocast_dtype
+from vitfast.runtime.tape import Tape
+from vitfast.settings import settings
+
+_MOST_KINDS = 8
+"""Shapes and dtypes of inputs that a block is ready for at once."""
+_MOST_VAIN = 16
+"""How many more times than it was of use a memo is made anew before the block goes without one."""
+_Key = tuple[int, Callable[[Any], Any]]
+Made = TypeVar("Made")
+
+
+class _Memo:
+    """What one plan function found for one module."""
+
+    def __init__(self, module: nn.Module, key: _Key) -> None:
+        self.module = weakref.ref(module, partial(_drop, key))
+        self.found: _Found | None = None
+        self.vain = 0
+
+    def learn(self, module: nn.Module, plan: Any) -> None:
+        """Keep a plan, unless it holds tensors that are not the module's own, but computed."""
+        self.forget()
+        self.vain += 1
+        if self.vain > _MOST_VAIN or plan is None:
+            return
+        modules = list(module.modules())
+        own = {id(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())}
+        tensors = tuple(_guard.tensors((plan,)))
+        if all(id(t) in own for t in tensors):
+            self.found = _Found(plan, native.native().ModuleState(modules), tensors)
+            _FOUND[id(plan)] = self.found
+
+    def forget(self) -> None:
+        if self.found is not None:
+            _FOUND.pop(id(self.found.plan), None)
+        self.found = None
+
+
+class _Found:
+    """A plan, the state of the modules it came from, its tensors and what was made from it."""
+
+    def __init__(self, plan: Any, modules: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+        self.plan, self.modules, self.tensors = plan, modules, tensors
+        self.made: dict[Hashable, _Made] = {}
+
+    def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
+        with _weight_cache.CACHE.noting() as noted:
+            made = _Made(make())
+        read = {id(t) for t in noted}
+        tensors = tuple({id(t): t for t in (*self.tensors, *noted)}.values())
+        if all(map(_is_watchable, tensors)):
+            made.tensors = tensors
+            made.state = _weight_cache.state(tensors, [id(t) for t in tensors if id(t) not in read])
+            while len(self.made) >= _MOST_KINDS:
+                self.made.pop(next(iter(self.made)), None)
+            self.made[key] = made
+        return made
+
+
+class _Made:
+    """What was made for one kind of input."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self.tensors: tuple[torch.Tensor, ...] = ()
+        self.state: Any = None  # that of the tensors
+        self.calls = 0
+        self.tape: Tape | None = None
+
+
+_MEMOS: dict[_Key, _Memo] = {}
+_FOUND: dict[int, _Found] = {}  # by the id of its plan
+
+
+def ready(
+    find: Callable[[Any], Plan], module: nn.Module, x: object, *others: object
+) -> Plan | None:
+    """As `_guard.ready`, with the plan found before while the module and its children are the same.
+
+    For plan functions that look at nothing else.
+    """
+    if torch.compiler.is_compiling() or native.reasons():
+        return _guard.ready(find, module, x, *others)
+    if not _guard.may_fuse(x, *others):
+        return None
+    key = (id(module), find)
+    memo = _MEMOS.get(key)
+    found = None if memo is None else memo.found
+    if memo is not None and found is not None and found.modules.same(module):
+        memo.vain = 0
+        return found.plan  # type: ignore[no-any-return]
+    try:
+        plan = find(module)
+    except _guard.Unfit:
+        if memo is not None:
+            memo.forget()
+        return None
+    if memo is None or memo.module() is not module:
+        memo = _MEMOS[key] = _Memo(module, key)
+    memo.learn(module, plan)
+    return plan
+
+
+def recall(
+    make: Callable[..., Made], rows: int, x: torch.Tensor, plan: Any, *others: Hashable
+) -> Made:
+    """make(x, plan, autocast's dtype or None, *others), or what it gave for such an x before.
+
+    It may depend on the shape, dtype and device of x, and on the plan's tensors, which it may pack
+    for so many rows; not on what x holds nor how it lies.
+    """
+    return _find(make, rows, x, plan, others).value  # type: ignore[no-any-return]
+
+
+def call(
+    run: Callable[[torch.Tensor, Made], torch.Tensor | None],
+    make: Callable[..., Made | None],
+    rows: int,
+    x: torch.Tensor,
+    plan: Any,
+    *others: Hashable,
+) -> torch.Tensor | None:
+    """run(x, recall(make, ...)), or None where that is; from the third call for such an x on as a
+    tape, if it does nothing but call kernels. It depends on nothing else."""
+    made = _find(make, rows, x, plan, others)
+    if made.value is None:
+        return None
+    made.calls += 1
+    if made.tape is not None and x.is_contiguous():
+        return made.tape(x)
+    if made.calls != 2:
+        return run(x, made.value)
+    out, made.tape = tape.record(lambda x: run(x, made.value), x)
+    return out
+
+
+def _find(
+    make: Callable[..., Any], rows: int, x: torch.Tensor, plan: Any, others: tuple[Hashable, ...]
+) -> _Made:
+    lower = autocast_dtype(x.device)
+    found = _FOUND.get(id(plan))
+    if (
+        found is None
+        or found.plan is not plan
+        or rows >= _weight_cache.CACHE_ROWS  # packings that are not to be kept
+        or torch.is_grad_enabled()
+        or not x.is_cpu
+    ):
+        return _Made(make(x, plan, lower, *others))
+    how = settings.backend, settings.cpu_isa, torch._C._get_mkldnn_enabled(), native.threads()
+    key = (make, x.shape, x.dtype, lower, how, *others)
+    made = found.made.get(key)
+    if made is not None and made.state.same(made.tensors):
+        return made
+    return found.make(key, lambda: make(x, plan, lower, *others))
+
+
+def _is_watchable(t: torch.Tensor) -> bool:
+    dense = t.ndim < 3 or t.is_contiguous() or _is_channels_last(t)
+    return t.is_cpu and t.itemsize in (2, 4) and t.layout is torch.strided and dense
+
+
+def _is_channels_last(t: torch.Tensor) -> bool:
+    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+
+
+def _drop(key: _Key, dead: weakref.ref[nn.Module]) -> None:
+    # The id may belong to another module by now.
+    memo = _MEMOS.get(key)
+    if memo is not None and memo.module is dead:
+        memo.forget()
+        del _MEMOS[key]
+
+
+def _forget_made() -> None:
+    """What the cache has no room for is not to live on here."""
+    for found in list(_FOUND.values()):
+        found.made.clear()
+
+
+_weight_cache.CACHE.when_crowded.append(_forget_made)

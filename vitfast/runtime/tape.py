@@ -1,0 +1,171 @@
+"""Native calls recorded once and run again as one, as CUDA graphs do for a GPU.
+
+Between two kernels of a block Python and torch take as long as a small kernel does. Where a
+function of one tensor does nothing but allocate, take views and call kernels, which a dispatch mode
+of torch sees, the calls are all there is to it: they are run again without it, on the addresses of
+other tensors, their intermediates in one piece of memory.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from vitfast.runtime import native
+
+_KERNELS = frozenset(
+    (
+        *("gemm", "norm_forward", "dwconv_forward", "attention_forward", "window_forward"),
+        *("grn_accumulate", "grn_scale"),
+    )
+)
+_ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
+_ON_TAPE, _REACH = 1 << 62, 1 << 44
+"""As in csrc/bindings.cpp: how a tape tells a buffer from memory that stays where it is."""
+_LEAST_ADDRESS = 1 << 32
+_ALIGNMENT = 64
+_LOCK = threading.Lock()
+
+Call = tuple[str, tuple[Any, ...]]
+Interval = tuple[int, int]
+
+
+class Tape:
+    """The calls of a function of one contiguous tensor. What they read besides has to stay."""
+
+    def __init__(self, calls: Any, shape: torch.Size, dtype: torch.dtype) -> None:
+        self._calls, self._shape, self._dtype = calls, shape, dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """As the function; x is like the one that it was recorded with."""
+        out = native.empty(self._shape, self._dtype)
+        native.native()  # sees to the instruction set
+        self._calls.run(x.data_ptr(), out.data_ptr())
+        return out
+
+
+def record(
+    function: Callable[[torch.Tensor], torch.Tensor | None], x: torch.Tensor
+) -> tuple[torch.Tensor | None, Tape | None]:
+    """function(x), and its tape; None where it computes by other means than kernels."""
+    if not x.is_contiguous() or not _LOCK.acquire(blocking=False):
+        return function(x), None
+    try:
+        recorder = native.recorder = _Recorder(native.native())
+        with _Watch() as watch:
+            out = function(x)
+    finally:
+        native.recorder = None
+        _LOCK.release()
+    if out is None or recorder.strange or watch.computes:
+        return out, None
+    return out, _tape(x, out, watch.allocated, recorder.calls)
+
+
+class _Recorder:
+    """The extension, which notes what the thread that made this calls."""
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._thread = module, threading.get_ident()
+        self.calls: list[Call] = []
+        self.strange = False  # whether it called anything that does not go on a tape
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._module, name)
+        if threading.get_ident() != self._thread:
+            return found
+        if name not in _KERNELS:
+            self.strange = True
+            return found
+
+        def call(*args: Any) -> Any:
+            self.calls.append((name, args))
+            return found(*args)
+
+        return call
+
+
+class _Watch(TorchDispatchMode):
+    """Notes what torch does on this thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[torch.Tensor] = []
+        self.computes = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ in _ALLOCATIONS:
+            self.allocated.append(out)
+        elif not self.computes:
+            self.computes = func._schema.is_mutable or not _storages(out) <= _storages(args)
+        return out
+
+
+def _storages(values: Any) -> set[int]:
+    tensors = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
+    return {t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t) for t in tensors}
+
+
+def _interval(t: torch.Tensor) -> Interval:
+    return t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize
+
+
+def _tape(
+    x: torch.Tensor, out: torch.Tensor, allocated: Sequence[torch.Tensor], calls: Sequence[Call]
+) -> Tape | None:
+    room = [_interval(t) for t in allocated if t.numel()]
+    result = _interval(out)
+    if result not in room or not out.is_contiguous():
+        return None
+    room.remove(result)
+    buffers = [_interval(x), result, *room]
+    users: list[list[int]] = [[] for _ in buffers]
+
+    def moved(value: Any, call: int) -> Any:
+        if isinstance(value, (tuple, list)):
+            return tuple(moved(one, call) for one in value)
+        if isinstance(value, int) and value >= _LEAST_ADDRESS:
+            for i, (begin, end) in enumerate(buffers):
+                if begin <= value < end:
+                    users[i].append(call)
+                    return _ON_TAPE + i * _REACH + value - begin
+        return value
+
+    written = [(name, moved(args, i)) for i, (name, args) in enumerate(calls)]
+    sizes = [end - begin for begin, end in room]
+    offsets, total = _lay_out(sizes, users[2:])
+    tape = native.native().Tape(total, offsets)
+    for name, args in written:
+        getattr(tape, name)(*args)
+    return Tape(tape, out.shape, out.dtype)
+
+
+def _lay_out(sizes: Sequence[int], users: Sequence[Sequence[int]]) -> tuple[list[int], int]:
+    """Where buffers lie in one piece of memory, none over another in use at the same time; and how
+    large that is. users: the calls that use each, in order."""
+    offsets, total = [0] * len(sizes), 1
+    placed: list[int] = []
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if not users[i]:
+            continue
+        rivals = [k for k in placed if _meet(users[i], users[k])]
+        for k in sorted(rivals, key=lambda k: offsets[k]):
+            if offsets[i] + sizes[i] <= offsets[k]:
+                break
+            end = offsets[k] + sizes[k]
+            offsets[i] = max(offsets[i], -(-end // _ALIGNMENT) * _ALIGNMENT)
+        placed.append(i)
+        total = max(total, offsets[i] + sizes[i])
+    return offsets, total
+
+
+def _meet(a: Sequence[int], b: Sequence[int]) -> bool:
+    return a[0] <= b[-1] and b[0] <= a[-1]
