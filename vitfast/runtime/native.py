@@ -81,7 +81,7 @@ def native() -> ModuleType:
             )
         module.select_isa(ISA_LEVELS.index(wanted))
         _applied_isa = settings.cpu_isa
-    return module if recorder is None else recorder  # type: ignore[no-any-return]
+    return module if recorder is None else recorder
 
 
 def isa() -> str:
