@@ -44,6 +44,16 @@ def test_contenders_take_turns(machine):
     assert "".join(machine.calls) == "abc" + "abc" * 2
 
 
+def test_a_turn_of_short_calls_may_begin_with_one_that_is_not_timed(machine):
+    calls = {"a": machine.call("a", 0.01), "b": machine.call("b", 1.0)}
+    found = timed(machine, calls, seconds=4.0, settle=True, min_rounds=1)
+    assert "".join(machine.calls) == "aab" + "aab" * 4
+    assert found["a"].samples == pytest.approx([0.01] * 4)
+    machine.calls.clear()
+    timed(machine, {"a": calls["a"]}, seconds=1e-9, settle=True, min_rounds=3)
+    assert len(machine.calls) == 2 + 3
+
+
 def test_medians_are_per_call_and_outliers_do_not_move_them(machine):
     found = timed(
         machine,

@@ -183,6 +183,7 @@ def measure(
         timings = interleave(
             calls,
             seconds=seconds,
+            settle=True,
             watch=stopwatch(setting.device),
             check=judge,
             on_progress=lambda share: say("timing", share),

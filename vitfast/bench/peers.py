@@ -89,6 +89,8 @@ def onnxruntime(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Sett
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
+    # Or its threads would still be waiting for work, busily, while the next contender is timed.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     with tempfile.TemporaryDirectory(prefix="vitfast-") as folder:
         path = os.path.join(folder, "model.onnx")
         try:

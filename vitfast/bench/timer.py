@@ -21,7 +21,7 @@ MIN_SAMPLE_SECONDS = 2e-4
 """Shorter calls are repeated within one sample: the clock itself costs some 100 ns."""
 
 SETTLING_SECONDS = 0.05
-"""A first call that was shorter tells little of the second."""
+"""A first call that was shorter tells little of the second; what ran before it counts."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def interleave(
     min_rounds: int = 3,
     max_rounds: int = 500,
     ran_before: Mapping[str, float] | None = None,
+    settle: bool = False,
     watch: Stopwatch | None = None,
     check: Callable[[str, Any], object] | None = None,
     on_progress: Callable[[float], None] | None = None,
@@ -102,6 +103,8 @@ def interleave(
         seconds: budget of timed work for all contenders together; `min_rounds` may exceed it.
         ran_before: contenders that the caller has run already, and the seconds that it took; they
             are not warmed up again.
+        settle: begin a turn of short calls with one that is not timed: another contender's weights
+            are in the caches, and its threads may still be waiting for work, busily.
         watch: the wall clock by default.
         check: (name, output), raises or takes note; called on every contender's first
             output, before the timing, and on its last one, since a kernel may be right ten times
@@ -122,7 +125,7 @@ def interleave(
         )
     watch = watch or WallStopwatch()
     check = check or (lambda name, output: None)
-    numbers = {}
+    numbers, times = {}, {}
     for name, call in calls.items():
         once = (ran_before or {}).get(name)
         if once is None:
@@ -130,6 +133,7 @@ def interleave(
             check(name, output)
             if once < SETTLING_SECONDS:
                 once, output = watch(call, 1)
+        times[name] = once
         numbers[name] = max(1, math.ceil(MIN_SAMPLE_SECONDS / max(once, 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in calls}
     last: dict[str, Any] = {}
@@ -137,8 +141,11 @@ def interleave(
     while rounds < min_rounds or (spent < seconds and rounds < max_rounds):
         for name, call in calls.items():
             last.pop(name, None)  # or two outputs would be in memory
+            if settle and len(calls) > 1 and times[name] < SETTLING_SECONDS:
+                call()
             elapsed, last[name] = watch(call, numbers[name])
-            samples[name].append(elapsed / numbers[name])
+            times[name] = elapsed / numbers[name]
+            samples[name].append(times[name])
             spent += elapsed
         rounds += 1
         if on_progress is not None:
