@@ -20,7 +20,7 @@ from torch import nn
 
 from vitfast.layers import _memo
 from vitfast.ops import _weight_cache
-from vitfast.runtime import native
+from vitfast.runtime import native, tape
 from vitfast.settings import settings
 from vitfast.swap import swap
 
@@ -276,6 +276,22 @@ def test_another_kind_of_call(warm, change):
         torch.testing.assert_close(one, found[0], rtol=0, atol=0)
 
 
+def test_a_causal_call_has_a_tape_of_its_own(lively):
+    module, x = vit()
+    swap(lively(module).eval())
+    plain = call(module, x, 3)
+    with torch.no_grad():
+        causal = [module(x, is_causal=True) for _ in range(3)]
+    mask = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    with torch.no_grad():
+        masked = [module(x, attn_mask=mask) for _ in range(3)]
+    for one in (*causal, *masked):
+        torch.testing.assert_close(one, causal[0], rtol=1e-5, atol=1e-5)
+    assert (causal[0] - plain).abs().max() > 1e-3
+    torch.testing.assert_close(call(module, x), plain, rtol=0, atol=0)
+    assert len(tapes(module)) == 2
+
+
 def test_more_kinds_of_input_than_are_kept():
     module, _ = vit()
     module.eval()
@@ -293,6 +309,17 @@ def test_strided_inputs_after_a_tape(warm):
     strided = torch.stack([x, x * 2], -1)[..., 0]
     assert not strided.is_contiguous()
     torch.testing.assert_close(call(module, strided), call(module, x), rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_recorded_now_is_later(block):
+    module, x = block
+    call(module, x)
+    call(module, torch.stack([x, x], -1)[..., 0])
+    with tape._LOCK:
+        expected = call(module, x)
+    assert not tapes(module)
+    torch.testing.assert_close(call(module, x, 2), expected, rtol=0, atol=0)
+    assert tapes(module)
 
 
 def test_results_are_tensors_of_their_own(warm):

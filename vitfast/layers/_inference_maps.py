@@ -271,8 +271,7 @@ def _respond(hidden: Sequence[torch.Tensor], scales: torch.Tensor, bias: torch.T
         for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
             base = shift.expand(one.shape)
             out = one if one.dtype == base.dtype else None
-            sums = norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor, residual_out=out)[
-                0
-            ]
+            terms = dict(branch=one, gamma=factor, residual_out=out)
+            wide, _, _ = norm_op.forward(norm_op.NONE, base, **terms)
             if out is None:
-                norm_op.forward(norm_op.NONE, sums, residual_out=one)
+                norm_op.forward(norm_op.NONE, wide, residual_out=one)

@@ -87,7 +87,7 @@ class _Made:
         self.value = value
         self.tensors: tuple[torch.Tensor, ...] = ()
         self.state: Any = None  # that of the tensors
-        self.calls = 0
+        self.has_run = self.was_recorded = False
         self.tape: Tape | None = None
 
 
@@ -132,7 +132,7 @@ def recall(
     It may depend on the shape, dtype and device of x, and on the plan's tensors, which it may pack
     for so many rows; not on what x holds nor how it lies.
     """
-    return _find(make, rows, x, plan, others).value  # type: ignore[no-any-return]
+    return _find(None, make, rows, x, plan, others).value  # type: ignore[no-any-return]
 
 
 def call(
@@ -145,20 +145,27 @@ def call(
 ) -> torch.Tensor | None:
     """run(x, recall(make, ...)), or None where that is; from the third call for such an x on as a
     tape, if it does nothing but call kernels. It depends on nothing else."""
-    made = _find(make, rows, x, plan, others)
+    made = _find(run, make, rows, x, plan, others)
     if made.value is None:
         return None
-    made.calls += 1
-    if made.tape is not None and x.is_contiguous():
-        return made.tape(x)
-    if made.calls != 2:
-        return run(x, made.value)
-    out, made.tape = tape.record(lambda x: run(x, made.value), x)
-    return out
+    if x.is_contiguous():
+        if made.tape is not None:
+            return made.tape(x)
+        if made.has_run and not made.was_recorded and not tape.is_recording():
+            made.was_recorded = True
+            out, made.tape = tape.record(lambda x: run(x, made.value), x)
+            return out
+    made.has_run = True
+    return run(x, made.value)
 
 
 def _find(
-    make: Callable[..., Any], rows: int, x: torch.Tensor, plan: Any, others: tuple[Hashable, ...]
+    run: Callable[..., Any] | None,
+    make: Callable[..., Any],
+    rows: int,
+    x: torch.Tensor,
+    plan: Any,
+    others: tuple[Hashable, ...],
 ) -> _Made:
     lower = autocast_dtype(x.device)
     found = _FOUND.get(id(plan))
@@ -171,7 +178,7 @@ def _find(
     ):
         return _Made(make(x, plan, lower, *others))
     how = settings.backend, settings.cpu_isa, torch._C._get_mkldnn_enabled(), native.threads()
-    key = (make, x.shape, x.dtype, lower, how, *others)
+    key = (run, make, x.shape, x.dtype, lower, how, *others)
     made = found.made.get(key)
     if made is not None and made.state.same(made.tensors):
         return made

@@ -67,6 +67,11 @@ def record(
     return out, _tape(x, out, watch.allocated, recorder.calls)
 
 
+def is_recording() -> bool:
+    """Whether some thread records now, which one at a time can."""
+    return _LOCK.locked()
+
+
 class _Recorder:
     """The extension, which notes what the thread that made this calls."""
 
