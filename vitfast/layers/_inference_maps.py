@@ -6,6 +6,7 @@ As `_inference`, some lines or images at a time.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from vitfast.layers import _fits, _memo, _rows
 from vitfast.layers._guard import Linear
 from vitfast.layers._norm import Grn, Norm
-from vitfast.layers._rows import Halves
+from vitfast.layers._rows import Halves, Layer
 from vitfast.ops import _norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.grn import native as grn_op
@@ -24,6 +25,7 @@ from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
     from vitfast.layers._convnext import ConvNeXt
+    from vitfast.layers.sequential import Patches
 
 _CONVOLVED_BYTES = 4 << 20
 """Of a convolution's results at a time: each stripe of lines reads those around it again."""
@@ -42,7 +44,18 @@ class Merge(NamedTuple):
 
 def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
     """2x2 patches of a map x [B, H, W, C] reduced; None where it is for the public ops."""
-    lower = autocast_dtype(x.device)
+    return _memo.call(_merge, _merge_steps, rows_of(x) // 4, x, plan)
+
+
+class _Reduction(NamedTuple):
+    """A downsampling ready to run, its products in dtype `operand`."""
+
+    plan: Merge | Patches
+    operand: torch.dtype
+    linear: Layer
+
+
+def _merge_steps(x: torch.Tensor, plan: Merge, lower: torch.dtype | None) -> _Reduction | None:
     operand = lower or x.dtype
     if not _fits.on_cpu(x, lower):
         return None
@@ -57,9 +70,12 @@ def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
         and _fits.vector(plan.norm.bias, width)
     ):
         return None
-    batch, high, wide, _ = shape
-    rows = batch * high * wide
-    reduction = _rows.linear(plan.reduction, rows, operand)
+    return _Reduction(plan, operand, _rows.linear(plan.reduction, math.prod(shape[:3]), operand))
+
+
+def _merge(x: torch.Tensor, steps: _Reduction) -> torch.Tensor:
+    plan, operand, reduction = steps
+    shape = batch, high, wide, _ = norm_op.merged_shape(x)
 
     def patches(part: torch.Tensor) -> torch.Tensor:
         if plan.norm_last:
@@ -72,14 +88,15 @@ def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
         y = reduction(found.view(-1, shape[-1]))
         return _rows.normalise(y, plan.norm, y) if plan.norm_last else y
 
-    if rows <= _rows.WHOLE_ROWS:
+    if batch * high * wide <= _rows.WHOLE_ROWS:
         return patches(x).view(batch, high, wide, -1)
-    out = native.empty((batch, high, wide, len(weight)), operand)
+    width = len(plan.reduction.weight)
+    out = native.empty((batch, high, wide, width), operand)
     step = max(1, _rows.CHUNK_ROWS // wide)
     for image, result in zip(x, out, strict=True):
         for first in range(0, high, step):
             part = image[None, 2 * first : 2 * (first + step)]
-            result[first : first + step] = patches(part).view(-1, wide, len(weight))
+            result[first : first + step] = patches(part).view(-1, wide, width)
     return out
 
 
@@ -107,38 +124,48 @@ def embed(
     return patch_op.normed(image, weight, bias, operand, lambda x: _rows.normalise(x, norm, x))
 
 
-def downsample(
-    image: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, norm: Norm
-) -> torch.Tensor | None:
-    """Patches [B, N, C'] of norm(image), over channels, a stripe at a time; None as of `embed`."""
-    lower = autocast_dtype(image.device)
-    operand = lower or image.dtype
-    dtypes = norm_op.DTYPES if lower else (image.dtype,)
-    batch, channels, high, wide = image.shape
+def downsample(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
+    """Patches [B, N, C'] of norm(x), of a map [B, H, W, C], some lines at a time; None as of `embed`."""
+    return _memo.call(_downsample, _downsample_steps, rows_of(x), x, plan)
+
+
+def _downsample_steps(
+    x: torch.Tensor, plan: Patches, lower: torch.dtype | None
+) -> _Reduction | None:
+    (weight, bias), norm = plan.projection, plan.norm
+    operand = lower or x.dtype
+    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    batch, high, wide, channels = x.shape
     width, _, height, across = weight.shape
     if not (
-        _fits.on_cpu(image, lower)
+        _fits.on_cpu(x, lower)
         and _fits.tensor(weight, (width, channels, height, across), dtypes)
         and _fits.vector(bias, width, dtypes)
         and _fits.vector(norm.weight, channels)
         and _fits.vector(norm.bias, channels)
     ):
         return None
+    rows = batch * (high // height) * (wide // across)
+    linear = _rows.linear(Linear(weight, bias), rows, operand, channels_last=True)
+    return _Reduction(plan, operand, linear)
+
+
+def _downsample(x: torch.Tensor, steps: _Reduction) -> torch.Tensor:
+    plan, operand, linear = steps
+    batch, high, wide, channels = x.shape
+    width, _, height, across = plan.projection.weight.shape
     lines, columns = high // height, wide // across
     out = native.empty((batch, lines, columns, width), operand)
-    linear = _rows.linear(
-        Linear(weight, bias), batch * lines * columns, operand, channels_last=True
-    )
-    x = image.permute(0, 2, 3, 1).contiguous()
+    x = x.contiguous()
     for images, stripes in _stripes(batch, lines, columns, _rows.CHUNK_ROWS):
         for first, last in stripes:
             part = x[images, first * height : last * height]
             part = part.view(-1, height, columns, across, channels)
             rows = torch.empty((len(part), columns, height, across, channels), dtype=operand)
             for i, j in itertools.product(range(height), range(across)):
-                _rows.normalise(part[:, i, :, j], norm, rows[:, :, i, j])
-            result = out[images, first:last]
-            result.copy_(linear(rows.view(-1, height * across * channels)).view(result.shape))
+                _rows.normalise(part[:, i, :, j], plan.norm, rows[:, :, i, j])
+            result = out[images, first:last].view(-1, width)
+            linear.into(rows.view(-1, height * across * channels), result)
     return out.view(batch, -1, width)
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitfast.layers import _attention, _fits, _rows
+from vitfast.layers import _attention, _fits, _memo, _rows
 from vitfast.layers._attention import Attention
 from vitfast.layers._group_norm import GroupNorm
 from vitfast.layers._guard import DropRate, Linear
@@ -25,7 +25,6 @@ from vitfast.ops.attention import native as attention_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.group_norm_act import native as group_norm_op
 from vitfast.runtime import native
-from vitfast.runtime.library import autocast_dtype
 
 
 class Star(NamedTuple):
@@ -75,19 +74,39 @@ def run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
 
     The result has the dtype that the residual stream has in timm.
     """
-    lower = autocast_dtype(x.device)
+    return _memo.call(_run, _steps, x[..., 0].numel(), x, plan)
+
+
+class _Steps(NamedTuple):
+    """A block ready to run. dtypes: of the MLP's products, of its input and of the result."""
+
+    plan: Block
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    mix: Callable[[torch.Tensor, torch.Tensor], None]
+    halves: _rows.Halves
+
+
+def _steps(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> _Steps | None:
     if not _fit(x, plan, lower):
         return None
     operand = lower or x.dtype
     rows = x[..., 0].numel()
     mixed = x.dtype if isinstance(plan.mixer, Pool) else operand
     between = _stream(x.dtype, plan.first, mixed)
-    out = native.empty(x.shape, _stream(between, plan.second, operand))
-    mix = _mixer(plan.mixer, plan.first, rows, operand)
-    halves = _rows.mlp(plan.mlp, rows, operand)
+    return _Steps(
+        plan,
+        (operand, between, _stream(between, plan.second, operand)),
+        _mixer(plan.mixer, plan.first, rows, operand),
+        _rows.mlp(plan.mlp, rows, operand),
+    )
+
+
+def _run(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
+    plan, (operand, between, dtype), mix, halves = steps
+    out = native.empty(x.shape, dtype)
     images = max(1, _rows.WHOLE_ROWS // x[0, ..., 0].numel())
     for part, result in zip(x.contiguous().split(images), out.split(images), strict=True):
-        middle = result if out.dtype == between else native.empty(part.shape, between)
+        middle = result if dtype == between else native.empty(part.shape, between)
         mix(part, middle)
         _add_mlp(middle, plan, halves, operand, result)
     return out

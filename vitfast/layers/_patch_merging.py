@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference_maps, _norm
+from vitfast.layers import _block, _guard, _inference_maps, _memo, _norm
 from vitfast.layers._inference_maps import Merge
 
 
@@ -27,7 +27,7 @@ def run(
     module: nn.Module, x: torch.Tensor, plan: Callable[[nn.Module], Merge]
 ) -> torch.Tensor | None:
     """The layer on a map x [B, H, W, C]; None where it is for timm's forward."""
-    merge = _guard.ready(plan, module, x)
+    merge = _memo.ready(plan, module, x)
     if merge is None or x.ndim != 4:
         return None
     if not torch.compiler.is_compiling() and not _guard.records_grad(

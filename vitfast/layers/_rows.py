@@ -51,6 +51,13 @@ class Layer(NamedTuple):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)
 
+    def into(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        """self(x) into `out`."""
+        if self.own is None:
+            out.copy_(self.run(x))
+        else:
+            _gemm.apply(self.own, x, out=out)
+
     def add_to(
         self, residual: torch.Tensor, gamma: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor
     ) -> None:

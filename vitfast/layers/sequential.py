@@ -68,7 +68,7 @@ def _fused(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
     if torch.compiler.is_compiling() or _guard.records_grad(*_guard.tensors((x, plan))):
         return None
     if plan.norm_first:
-        return _inference_maps.downsample(x, *plan.projection, plan.norm)
+        return _inference_maps.downsample(x.permute(0, 2, 3, 1), plan)
     operand = autocast_dtype(x.device) or x.dtype
     if _norm.dtype_2d(operand, plan.norm) not in (None, operand):
         return None
