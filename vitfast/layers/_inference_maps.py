@@ -125,7 +125,7 @@ def embed(
 
 
 def downsample(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
-    """Patches [B, N, C'] of norm(x), of a map [B, H, W, C], some lines at a time; None as of `embed`."""
+    """Patches [B, N, C'] of norm(x), of a map [B, H, W, C]; None as of `embed`."""
     return _memo.call(_downsample, _downsample_steps, rows_of(x), x, plan)
 
 
