@@ -61,6 +61,12 @@ def test_what_is_not_only_kernels_is_not_taped(function):
         torch.testing.assert_close(out, COMPUTING[function](x), rtol=0, atol=0)
 
 
+def test_addresses_that_could_be_sizes_are_not_taped(monkeypatch):
+    x = torch.randn(5, 33)
+    monkeypatch.setattr(tape, "_LEAST_ADDRESS", x.data_ptr() + 1)
+    assert tape.record(twice_normed, x)[1] is None
+
+
 def test_an_error_leaves_nothing_behind():
     with pytest.raises(ZeroDivisionError):
         tape.record(lambda x: 1 / 0, torch.zeros(2, 3))

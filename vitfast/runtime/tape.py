@@ -28,6 +28,7 @@ _ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "
 _ON_TAPE, _REACH = 1 << 62, 1 << 44
 """As in csrc/bindings.cpp: how a tape tells a buffer from memory that stays where it is."""
 _LEAST_ADDRESS = 1 << 32
+"""No size or stride that comes here is as large; where memory begins below, there are no tapes."""
 _ALIGNMENT = 64
 _LOCK = threading.Lock()
 
@@ -132,6 +133,8 @@ def _tape(
         return None
     room.remove(result)
     buffers = [_interval(x), result, *room]
+    if min(buffers)[0] < _LEAST_ADDRESS:
+        return None
     users: list[list[int]] = [[] for _ in buffers]
 
     def moved(value: Any, call: int) -> Any:
