@@ -886,8 +886,8 @@ struct Relocate {
   }
 };
 
-// Calls of kernels in a row, to be run again on other tensors. Its first two buffers are the input
-// and the output; the others it takes itself.
+// Calls of kernels in a row, to be run again on other tensors. Its first buffers are what it is
+// given; the others it takes itself.
 class Tape {
  public:
   Tape(int64_t bytes, std::vector<int64_t> offsets) : bytes_(bytes), offsets_(std::move(offsets)) {
@@ -903,9 +903,8 @@ class Tape {
     });
   }
 
-  void run(uintptr_t input, uintptr_t output) const {
+  void run(Bases bases) const {
     const common::Scratch scratch(bytes_);
-    Bases bases{input, output};
     for (const int64_t offset : offsets_) bases.push_back(reinterpret_cast<uintptr_t>(scratch.ptr) + offset);
     for (const auto& call : calls_) call(bases);
   }
@@ -925,8 +924,8 @@ auto recorded(void (*kernel)(Args...)) {
 
 void bind_tape(py::module_& m) {
   py::class_<Tape>(m, "Tape")
-      .def(py::init<int64_t, std::vector<int64_t>>(), "Bytes of its own, and where buffers 2... lie.")
-      .def("run", &Tape::run, Release(), "All calls, on the addresses of an input and an output.")
+      .def(py::init<int64_t, std::vector<int64_t>>(), "Bytes of its own, and where its own buffers lie there.")
+      .def("run", &Tape::run, Release(), "All calls, on the addresses of the first buffers.")
       .def("gemm", recorded(&gemm_checked))
       .def("grn_accumulate", recorded(&grn_accumulate_checked))
       .def("grn_scale", recorded(&grn_scale_checked))

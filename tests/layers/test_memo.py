@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from timm.layers import GroupNormAct, StdConv2d
-from timm.models import beit, resnetv2
+from timm.models import beit, eva, resnetv2
 from timm.models.convnext import ConvNeXtBlock
 from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from timm.models.vision_transformer import Block
@@ -318,6 +318,23 @@ def test_a_causal_call_has_a_tape_of_its_own(lively):
     assert (causal[0] - plain).abs().max() > 1e-3
     torch.testing.assert_close(call(module, x), plain, rtol=0, atol=0)
     assert len(tapes(module)) == 2
+
+
+def test_a_rotary_embedding_is_an_input_of_the_tape(lively):
+    module = lively(eva.EvaBlock(C, 3, qkv_bias=False, attn_type="rope", rotate_half=True)).eval()
+    swap(module)
+    x, ropes = torch.randn(2, 11, C), [torch.randn(10, 2 * C // 3) for _ in range(3)]
+    with torch.no_grad():
+        first = [module(x, rope=rope) for rope in ropes]
+        assert tapes(module)
+        for rope, expected in zip(ropes, first, strict=True):
+            torch.testing.assert_close(module(x, rope=rope), expected, rtol=0, atol=0)
+            strided = torch.stack([rope, rope], -1)[..., 0]
+            found = module(x, rope=strided)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        with pytest.raises(Exception, match="rope|size|shape"):
+            module(x, rope=ropes[0][:5])
+    assert (first[0] - first[1]).abs().max() > 1e-3
 
 
 def test_more_kinds_of_input_than_are_kept():

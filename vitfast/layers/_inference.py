@@ -39,25 +39,31 @@ def block(
 
     The result has the dtype that the residual stream has in timm.
     """
-    if mask is None and bias is None and rope is None:
-        run = _windowed if windows is not None else _causal if is_causal else _whole
-        return _memo.call(run, _steps, _rows_of(x), x, plan, windows, True)
-    steps = _memo.recall(_steps, _rows_of(x), x, plan, windows, True)
-    if steps is None or windows is not None or not _fits.terms(x, plan, mask, bias, rope):
+    rows = _rows_of(x)
+    if windows is not None:
+        return _memo.call(_windowed, _steps, rows, x, plan, windows, True)
+    if mask is None and bias is None:
+        run = _causal if is_causal else _whole
+        besides = () if rope is None else (rope,)
+        if rope is None or (x.ndim == 3 and _fits.terms(x, plan, mask, bias, rope)):
+            return _memo.call(run, _steps, rows, x, plan, windows, True, besides=besides)
         return None
-    return _whole(x, steps, mask, bias, rope, is_causal)
+    steps = _memo.recall(_steps, rows, x, plan, windows, True)
+    if steps is None or not _fits.terms(x, plan, mask, bias, rope):
+        return None
+    return _whole(steps, x, rope, mask, bias, is_causal)
 
 
-def _causal(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
-    return _whole(x, steps, is_causal=True)
+def _causal(steps: _Steps, x: torch.Tensor, rope: torch.Tensor | None = None) -> torch.Tensor:
+    return _whole(steps, x, rope, is_causal=True)
 
 
 def _whole(
-    x: torch.Tensor,
     steps: _Steps,
+    x: torch.Tensor,
+    rope: torch.Tensor | None = None,
     mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
-    rope: torch.Tensor | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
     plan = steps.plan
@@ -111,7 +117,7 @@ def _attend(
     )
 
 
-def _windowed(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
+def _windowed(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     """The block on a map x [B, H W, C], from norm1 to the end in one chunk after the other.
 
     A chunk is some images, or some rows of windows of one. Only x and the result are as large as
@@ -184,7 +190,7 @@ def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
     return _memo.call(_mlp_half, _steps, _rows_of(x), x, plan, None, True)
 
 
-def _mlp_half(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
+def _mlp_half(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = native.empty(rows.shape, steps.stream)
     for part, result in _rows.in_chunks(rows, out):

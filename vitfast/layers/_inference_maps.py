@@ -73,7 +73,7 @@ def _merge_steps(x: torch.Tensor, plan: Merge, lower: torch.dtype | None) -> _Re
     return _Reduction(plan, operand, _rows.linear(plan.reduction, math.prod(shape[:3]), operand))
 
 
-def _merge(x: torch.Tensor, steps: _Reduction) -> torch.Tensor:
+def _merge(steps: _Reduction, x: torch.Tensor) -> torch.Tensor:
     plan, operand, reduction = steps
     shape = batch, high, wide, _ = norm_op.merged_shape(x)
 
@@ -150,7 +150,7 @@ def _downsample_steps(
     return _Reduction(plan, operand, linear)
 
 
-def _downsample(x: torch.Tensor, steps: _Reduction) -> torch.Tensor:
+def _downsample(steps: _Reduction, x: torch.Tensor) -> torch.Tensor:
     plan, operand, linear = steps
     batch, high, wide, channels = x.shape
     width, _, height, across = plan.projection.weight.shape
@@ -177,7 +177,7 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     return _memo.call(_convnext, _convnext_steps, rows_of(x), x, plan)
 
 
-def _convnext(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
+def _convnext(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     plan, operand, dtype, halves = steps
     x = x.contiguous()
     out = native.empty(x.shape, dtype)

@@ -136,27 +136,29 @@ def recall(
 
 
 def call(
-    run: Callable[[torch.Tensor, Made], torch.Tensor | None],
+    run: Callable[..., torch.Tensor | None],
     make: Callable[..., Made | None],
     rows: int,
     x: torch.Tensor,
     plan: Any,
     *others: Hashable,
+    besides: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor | None:
-    """run(x, recall(make, ...)), or None where that is; from the third call for such an x on as a
-    tape, if it does nothing but call kernels. It depends on nothing else."""
-    made = _find(run, make, rows, x, plan, others)
+    """run(recall(make, ...), x, *besides), or None where what is recalled is None; from the third
+    such call on as a tape, if it does nothing but call kernels. It depends on nothing else."""
+    made = _find(run, make, rows, x, plan, others, besides)
     if made.value is None:
         return None
-    if x.is_contiguous():
+    inputs = (x, *besides)
+    if all(t.is_contiguous() for t in inputs):
         if made.tape is not None:
-            return made.tape(x)
+            return made.tape(*inputs)
         if made.has_run and not made.was_recorded and not tape.is_recording():
             made.was_recorded = True
-            out, made.tape = tape.record(lambda x: run(x, made.value), x)
+            out, made.tape = tape.record(partial(run, made.value), *inputs)
             return out
     made.has_run = True
-    return run(x, made.value)
+    return run(made.value, *inputs)
 
 
 def _find(
@@ -166,6 +168,7 @@ def _find(
     x: torch.Tensor,
     plan: Any,
     others: tuple[Hashable, ...],
+    besides: tuple[torch.Tensor, ...] = (),
 ) -> _Made:
     lower = autocast_dtype(x.device)
     found = _FOUND.get(id(plan))
@@ -174,11 +177,12 @@ def _find(
         or found.plan is not plan
         or rows >= _weight_cache.CACHE_ROWS  # packings that are not to be kept
         or torch.is_grad_enabled()
-        or not x.is_cpu
+        or not all(t.is_cpu for t in (x, *besides))
     ):
         return _Made(make(x, plan, lower, *others))
     how = settings.backend, settings.cpu_isa, torch._C._get_mkldnn_enabled(), native.threads()
-    key = (run, make, x.shape, x.dtype, lower, how, *others)
+    kinds = tuple((t.shape, t.dtype) for t in (x, *besides))
+    key = (run, make, kinds, lower, how, *others)
     made = found.made.get(key)
     if made is not None and made.state.same(made.tensors):
         return made

@@ -101,7 +101,7 @@ def _steps(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> _Steps | 
     )
 
 
-def _run(x: torch.Tensor, steps: _Steps) -> torch.Tensor:
+def _run(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     plan, (operand, between, dtype), mix, halves = steps
     out = native.empty(x.shape, dtype)
     images = max(1, _rows.WHOLE_ROWS // x[0, ..., 0].numel())

@@ -37,35 +37,35 @@ Interval = tuple[int, int]
 
 
 class Tape:
-    """The calls of a function of one contiguous tensor. What they read besides has to stay."""
+    """The calls of a function of contiguous tensors. What they read besides has to stay."""
 
     def __init__(self, calls: Any, shape: torch.Size, dtype: torch.dtype) -> None:
         self._calls, self._shape, self._dtype = calls, shape, dtype
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """As the function; x is like the one that it was recorded with."""
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        """As the function; the tensors are like those that it was recorded with."""
         out = native.empty(self._shape, self._dtype)
         native.native()  # sees to the instruction set
-        self._calls.run(x.data_ptr(), out.data_ptr())
+        self._calls.run([*(t.data_ptr() for t in inputs), out.data_ptr()])
         return out
 
 
 def record(
-    function: Callable[[torch.Tensor], torch.Tensor | None], x: torch.Tensor
+    function: Callable[..., torch.Tensor | None], *inputs: torch.Tensor
 ) -> tuple[torch.Tensor | None, Tape | None]:
-    """function(x), and its tape; None where it computes by other means than kernels."""
-    if not x.is_contiguous() or not _LOCK.acquire(blocking=False):
-        return function(x), None
+    """function(*inputs), and its tape; None where it computes by other means than kernels."""
+    if not all(t.is_contiguous() for t in inputs) or not _LOCK.acquire(blocking=False):
+        return function(*inputs), None
     try:
         recorder = native.recorder = _Recorder(native.native())
         with _Watch() as watch:
-            out = function(x)
+            out = function(*inputs)
     finally:
         native.recorder = None
         _LOCK.release()
     if out is None or recorder.strange or watch.computes:
         return out, None
-    return out, _tape(x, out, watch.allocated, recorder.calls)
+    return out, _tape(inputs, out, watch.allocated, recorder.calls)
 
 
 def is_recording() -> bool:
@@ -125,14 +125,18 @@ def _interval(t: torch.Tensor) -> Interval:
 
 
 def _tape(
-    x: torch.Tensor, out: torch.Tensor, allocated: Sequence[torch.Tensor], calls: Sequence[Call]
+    inputs: Sequence[torch.Tensor],
+    out: torch.Tensor,
+    allocated: Sequence[torch.Tensor],
+    calls: Sequence[Call],
 ) -> Tape | None:
     room = [_interval(t) for t in allocated if t.numel()]
     result = _interval(out)
     if result not in room or not out.is_contiguous():
         return None
     room.remove(result)
-    buffers = [_interval(x), result, *room]
+    given = [*map(_interval, inputs), result]
+    buffers = [*given, *room]
     if min(buffers)[0] < _LEAST_ADDRESS:
         return None
     users: list[list[int]] = [[] for _ in buffers]
@@ -149,7 +153,7 @@ def _tape(
 
     written = [(name, moved(args, i)) for i, (name, args) in enumerate(calls)]
     sizes = [end - begin for begin, end in room]
-    offsets, total = _lay_out(sizes, users[2:])
+    offsets, total = _lay_out(sizes, users[len(given) :])
     tape = native.native().Tape(total, offsets)
     for name, args in written:
         getattr(tape, name)(*args)
