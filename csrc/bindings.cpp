@@ -905,7 +905,8 @@ class Tape {
 
   void run(Bases bases) const {
     const common::Scratch scratch(bytes_);
-    for (const int64_t offset : offsets_) bases.push_back(reinterpret_cast<uintptr_t>(scratch.ptr) + offset);
+    const auto own = reinterpret_cast<uintptr_t>(scratch.ptr);
+    for (const int64_t offset : offsets_) bases.push_back(own + offset);
     for (const auto& call : calls_) call(bases);
   }
 
@@ -924,7 +925,8 @@ auto recorded(void (*kernel)(Args...)) {
 
 void bind_tape(py::module_& m) {
   py::class_<Tape>(m, "Tape")
-      .def(py::init<int64_t, std::vector<int64_t>>(), "Bytes of its own, and where its own buffers lie there.")
+      .def(py::init<int64_t, std::vector<int64_t>>(),
+           "Bytes of its own, and where its own buffers lie there.")
       .def("run", &Tape::run, Release(), "All calls, on the addresses of the first buffers.")
       .def("gemm", recorded(&gemm_checked))
       .def("grn_accumulate", recorded(&grn_accumulate_checked))

@@ -237,24 +237,12 @@ class Reader {
   }
 
   Facts facts() const {
-    Facts found{version_, head(), kind(), tensor_.ndim};
+    Facts found;
+    found.reserve(4 + 2 * tensor_.ndim);
+    found.assign({version_, head(), kind(), tensor_.ndim});
     found.insert(found.end(), tensor_.shape, tensor_.shape + tensor_.ndim);
     if (tensor_.strides) found.insert(found.end(), tensor_.strides, tensor_.strides + tensor_.ndim);
     return found;
-  }
-
-  bool has(const Facts& facts) const {
-    if (facts[0] != version_ || facts[1] != head() || facts[2] != kind()) return false;
-    if (facts[3] != tensor_.ndim) return false;
-    const int64_t* expected = facts.data() + 4;
-    for (int i = 0; i < tensor_.ndim; ++i) {
-      if (*expected++ != tensor_.shape[i]) return false;
-    }
-    if ((tensor_.strides != nullptr) != (facts.size() > 4u + tensor_.ndim)) return tensor_.ndim == 0;
-    for (int i = 0; tensor_.strides != nullptr && i < tensor_.ndim; ++i) {
-      if (*expected++ != tensor_.strides[i]) return false;
-    }
-    return true;
   }
 
   int64_t head() const { return reinterpret_cast<int64_t>(tensor_.data) + tensor_.byte_offset; }
@@ -275,8 +263,7 @@ using Matrix = std::array<int64_t, 5>;
 class TensorState {
  public:
   // Of tensors, and for each item bytes, rows, columns and their strides as the fingerprint's.
-  TensorState(const py::tuple& tensors, const std::vector<Matrix>& matrices,
-              int threads)
+  TensorState(const py::tuple& tensors, const std::vector<Matrix>& matrices, int threads)
       : threads_(threads) {
     if (tensors.size() != matrices.size()) throw std::invalid_argument("TensorState: lengths");
     for (size_t i = 0; i < matrices.size(); ++i) {
@@ -299,7 +286,7 @@ class TensorState {
     if (tensors.size() != facts_.size()) return false;
     lines_.fetch();
     for (size_t i = 0; i < facts_.size(); ++i) {
-      if (!Reader(PyTuple_GET_ITEM(tensors.ptr(), i)).has(facts_[i])) return false;
+      if (Reader(PyTuple_GET_ITEM(tensors.ptr(), i)).facts() != facts_[i]) return false;
     }
     return hashed() == hashes_;
   }

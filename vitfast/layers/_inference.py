@@ -39,7 +39,7 @@ def block(
 
     The result has the dtype that the residual stream has in timm.
     """
-    rows = _rows_of(x)
+    rows = _rows.count(x)
     if windows is not None:
         return _memo.call(_windowed, _steps, rows, x, plan, windows, True)
     if mask is None and bias is None:
@@ -77,10 +77,6 @@ def _whole(
     return out.view(batch, tokens, channels)
 
 
-def _rows_of(x: torch.Tensor) -> int:
-    return x.shape[0] * x.shape[1] if x.ndim == 3 else 0
-
-
 def _steps(
     x: torch.Tensor,
     plan: Block,
@@ -92,7 +88,7 @@ def _steps(
     stream = _fits.stream_dtype(x, plan, operand)
     if stream is None or not _fits.block(x, plan, lower, windows):
         return None
-    return _Steps(plan, x.shape[0] * x.shape[1], operand, stream, windows, whole)
+    return _Steps(plan, _rows.count(x), operand, stream, windows, whole)
 
 
 def _attend(
@@ -182,12 +178,12 @@ def _windowed(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
 
 def attention_half(x: torch.Tensor, plan: Block, windows: Windows) -> torch.Tensor | None:
     """x + gamma1 * attn(norm1(x)) alone, as `block`."""
-    return _memo.call(_windowed, _steps, _rows_of(x), x, plan, windows, False)
+    return _memo.call(_windowed, _steps, _rows.count(x), x, plan, windows, False)
 
 
 def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
     """x + gamma2 * mlp(norm2(x)) alone, as `block`."""
-    return _memo.call(_mlp_half, _steps, _rows_of(x), x, plan, None, True)
+    return _memo.call(_mlp_half, _steps, _rows.count(x), x, plan, None, True)
 
 
 def _mlp_half(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
@@ -239,7 +235,7 @@ class _Steps:
         for rows, *parts in _rows.in_chunks(x, *results):
             part = self._to_qkv(rows)
             for layer, result in zip(self._qkv, parts, strict=True):
-                result.copy_(layer(part))
+                layer.into(part, result)
         return results
 
     def _to_qkv(self, x: torch.Tensor) -> torch.Tensor:

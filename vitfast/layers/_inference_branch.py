@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
     """mlp(norm(conv(x))) [B, H, W, C'] of a map x [B, H, W, C]; None where it is for the ops."""
-    steps = _memo.recall(_convolved_steps, _inference_maps.rows_of(x), x, plan)
+    steps = _memo.recall(_convolved_steps, _rows.count(x), x, plan)
     if steps is None:
         return None
     operand, halves = steps
@@ -40,7 +40,7 @@ def _convolved_steps(
     if plan.mlp.grn is not None or not _fits.convolved(x, plan, lower):
         return None
     operand = lower or x.dtype
-    return operand, _rows.mlp(plan.mlp, _inference_maps.rows_of(x), operand)
+    return operand, _rows.mlp(plan.mlp, _rows.count(x), operand)
 
 
 def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor | None:

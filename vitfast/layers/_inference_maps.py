@@ -44,7 +44,7 @@ class Merge(NamedTuple):
 
 def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
     """2x2 patches of a map x [B, H, W, C] reduced; None where it is for the public ops."""
-    return _memo.call(_merge, _merge_steps, rows_of(x) // 4, x, plan)
+    return _memo.call(_merge, _merge_steps, _rows.count(x) // 4, x, plan)
 
 
 class _Reduction(NamedTuple):
@@ -126,7 +126,7 @@ def embed(
 
 def downsample(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
     """Patches [B, N, C'] of norm(x), of a map [B, H, W, C]; None as of `embed`."""
-    return _memo.call(_downsample, _downsample_steps, rows_of(x), x, plan)
+    return _memo.call(_downsample, _downsample_steps, _rows.count(x), x, plan)
 
 
 def _downsample_steps(
@@ -174,7 +174,7 @@ def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
 
     None where it is for the public ops.
     """
-    return _memo.call(_convnext, _convnext_steps, rows_of(x), x, plan)
+    return _memo.call(_convnext, _convnext_steps, _rows.count(x), x, plan)
 
 
 def _convnext(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
@@ -206,7 +206,7 @@ def _convnext_steps(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) 
         return None
     operand = lower or x.dtype
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
-    halves = _rows.mlp(plan.mlp, rows_of(x), operand)
+    halves = _rows.mlp(plan.mlp, _rows.count(x), operand)
     return _Steps(plan, operand, torch.promote_types(x.dtype, scaled), halves)
 
 
@@ -217,10 +217,6 @@ class _Steps(NamedTuple):
     operand: torch.dtype
     dtype: torch.dtype
     halves: Halves
-
-
-def rows_of(x: torch.Tensor) -> int:
-    return x.numel() // max(x.shape[-1], 1)
 
 
 Piece = tuple[slice, torch.Tensor]

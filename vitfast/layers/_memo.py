@@ -69,11 +69,10 @@ class _Found:
     def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
         with _weight_cache.CACHE.noting() as noted:
             made = _Made(make())
-        read = {id(t) for t in noted}
         tensors = tuple({id(t): t for t in (*self.tensors, *noted)}.values())
         if all(map(_is_watchable, tensors)):
             made.tensors = tensors
-            made.state = _weight_cache.state(tensors, [id(t) for t in tensors if id(t) not in read])
+            made.state = _weight_cache.state(tensors, {id(t) for t in noted})
             while len(self.made) >= _MOST_KINDS:
                 self.made.pop(next(iter(self.made)), None)
             self.made[key] = made
@@ -190,12 +189,8 @@ def _find(
 
 
 def _is_watchable(t: torch.Tensor) -> bool:
-    dense = t.ndim < 3 or t.is_contiguous() or _is_channels_last(t)
-    return t.is_cpu and t.itemsize in (2, 4) and t.layout is torch.strided and dense
-
-
-def _is_channels_last(t: torch.Tensor) -> bool:
-    return t.ndim == 4 and t.is_contiguous(memory_format=torch.channels_last)
+    plain = t.is_cpu and t.itemsize in (2, 4) and t.layout is torch.strided
+    return plain and (t.ndim < 3 or _weight_cache.is_dense(t))
 
 
 def _drop(key: _Key, dead: weakref.ref[nn.Module]) -> None:

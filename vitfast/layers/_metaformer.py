@@ -74,7 +74,7 @@ def run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
 
     The result has the dtype that the residual stream has in timm.
     """
-    return _memo.call(_run, _steps, x[..., 0].numel(), x, plan)
+    return _memo.call(_run, _steps, _rows.count(x), x, plan)
 
 
 class _Steps(NamedTuple):
@@ -90,7 +90,7 @@ def _steps(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> _Steps | 
     if not _fit(x, plan, lower):
         return None
     operand = lower or x.dtype
-    rows = x[..., 0].numel()
+    rows = _rows.count(x)
     mixed = x.dtype if isinstance(plan.mixer, Pool) else operand
     between = _stream(x.dtype, plan.first, mixed)
     return _Steps(

@@ -24,6 +24,11 @@ WHOLE_ROWS = 2048
 """Up to so many rows go through as one chunk."""
 
 
+def count(x: torch.Tensor) -> int:
+    """Rows of x [..., C]."""
+    return x.numel() // max(x.shape[-1], 1)
+
+
 def add(
     x: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None, out: torch.Tensor
 ) -> None:

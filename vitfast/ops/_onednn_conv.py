@@ -114,17 +114,12 @@ def fits(conv: Conv, channels: int, dtypes: Collection[torch.dtype]) -> bool:
         and weight.shape[1] * conv.groups == channels
         and weight.dtype in dtypes
         and (bias is None or (bias.is_cpu and bias.dtype in dtypes))
-        and _dense(weight)
+        and _weight_cache.is_dense(weight)
     )
 
 
 def _channels(t: torch.Tensor | None, size: int) -> bool:
     return t is None or (t.is_cpu and t.shape == (size,) and t.is_contiguous())
-
-
-def _dense(weight: torch.Tensor) -> bool:
-    last = torch.channels_last
-    return weight.is_contiguous() or weight.is_contiguous(memory_format=last)
 
 
 def _of_patches(conv: Conv) -> bool:
@@ -260,7 +255,12 @@ def plain_weight(conv: Conv) -> torch.Tensor:
     if conv.eps is None:
         return conv.weight
     weight = conv.weight
-    if not weight.is_cpu or weight.itemsize > 4 or native.reasons() or not _dense(weight):
+    if (
+        not weight.is_cpu
+        or weight.itemsize > 4
+        or native.reasons()
+        or not _weight_cache.is_dense(weight)
+    ):
         return standardised(weight, conv.eps, False)
 
     def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

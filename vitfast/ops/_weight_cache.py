@@ -139,15 +139,21 @@ def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Te
         alive._remove(key)
 
 
-def state(tensors: tuple[torch.Tensor, ...], unread: Collection[int] = ()) -> Any:
+def is_dense(t: torch.Tensor) -> bool:
+    return t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
+
+
+def state(tensors: tuple[torch.Tensor, ...], read: Collection[int] | None = None) -> Any:
     """What tells plain, dense tensors on the CPU of 2 or 4 bytes an item from what they become, see
     above: an object whose `same(tensors)` is true for as long as they are what they were.
 
     Args:
-        unread: ids of those whose elements do not matter.
+        read: ids of those whose elements matter; all by default.
     """
     nothing = (0, 0, 0, 0)
-    matrices = [(t.itemsize, *(nothing if id(t) in unread else _matrix(t))) for t in tensors]
+    matrices = [
+        (t.itemsize, *(_matrix(t) if read is None or id(t) in read else nothing)) for t in tensors
+    ]
     return native.native().TensorState(tensors, matrices, native.threads())
 
 

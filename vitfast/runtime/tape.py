@@ -1,7 +1,7 @@
 """Native calls recorded once and run again as one, as CUDA graphs do for a GPU.
 
 Between two kernels of a block Python and torch take as long as a small kernel does. Where a
-function of one tensor does nothing but allocate, take views and call kernels, which a dispatch mode
+function of tensors does nothing but allocate, take views and call kernels, which a dispatch mode
 of torch sees, the calls are all there is to it: they are run again without it, on the addresses of
 other tensors, their intermediates in one piece of memory.
 """
@@ -18,12 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from vitfast.runtime import native
 
-_KERNELS = frozenset(
-    (
-        *("gemm", "norm_forward", "dwconv_forward", "attention_forward", "window_forward"),
-        *("grn_accumulate", "grn_scale"),
-    )
-)
 _ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 _ON_TAPE, _REACH = 1 << 62, 1 << 44
 """As in csrc/bindings.cpp: how a tape tells a buffer from memory that stays where it is."""
@@ -85,7 +79,7 @@ class _Recorder:
         found = getattr(self._module, name)
         if threading.get_ident() != self._thread:
             return found
-        if name not in _KERNELS:
+        if not hasattr(self._module.Tape, name):
             self.strange = True
             return found
 
