@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "cpu/weights.h"
@@ -258,13 +259,30 @@ class Reader {
   int64_t version_;
 };
 
-using Matrix = std::array<int64_t, 5>;
+using Matrix = std::array<int64_t, 6>;
+
+// The same elements in an order in which neighbours follow one another, where there is one.
+Fingerprint along_memory(Fingerprint f) {
+  if (f.row_stride == 1 && f.column_stride != 1) {
+    std::swap(f.rows, f.columns);
+    std::swap(f.row_stride, f.column_stride);
+  }
+  if (f.column_stride == 1 && f.row_stride == f.columns) {
+    f.columns *= f.rows;
+    f.rows = 1;
+  }
+  return f;
+}
 
 class TensorState {
  public:
-  // Of tensors, and for each item bytes, rows, columns and their strides as the fingerprint's.
-  TensorState(const py::tuple& tensors, const std::vector<Matrix>& matrices, int threads)
-      : threads_(threads) {
+  // How much of what tensors hold `same` looks at: their fingerprints and, of those that are not to be
+  // read whole, a section in turn; or everything.
+  enum How { kTurn, kAll };
+
+  // Of tensors, and for each item bytes, rows, columns and their strides as the fingerprint's, and
+  // whether it is read whole every time.
+  TensorState(const py::tuple& tensors, const std::vector<Matrix>& matrices, int threads) {
     if (tensors.size() != matrices.size()) throw std::invalid_argument("TensorState: lengths");
     for (size_t i = 0; i < matrices.size(); ++i) {
       const Matrix& m = matrices[i];
@@ -278,31 +296,79 @@ class TensorState {
           {reinterpret_cast<const void*>(reader.head()), m[0], m[1], m[2], m[3], m[4]});
       lines_.add(t, 64);
       if (reader.shape() != nullptr) lines_.add(reader.shape() - 16, 256);  // inside torch's own
+      // No version tells of edits of a tensor of inference mode.
+      add_sections(i, along_memory(matrices_.back()), m[5] != 0 || facts_.back()[0] < 0);
     }
-    hashes_ = hashed();
+    hashes_ = hashed(threads);
+    contents_.resize(sections_.size());
+    vitfast::contents(sections_.data(), size(sections_), contents_.data(), threads);
   }
 
-  bool same(const py::tuple& tensors) const {
+  bool same(const py::tuple& tensors, int threads, How how) {
+    edited_ = -1;
     if (tensors.size() != facts_.size()) return false;
     lines_.fetch();
     for (size_t i = 0; i < facts_.size(); ++i) {
       if (Reader(PyTuple_GET_ITEM(tensors.ptr(), i)).facts() != facts_[i]) return false;
     }
-    return hashed() == hashes_;
+    return hashed(threads) == hashes_ && same_contents(threads, how);
   }
 
+  // The tensor that the latest `same` found edited where only its turn could tell; -1 for none.
+  int64_t edited() const { return edited_; }
+
  private:
-  std::vector<uint64_t> hashed() const {
+  static constexpr int64_t kTurns = 32;
+
+  template <class T>
+  static int64_t size(const std::vector<T>& values) {
+    return static_cast<int64_t>(values.size());
+  }
+
+  void add_sections(size_t tensor, const Fingerprint& f, bool whole) {
+    const int64_t total = f.rows * f.columns;
+    if (total == 0) return;
+    for (int64_t i = 0, n = whole ? 1 : kTurns; i < n; ++i) {
+      if (total * i / n == total * (i + 1) / n) continue;
+      sections_.push_back({f, total * i / n, total * (i + 1) / n});
+      turns_.push_back(whole ? -1 : i);
+      owners_.push_back(static_cast<int64_t>(tensor));
+    }
+  }
+
+  bool same_contents(int threads, How how) {
+    std::vector<Section> due;
+    std::vector<size_t> which;
+    for (size_t i = 0; i < sections_.size(); ++i) {
+      if (how == kTurn && turns_[i] >= 0 && turns_[i] != turn_) continue;
+      due.push_back(sections_[i]);
+      which.push_back(i);
+    }
+    turn_ = (turn_ + 1) % kTurns;
+    std::vector<uint64_t> found(due.size());
+    vitfast::contents(due.data(), size(due), found.data(), threads);
+    for (size_t i = 0; i < due.size(); ++i) {
+      if (found[i] == contents_[which[i]]) continue;
+      if (turns_[which[i]] >= 0) edited_ = owners_[which[i]];
+      return false;
+    }
+    return true;
+  }
+
+  // With the GIL held, lest another thread gives a tensor other storage meanwhile.
+  std::vector<uint64_t> hashed(int threads) const {
     std::vector<uint64_t> found(matrices_.size());
-    const py::gil_scoped_release release;
-    fingerprints(matrices_.data(), static_cast<int64_t>(found.size()), found.data(), threads_);
+    fingerprints(matrices_.data(), size(found), found.data(), threads);
     return found;
   }
 
-  int threads_;
   std::vector<Facts> facts_;
   std::vector<Fingerprint> matrices_;
   std::vector<uint64_t> hashes_;
+  std::vector<Section> sections_;
+  std::vector<int64_t> turns_, owners_;  // of each section: -1 where it is read every time; its tensor
+  std::vector<uint64_t> contents_;
+  int64_t turn_ = 0, edited_ = -1;
   Lines lines_;
 };
 
@@ -315,9 +381,18 @@ void bind_state(py::module_& m) {
       .def("same", &ModuleState::same, "Whether nothing has changed, of the first module.");
   py::class_<TensorState>(m, "TensorState")
       .def(py::init<const py::tuple&, const std::vector<Matrix>&, int>(),
-           "Of dense tensors on the CPU: address, version, dtype, shape, strides and fingerprint. "
-           "Item bytes, rows, columns and their strides of each; threads.")
-      .def("same", &TensorState::same, "Whether nothing about these tensors has changed.");
+           "Of dense tensors on the CPU: address, version, dtype, shape, strides and content. Item "
+           "bytes, rows, columns, their strides and whether it is always read whole of each; threads.")
+      .def(
+          "same",
+          [](TensorState& state, const py::tuple& tensors, int threads, bool fully) {
+            return state.same(tensors, threads, fully ? TensorState::kAll : TensorState::kTurn);
+          },
+          py::arg("tensors"), py::arg("threads") = 1, py::arg("fully") = false,
+          "Whether nothing about these tensors has changed: by fingerprint and a 32nd of what they "
+          "hold, another one each time; or by all of it.")
+      .def_property_readonly("edited", &TensorState::edited,
+                             "The tensor that only the latest `same` showed to be edited; -1: none.");
 }
 
 }  // namespace vitfast

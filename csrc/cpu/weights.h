@@ -1,4 +1,4 @@
-// Fingerprints of weights, by which what is kept of them notices edits that nobody announced.
+// Fingerprints and hashes of weights, by which what is kept of them notices edits that nobody announced.
 #pragma once
 #include <cstdint>
 
@@ -13,6 +13,18 @@ struct Fingerprint {
   int64_t item_bytes;  // 2 or 4
   int64_t rows, columns, row_stride, column_stride;
 };
+
+// Elements [first, last) of a matrix, counted along its rows.
+struct Section {
+  Fingerprint matrix;
+  int64_t first, last;
+};
+
+// out[count]: one each, of all their bits: an edit of any element changes it.
+VITFAST_DECLARE(void contents(const Section* sections, int64_t count, uint64_t* out, int threads))
+inline void contents(const Section* sections, int64_t count, uint64_t* out, int threads) {
+  VITFAST_DISPATCH(contents(sections, count, out, threads))
+}
 
 // out[count]: one each.
 VITFAST_DECLARE(void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out, int threads))

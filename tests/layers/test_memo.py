@@ -476,3 +476,44 @@ def test_a_model_in_inference_mode(name):
         torch.testing.assert_close(one, found[0], rtol=0, atol=0)
     with torch.no_grad():
         torch.testing.assert_close(model(x), found[0], rtol=1e-5, atol=1e-5)
+
+
+def wide_vit():
+    """A swapped block with weights too large to be read whole every time."""
+    module = Block(192, 3, qkv_bias=True).eval()
+    swap(module)
+    return module, torch.randn(2, 10, 192)
+
+
+def test_an_edit_behind_pytorch_is_found_by_name_within_32_calls():
+    module, x = wide_vit()
+    call(module, x, 4)
+    module.mlp.fc1.weight.detach().numpy()[300, 7] = 9.0
+    with pytest.warns(UserWarning, match=r"Block\.mlp\.fc1\.weight was edited"):
+        found = call(module, x, 32)
+    assert (found - by_timm(module, x)).abs().max() < 1e-4
+    assert (call(module, x[:1]) - by_timm(module, x[:1])).abs().max() < 1e-4
+
+
+def test_a_new_kind_of_input_is_not_served_what_was_packed_before_an_edit():
+    module, x = wide_vit()
+    call(module, x, 4)
+    module.attn.qkv.weight.detach().numpy()[300, 7] = 9.0
+    with pytest.warns(UserWarning, match="was edited"):
+        found = call(module, x[:, :7])
+    assert (found - by_timm(module, x[:, :7])).abs().max() < 1e-4
+
+
+def test_a_weight_written_while_it_is_packed_is_not_kept(monkeypatch):
+    module, x = wide_vit()
+    made = _memo._Made
+
+    def written_meanwhile(value):
+        with torch.no_grad():
+            module.mlp.fc2.weight.mul_(2)
+        monkeypatch.setattr(_memo, "_Made", made)
+        return made(value)
+
+    monkeypatch.setattr(_memo, "_Made", written_meanwhile)
+    call(module, x)
+    assert (call(module, x, 4) - by_timm(module, x)).abs().max() < 1e-4

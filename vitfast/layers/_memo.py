@@ -40,17 +40,25 @@ class _Memo:
         self.found: _Found | None = None
         self.vain = 0
 
-    def learn(self, module: nn.Module, plan: Any) -> None:
-        """Keep a plan, unless it holds tensors that are not the module's own, but computed."""
+    def may_learn(self) -> bool:
+        return self.vain < _MOST_VAIN
+
+    def learn(
+        self, module: nn.Module, plan: Any, modules: list[nn.Module] | None, state: Any
+    ) -> None:
+        """Keep a plan, unless it holds tensors that are not the module's own, but computed.
+
+        modules, state: the module and those in it, and their state before the plan was made, so
+        that what another thread changed meanwhile shows at the next call; None to keep nothing.
+        """
         self.forget()
         self.vain += 1
-        if self.vain > _MOST_VAIN or plan is None:
+        if modules is None or plan is None:
             return
-        modules = list(module.modules())
         own = {id(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())}
         tensors = tuple(_guard.tensors((plan,)))
         if all(id(t) in own for t in tensors):
-            self.found = _Found(plan, native.native().ModuleState(modules), tensors)
+            self.found = _Found(module, plan, state, tensors)
             _FOUND[id(plan)] = self.found
 
     def forget(self) -> None:
@@ -62,21 +70,38 @@ class _Memo:
 class _Found:
     """A plan, the state of the modules it came from, its tensors and what was made from it."""
 
-    def __init__(self, plan: Any, modules: Any, tensors: tuple[torch.Tensor, ...]) -> None:
+    def __init__(
+        self, module: nn.Module, plan: Any, modules: Any, tensors: tuple[torch.Tensor, ...]
+    ) -> None:
+        self.module = weakref.ref(module)
         self.plan, self.modules, self.tensors = plan, modules, tensors
         self.made: dict[Hashable, _Made] = {}
 
     def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
+        watchable = all(map(_is_watchable, self.tensors))
+        # Before anything is read: another thread may write to a tensor while this one packs it.
+        before = _weight_cache.state(self.tensors) if watchable else None
         with _weight_cache.CACHE.noting() as noted:
             made = _Made(make())
         tensors = tuple({id(t): t for t in (*self.tensors, *noted)}.values())
-        if all(map(_is_watchable, tensors)):
+        if watchable and all(map(_is_watchable, tensors)):
             made.tensors = tensors
             made.state = _weight_cache.state(tensors, {id(t) for t in noted})
+            if not _weight_cache.same(before, self.tensors, fully=True):
+                return made
             while len(self.made) >= _MOST_KINDS:
                 self.made.pop(next(iter(self.made)), None)
             self.made[key] = made
         return made
+
+    def complain(self, edited: torch.Tensor) -> None:
+        """Warn of an edit that was found late, and forget all that was made before it."""
+        self.made.clear()
+        _weight_cache.CACHE.forget(edited)
+        module = self.module()
+        names = [] if module is None else [n for n, p in module.named_parameters() if p is edited]
+        what = f"{type(module).__name__}.{names[0]}" if names else "a weight"
+        _weight_cache.warn_edited(what)
 
 
 class _Made:
@@ -111,15 +136,21 @@ def ready(
     if memo is not None and found is not None and found.modules.same(module):
         memo.vain = 0
         return found.plan  # type: ignore[no-any-return]
+    if memo is not None and memo.module() is not module:
+        memo = None
+    modules = state = None
+    if memo is None or memo.may_learn():
+        modules = list(module.modules())
+        state = native.native().ModuleState(modules)
     try:
         plan = find(module)
     except _guard.Unfit:
         if memo is not None:
             memo.forget()
         return None
-    if memo is None or memo.module() is not module:
+    if memo is None:
         memo = _MEMOS[key] = _Memo(module, key)
-    memo.learn(module, plan)
+    memo.learn(module, plan, modules, state)
     return plan
 
 
@@ -183,8 +214,11 @@ def _find(
     kinds = tuple((t.shape, t.dtype) for t in (x, *besides))
     key = (run, make, kinds, lower, how, *others)
     made = found.made.get(key)
-    if made is not None and made.state.same(made.tensors):
-        return made
+    if made is not None:
+        if _weight_cache.same(made.state, made.tensors):
+            return made
+        if made.state.edited >= 0:
+            found.complain(made.tensors[made.state.edited])
     return found.make(key, lambda: make(x, plan, lower, *others))
 
 

@@ -2,9 +2,10 @@
 
 To pack a weight takes a tenth of a product of few rows. What is kept is used only while its weight
 is the same object, with the same storage address, version counter, dtype, shape and strides, and
-the same fingerprint: a hash of elements along a diagonal, which notices what bumps no version
-counter (edits through `.data`, of inference tensors, by other libraries) unless the edit leaves
-every one of those elements alone.
+the same content. What bumps no version counter (edits through `.data` or NumPy, by other
+processes) is noticed at once where it touches the elements along a diagonal, and within 32 calls
+wherever it is: each call hashes another 32nd of every weight. Small tensors, and those of inference
+mode, which have no version, are hashed whole every time.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,9 @@ def worth_keeping(weight: torch.Tensor, rows: int) -> bool:
     """Whether the packing of a weight for so many rows in all should be kept."""
     return rows < CACHE_ROWS or weight.numel() <= CACHE_ELEMENTS
 
+
+_SMALL = 1 << 16
+"""Bytes up to which a tensor is hashed whole every time: 3 us at 20 GB/s."""
 
 _Key = tuple[int, torch.dtype, Hashable]
 Packed = TypeVar("Packed")
@@ -80,8 +85,12 @@ class WeightCache:
         self.note(*tensors)
         key = (id(weight), dtype, form)
         entry = self._entries.get(key)
-        if entry is not None and entry.state.same(tensors) and entry.weight() is weight:
+        # What others prepare from this packing they hold against the weight as it is now.
+        fully = self._is_noting()
+        if entry is not None and same(entry.state, tensors, fully) and entry.weight() is weight:
             return entry.packed  # type: ignore[no-any-return]
+        if entry is not None and entry.state.edited >= 0:
+            warn_edited(f"a weight of shape {tuple(tensors[entry.state.edited].shape)}")
         found = state(tensors)
         packed = pack(weight, dtype)
         drop = partial(_drop, weakref.ref(self), key)
@@ -106,11 +115,20 @@ class WeightCache:
         finally:
             self._thread.noted = before
 
+    def _is_noting(self) -> bool:
+        return getattr(self._thread, "noted", None) is not None
+
     def note(self, *tensors: torch.Tensor) -> None:
         """Something prepared has these tensors' elements in another form."""
         noted = getattr(self._thread, "noted", None)
         if noted is not None:
             noted.extend(tensors)
+
+    def forget(self, weight: torch.Tensor) -> None:
+        """Drop all packings of a weight."""
+        with self._lock:
+            for key in [key for key in list(self._entries) if key[0] == id(weight)]:
+                self._remove(key)
 
     def clear(self) -> None:
         with self._lock:
@@ -150,11 +168,39 @@ def state(tensors: tuple[torch.Tensor, ...], read: Collection[int] | None = None
     Args:
         read: ids of those whose elements matter; all by default.
     """
-    nothing = (0, 0, 0, 0)
+    nothing = (0, 0, 0, 0, 0)
     matrices = [
-        (t.itemsize, *(_matrix(t) if read is None or id(t) in read else nothing)) for t in tensors
+        (t.itemsize, *((*_matrix(t), _is_small(t)) if read is None or id(t) in read else nothing))
+        for t in tensors
     ]
     return native.native().TensorState(tensors, matrices, native.threads())
+
+
+def same(state: Any, tensors: tuple[torch.Tensor, ...], fully: bool = False) -> bool:
+    """Whether a `state` still is that of its tensors, as one call after the other can tell.
+
+    Threads are counted now, not when the state was taken: a forked process has others.
+
+    Args:
+        fully: whether to look at everything that the tensors hold.
+    """
+    return state.same(tensors, native.threads(), fully)  # type: ignore[no-any-return]
+
+
+def warn_edited(what: str) -> None:
+    """Tell that an edit was found late, which other answers may have been given without."""
+    warnings.warn(
+        f"vitfast: {what} was edited in a way that PyTorch does not count (through .data, NumPy "
+        "or another process). It is read anew from now on, but up to 31 calls before this one may "
+        "have used its old values. Edit parameters themselves, under torch.no_grad()",
+        stacklevel=2,
+    )
+
+
+def _is_small(t: torch.Tensor) -> bool:
+    """Whether to read all of a tensor takes no longer than to look at its module: vectors, tables,
+    the weights of depthwise convolutions."""
+    return t.numel() * t.itemsize <= _SMALL or (t.ndim == 4 and t.shape[1] == 1)
 
 
 def _matrix(w: torch.Tensor) -> tuple[int, ...]:
