@@ -16,11 +16,11 @@ def attend(
     module: Any, x: torch.Tensor, mask: torch.Tensor | None, plan: Callable[[Any], Attention]
 ) -> torch.Tensor | None:
     """Attention of windows x [windows, N, C]; None where it is for timm's forward."""
+    planned = _guard.ready(plan, module, x) if mask is None else None
     window = tuple(module.window_size)
-    if mask is not None or x.ndim != 3 or x.shape[1] != window[0] * window[1]:
+    if planned is None or x.ndim != 3 or x.shape[1] != window[0] * window[1]:
         return None
-    planned = _guard.ready(plan, module, x)
-    return planned and _attention.attend(x, planned, windows=Windows(window, window))
+    return _attention.attend(x, planned, windows=Windows(window, window))
 
 
 def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> torch.Tensor | None:

@@ -53,10 +53,8 @@ class AttentionCl(Layer, maxxvit.AttentionCl):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = None
-        if shared_rel_pos is None and x.ndim == 4 and _takes(self, tuple(x.shape[1:3])):
-            plan = _guard.ready(plan_attention, self, x)
-        if plan is None:
+        plan = _guard.ready(plan_attention, self, x) if shared_rel_pos is None else None
+        if plan is None or x.ndim != 4 or not _takes(self, tuple(x.shape[1:3])):
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         window = (x.shape[1], x.shape[2])
         out = _attention.attend(x.flatten(1, 2), plan, windows=Windows(window, window))
@@ -70,13 +68,13 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
     plan = staticmethod(_block.with_layer_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plan = _memo.ready(_block.with_layer_scale, self, x)
         window = tuple(self.partition_size)
-        plan = None
-        if x.ndim == 4 and not any(s % w for s, w in zip(x.shape[1:3], window, strict=True)):
-            plan = _memo.ready(_block.with_layer_scale, self, x)
-        if plan is None or not _takes(self.attn, window):
+        if plan is None or x.ndim != 4 or not _takes(self.attn, window):
             return super().forward(x)
         size = (x.shape[1], x.shape[2])
+        if size[0] % window[0] or size[1] % window[1]:
+            return super().forward(x)
         windows = Windows(size, window, grid=not self.partition_block)
         return _block.run(x.flatten(1, 2), plan, windows=windows).unflatten(1, size)
 
