@@ -108,7 +108,7 @@ def _attend(
         mask=mask,
         bias=bias,
         is_causal=is_causal,
-        out=torch.empty(q.shape, dtype=q.dtype),
+        out=torch.empty(q.shape, dtype=q.dtype, device=q.device),
         **_attention.prologue(plan.attn, rope),
     )
 

@@ -161,7 +161,9 @@ def _downsample(steps: _Reduction, x: torch.Tensor) -> torch.Tensor:
         for first, last in stripes:
             part = x[images, first * height : last * height]
             part = part.view(-1, height, columns, across, channels)
-            rows = torch.empty((len(part), columns, height, across, channels), dtype=operand)
+            rows = torch.empty(
+                (len(part), columns, height, across, channels), dtype=operand, device="cpu"
+            )
             for i, j in itertools.product(range(height), range(across)):
                 _rows.normalise(part[:, i, :, j], plan.norm, rows[:, :, i, j])
             result = out[images, first:last].view(-1, width)
@@ -278,7 +280,7 @@ def _stripes(
 def _responses(hiddens: list[Sequence[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
     """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
     widths = [piece.shape[1] for piece in hiddens[0]]
-    sums = torch.empty((images, sum(widths)), dtype=torch.float64)
+    sums = torch.empty((images, sum(widths)), dtype=torch.float64, device="cpu")
     for i, hidden in enumerate(hiddens):
         for piece, totals in zip(hidden, sums.split(widths, 1), strict=True):
             for one, total in zip(piece.chunk(images), totals, strict=True):

@@ -202,7 +202,7 @@ def _attended(
     def run(x: torch.Tensor) -> torch.Tensor:
         packed = project(x.view(-1, x.shape[2])).view(*x.shape[:2], -1)
         q, k, v = _attention.split_packed(packed, mixer).unbind(2)
-        out = torch.empty(q.shape, dtype=q.dtype)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         attention_op.forward_direct(q, k, v, scale=q.shape[-1] ** -0.5, out=out)
         return out.view(len(packed) * packed.shape[1], -1)
 

@@ -147,7 +147,9 @@ def of_packed(
 def in_order(b: Matrix) -> torch.Tensor:
     """The elements of B as products read them with this instruction set."""
     module, code = native.native(), DTYPE_CODES[b.dtype]
-    packed = torch.empty(module.gemm_packed_bytes(b.native, code) // 4, dtype=torch.float32)
+    packed = torch.empty(
+        module.gemm_packed_bytes(b.native, code) // 4, dtype=torch.float32, device="cpu"
+    )
     module.gemm_pack(b.native, code, packed.data_ptr(), native.threads())
     return packed
 

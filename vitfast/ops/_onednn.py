@@ -81,7 +81,7 @@ def _settle_allocator() -> None:
     oneDNN allocates its results. From here on malloc keeps theirs for the next call, instead of
     mapping each anew, page by page: that took an eighth of DINOv2 ViT-S/14 at 518.
     """
-    torch.empty(31 << 20, dtype=torch.uint8)
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 class Linear(NamedTuple):

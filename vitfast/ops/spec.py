@@ -70,4 +70,6 @@ def randn(
     generator: torch.Generator, *shape: int, dtype: torch.dtype, scale: float = 1.0
 ) -> torch.Tensor:
     """Zero-mean values drawn in float64 and rounded, so that every dtype sees the same numbers."""
-    return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    return (torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(
+        dtype
+    )

@@ -46,7 +46,7 @@ def _rope(prefix=0, half=False, per_head=False, per_batch=False):
     def extra(dtype, g, sizes):
         batch, heads, tokens, _, dim = sizes
         leading = (batch, 1) if per_batch else (heads,) if per_head else ()
-        angles = torch.rand(*leading, tokens - prefix, dim // 2, generator=g) * 6.28
+        angles = torch.rand(*leading, tokens - prefix, dim // 2, generator=g, device="cpu") * 6.28
         angles = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
         rope = torch.cat([angles.sin(), angles.cos()], -1)
         return {"rope": rope, "rope_prefix": prefix, "rope_half": half}
@@ -76,7 +76,7 @@ def _keep(shape):
     """Bool mask of a shape like "b11k"; every query keeps the first key."""
 
     def extra(dtype, g, sizes):
-        mask = torch.rand(_mask_shape(shape, sizes), generator=g) < 0.7
+        mask = torch.rand(_mask_shape(shape, sizes), generator=g, device="cpu") < 0.7
         mask[..., 0] = True
         return {"mask": mask}
 
@@ -104,9 +104,11 @@ def _first_queries_blind(kind):
 
     def extra(dtype, g, sizes):
         queries, keys = sizes[2:4]
-        mask = (torch.arange(queries)[:, None] >= 3).expand(queries, keys)
+        mask = (torch.arange(queries, device="cpu")[:, None] >= 3).expand(queries, keys)
         if kind == "float":
-            mask = torch.zeros(queries, keys, dtype=dtype).masked_fill(~mask, float("-inf"))
+            mask = torch.zeros(queries, keys, dtype=dtype, device="cpu").masked_fill(
+                ~mask, float("-inf")
+            )
         return {"mask": mask}
 
     return extra
@@ -117,11 +119,16 @@ def _naflex(shape):
 
     def extra(dtype, g, sizes):
         batch, _, tokens, _, _ = sizes
-        valid = torch.arange(tokens) < tokens - 5 * torch.arange(1, batch + 1)[:, None]
+        valid = (
+            torch.arange(tokens, device="cpu")
+            < tokens - 5 * torch.arange(1, batch + 1, device="cpu")[:, None]
+        )
         keep = valid[:, None, None, :]
         if shape == "b1qk":
             keep = keep & valid[:, None, :, None]
-        mask = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, torch.finfo(dtype).min)
+        mask = torch.zeros(keep.shape, dtype=dtype, device="cpu").masked_fill(
+            ~keep, torch.finfo(dtype).min
+        )
         return {"mask": mask}
 
     return extra
@@ -158,8 +165,10 @@ def _outliers(q, k, v):
 
 def _one_hot(q, k, v):
     _, tokens, heads, dim = v.shape
-    hot = (torch.arange(tokens)[:, None] * 5 + torch.arange(heads)) % dim
-    return q, k, (torch.arange(dim) == hot[..., None]).to(v.dtype).expand_as(v)
+    hot = (
+        torch.arange(tokens, device="cpu")[:, None] * 5 + torch.arange(heads, device="cpu")
+    ) % dim
+    return q, k, (torch.arange(dim, device="cpu") == hot[..., None]).to(v.dtype).expand_as(v)
 
 
 def _heads_first(q, k, v):

@@ -108,8 +108,8 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, st
     # What the chunks add up to is summed in float64, and rounded once.
     h, w, c = x.shape[1:]
     images = max(_CHUNK_BYTES // (4 * h * w * c), 1)
-    parts = [torch.empty(t.shape, dtype=torch.float32) for t in others[:2]]
-    totals = [torch.zeros(t.shape, dtype=torch.float64) for t in others]
+    parts = [torch.empty(t.shape, dtype=torch.float32, device=t.device) for t in others[:2]]
+    totals = [torch.zeros(t.shape, dtype=torch.float64, device=t.device) for t in others]
     affine = [None if t is None else t.float() for t in (norm_weight, norm_bias)]
     for i in range(0, len(x), images):
         part = slice(i, i + images)

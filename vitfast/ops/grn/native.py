@@ -90,7 +90,7 @@ def scale_of(sums: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     """Of sums of squares [B, C] in float64: 1 + weight * n [B, C] in float32."""
     if sums.dtype != torch.float64 or sums.shape[1:] != weight.shape:
         raise ValueError(f"sums must be float64 [B, {len(weight)}], got {sums.dtype} {sums.shape}")
-    scale = torch.empty(sums.shape, dtype=torch.float32)
+    scale = torch.empty(sums.shape, dtype=torch.float32, device=sums.device)
     if sums.numel():
         sums, weight = sums.contiguous(), _norm.vector(weight)
         native.native().grn_scale(

@@ -35,7 +35,7 @@ def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
     y = empty(x, out_dtype or result_dtype(x, residual))
     stats = _norm.absent(x)
     if save_stats:
-        stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32)
+        stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32, device=x.device)
     if x.numel():
         last = channels_last(x)
         x, residual = dense(x, last), dense(residual, last)
@@ -81,7 +81,7 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
     dx = empty(x, x.dtype)
     dresidual = _norm.absent(x) if residual_dtype is None else empty(x, residual_dtype)
     dweight, dbias = (
-        _norm.absent(x) if v is None else torch.empty(v.shape, dtype=v.dtype)
+        _norm.absent(x) if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
         for v in (weight, bias)
     )
     if x.numel() == 0:

@@ -87,7 +87,7 @@ def _sums_gradient(grad, z, bias, gate_bias, act, gate, gated, wanted, found):
     grad = _gemm.dense_rows(grad)
     m = grad.numel() // n
     # Sums over rows in float32, in the order of z's columns.
-    total = torch.zeros(2 * n if gated else n, dtype=torch.float32)
+    total = torch.zeros(2 * n if gated else n, dtype=torch.float32, device="cpu")
     identity = act == "none" and not gated
     dz = None if identity else native.empty((m, total.numel()), grad.dtype)
     both, dboth, sums = (z, None), (dz, None), (total, None)
@@ -148,7 +148,9 @@ def _float_total(dweight, m):
     """Where sums go: the gradient itself, unless several stretches must meet in float32."""
     if dweight.dtype == torch.float32 or m <= _MOST_SUMMED:
         return dweight.view(dweight.shape[0], -1)
-    return torch.empty((dweight.shape[0], dweight[0].numel()), dtype=torch.float32)
+    return torch.empty(
+        (dweight.shape[0], dweight[0].numel()), dtype=torch.float32, device=dweight.device
+    )
 
 
 BACKEND = Backend("cpu", forward, can_run, backward, native.reasons)

@@ -85,7 +85,7 @@ def _per_channel(name: str, values: PerChannel, image: torch.Tensor) -> torch.Te
         return None
     wide = torch.promote_types(image.dtype, torch.float32)
     if not isinstance(values, torch.Tensor):
-        values = torch.tensor(values, dtype=wide)
+        values = torch.tensor(values, dtype=wide, device="cpu")
     checks.check_tensor("patch_embed", name, values)
     if image.ndim == 4:
         checks.check_shape("patch_embed", name, values, (image.shape[1],))

@@ -65,7 +65,9 @@ class Patches:
         for images, part in self.stretches():
             count = (images.stop - images.start) * (part.stop - part.start)
             if scratch is None or len(scratch) < count:
-                scratch = torch.empty((count, self.width), dtype=self.dtype)
+                scratch = torch.empty(
+                    (count, self.width), dtype=self.dtype, device=self.image.device
+                )
             first = images.start * self.per_image + part.start
             yield images, part, self.gather(first, count, scratch)
 
@@ -87,7 +89,9 @@ def _affine(dtype, channels, mean, std):
     """Factor and summand per channel that scale an image; None where it stays as it is."""
     if mean is None and std is None and dtype != torch.uint8:
         return None, None
-    factor = torch.full((channels,), 1 / 255 if dtype == torch.uint8 else 1.0, dtype=torch.float64)
+    factor = torch.full(
+        (channels,), 1 / 255 if dtype == torch.uint8 else 1.0, dtype=torch.float64, device="cpu"
+    )
     factor = factor if std is None else factor / std
     shift = torch.zeros_like(factor) if mean is None else -mean.double()
     shift = shift if std is None else shift / std
@@ -175,7 +179,7 @@ def _image_gradient(dz, weight, std, patches, dimage):
     matrix = _gemm.matrix((weight,), patches.dtype, patches.rows, transposed=True)
     # Scaled before it is rounded to the image's dtype.
     dtype = dimage.dtype if std is None else torch.float32
-    one = torch.empty((patches.per_image, patches.width), dtype=dtype)
+    one = torch.empty((patches.per_image, patches.width), dtype=dtype, device=dz.device)
     for b, target in enumerate(dimage.view(-1, channels, rows, p, columns, q)):
         _gemm.product(matrix, dz[b * len(one) : (b + 1) * len(one)], one)
         part = one.view(rows, columns, channels, p, q).permute(2, 0, 3, 1, 4)
@@ -185,8 +189,10 @@ def _image_gradient(dz, weight, std, patches, dimage):
 def _weight_gradient(dz, patches, dweight):
     exact = dweight.dtype == torch.float32 or patches.rows <= _MOST_SUMMED
     flat = dweight.view(dweight.shape[0], -1)
-    total = flat if exact else torch.empty(flat.shape, dtype=torch.float32)
-    scratch = torch.empty((min(_MOST_SUMMED, patches.rows), patches.width), dtype=patches.dtype)
+    total = flat if exact else torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
+    scratch = torch.empty(
+        (min(_MOST_SUMMED, patches.rows), patches.width), dtype=patches.dtype, device=dz.device
+    )
     for first in range(0, patches.rows, _MOST_SUMMED):
         count = min(_MOST_SUMMED, patches.rows - first)
         rows = patches.gather(first, count, scratch)
@@ -197,7 +203,7 @@ def _weight_gradient(dz, patches, dweight):
 
 
 def _bias_gradient(dz, dbias):
-    total = torch.empty(dbias.shape, dtype=torch.float32)
+    total = torch.empty(dbias.shape, dtype=torch.float32, device=dbias.device)
     native.native().linear_backward(
         *dz.shape, 0, _gemm.rows_of(dz), None, None, None, None, total.data_ptr(), 0,
         native.threads(),

@@ -31,13 +31,16 @@ def _sample(
 
     def make(dtype, g):
         if uint8:
-            x = torch.randint(0, 256, image, generator=g, dtype=torch.uint8)
+            x = torch.randint(0, 256, image, generator=g, dtype=torch.uint8, device="cpu")
         else:
             x = randn(g, *image, dtype=dtype)
         n = (height // p) * (width // q)
         kwargs = {}
         if normalise:
-            kwargs |= {"mean": torch.tensor(MEAN), "std": torch.tensor(STD)}
+            kwargs |= {
+                "mean": torch.tensor(MEAN, device="cpu"),
+                "std": torch.tensor(STD, device="cpu"),
+            }
         if pos is not None:
             shape = (b if pos == "each" else 1, n if pos == "patches" else prefix + n, c)
             kwargs["pos_embed"] = randn(g, *shape, dtype=dtype, scale=0.5)

@@ -11,7 +11,7 @@ from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
 def drop_scale(shape, keep=0.75):
     """DropPath's factors with the first sample dropped and the others kept."""
-    scale = torch.full(shape[:1], 1 / keep)
+    scale = torch.full(shape[:1], 1 / keep, device="cpu")
     scale[0] = 0
     return scale
 

@@ -24,7 +24,9 @@ def _sample(
         if pad:
             padding = randn(g, 3, heads, dim, dtype=dtype)
         if cosine:
-            scales = torch.linspace(1.4, 2.4, heads, dtype=torch.float64).to(dtype)  # ln 4 to ln 11
+            scales = torch.linspace(1.4, 2.4, heads, dtype=torch.float64, device="cpu").to(
+                dtype
+            )  # ln 4 to ln 11
             scales += clamped
         qkv = qkv if change is None else change(qkv)
         return (qkv, window, shift, table, padding, scales), dict(options)
