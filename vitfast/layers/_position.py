@@ -2,11 +2,13 @@
 
 Swin V2 and MaxViT may compute theirs from coordinates by a small MLP. Without autograd on the CPU a
 result is kept, and used while all that it was computed from is the same, as `ops._weight_cache`
-tells it for weights: computing it anew took 5 % of the time of swinv2_tiny.
+tells it for weights: computing it anew took 5 % of the time of swinv2_tiny. Autograd saves no
+inference tensors: a result of `torch.inference_mode` is used only where nothing is recorded.
 """
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +25,8 @@ from vitfast.runtime.library import autocast_dtype
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, torch.Tensor]]
 _KEPT = weakref.WeakKeyDictionary()
+if hasattr(os, "register_at_fork"):  # what tells changes may count on threads that a child lacks
+    os.register_at_fork(after_in_child=_KEPT.clear)
 
 
 def table(mlp: nn.Module, coordinates: torch.Tensor, heads: int) -> torch.Tensor:
@@ -72,7 +76,12 @@ def _kept(
     if inputs is None:
         return compute()
     (*how, tensors), kept = inputs, _KEPT.get(mlp)
-    if kept is not None and kept[0] == (form, *how) and kept[1].same(tensors):
+    if (
+        kept is not None
+        and kept[0] == (form, *how)
+        and not (kept[2].is_inference() and torch.is_grad_enabled())
+        and kept[1].same(tensors)
+    ):
         return kept[2]
     state = _weight_cache.state(tensors)
     # The module is called, whatever became of it: hooks and replaced layers count.
