@@ -21,7 +21,7 @@ inline Grid grid(const WindowArgs& a) {
 inline int64_t place(int64_t i, int64_t size, int64_t padded, int64_t shift, bool roll_first) {
   const int64_t ring = roll_first ? size : padded;
   if (i >= ring) return -1;
-  const int64_t at = i + shift < ring ? i + shift : i + shift - ring;
+  const int64_t on = i + shift, at = on < ring ? on : on % ring;  // a shift may go round several times
   return at < size ? at : -1;
 }
 

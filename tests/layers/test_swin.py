@@ -156,6 +156,21 @@ def test_another_size_every_call(parity, lively, version):
 
 
 @both
+@pytest.mark.parametrize("size", [(8, 8), (8, 64), (64, 8)], ids=str)
+def test_maps_of_fewer_rows_or_columns_than_the_shift(parity, lively, version, size):
+    more = dict(img_size=128, window_size=8, patch_size=4, strict_img_size=False)
+    parity(lively(model(version, **more)).eval(), torch.randn(1, 3, *size), backward=False)
+
+
+@pytest.mark.parametrize("size", [(2, 40), (1, 40), (40, 2)], ids=str)
+def test_stripes_of_fewer_rows_than_the_shift(parity, lively, monkeypatch, size):
+    monkeypatch.setattr(_rows, "CHUNK_ROWS", 30)
+    monkeypatch.setattr(_rows, "WHOLE_ROWS", 30)
+    module = block("shifted", always_partition=True, dynamic_mask=True)
+    parity(lively(module).eval(), torch.randn(2, *size, C), backward=False)
+
+
+@both
 @pytest.mark.parametrize(
     "change", [dict(img_size=(96, 80)), dict(window_size=(5, 6)), dict(always_partition=True)],
     ids=str,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,8 @@ CASES = {
     "rectangular": ((9, 20), (4, 5), (2, 2)),
     "one_axis": ((10, 7), (4, 7), (2, 0)),
     "smaller": ((5, 3), (7, 7), (3, 3)),
+    "smaller_than_the_shift": ((2, 1), (7, 7), (3, 3)),
+    "of_fewer_rows_than_the_shift": ((2, 9), (7, 7), (3, 3)),
 }
 
 
@@ -81,6 +85,29 @@ def test_the_definition_is_timms(cls, sizes):
     ]
     for name, g, w in zip(("x", *names), *grads, strict=True):
         torch.testing.assert_close(g, w, rtol=1e-8, atol=1e-8, msg=name)
+
+
+@pytest.mark.parametrize("roll_first", [True, False])
+@pytest.mark.parametrize(("window", "shift"), [((7, 7), (3, 6)), ((4, 3), (3, 0))], ids=str)
+@pytest.mark.usefixtures("needs_native")
+def test_maps_of_fewer_rows_or_columns_than_the_shift(window, shift, roll_first):
+    g = torch.Generator().manual_seed(0)
+    positions = (2 * window[0] - 1) * (2 * window[1] - 1)
+    for high, wide in itertools.product((1, 2, 3, 5, 7, 8), repeat=2):
+        shapes = ((1, high, wide, 3, HEADS, 8), (positions, HEADS), (3, HEADS, 8))
+        exact = [torch.randn(s, generator=g).double().requires_grad_() for s in shapes]
+        leaves = [t.detach().float().requires_grad_() for t in exact]
+        results = []
+        for backend, (qkv, table, pad) in (("cpu", leaves), ("reference", exact)):
+            out = window_attention(
+                qkv, window, shift, table, pad, roll_first=roll_first, backend=backend
+            )
+            seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+            results.append((out, *torch.autograd.grad(out, (qkv, table, pad), seed)))
+        for got, want in zip(*results, strict=True):
+            torch.testing.assert_close(
+                got.double(), want, rtol=1e-4, atol=1e-4, msg=f"{high} x {wide}"
+            )
 
 
 def test_more_windows_than_a_grid_has_rows():

@@ -162,7 +162,7 @@ def _windowed(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
         for first in range(0, count, step):
             stripe = first, min(first + step, count)
             # The stripe's rows of the map rolled back: those past its end are the first.
-            begin, end = (min(i * window[0], high) + shift[0] for i in stripe)
+            begin, end = (min(i * window[0], high) + shift[0] % high for i in stripe)
             if end <= high:
                 run(image[begin:end], result[begin:end], stripe)
                 continue
