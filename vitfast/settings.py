@@ -22,7 +22,10 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
 
 from vitfast.errors import InputValueError
 
@@ -87,3 +90,30 @@ class Settings:
 
 
 settings = Settings.from_environment()
+
+
+class _SettingsModule(ModuleType):
+    """`vitfast.settings` is this file as well as the object; both ways of reading and setting work.
+
+    The import system binds the file on the package whenever anything imports it.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(settings, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name.startswith("__") or name in self.__dict__:
+            super().__setattr__(name, value)
+        else:
+            setattr(settings, name, value)
+
+    def __repr__(self) -> str:
+        return repr(settings)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*super().__dir__(), *ENVIRONMENT, "source"})
+
+
+sys.modules[__name__].__class__ = _SettingsModule

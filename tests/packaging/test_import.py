@@ -99,3 +99,40 @@ def test_swap_stays_a_function_after_its_module_is_imported(python):
 def test_public_names_exist(python):
     code = "import vitfast; print([n for n in vitfast.__all__ if not hasattr(vitfast, n)])"
     assert python("-c", code).stdout == "[]\n"
+
+
+IMPORTS = {
+    "package": "import vitfast",
+    "module": "import vitfast.settings",
+    "object_first": "import vitfast; vitfast.settings; import vitfast.settings",
+    "from_module": "from vitfast.settings import settings; import vitfast",
+    "from_package": "from vitfast import settings; import vitfast; vitfast.settings",
+    "ops_first": "import vitfast.ops, vitfast",
+    "ops_after": "import vitfast; vitfast.settings; vitfast.ops",
+    "swap_first": "import vitfast; vitfast.swap",
+    "swap_module": "import vitfast.swap; vitfast.layers",
+}
+
+
+@pytest.mark.parametrize("name", IMPORTS)
+def test_settings_reach_the_one_object_whatever_was_imported_first(python, name):
+    code = f"""
+{IMPORTS[name]}
+vitfast.settings.backend = "reference"
+import vitfast.settings
+from vitfast import settings as public
+from vitfast.settings import settings as one
+import vitfast.runtime.dispatch as dispatch
+print(one.backend, public.backend, vitfast.settings.backend, dispatch.settings is one)
+public.backend = "cpu"
+print(one.backend, vitfast.settings.backend, one.source["backend"])
+one.disable = True
+print(public.disable, vitfast.settings.disable, vitfast.settings.source["disable"])
+print(callable(vitfast.swap), callable(vitfast.restore), vitfast.ops.__name__)
+"""
+    assert python("-c", code).stdout.splitlines() == [
+        "reference reference reference True",
+        "cpu cpu python",
+        "True True python",
+        "True True vitfast.ops",
+    ]
