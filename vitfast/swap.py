@@ -12,7 +12,7 @@ import functools
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
@@ -283,7 +283,8 @@ class _Selection:
 
 def _matched(what: str, choice: Choice, modules: dict[str, nn.Module]) -> set[str]:
     """The paths that match, and those below them."""
-    choices = [choice] if isinstance(choice, (str, type)) else list(choice)
+    several = isinstance(choice, Iterable) and not isinstance(choice, (str, type))
+    choices = list(choice) if several else [choice]
     found: set[str] = set()
     for item in choices:
         if isinstance(item, str):

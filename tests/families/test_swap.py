@@ -159,6 +159,9 @@ def test_choices_that_match_nothing_or_make_no_sense():
             swap(vit(), **options)
     with pytest.raises(InputTypeError, match="expected path patterns or classes, got 3"):
         swap(vit(), only=[3])
+    for options in (dict(only=3), dict(skip=3)):
+        with pytest.raises(InputTypeError, match="expected path patterns or classes, got 3"):
+            swap(vit(), **options)
 
 
 @pytest.mark.parametrize("model", [None, "vit_tiny_patch16_224", torch.zeros(1), nn.Linear])
