@@ -11,6 +11,7 @@ from timm.models import maxxvit
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
+from vitfast.errors import BackendUnavailableError
 from vitfast.ops import window_attention
 
 HEADS, D = 2, 16
@@ -108,6 +109,12 @@ def test_maps_of_fewer_rows_or_columns_than_the_shift(window, shift, roll_first)
             torch.testing.assert_close(
                 got.double(), want, rtol=1e-4, atol=1e-4, msg=f"{high} x {wide}"
             )
+
+
+def test_triton_refuses_a_shift_that_goes_round_the_map_more_than_once():
+    qkv = torch.randn(1, 2, 9, 3, 1, 8)
+    with pytest.raises(BackendUnavailableError, match="goes round the map more than once"):
+        window_attention(qkv, (7, 7), (3, 3), backend="triton")
 
 
 def test_more_windows_than_a_grid_has_rows():

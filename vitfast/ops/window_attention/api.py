@@ -153,8 +153,10 @@ def _reference_backward(
     return tuple(next(found) if w else qkv.new_empty(0) for w in wanted)
 
 
-def _triton_reasons(qkv, window, shift, table, pad, logit_scale, *_):
+def _triton_reasons(qkv, window, shift, table, pad, logit_scale, scale, roll_first, *_):
     why = gpu.reasons(qkv, table, pad, logit_scale, dots=True)
+    if roll_first and any(by > size for by, size in zip(shift, qkv.shape[1:3], strict=True)):
+        why.append("the shift goes round the map more than once")
     if qkv.shape[-1] > 256:
         why.append(f"head dim {qkv.shape[-1]} is above 256")
     if window[0] * window[1] > 4096:

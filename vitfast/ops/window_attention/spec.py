@@ -79,7 +79,6 @@ SHAPES = (
     _sample("grid_of_one_window", (4, 4), (4, 4), 2, 8, grid=True, tags=SMALL),
     _sample("grid_window_9", (18, 9), (9, 9), 1, 8, grid=True),
     _sample("smaller_than_a_window", (3, 2), (4, 4), 2, 8, pad=True, shift=(1, 1), tags=SMALL),
-    _sample("smaller_than_the_shift", (2, 3), (7, 7), 1, 8, shift=(3, 4), pad=True, tags=SMALL),
     _sample("no_bias", (8, 8), (4, 4), 2, 8, shift=(2, 2), bias=False, tags=SMALL),
     _sample("no_bias_no_shift", (8, 4), (4, 4), 2, 8, bias=False, tags=SMALL),
     _sample("cosine", (8, 8), (4, 4), 3, 8, shift=(2, 2), cosine=True,

@@ -31,7 +31,6 @@ def place(i, size, padded, shift, ROLL_FIRST: tl.constexpr):
     ring = padded
     if ROLL_FIRST:
         ring = size
-        shift %= size  # it is less than the window, but the map may be smaller
     at = i + shift
     at = tl.where(at < ring, at, at - ring)
     return tl.where((i < ring) & (at < size), at, -1)
