@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import os
 import pickle
+import signal
 import threading
 
 import pytest
@@ -478,11 +480,11 @@ def test_a_model_in_inference_mode(name):
         torch.testing.assert_close(model(x), found[0], rtol=1e-5, atol=1e-5)
 
 
-def wide_vit():
+def wide_vit(width=192):
     """A swapped block with weights too large to be read whole every time."""
-    module = Block(192, 3, qkv_bias=True).eval()
+    module = Block(width, 3, qkv_bias=True).eval()
     swap(module)
-    return module, torch.randn(2, 10, 192)
+    return module, torch.randn(2, 10, width)
 
 
 def test_an_edit_behind_pytorch_is_found_by_name_within_32_calls():
@@ -517,3 +519,15 @@ def test_a_weight_written_while_it_is_packed_is_not_kept(monkeypatch):
     monkeypatch.setattr(_memo, "_Made", written_meanwhile)
     call(module, x)
     assert (call(module, x, 4) - by_timm(module, x)).abs().max() < 1e-4
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_of_one_thread_runs_a_warm_block():
+    module, x = wide_vit(384)  # wide enough for the parent to look at a weight on several threads
+    expected = call(module, x, 4)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # ends a child that waits for threads it does not have
+        torch.set_num_threads(1)
+        os._exit(0 if torch.equal(call(module, x), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
