@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _guard, _norm
+from vitfast.layers import _as_built, _guard, _norm
 from vitfast.layers._guard import Children, Linear, Unfit, Unsupported
 from vitfast.layers._norm import Norm
 from vitfast.ops._normed import Normed
@@ -92,14 +92,52 @@ def common(module: Any, qkv: tuple[Linear, ...]) -> Attention:
     q_norm, k_norm = (_norm.optional_child(children, n) for n in ("q_norm", "k_norm"))
     if (q_norm and (q_norm.kind, q_norm.eps)) != (k_norm and (k_norm.kind, k_norm.eps)):
         raise Unsupported("q_norm and k_norm differ in kind or eps")
+    norm, dim = _norm.optional_child(children, "norm"), head_dim(module, module.num_heads, qkv)
+    _as_built.expect(module, head_dim=dim, attn_dim=dim * module.num_heads)
+    for found, width in ((q_norm, dim), (k_norm, dim), (norm, dim * module.num_heads)):
+        if found is not None:
+            found.check_width(width)
     return Attention(
         heads=module.num_heads,
         qkv=qkv,
         proj=_guard.linear(children, "proj"),
         q_norm=q_norm,
         k_norm=k_norm,
-        norm=_norm.optional_child(children, "norm"),
+        norm=norm,
     )
+
+
+def head_dim(module: nn.Module, heads: int, qkv: tuple[Linear, ...]) -> int:
+    """Channels of a head, by the weights of q alone or of q, k and v together."""
+    rows = qkv[0].weight.shape[0] // (3 if len(qkv) == 1 else 1)
+    if heads < 1 or rows % heads:
+        raise Unfit(f"{type(module).__name__} has {heads} heads for {rows} channels")
+    return rows // heads
+
+
+def unmasked(module: Any, heads: int, fused: bool) -> tuple[Linear, Linear]:
+    """qkv and proj of an attention that also computes, where not `fused`, by its scale and softmax.
+
+    heads: of the module, under whatever name. timm's `softmax` child may be missing, where its
+    forward calls the function instead.
+    """
+    children = module._modules
+    qkv, proj = _guard.linear(children, "qkv"), _guard.linear(children, "proj")
+    dim = head_dim(module, heads, (qkv,))
+    _as_built.expect(module, head_dim=dim, dim_head=dim)
+    if not fused:
+        _as_built.expect(module, scale=dim**-0.5)
+        check_softmax(children)
+    return qkv, proj
+
+
+def check_softmax(children: Children) -> None:
+    """That the `softmax` of an attention, if it is a child, is one over the keys."""
+    module = children.get("softmax")
+    if module is not None:
+        if type(module) is not nn.Softmax or module.dim != -1:
+            raise Unfit(f"softmax is {module}, not over the last dimension")
+        _guard.check_bare(module, "softmax")
 
 
 def check_width(plan: Attention) -> Attention:

@@ -20,7 +20,7 @@ from torch import nn
 from vitfast import ops
 from vitfast.layers import _attention, _guard, _inference, _mlp, _norm, layer_scale
 from vitfast.layers._attention import Attention, Windows
-from vitfast.layers._guard import Children, DropRate
+from vitfast.layers._guard import Children, DropRate, Unfit
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
 from vitfast.ops._normed import Normed
@@ -49,11 +49,10 @@ def with_layer_scale(module: nn.Module) -> Block:
 
 def with_gammas(module: nn.Module) -> Block:
     """A block whose LayerScale are parameters `gamma_1` and `gamma_2` (EVA, BEiT)."""
-    return _plan(
-        module._modules,
-        _guard.optional_parameter(module, "gamma_1"),
-        _guard.optional_parameter(module, "gamma_2"),
-    )
+    gammas = tuple(_guard.optional_parameter(module, f"gamma_{i}") for i in (1, 2))
+    if (gammas[0] is None) != (gammas[1] is None):
+        raise Unfit("it has one of gamma_1 and gamma_2")
+    return _plan(module._modules, *gammas)
 
 
 def without_layer_scale(module: nn.Module) -> Block:
@@ -67,7 +66,7 @@ def with_norms_last(module: nn.Module) -> Block:
 
 
 def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None) -> Block:
-    return Block(
+    block = Block(
         norm1=_norm.child(children, "norm1"),
         gamma1=gamma1,
         drop1=_guard.drop_path(children, "drop_path1"),
@@ -78,6 +77,10 @@ def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor 
         # Last, since it may compute position biases, with a dropout of their own.
         attn=_attention.child(children, "attn"),
     )
+    width = block.attn.proj.weight.shape[0]  # of the stream, which the residual adds
+    block.norm1.check_width(width)
+    block.norm2.check_width(width)
+    return block
 
 
 def run(x: torch.Tensor, block: Block, **attention: Any) -> torch.Tensor:

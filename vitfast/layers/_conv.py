@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm import layers as timm_layers
+from torch import nn
 
-from vitfast.layers import _guard
-from vitfast.layers._guard import Children, Unsupported
+from vitfast.layers import _as_built, _guard
+from vitfast.layers._guard import Children, Unfit, Unsupported
 from vitfast.ops import _onednn_conv
 from vitfast.ops._onednn_conv import Conv, Ready
 from vitfast.runtime.library import autocast_dtype
@@ -23,11 +24,15 @@ def plan(module: Any) -> Conv:
     """What a convolution holds, its own hooks set aside (whoever called it has run them)."""
     if type(module) not in KINDS:
         raise Unsupported(f"convolution {type(module).__name__} is not implemented")
+    weight = module.weight
+    _as_built.expect(module, out_channels=weight.shape[0], kernel_size=tuple(weight.shape[2:]))
     return _hold(module, module.eps, getattr(module, "same_pad", False))
 
 
 def plan_plain(module: Any) -> Conv:
-    """As `plan`, of an nn.Conv2d."""
+    """As `plan`, of a module that must be exactly an nn.Conv2d."""
+    if type(module) is not nn.Conv2d:
+        raise Unfit(f"a convolution is a {type(module).__name__}, not torch.nn.Conv2d")
     if module.padding_mode != "zeros":
         raise Unsupported(f"padding with {module.padding_mode} is not implemented")
     return _hold(module, None, False)

@@ -78,9 +78,22 @@ def ready(
     if not may_fuse(x, *others):
         return None
     try:
-        return plan(module)
+        return planned(plan, module)
     except Unfit:
         return None
+
+
+def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:
+    """plan(module), of a module that is called in its own forward.
+
+    Raises:
+        Unfit: as the plan does, and where a method that timm's forward may call is replaced.
+    """
+    state = module.__dict__
+    for name in methods(type(module)):
+        if name in state and name != "forward":  # a replaced forward is what called this one
+            raise Unfit(f"its {name} is replaced")
+    return plan(module)
 
 
 def tensors(values: tuple) -> Iterator[torch.Tensor]:
@@ -97,17 +110,34 @@ def records_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+_METHODS: dict[type, tuple[str, ...]] = {}
+_UNCALLED = {"extra_repr", "init_weights", "reset_parameters", "init_non_persistent_buffers"}
+
+
+def methods(kind: type[nn.Module]) -> tuple[str, ...]:
+    """The methods of a module class that its forward may call, and forward itself."""
+    found = _METHODS.get(kind)
+    if found is None:
+        added = kind.__mro__[: kind.__mro__.index(nn.Module)]
+        names = {n for base in added for n, value in vars(base).items() if callable(value)}
+        found = tuple(n for n in sorted(names - _UNCALLED) if not n.startswith("__"))
+        _METHODS[kind] = found = ("forward", *(n for n in found if n != "forward"))
+    return found
+
+
 def check_bare(module: nn.Module, name: str) -> None:
-    """No hooks, no forward put on the instance (as accelerate does)."""
+    """No hooks, no forward or other method put on the instance (as accelerate does)."""
     state = module.__dict__
     if (
         state["_forward_hooks"]
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or "forward" in state
     ):
-        raise Unfit(f"{name} has hooks or a replaced forward")
+        raise Unfit(f"{name} has hooks")
+    for method in methods(type(module)):
+        if method in state:
+            raise Unfit(f"{name} has a replaced {method}")
 
 
 def tensor(module: nn.Module, name: str) -> Any:

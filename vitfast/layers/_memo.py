@@ -56,9 +56,11 @@ class _Memo:
         if modules is None or plan is None:
             return
         own = {id(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())}
+        buffers = [t for m in modules for t in m._buffers.values() if t is not None]
         tensors = tuple(_guard.tensors((plan,)))
-        if all(id(t) in own for t in tensors):
-            self.found = _Found(module, plan, state, tensors)
+        # An inference tensor does not tell whether something wrote to it.
+        if all(id(t) in own for t in tensors) and not any(t.is_inference() for t in buffers):
+            self.found = _Found(module, plan, state, tensors, buffers)
             _FOUND[id(plan)] = self.found
 
     def forget(self) -> None:
@@ -71,11 +73,24 @@ class _Found:
     """A plan, the state of the modules it came from, its tensors and what was made from it."""
 
     def __init__(
-        self, module: nn.Module, plan: Any, modules: Any, tensors: tuple[torch.Tensor, ...]
+        self,
+        module: nn.Module,
+        plan: Any,
+        modules: Any,
+        tensors: tuple[torch.Tensor, ...],
+        buffers: list[torch.Tensor],
     ) -> None:
         self.module = weakref.ref(module)
         self.plan, self.modules, self.tensors = plan, modules, tensors
+        # What the plan function may have compared: a position index, a mask of windows.
+        self.buffers = [(t, t._version) for t in buffers]
         self.made: dict[Hashable, _Made] = {}
+
+    def same(self, module: nn.Module) -> bool:
+        """Whether the plan would be found as it is."""
+        if not self.modules.same(module):
+            return False
+        return not self.buffers or all(t._version == version for t, version in self.buffers)
 
     def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
         watchable = all(map(_is_watchable, self.tensors))
@@ -133,7 +148,7 @@ def ready(
     key = (id(module), find)
     memo = _MEMOS.get(key)
     found = None if memo is None else memo.found
-    if memo is not None and found is not None and found.modules.same(module):
+    if memo is not None and found is not None and found.same(module):
         memo.vain = 0
         return found.plan  # type: ignore[no-any-return]
     if memo is not None and memo.module() is not module:
@@ -143,7 +158,7 @@ def ready(
         modules = list(module.modules())
         state = native.native().ModuleState(modules)
     try:
-        plan = find(module)
+        plan = _guard.planned(find, module)
     except _guard.Unfit:
         if memo is not None:
             memo.forget()

@@ -71,12 +71,15 @@ def common(module: nn.Module, fc1: str, *, pointwise: bool = False, act: str | N
     act = act or _guard.activation(children, "act")
     _guard.check_no_dropout(children, "drop1")
     _guard.check_no_dropout(children, "drop2")
-    return Mlp(
+    plan = Mlp(
         fc1=_guard.linear(children, fc1, pointwise=pointwise),
         act=act,
         fc2=_guard.linear(children, "fc2", pointwise=pointwise),
         norm=_norm.optional_child(children, "norm"),
     )
+    if plan.norm is not None:
+        plan.norm.check_width(plan.fc2.weight.shape[1])
+    return plan
 
 
 def apply(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch.Tensor:

@@ -10,8 +10,8 @@ from timm.layers.grn import GlobalResponseNorm
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _guard
-from vitfast.layers._guard import Children, Unsupported
+from vitfast.layers import _as_built, _guard
+from vitfast.layers._guard import Children, Unfit, Unsupported
 
 KINDS = {
     nn.LayerNorm: "layer",
@@ -25,12 +25,18 @@ GRN: set[type[nn.Module]] = {GlobalResponseNorm}
 
 
 class Norm(NamedTuple):
-    """kind "layer" or "rms"; weight and bias [C] or None."""
+    """kind "layer" or "rms"; weight and bias [C] or None; width: C."""
 
     kind: str
     weight: torch.Tensor | None
     bias: torch.Tensor | None
     eps: float
+    width: int
+
+    def check_width(self, width: int) -> None:
+        """That it norms vectors of this width, which without a weight nothing else would tell."""
+        if self.width != width:
+            raise Unfit(f"a norm over {self.width} channels of {width}")
 
 
 class Grn(NamedTuple):
@@ -59,20 +65,28 @@ def _plan(module: Any, kinds: dict[type[nn.Module], str]) -> Norm:
         raise Unsupported("fast norm was switched on when it was built")
     if len(module.normalized_shape) != 1:
         raise Unsupported(f"it normalises over {len(module.normalized_shape)} dimensions")
+    weight = _guard.tensor(module, "weight")
     bias = _guard.tensor(module, "bias") if kind == "layer" else None
-    return Norm(kind, _guard.tensor(module, "weight"), bias, module.eps)
+    if weight is not None:
+        _as_built.expect(module, normalized_shape=tuple(weight.shape))
+    return Norm(kind, weight, bias, module.eps, module.normalized_shape[0])
 
 
 def plan_grn(module: Any) -> Grn:
     """What a GlobalResponseNorm holds."""
     if type(module) not in GRN:
         raise Unsupported(f"norm {type(module).__name__} is not implemented")
+    if module.channel_dim == -1:
+        _as_built.expect(module, spatial_dim=(1, 2), wb_shape=(1, 1, 1, -1))
+    else:
+        _as_built.expect(module, channel_dim=1, spatial_dim=(2, 3), wb_shape=(1, -1, 1, 1))
     return Grn(_guard.tensor(module, "weight"), _guard.tensor(module, "bias"), module.eps)
 
 
-def grn_child(children: Children, name: str) -> Grn:
-    """As `child`, of a GlobalResponseNorm."""
+def grn_child(children: Children, name: str, channel_dim: int) -> Grn:
+    """As `child`, of a GlobalResponseNorm over maps whose channels lie there (-1 or 1)."""
     _guard.check_bare(children[name], name)
+    _as_built.expect(children[name], channel_dim=channel_dim)
     return plan_grn(children[name])
 
 

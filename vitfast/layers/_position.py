@@ -17,7 +17,7 @@ import torch
 from timm import layers as timm_layers
 from torch import nn
 
-from vitfast.layers import _guard, _mlp
+from vitfast.layers import _as_built, _guard, _mlp
 from vitfast.layers._guard import Linear, Unfit, Unsupported
 from vitfast.ops import _weight_cache
 from vitfast.runtime import native
@@ -27,6 +27,29 @@ _KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, torch.Tensor]]
 _KEPT = weakref.WeakKeyDictionary()
 if hasattr(os, "register_at_fork"):  # what tells changes may count on threads that a child lacks
     os.register_at_fork(after_in_child=_KEPT.clear)
+
+
+def index(window: tuple[int, int]) -> torch.Tensor:
+    """Which relative position each pair of a window's tokens has, int64 [h w, h w]."""
+    return timm_layers.gen_relative_position_index(window)
+
+
+def check_index(module: nn.Module, window: tuple[int, int]) -> None:
+    """That a module reads its table as `ops.window_attention` does."""
+    _as_built.expect_buffer(
+        module, "relative_position_index", lambda found: index(window).view(found.shape), window
+    )
+
+
+def _check_lookup(module: nn.Module, name: str, length: int) -> None:
+    """That timm's `RelPosBiasTf` picks distances along an axis of this length in their order."""
+
+    def one_hot(found: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(length, device="cpu")
+        distances = places - places[:, None] + length - 1
+        return nn.functional.one_hot(distances, 2 * length - 1)
+
+    _as_built.expect_buffer(module, name, one_hot, length)
 
 
 def table(mlp: nn.Module, coordinates: torch.Tensor, heads: int) -> torch.Tensor:
@@ -44,13 +67,24 @@ def relative(module: Any) -> torch.Tensor | None:
     if kind not in (timm_layers.RelPosBias, timm_layers.RelPosBiasTf, timm_layers.RelPosMlp):
         raise Unsupported(f"position bias {kind.__name__} is not implemented")
     _guard.check_bare(module, "rel_pos")
-    if "get_bias" in module.__dict__:
-        raise Unfit("rel_pos has a replaced get_bias")
     if getattr(module, "prefix_tokens", 0):
         raise Unsupported("a position bias with prefix tokens is not implemented")
+    window = tuple(module.window_size)
     if kind is timm_layers.RelPosMlp:
+        heads, area = module.num_heads, window[0] * window[1]
+        _as_built.expect(module, bias_shape=(area, area, heads))
+        check_index(module, window)
         return _from_mlp(module)
     found = _guard.tensor(module, "relative_position_bias_table")
+    if found is None:
+        raise Unfit("rel_pos has no table")
+    if kind is timm_layers.RelPosBias:
+        area = window[0] * window[1]
+        _as_built.expect(module, bias_shape=(area, area, found.shape[1]))
+        check_index(module, window)
+    else:
+        _check_lookup(module, "height_lookup", window[0])
+        _check_lookup(module, "width_lookup", window[1])
     # [heads, 2 h - 1, 2 w - 1] by how far the key lies from the query, not the query from the key.
     return found if kind is timm_layers.RelPosBias else found.flip(1, 2).flatten(1).t()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vitfast.layers import _attention, _block, _guard, _memo
+from vitfast.layers import _as_built, _attention, _block, _guard, _memo
 from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._block import Block
 
@@ -23,6 +23,39 @@ def attend(
     return _attention.attend(x, planned, windows=Windows(window, window))
 
 
+def norms_first(module: Any) -> Block:
+    """How a Swin block computes."""
+    check_windows(module)
+    return _block.without_layer_scale(module)
+
+
+def norms_last(module: Any) -> Block:
+    """How a Swin V2 block computes."""
+    check_windows(module)
+    return _block.with_norms_last(module)
+
+
+def check_windows(module: Any) -> None:
+    """That a block's windows and mask are what its sizes say."""
+    window, shift = tuple(module.window_size), tuple(module.shift_size)
+    _as_built.expect(module, window_area=window[0] * window[1])
+    _as_built.expect(module.attn, window_size=module.window_size)
+    if module.dynamic_mask:
+        return
+    size = [-(-n // w) * w for n, w in zip(_told(module), window, strict=True)]
+
+    def mask(found: torch.Tensor) -> torch.Tensor | None:
+        # timm's own, for a map that needs no padding; nothing reads its values.
+        return module.get_attn_mask(found.new_zeros(()).expand(1, *size, 1))
+
+    _as_built.expect_buffer(module, "attn_mask", mask, window, shift, tuple(size))
+
+
+def _told(module: Any) -> tuple[int, int]:
+    """Rows and columns of the maps for which a block was built."""
+    return tuple(module.feat_size if hasattr(module, "feat_size") else module.input_resolution)
+
+
 def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> torch.Tensor | None:
     """The block on a map x [B, H, W, C]; None where it is for timm's forward."""
     planned = _memo.ready(plan, module, x)
@@ -30,8 +63,7 @@ def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> tor
         return None
     size = (x.shape[1], x.shape[2])
     # timm cuts its mask for the size it was told, and works with no other.
-    told = module.feat_size if hasattr(module, "feat_size") else module.input_resolution
-    if any(module.shift_size) and not module.dynamic_mask and size != tuple(told):
+    if any(module.shift_size) and not module.dynamic_mask and size != _told(module):
         return None
     windows = Windows(size, tuple(module.window_size), tuple(module.shift_size))
     return _block.run(x.flatten(1, 2), planned, windows=windows).unflatten(1, size)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm import layers as timm_layers
 
-from vitfast.layers import _attention, _guard
+from vitfast.layers import _as_built, _attention, _guard
 from vitfast.layers._base import Layer
 
 
@@ -21,10 +21,14 @@ def plan_attention_rope(module: Any) -> _attention.Attention:
     children = module._modules
     names = ("qkv",) if children.get("qkv") is not None else ("q_proj", "k_proj", "v_proj")
     plan = _attention.common(module, tuple(_guard.linear(children, n) for n in names))
+    dim = _attention.head_dim(module, plan.heads, plan.qkv)
+    kv_heads = plan.qkv[-1].weight.shape[0] // dim if len(plan.qkv) == 3 else plan.heads
+    groups = plan.heads // kv_heads if kv_heads and plan.heads % kv_heads == 0 else 0
+    _as_built.expect(module, num_kv_heads=kv_heads, num_kv_groups=groups)  # since timm 1.0.27
     return plan._replace(
         prefix=module.num_prefix_tokens,
         rope_half=getattr(module, "rotate_half", False),
-        kv_groups=getattr(module, "num_kv_groups", 1),  # since timm 1.0.27
+        kv_groups=groups,
     )
 
 

@@ -9,6 +9,7 @@ from timm.models import beit
 
 from vitfast.layers import _attention, _block, _guard, _memo
 from vitfast.layers._base import Layer
+from vitfast.layers._guard import Unfit
 
 
 def plan_attention(module: Any) -> _attention.Attention:
@@ -16,7 +17,10 @@ def plan_attention(module: Any) -> _attention.Attention:
 
     With `qkv_bias_separate` timm adds the bias after the product, which here is one step.
     """
-    _guard.optional_parameter(module, "relative_position_bias_table")
+    if _guard.optional_parameter(module, "relative_position_bias_table") is not None:
+        tokens = module.relative_position_index.shape[0]
+        if tokens != module.window_size[0] * module.window_size[1] + 1:
+            raise Unfit("its position index is not of its window size")
     qkv = _guard.linear(module._modules, "qkv")
     plan = _attention.common(module, (qkv._replace(bias=_attention.packed_bias(module)),))
     return _attention.check_width(plan)

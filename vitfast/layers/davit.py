@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import davit
 
-from vitfast.layers import _attention, _block, _guard, _memo, _windowed
+from vitfast.layers import _attention, _block, _memo, _windowed
 from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
 from vitfast.layers._block import Block
@@ -16,13 +16,8 @@ from vitfast.layers._guard import Unsupported
 
 def plan_attention(module: Any) -> Attention:
     """How timm's DaViT `WindowAttention` computes, fused by timm or not."""
-    children = module._modules
-    _guard.check_bare(children["softmax"], "softmax")
-    return Attention(
-        heads=module.num_heads,
-        qkv=(_guard.linear(children, "qkv"),),
-        proj=_guard.linear(children, "proj"),
-    )
+    qkv, proj = _attention.unmasked(module, module.num_heads, module.fused_attn)
+    return Attention(heads=module.num_heads, qkv=(qkv,), proj=proj)
 
 
 def plan_block(module: Any) -> Block:

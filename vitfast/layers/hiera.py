@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import hiera
 
-from vitfast.layers import _attention, _block, _guard
+from vitfast.layers import _as_built, _attention, _block, _guard
 from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
 from vitfast.layers._block import Block
@@ -18,12 +18,9 @@ def plan_attention(module: Any) -> Attention:
     """How timm's `MaskUnitAttention` computes, fused by timm or not."""
     if module.q_stride != 1:
         raise Unsupported("its queries are pooled")
-    children = module._modules
-    return Attention(
-        heads=module.heads,
-        qkv=(_guard.linear(children, "qkv"),),
-        proj=_guard.linear(children, "proj"),
-    )
+    qkv, proj = _attention.unmasked(module, module.heads, module.fused_attn)
+    _as_built.expect(module, dim_out=qkv.weight.shape[0] // 3)
+    return Attention(heads=module.heads, qkv=(qkv,), proj=proj)
 
 
 def plan_block(module: Any) -> Block:

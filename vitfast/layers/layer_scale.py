@@ -28,7 +28,10 @@ def child(children: Children, name: str, *, nchw: bool = False) -> torch.Tensor 
         raise Unfit(f"{name} is a {type(module).__name__}, not timm's LayerScale")
     if module.inplace:
         raise Unfit(f"{name} works in place")
-    return _guard.tensor(module, "gamma")
+    gamma = _guard.tensor(module, "gamma")
+    if gamma is None:
+        raise Unfit(f"{name} has no gamma")
+    return gamma
 
 
 KINDS = (timm_layers.LayerScale, LayerScale)

@@ -10,6 +10,7 @@ from timm.models import metaformer
 from torch import nn
 
 from vitfast.layers import (
+    _as_built,
     _attention,
     _block,
     _conv,
@@ -43,8 +44,6 @@ def plan_downsampling(module: nn.Module) -> Downsample:
     """How timm's `Downsampling` of MetaFormer computes."""
     children = module._modules
     conv, norm = children["conv"], children["norm"]
-    if type(conv) is not nn.Conv2d:
-        raise _guard.Unfit(f"conv is a {type(conv).__name__}, not torch.nn.Conv2d")
     _guard.check_bare(conv, "conv")
     plain = type(norm) is nn.Identity
     if plain:
@@ -85,7 +84,7 @@ def _plan_half(children: Children, number: str, attends: bool) -> Half:
         norm = _plan_group_norm(children, name)
     else:
         norm = (_norm.child if attends else _norm.child_2d)(children, name)
-    factors = (_plan_scale(children, f"{kind}_scale{number}") for kind in ("layer", "res"))
+    factors = (_plan_scale(children, f"{kind}_scale{number}", attends) for kind in ("layer", "res"))
     return Half(norm, *factors)
 
 
@@ -98,14 +97,19 @@ def _plan_group_norm(children: Children, name: str) -> GroupNorm:
     return GroupNorm(module.num_groups, weight, bias, module.eps, "none")
 
 
-def _plan_scale(children: Children, name: str) -> torch.Tensor | None:
+def _plan_scale(children: Children, name: str, attends: bool) -> torch.Tensor | None:
     module = children[name]
     _guard.check_bare(module, name)
     if type(module) is nn.Identity:
         return None
     if type(module) is not metaformer.Scale:
         raise _guard.Unfit(f"{name} is a {type(module).__name__}, not timm's Scale")
-    return _guard.tensor(module, "scale")
+    scale = _guard.tensor(module, "scale")
+    if scale is None:
+        raise _guard.Unfit(f"{name} has no scale")
+    channels = tuple(scale.shape)
+    _as_built.expect(module, shape=channels if attends else (*channels, 1, 1))
+    return scale
 
 
 def _plan_mixer(children: Children) -> SepConv | Pool | AttentionPlan:

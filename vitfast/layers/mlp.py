@@ -6,7 +6,7 @@ import torch
 from timm import layers as timm_layers
 from torch import nn
 
-from vitfast.layers import _guard, _mlp, _norm
+from vitfast.layers import _as_built, _guard, _mlp, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Unsupported
 
@@ -23,7 +23,9 @@ def plan_pointwise(module: nn.Module) -> _mlp.Mlp:
 
 def plan_grn_mlp(module: nn.Module) -> _mlp.Mlp:
     """How timm's `GlobalResponseNormMlp` computes, on channels last."""
-    return plan_pointwise(module)._replace(grn=_norm.grn_child(module._modules, "grn"))
+    plan = plan_pointwise(module)
+    channel_dim = -1 if plan.fc1.weight.ndim == 2 else 1
+    return plan._replace(grn=_norm.grn_child(module._modules, "grn", channel_dim))
 
 
 def plan_conv_mlp(module: nn.Module) -> _mlp.Mlp:
@@ -44,6 +46,7 @@ def plan_conv_mlp(module: nn.Module) -> _mlp.Mlp:
 
 def plan_glu_mlp(module: nn.Module) -> _mlp.Mlp:
     """How timm's `GluMlp` computes: both halves from one projection."""
+    _as_built.expect(module, chunk_dim=-1)
     packed = "last" if module.gate_last else "first"
     return _mlp.common(module, "fc1")._replace(packed=packed)
 

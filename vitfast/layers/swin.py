@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from timm.models import swin_transformer
 
-from vitfast.layers import _attention, _block, _guard, _patch_merging, _windowed
+from vitfast.layers import _as_built, _attention, _guard, _patch_merging, _position, _windowed
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
+from vitfast.layers._guard import Unfit
 
 
 def plan_attention(module: Any) -> Attention:
@@ -17,12 +18,14 @@ def plan_attention(module: Any) -> Attention:
     children = module._modules
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
-    return Attention(
-        heads=module.num_heads,
-        qkv=(_guard.linear(children, "qkv"),),
-        proj=_guard.linear(children, "proj"),
-        table=_guard.tensor(module, "relative_position_bias_table"),
-    )
+    qkv, proj = _attention.unmasked(module, module.num_heads, module.fused_attn)
+    window = tuple(module.window_size)
+    _as_built.expect(module, window_area=window[0] * window[1])
+    _position.check_index(module, window)
+    table = _guard.tensor(module, "relative_position_bias_table")
+    if table is None:
+        raise Unfit("it has no relative_position_bias_table")
+    return Attention(heads=module.num_heads, qkv=(qkv,), proj=proj, table=table)
 
 
 class WindowAttention(Layer, swin_transformer.WindowAttention):
@@ -44,10 +47,10 @@ class SwinTransformerBlock(Layer, swin_transformer.SwinTransformerBlock):
     """`timm.models.swin_transformer.SwinTransformerBlock`, its windows as index arithmetic."""
 
     role = "block"
-    plan = staticmethod(_block.without_layer_scale)
+    plan = staticmethod(_windowed.norms_first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _windowed.run_block(self, x, _block.without_layer_scale)
+        out = _windowed.run_block(self, x, _windowed.norms_first)
         return super().forward(x) if out is None else out
 
 

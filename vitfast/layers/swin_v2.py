@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from timm.models import swin_transformer_v2
 
-from vitfast.layers import _attention, _block, _guard, _patch_merging, _position, _windowed
+from vitfast.layers import _attention, _guard, _patch_merging, _position, _windowed
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Linear
 
 
 def plan_attention(module: Any) -> Attention:
@@ -18,11 +17,13 @@ def plan_attention(module: Any) -> Attention:
     children = module._modules
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
-    weight = _guard.linear(children, "qkv").weight
+    qkv, proj = _attention.unmasked(module, module.num_heads, True)
+    _attention.check_softmax(children)
+    _position.check_index(module, tuple(module.window_size))
     return Attention(
         heads=module.num_heads,
-        qkv=(Linear(weight, _attention.packed_bias(module)),),
-        proj=_guard.linear(children, "proj"),
+        qkv=(qkv._replace(bias=_attention.packed_bias(module)),),
+        proj=proj,
         table=_position.table(module.cpb_mlp, module.relative_coords_table, module.num_heads),
         logit_scale=_guard.tensor(module, "logit_scale").flatten(),
     )
@@ -43,10 +44,10 @@ class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
     """`timm.models.swin_transformer_v2.SwinTransformerV2Block`, as `SwinTransformerBlock`."""
 
     role = "block"
-    plan = staticmethod(_block.with_norms_last)
+    plan = staticmethod(_windowed.norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _windowed.run_block(self, x, _block.with_norms_last)
+        out = _windowed.run_block(self, x, _windowed.norms_last)
         return super().forward(x) if out is None else out
 
 

@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from timm.models import swin_transformer_v2_cr
 
-from vitfast.layers import _attention, _block, _guard, _mlp, _patch_merging, _windowed
+from vitfast.layers import (
+    _as_built,
+    _attention,
+    _guard,
+    _mlp,
+    _patch_merging,
+    _position,
+    _windowed,
+)
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
+from vitfast.layers._guard import Unfit
 
 
 def plan_attention(module: Any) -> Attention:
@@ -22,18 +31,28 @@ def plan_attention(module: Any) -> Attention:
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
     _mlp.child(children, "meta_mlp")
+    qkv, proj = _attention.unmasked(module, module.num_heads, True)
+    window, logit_scale = tuple(module.window_size), _guard.tensor(module, "logit_scale")
+    if logit_scale is None:
+        raise Unfit("it has no logit_scale")
+    _as_built.expect_buffer(
+        module,
+        "relative_coordinates_log",
+        lambda found: _coordinates(found, window)[_position.index(window).flatten()],
+        window,
+    )
     return Attention(
         heads=module.num_heads,
-        qkv=(_guard.linear(children, "qkv"),),
-        proj=_guard.linear(children, "proj"),
-        table=module.meta_mlp(_coordinates(module)),
-        logit_scale=_guard.tensor(module, "logit_scale"),
+        qkv=(qkv,),
+        proj=proj,
+        table=module.meta_mlp(_coordinates(module.relative_coordinates_log, window)),
+        logit_scale=logit_scale,
     )
 
 
-def _coordinates(module: Any) -> torch.Tensor:
+def _coordinates(of_pairs: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     """Of each relative position, [(2h - 1)(2w - 1), 2], from those of every pair of tokens."""
-    pairs = module.relative_coordinates_log.view(*module.window_size, *module.window_size, 2)
+    pairs = of_pairs.view(*window, *window, 2)
     y = torch.cat((pairs[0, 0, 1:, 0, 0].flip(0), pairs[:, 0, 0, 0, 0]))
     x = torch.cat((pairs[0, 0, 0, 1:, 1].flip(0), pairs[0, :, 0, 0, 1]))
     return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).view(-1, 2)
@@ -54,10 +73,10 @@ class SwinTransformerV2CrBlock(Layer, swin_transformer_v2_cr.SwinTransformerV2Cr
     """`timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock`, as Swin V2's."""
 
     role = "block"
-    plan = staticmethod(_block.with_norms_last)
+    plan = staticmethod(_windowed.norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _windowed.run_block(self, x, _block.with_norms_last)
+        out = _windowed.run_block(self, x, _windowed.norms_last)
         return super().forward(x) if out is None else self.norm3(out)
 
 
