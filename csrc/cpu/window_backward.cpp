@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kMostRanges = 16;
 constexpr int64_t kMostBytes = 64 << 20;  // of all tasks' sums for the table
+constexpr int64_t kSummed = 8;            // keys
 
 template <class M>
 struct Workspace {
@@ -161,21 +162,26 @@ struct Backward {
     product<Store, M>(w.k_rows + k0 * units, keys, w.q_lanes, vecs, units, p);
     product<Store, M>(w.v_rows + k0 * units, keys, w.g_lanes, vecs, units, dp);
     const vf factor = splat(a.scale[head] * kLog2e);
-    for (int64_t k = 0; k < keys; ++k, p += kBlock, dp += kBlock) {
-      const vf band = splat(w.bands[k0 + k]);
+    // A few keys are summed on their own: those of padding are all alike, and one long chain of like
+    // terms rounds them all the same way.
+    for (int64_t first = 0; first < keys; first += kSummed)
       for (int m = 0; m < vecs * kLanes; m += kLanes) {
-        const vf raw = load(p + m);
-        vf s = raw * factor;
-        if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
-        if (several) s = s + select(load(w.bands + q0 + m) == band, zero(), splat(kHidden));
-        const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
-        store(p + m, value);
-        store(w.delta + m, fma(value, load(dp + m), load(w.delta + m)));
-        store(w.weight + m, load(w.weight + m) + value);
-        if (!cosine) continue;
-        store(w.raw + (k0 + k) * kBlock + m, raw);
+        vf delta = zero(), weight = zero();
+        for (int64_t k = first; k < min64(first + kSummed, keys); ++k) {
+          float* at = p + k * kBlock + m;
+          const vf raw = load(at);
+          vf s = raw * factor;
+          if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
+          if (several) s = s + select(load(w.bands + q0 + m) == splat(w.bands[k0 + k]), zero(), splat(kHidden));
+          const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
+          store(at, value);
+          delta = fma(value, load(dp + k * kBlock + m), delta);
+          weight = weight + value;
+          if (cosine) store(w.raw + (k0 + k) * kBlock + m, raw);
+        }
+        store(w.delta + m, load(w.delta + m) + delta);
+        store(w.weight + m, load(w.weight + m) + weight);
       }
-    }
   }
 
   // dS from P, dP and delta, and what follows from it.
