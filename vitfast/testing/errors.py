@@ -20,8 +20,8 @@ b = base - reference, n elements and ulp the spacing of the working dtype at rms
     (rms(b) / s)^2, the number of independent errors
 (e) 1 - cosine(actual, reference) <= 1e-4 (float32: 1e-7), or that of the base times 2 or
     rms_factor^2 (it grows with the square of the error)
-(f) max|reference| >= 20 * the error that (b) allows by max|b|; otherwise even zeros might pass, and the case
-    is rejected as toothless
+(f) max|reference| >= 20 * the error that (b) allows by max|b|; otherwise even zeros might pass, and
+    the case is rejected as toothless
 (g) where the working dtype is float32: |e| <= 4 * (1e-5 + 1.3e-6 |reference|) for every element
     (four times the default tolerance of torch.testing.assert_close), or 2 max|b| where that is more
 """
