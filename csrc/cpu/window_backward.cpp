@@ -16,6 +16,7 @@ namespace {
 
 constexpr int64_t kMostRanges = 16;
 constexpr int64_t kMostBytes = 64 << 20;  // of all tasks' sums for the table
+constexpr int64_t kSummed = 8;            // keys
 
 template <class M>
 struct Workspace {
@@ -25,7 +26,7 @@ struct Workspace {
   Elem *over_keys, *over_queries;                   // a tile as operand of a product
   float *p, *ds, *raw;  // [key][query], all keys; ds is dP at first, raw q k where wanted
   float *dq, *dk, *dv;                              // [d][query]; [tile][d][key]
-  float *row, *x, *shift, *inverse, *delta, *scale, *rest, *mean, *grads, *bands, *bias;
+  float *row, *x, *shift, *inverse, *delta, *weight, *scale, *rest, *mean, *grads, *bands, *bias;
   int64_t* token;
   typename M::Row* rows;
 
@@ -54,6 +55,7 @@ struct Workspace {
     used = take(base, used, shift, static_cast<int64_t>(kBlock));
     used = take(base, used, inverse, static_cast<int64_t>(kBlock));
     used = take(base, used, delta, static_cast<int64_t>(kBlock));
+    used = take(base, used, weight, static_cast<int64_t>(kBlock));
     used = take(base, used, scale, static_cast<int64_t>(kBlock));
     used = take(base, used, rest, static_cast<int64_t>(kBlock));
     used = take(base, used, mean, static_cast<int64_t>(kBlock));
@@ -112,6 +114,7 @@ struct Backward {
       std::memset(w.dq, 0, static_cast<size_t>(D * kBlock) * 4);
       for (int64_t t = 0; t < tiles; ++t)
         scores(head, q0, static_cast<int>(ceil_div(count, kLanes)), t, several, sums.scale, w);
+      for (int64_t m = 0; m < count; ++m) w.delta[m] /= w.weight[m];
       for (int64_t t = 0; t < tiles; ++t) tile(q0, count, t, sums, w);
       if (sums.scale)
         // dS sums to zero but for rounding, which times the mean of raw would be felt.
@@ -134,7 +137,7 @@ struct Backward {
     const float* shift = a.stats + ((batch * windows + index) * a.heads + head) * N + q0;
     const float* sum_of = shift + a.B * windows * a.heads * N;
     for (int64_t m = 0; m < kBlock; ++m) {
-      w.delta[m] = w.scale[m] = w.rest[m] = w.mean[m] = 0.f;
+      w.delta[m] = w.weight[m] = w.scale[m] = w.rest[m] = w.mean[m] = 0.f;
       w.shift[m] = 0.f;
       w.inverse[m] = 0.f;  // no query: P = 0
       if (m >= count) continue;
@@ -148,8 +151,10 @@ struct Backward {
     pack_columns(w.rows, width, count, D, w.g_columns);
   }
 
-  // P and dP of a tile, and what its keys add to delta, the sum of P dP: only where delta comes from
-  // the very same P does dS sum to zero over the keys, and the table's gradient lives on that.
+  // P and dP of a tile, and what its keys add to the sums of P dP and of P. Their quotient is delta, the
+  // mean of dP by the weights P: only where it comes from the very same P does dS sum to zero over the
+  // keys, and only as a mean is it free of what P's rounding makes of all dP have in common. The table's
+  // gradient lives on that.
   void scores(int64_t head, int64_t q0, int vecs, int64_t t, bool several, bool cosine,
               const Workspace<M>& w) const {
     const int64_t k0 = t * kBlock, keys = min64(kBlock, N - k0);
@@ -157,20 +162,26 @@ struct Backward {
     product<Store, M>(w.k_rows + k0 * units, keys, w.q_lanes, vecs, units, p);
     product<Store, M>(w.v_rows + k0 * units, keys, w.g_lanes, vecs, units, dp);
     const vf factor = splat(a.scale[head] * kLog2e);
-    for (int64_t k = 0; k < keys; ++k, p += kBlock, dp += kBlock) {
-      const vf band = splat(w.bands[k0 + k]);
+    // A few keys are summed on their own: those of padding are all alike, and one long chain of like
+    // terms rounds them all the same way.
+    for (int64_t first = 0; first < keys; first += kSummed)
       for (int m = 0; m < vecs * kLanes; m += kLanes) {
-        const vf raw = load(p + m);
-        vf s = raw * factor;
-        if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
-        if (several) s = s + select(load(w.bands + q0 + m) == band, zero(), splat(kHidden));
-        const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
-        store(p + m, value);
-        store(w.delta + m, fma(value, load(dp + m), load(w.delta + m)));
-        if (!cosine) continue;
-        store(w.raw + (k0 + k) * kBlock + m, raw);
+        vf delta = zero(), weight = zero();
+        for (int64_t k = first; k < min64(first + kSummed, keys); ++k) {
+          float* at = p + k * kBlock + m;
+          const vf raw = load(at);
+          vf s = raw * factor;
+          if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
+          if (several) s = s + select(load(w.bands + q0 + m) == splat(w.bands[k0 + k]), zero(), splat(kHidden));
+          const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
+          store(at, value);
+          delta = fma(value, load(dp + k * kBlock + m), delta);
+          weight = weight + value;
+          if (cosine) store(w.raw + (k0 + k) * kBlock + m, raw);
+        }
+        store(w.delta + m, load(w.delta + m) + delta);
+        store(w.weight + m, load(w.weight + m) + weight);
       }
-    }
   }
 
   // dS from P, dP and delta, and what follows from it.

@@ -122,6 +122,15 @@ def test_the_verdict_does_not_depend_on_scale(dtype, scale):
         assert not compare(WRONG[fault](base), reference, base).ok, fault
 
 
+@pytest.mark.parametrize(("largest", "right"), [(7e-6, True), (1e-5, False)])
+def test_the_largest_of_few_errors_of_the_base_is_luck(largest, right):
+    """All of its errors are 1e-6 here; as a rule the largest is four times the rms."""
+    reference = torch.randn(64, generator=torch.Generator().manual_seed(0)).double()
+    error = torch.tensor([1e-6, -1e-6]).double().repeat(32)
+    actual = (reference + _at(error, 9, largest)).float()
+    assert compare(actual, reference, (reference + error).float()).ok == right
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 17])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_few_elements_correctly_rounded_are_accepted(dtype, n):

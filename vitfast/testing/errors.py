@@ -7,7 +7,8 @@ b = base - reference, n elements and ulp the spacing of the working dtype at rms
 
 (a) NaN, +inf and -inf stand where the reference (rounded to the working dtype) has them
 (b) max|e| <= factor * max|b| + a0, where a0 = 2 max|(r + c - c) - r| for the rounded reference r
-    and c = 0.3 min(1, max|r|): two more roundings, never below one ulp of the largest element
+    and c = 0.3 min(1, max|r|): two more roundings, never below one ulp of the largest element; the
+    largest of few errors is a matter of luck, so 4 rms(b), as of many, if max|b| is less
 (c) rms(e) <= rms_factor * rms(b) + 0.1 ulp; for few elements rms(b) is itself a matter of luck, so
     the factor is (1 + 2 / sqrt(m)) times larger (at most `factor`), and one ulp of the largest
     element / sqrt(n) comes on top: one element may round the other way
@@ -19,8 +20,8 @@ b = base - reference, n elements and ulp the spacing of the working dtype at rms
     (rms(b) / s)^2, the number of independent errors
 (e) 1 - cosine(actual, reference) <= 1e-4 (float32: 1e-7), or that of the base times 2 or
     rms_factor^2 (it grows with the square of the error)
-(f) max|reference| >= 20 * the error that (b) allows; otherwise even zeros might pass, and the case
-    is rejected as toothless
+(f) max|reference| >= 20 * the error that (b) allows by max|b|; otherwise even zeros might pass, and
+    the case is rejected as toothless
 (g) where the working dtype is float32: |e| <= 4 * (1e-5 + 1.3e-6 |reference|) for every element
     (four times the default tolerance of torch.testing.assert_close), or 2 max|b| where that is more
 """
@@ -48,7 +49,7 @@ class ErrorReport:
         rms_error, rms_allowed: criterion (c).
         bias, bias_allowed: criterion (d), the worse of the two means.
         cosine_gap, cosine_gap_allowed: 1 - cosine, criterion (e).
-        power: max|reference| over max_allowed, criterion (f).
+        power: max|reference| over the error that max|b| allows, criterion (f).
         mask_mismatches: elements that differ in being NaN or infinite, criterion (a).
         worst_index: where the error is largest (or the first mask mismatch); empty for a scalar.
     """
@@ -221,7 +222,8 @@ def _judge(
     one = ulp(max_r, dtype)
     whole = torch.where(usable, base.double() - reference, 0.0)
 
-    max_allowed = factor * max_b + _rounding(rounded[judged], max_r)
+    rounding = _rounding(rounded[judged], max_r)
+    max_allowed = factor * max(max_b, 4 * rms_b) + rounding
     few = _ratio(_standard_error(whole), rms_b)
     wide = min(rms_factor * (1 + 2 * few), max(factor, rms_factor))
     rms_allowed = wide * rms_b + 0.1 * step + one / math.sqrt(max(n, 1))
@@ -229,7 +231,7 @@ def _judge(
     gap = _cosine_gap(actual[judged].double(), r)
     base_gap = _cosine_gap(base[usable].double(), reference[usable])
     gap_allowed = max(COSINE_GAP[working], max(2, rms_factor**2) * base_gap)
-    power = _ratio(max_r, max_allowed)
+    power = _ratio(max_r, factor * max_b + rounding)
 
     problems = []
     mismatches = int(mask_wrong.sum())
