@@ -1,4 +1,4 @@
-"""Process-wide settings: the only place that reads environment variables.
+"""Process-wide settings, and the user's folder: the only reader of environment variables.
 
 Every setting has an environment variable, read once at import, and an attribute that wins over it:
 
@@ -26,6 +26,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -169,6 +170,20 @@ def _log(level: str | None) -> None:
 
 
 settings = Settings.from_environment()
+
+
+def cache_folder() -> Path:
+    """Where this user's measurements are kept; it may not exist yet.
+
+    `$XDG_CACHE_HOME/vitfast` where that is set, else where the system keeps caches.
+    """
+    home = Path(os.path.expanduser("~"))
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):  # the specification has others ignored
+        return Path(given, "vitfast")
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local", "vitfast")
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "vitfast"
 
 
 class _SettingsModule(ModuleType):
