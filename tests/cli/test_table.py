@@ -50,7 +50,7 @@ def test_no_line_is_too_long_and_no_word_is_broken(width, header, rows, capsys):
 
 
 def test_a_table_that_fits_stays_a_table(width, capsys):
-    table.print_table("Title", ("a", "b"), [("1.23 ms", "2")])
+    table.print_table("Title", ("a", "b", ""), [("1.23 ms", "2", "")])
     assert shown(capsys) == ["Title", "  a        b", "  1.23 ms  2", ""]
 
 

@@ -64,7 +64,7 @@ def _print(lines: Sequence[tuple[str, str]]) -> None:
 def _wrapped(text: str, width: int, indent: str = "") -> list[str]:
     """Lines of whole words; a word that is longer than a line has one to itself."""
     return textwrap.wrap(
-        text, width, break_long_words=False, break_on_hyphens=False, initial_indent=indent,
+        text, max(width, 1), break_long_words=False, break_on_hyphens=False, initial_indent=indent,
         subsequent_indent=indent,
     ) or [""]  # fmt: skip
 
