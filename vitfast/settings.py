@@ -1,4 +1,4 @@
-"""Process-wide settings: the only place that reads environment variables.
+"""Process-wide settings, and the user's folder: the only reader of environment variables.
 
 Every setting has an environment variable, read once at import, and an attribute that wins over it:
 
@@ -20,10 +20,13 @@ variable                  attribute    meaning
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -35,19 +38,71 @@ ENVIRONMENT = {
     "cpu_isa": "VITFAST_CPU_ISA",
     "log": "VITFAST_LOG",
 }
+BACKENDS = ("auto", "cpu", "triton", "cuda", "vendor", "reference")
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+_LEVELS = ("debug", "info", "warning", "error", "critical")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
 logger = logging.getLogger("vitfast")
 logger.addHandler(logging.NullHandler())
 
 
-def _flag(name: str, value: str) -> bool:
-    if value.lower() in _TRUE:
-        return True
-    if value.lower() in _FALSE:
-        return False
-    raise InputValueError(f"{name}={value!r}: expected 0 or 1")
+class _StderrHandler(logging.StreamHandler[Any]):
+    """Writes what no other handler would: an application that configures logging sees a line once.
+
+    The application may configure logging before or after `settings.log` is set, so that the
+    handlers on the way up are looked at for every record, and so is `sys.stderr`.
+    """
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    def filter(self, record: logging.LogRecord) -> Any:
+        where: logging.Logger | None = logging.getLogger(record.name)
+        while where is not None:
+            for handler in where.handlers:
+                silent = handler is self or isinstance(handler, logging.NullHandler)
+                if not silent and record.levelno >= handler.level:
+                    return False
+            where = where.parent if where.propagate else None
+        return super().filter(record)
+
+
+_handler = _StderrHandler()
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = str(value).lower()
+    if not isinstance(value, (str, int)) or word not in _TRUE | _FALSE:
+        raise ValueError("True, False, 1, 0, yes, no, on, off")
+    return word in _TRUE
+
+
+def _one_of(choices: tuple[str, ...], value: object) -> object:
+    if value not in choices:
+        raise ValueError(", ".join(choices))
+    return value
+
+
+def _level(value: object) -> object:
+    if not isinstance(value, str) or not isinstance(logging.getLevelName(value.upper()), int):
+        raise ValueError(", ".join(_LEVELS))
+    return value
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "backend": lambda value: _one_of(BACKENDS, value),
+    "disable": _flag,
+    "cpu_isa": lambda value: None if value is None else _one_of(ISA_LEVELS, value),
+    "log": lambda value: None if value is None else _level(value),
+}
+"""Attribute -> the value that is kept; a ValueError lists the values that are allowed."""
 
 
 @dataclass
@@ -67,29 +122,68 @@ class Settings:
         for attribute, variable in ENVIRONMENT.items():
             settings.source[attribute] = "default"
             raw = environ.get(variable)
-            if not raw:
-                continue
-            value: object = _flag(variable, raw) if attribute == "disable" else raw
-            setattr(settings, attribute, value)
-            settings.source[attribute] = variable
+            if raw:
+                value = _checked(attribute, raw, f"environment variable {variable}")
+                setattr(settings, attribute, value)
+                settings.source[attribute] = variable
         return settings
 
     def __setattr__(self, name: str, value: object) -> None:
-        if name == "cpu_isa" and value is not None and value not in ISA_LEVELS:
-            raise InputValueError(f"cpu_isa={value!r}: expected one of {', '.join(ISA_LEVELS)}")
-        if name == "log" and value is not None:
-            level = logging.getLevelName(str(value).upper())
-            if not isinstance(level, int):
-                raise InputValueError(f"log={value!r}: expected a logging level such as 'info'")
-            logger.setLevel(level)
-            if not any(isinstance(h, logging.StreamHandler) for h in logger.handlers):
-                logger.addHandler(logging.StreamHandler())
+        if name == "source":
+            object.__setattr__(self, name, value)
+            return
+        if name not in _CHECKS:
+            raise _unknown(name)
+        value = _checked(name, value, f"vitfast.settings.{name}")
+        if name == "log":
+            _log(None if value is None else str(value).upper())
         object.__setattr__(self, name, value)
-        if name != "source" and "source" in self.__dict__:
+        if "source" in self.__dict__:
             self.source[name] = "python"
+
+    def __getattr__(self, name: str) -> Any:
+        """Called for names that there are none of."""
+        raise _unknown(name)
+
+
+def _checked(name: str, value: object, label: str) -> Any:
+    try:
+        return _CHECKS[name](value)
+    except ValueError as allowed:
+        raise InputValueError(f"{label}={value!r}: expected one of {allowed}") from None
+
+
+def _unknown(name: str) -> AttributeError:
+    near = difflib.get_close_matches(name, _CHECKS, 1, 0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(_CHECKS)}"
+    return AttributeError(f"vitfast.settings has no setting {name!r}; {hint}")
+
+
+def _log(level: str | None) -> None:
+    """Let the logger speak from this level on; None leaves it to the application, as at first."""
+    if level is not None:
+        logger.setLevel(level)
+        logger.addHandler(_handler)  # which does nothing the second time
+    elif _handler in logger.handlers:
+        logger.setLevel(logging.NOTSET)
+        logger.removeHandler(_handler)
 
 
 settings = Settings.from_environment()
+
+
+def cache_folder() -> Path:
+    """Where this user's measurements are kept; it may not exist yet.
+
+    `$XDG_CACHE_HOME/vitfast` where that is set, else where the system keeps caches.
+    """
+    home = Path(os.path.expanduser("~"))
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):  # the specification has others ignored
+        return Path(given, "vitfast")
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local", "vitfast")
+    return home / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "vitfast"
 
 
 class _SettingsModule(ModuleType):

@@ -23,9 +23,10 @@ from torch import nn
 from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
-from vitfast.layers import Layer, _guard
-from vitfast.layers._guard import Unfit, Unsupported
+from vitfast.layers import Layer
+from vitfast.layers._guard import Unfit, Unsupported, planned, tensors
 from vitfast.ops._weight_cache import clear_weight_cache
+from vitfast.runtime import gpu, native
 from vitfast.settings import logger
 
 __all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "restore", "swap"]
@@ -65,15 +66,19 @@ class Skipped:
 
 @dataclass
 class SwapReport:
-    """What `swap` did. Prints as a table; `to_json()` for machines."""
+    """What `swap` did. Prints as a table; `to_json()` for machines.
+
+    `no_kernels`: why none of vitfast's kernels can run in this process; "" where some can.
+    """
 
     model: str
     swapped: list[Swapped] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    no_kernels: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
-        """Modules swapped and skipped; transformer blocks in all, and swapped."""
+        """Modules swapped and skipped; blocks in all, and swapped."""
         done = sum(entry.role == "block" for entry in self.swapped)
         left = sum(entry.role == "block" for entry in self.skipped)
         return {
@@ -87,6 +92,7 @@ class SwapReport:
         return {
             "model": self.model,
             "counts": self.counts,
+            "no_kernels": self.no_kernels,
             "swapped": [asdict(entry) for entry in self.swapped],
             "skipped": [asdict(entry) for entry in self.skipped],
         }
@@ -108,10 +114,13 @@ class SwapReport:
         n = self.counts
         if not self.swapped and not self.skipped:
             return f"vitfast: {self.model} holds nothing that vitfast knows; nothing was swapped"
-        blocks = f"{n['blocks_swapped']} of {n['blocks']} transformer blocks swapped"
+        blocks = f"{n['blocks_swapped']} of {n['blocks']} blocks swapped"
         if not n["blocks"]:
-            blocks = "no transformer block that vitfast knows"
-        return f"vitfast: {self.model}: {blocks}, {n['swapped']} modules in all"
+            blocks = "no block that vitfast knows"
+        line = f"vitfast: {self.model}: {blocks}, {n['swapped']} modules in all"
+        if self.swapped and self.no_kernels:
+            line += f"; but none of vitfast's kernels can run here: {self.no_kernels}"
+        return line
 
 
 def swap(
@@ -133,8 +142,9 @@ def swap(
             classes of timm or of `vitfast.layers`. What lies below a match is matched as well.
         skip: leave these alone, in the same terms; wins over `only`. A block with a skipped child
             is left alone too, since a swapped block reads its children's weights.
-        strict: raise, and change nothing, where a transformer block or an attention module would
-            have to be left alone for another reason than `only` and `skip`.
+        strict: raise, and change nothing, where a block or an attention module would have to be
+            left alone for another reason than `only` and `skip`, where nothing would be swapped,
+            and where none of vitfast's kernels can run in this process.
 
     Returns:
         SwapReport, with every module that was swapped or is known and was not.
@@ -142,14 +152,15 @@ def swap(
     Raises:
         InputTypeError: the model is no torch.nn.Module, or a choice is no string or class.
         InputValueError: a choice matches no module of the model.
-        SwapError: `strict`, and something had to be left alone.
+        SwapError: `strict`, and something had to be left alone, or nothing would be gained.
     """
     model = _unwrapped(model)
     todo: list[tuple[nn.Module, type[Any]]] = []
-    report = SwapReport(type(model).__name__)
+    report = SwapReport(_own_class(model).__name__, no_kernels=_no_kernels())
     chosen = _Selection(model, only, skip)
+    fused: set[int] = set()
     for path, module in model.named_modules():
-        entry = _decide(path, module, chosen)
+        entry = _decide(path, module, chosen, fused)
         if isinstance(entry, Skipped):
             if strict and entry.role != "part" and not entry.by_choice:
                 what = f"{path or 'the model'} ({entry.timm_class})"
@@ -158,9 +169,12 @@ def swap(
         elif entry is not None:
             report.swapped.append(entry)
             if not isinstance(module, Layer):
-                todo.append((module, layer_table()[type(module)]))
+                todo.append((module, layer_table()[_own_class(module)]))
+    if strict and (report.no_kernels or not report.swapped):
+        why = report.no_kernels or "it holds nothing that could be swapped"
+        raise SwapError(f"{report.model} would gain nothing: {why}; nothing was changed")
     for module, layer in todo:
-        module.__class__ = layer
+        module.__class__ = _with_class(type(module), layer)
     logger.info("%s", report)
     return report
 
@@ -175,9 +189,9 @@ def restore(model: Model) -> Model:
         InputTypeError: the model is no torch.nn.Module.
     """
     for module in _unwrapped(model).modules():
-        kind: Any = type(module)
+        kind: Any = _own_class(module)
         if kind in _layers():
-            module.__class__ = kind.timm_class
+            module.__class__ = _with_class(type(module), kind.timm_class)
     clear_weight_cache()
     return model
 
@@ -193,37 +207,88 @@ def create_model(model_name: str, **timm_kwargs: Any) -> nn.Module:
     return model
 
 
-def _decide(path: str, module: nn.Module, chosen: _Selection) -> Swapped | Skipped | None:
-    """What becomes of one module; None where vitfast has nothing to say about its class."""
-    kind: type[Any] = type(module)
+def _decide(
+    path: str, module: nn.Module, chosen: _Selection, fused: set[int]
+) -> Swapped | Skipped | None:
+    """What becomes of one module; None where vitfast has nothing to say about it.
+
+    fused: ids of the tensors that plans of modules above hold; those of this one's are added.
+    """
+    kind: type[Any] = _own_class(module)
     if kind in _layers():
-        return _swapped(path, kind, _unfit(kind, module))
+        return _swapped(path, kind, module, fused)
     known = layer_table().get(kind) or gap_table().get(kind)
-    if known is None or (known in _by_shape() and isinstance(_unfit(known, module), Unsupported)):
+    why = _plan(known, module) if isinstance(known, type) else None
+    unsupported = isinstance(why, Unsupported)
+    if known is None or (known in _by_shape() and unsupported):
         return _unknown(path, kind)
     refusal = chosen.refusal(path)
     if refusal:
         return Skipped(path, kind.__name__, known.role, refusal, by_choice=True)
-    if isinstance(known, Gap):
-        return Skipped(path, kind.__name__, known.role, known.reason)
-    why = _unfit(known, module)
-    if isinstance(why, Unsupported):
-        return Skipped(path, kind.__name__, known.role, str(why))
-    return _swapped(path, known, why)
+    if isinstance(known, Gap) or unsupported:
+        read = {id(p) for p in module.parameters()}
+        if read and read <= fused:  # its block computes what it would
+            return None
+        reason = known.reason if isinstance(known, Gap) else str(why)
+        return Skipped(path, kind.__name__, known.role, reason)
+    return _swapped(path, known, module, fused)
 
 
-def _swapped(path: str, layer: type[Layer], why: Unfit | None) -> Swapped:
-    note = f"runs timm's forward now: {why}" if why else ""
+def _swapped(path: str, layer: type[Layer], module: nn.Module, fused: set[int]) -> Swapped:
+    plan = _plan(layer, module)
+    note = ""
+    if not isinstance(plan, Unfit):
+        fused.update(id(t) for t in tensors((plan,)))
+    elif any(type(p).__name__ == "DTensor" for p in module.parameters()):
+        note = "fused where its sharded weights are gathered for its forward, as by fully_shard"
+    else:
+        note = f"runs timm's forward now: {plan}"
     return Swapped(path, layer.timm_class.__name__, _layers()[layer], layer.role, note)
 
 
-def _unfit(layer: type[Layer], module: nn.Module) -> Unfit | None:
-    """Why the layer would run timm's forward for this module, as things stand."""
+def _plan(layer: type[Layer], module: nn.Module) -> object:
+    """What a fused forward would use, or the Unfit that says why timm's would run."""
     try:
-        _guard.planned(layer.plan, module)
+        return planned(layer.plan, module)
     except Unfit as reason:
         return reason
-    return None
+
+
+def _no_kernels() -> str:
+    """Why neither the CPU's nor the GPU's kernels can run in this process; "" where one can."""
+    why = native.reasons() and gpu.available() and [*native.reasons(), *gpu.available()]
+    return "; ".join(dict.fromkeys(why))
+
+
+def _own_class(module: nn.Module) -> type[Any]:
+    """Its class, that beneath where torch.distributed (fully_shard, replicate) put one over it."""
+    kind = type(module)
+    return kind.__bases__[1] if _is_distributed(kind) else kind
+
+
+def _is_distributed(kind: type[Any]) -> bool:
+    """Whether this is a class such as FSDPBlock(FSDPModule, Block), made as the program ran."""
+    if len(kind.__bases__) != 2:
+        return False
+    over, own = kind.__bases__
+    named = kind.__name__ in (f"FSDP{own.__name__}", f"Replicate{own.__name__}")
+    return named and over.__module__.startswith("torch.distributed.")
+
+
+def _with_class(kind: type[Any], own: type[Any]) -> type[Any]:
+    """`own`, with what torch.distributed put over `kind` put over it."""
+    if not _is_distributed(kind):
+        return own
+    over, was = kind.__bases__
+    _MADE[over, was] = kind
+    if (over, own) not in _MADE:
+        name = kind.__name__.removesuffix(was.__name__) + own.__name__
+        names = ("__module__", "__deepcopy__")
+        _MADE[over, own] = type(name, (over, own), {n: getattr(kind, n) for n in names})
+    return _MADE[over, own]
+
+
+_MADE: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
 def _unknown(path: str, kind: type[Any]) -> Skipped | None:
@@ -294,7 +359,7 @@ def _matched(what: str, choice: Choice, modules: dict[str, nn.Module]) -> set[st
                 path
                 for path, module in modules.items()
                 if isinstance(module, item)
-                or issubclass(layer_table().get(type(module), object), item)
+                or issubclass(layer_table().get(_own_class(module), object), item)
             }
         else:
             raise InputTypeError(f"{what}: expected path patterns or classes, got {item!r}")

@@ -79,19 +79,32 @@ def test_a_wrong_output_is_over_budget(photo, monkeypatch):
     assert not found.within_budget
 
 
-def test_without_time_the_budget_comes_from_a_smaller_size(photo):
+def test_without_time_the_budget_is_one_that_was_measured_and_says_which(photo):
     now = [0.0]
     stage = Showcase(photo, Setting(), seconds=1000.0, clock=lambda: now[0])
     first = stage.run("test_vit", (64, 64), quiet)
     now[0] = 999.999
-    second = stage.run("test_vit", (96, 96), quiet)
-    assert "smaller size" in second.budget_from
-    assert second.rounds == 1
-    assert 0 < second.budget < 20 * first.budget
-    assert second.within_budget
+    larger = stage.run("test_vit", (96, 96), quiet)
+    other = stage.run("test_vit2", (64, 64), quiet)
+    for found in (larger, other):
+        assert found.budget_from.endswith("1.5x the relative budget of test_vit @ 64")
+        assert "float64" in found.budget_from and found.rounds == 1
+        assert 0 < found.budget < 20 * first.budget
+        assert found.within_budget
 
 
-def test_without_time_or_a_smaller_size_there_is_still_a_budget(photo):
+def test_of_several_measured_budgets_the_model_s_own_counts(photo):
+    now = [0.0]
+    stage = Showcase(photo, Setting(), seconds=1000.0, clock=lambda: now[0])
+    stage.run("test_vit", (64, 64), quiet)
+    stage.run("test_vit2", (96, 96), quiet)
+    now[0] = 999.999
+    for name, size in (("test_vit", 64), ("test_vit2", 96)):
+        found = stage.run(name, (32, 32), quiet)
+        assert found.budget_from.endswith(f"1.5x the relative budget of {name} @ {size}")
+
+
+def test_without_time_or_a_measured_budget_there_is_still_one(photo):
     found = Showcase(photo, Setting(), seconds=0.0).run("test_vit", (64, 64), quiet)
     assert "units in the last place" in found.budget_from
     assert found.within_budget

@@ -21,7 +21,7 @@ def test_the_report(vitfast, tmp_path):
     path = tmp_path / "swap.json"
     status, out, err = vitfast("swap", "vit_base_patch16_224", "--json", path)
     assert (status, err) == (0, "")
-    assert "12 of 12 transformer blocks" in out
+    assert "12 of 12 blocks" in out
     found = json.loads(path.read_text())
     assert found["counts"]["blocks_swapped"] == 12
     assert {e["timm_class"] for e in found["swapped"]} >= {"Block", "Attention", "Mlp"}

@@ -12,10 +12,13 @@ import torch
 from timm import layers as timm_layers
 from timm.models import vision_transformer
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 import vitfast
 from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
+from vitfast.runtime import gpu, native
+from vitfast.settings import settings
 from vitfast.swap import SwapReport, create_model, restore, swap
 
 SMALL = dict(depth=3, embed_dim=48, num_heads=3, img_size=32, num_classes=7)
@@ -42,7 +45,7 @@ class OwnForward(vision_transformer.Block):
 def test_report_table():
     text = str(swap(vit()))
     assert text.splitlines() == [
-        "vitfast: VisionTransformer: 3 of 3 transformer blocks swapped, 17 modules in all",
+        "vitfast: VisionTransformer: 3 of 3 blocks swapped, 17 modules in all",
         "",
         "swapped",
         "  patch_embed       PatchEmbed  -> vitfast.layers.PatchEmbed  x1",
@@ -59,7 +62,7 @@ def test_report_of_what_was_left():
     model = vit("vit_base_patch16_siglip_224")
     model.blocks[1] = OwnForward(48, 3)
     report = swap(model)
-    assert "2 of 3 transformer blocks swapped" in str(report)
+    assert "2 of 3 blocks swapped" in str(report)
     assert "  blocks.0,2        Block" in str(report)
     left = {e.path: (e.timm_class, e.reason) for e in report.skipped}
     assert left["blocks.1"] == ("OwnForward", "subclass of Block overrides forward")
@@ -109,7 +112,7 @@ def test_nothing_to_swap():
     assert str(report).endswith("Sequential holds nothing that vitfast knows; nothing was swapped")
     assert report.counts == {"swapped": 0, "skipped": 0, "blocks": 0, "blocks_swapped": 0}
     report = swap(nn.Sequential(nn.LayerNorm(4)))
-    assert "no transformer block that vitfast knows, 1 modules in all" in str(report)
+    assert "no block that vitfast knows, 1 modules in all" in str(report)
 
 
 def test_a_module_alone():
@@ -195,7 +198,7 @@ def test_strict(name):
     assert swap(model).skipped
 
 
-def test_strict_accepts_what_is_complete_or_chosen():
+def test_strict_accepts_what_is_complete_or_chosen(needs_native):
     assert swap(vit(), strict=True).counts["blocks_swapped"] == 3
     model = vit("vit_base_patch16_siglip_224")
     assert swap(model, strict=True, skip="attn_pool").counts["blocks_swapped"] == 3
@@ -233,6 +236,113 @@ def test_distributed_data_parallel(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.parametrize("order", ["swap_then_shard", "shard_then_swap"])
+def test_fully_shard(tmp_path, order, needs_native):
+    """It gives modules a class made as the program runs, over whatever class they have."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+
+        def shard(model: nn.Module) -> list[type]:
+            for block in model.blocks:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+            return [type(m) for m in model.modules()]
+
+        def train(model: nn.Module) -> torch.Tensor:
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(3):
+                loss = model(torch.ones(2, 3, 32, 32)).square().mean()
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                return torch.stack([model(torch.ones(2, 3, 32, 32)) for _ in range(4)])
+
+        theirs, ours = vit(), vit()
+        classes = shard(theirs)
+        if order == "swap_then_shard":
+            swap(ours)
+        shard(ours)
+        report = swap(ours, strict=True)
+        assert str(report).startswith("vitfast: VisionTransformer: 3 of 3 blocks swapped, 17")
+        assert not report.skipped
+        assert {e.note for e in report.swapped} == {
+            "fused where its sharded weights are gathered for its forward, as by fully_shard"
+        }
+        assert isinstance(ours.blocks[1], layers.Block) and isinstance(ours.blocks[1], FSDPModule)
+        assert swap(ours, only=layers.Mlp, strict=True).counts["swapped"] == 17
+        picked = vitfast.ops.spec_of("mlp").dispatcher
+        picked.picked = None
+        torch.testing.assert_close(train(ours), train(theirs), rtol=1e-3, atol=1e-4)
+        assert picked.picked is not None
+        restore(ours)
+        assert not swapped_paths(ours)
+        now = [type(m) for m in ours.modules()]
+        assert [(c.__name__, c.__bases__) for c in now] == [
+            (c.__name__, c.__bases__) for c in classes
+        ]
+        assert order == "swap_then_shard" or now == classes
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_what_a_block_computes_of_its_children_is_not_left_to_timm():
+    """An Mlp of 1x1 convolutions has no layer of its own; ConvNeXt's block fuses it."""
+    model = timm.create_model("convnext_atto")
+    report = swap(model)
+    assert "12 of 12 blocks swapped" in str(report)
+    assert not report.skipped
+    restore(model)
+    model.stages[0].blocks[1].mlp.fc1.register_forward_hook(lambda *args: None)
+    left = {e.path for e in swap(model).skipped}
+    assert left == {"stages.0.blocks.1.mlp"}  # its block cannot run fused now, and it has no layer
+    restore(model)
+    left = swap(model, only="*.mlp").skipped
+    assert sum("convolutions over NCHW" in e.reason for e in left if e.path.endswith(".mlp")) == 12
+
+
+@pytest.mark.parametrize("where", ["native", "disabled"])
+def test_without_any_kernel_the_report_says_so_and_strict_refuses(monkeypatch, where):
+    if where == "native":
+        why = "native extension not built: no compiler; there is no GPU"
+        monkeypatch.setattr(native, "reasons", lambda: ["native extension not built: no compiler"])
+        monkeypatch.setattr(gpu, "available", lambda: ["there is no GPU"])
+    else:
+        why = "VITFAST_DISABLE is set"
+        monkeypatch.setattr(settings, "disable", True)
+    model = vit()
+    with pytest.raises(SwapError, match=f"VisionTransformer would gain nothing: {why}; "):
+        swap(model, strict=True)
+    assert not swapped_paths(model)
+    report = swap(model)
+    line = f"17 modules in all; but none of vitfast's kernels can run here: {why}"
+    assert str(report).splitlines()[0].endswith(line)
+    assert report.to_dict()["no_kernels"] == why
+
+
+def test_a_kernel_on_either_device_is_one(monkeypatch):
+    for module, function in ((native, "reasons"), (gpu, "available")):
+        with monkeypatch.context() as patch:
+            patch.setattr(native, "reasons", lambda: ["no compiler"])
+            patch.setattr(gpu, "available", lambda: ["no GPU"])
+            patch.setattr(module, function, list)
+            report = swap(vit(), strict=True)
+        assert report.no_kernels == "" and str(report).splitlines()[0].endswith("in all")
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU()), {}),
+        (lambda: nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4)), {"only": "0"}),
+    ],
+)
+def test_strict_refuses_to_swap_nothing(model, options, needs_native):
+    with pytest.raises(SwapError, match="Sequential would gain nothing: it holds nothing that"):
+        swap(model(), strict=True, **options)
+
+
 def test_restore_of_a_part():
     model = vit()
     swap(model)
@@ -254,7 +364,7 @@ def test_package_attribute_is_callable_whatever_was_imported_first():
         "from vitfast.swap import SwapReport\n"
         "import torch, vitfast\n"
         "model = torch.nn.Sequential(torch.nn.LayerNorm(4))\n"
-        "assert vitfast.swap(model, strict=True).counts['swapped'] == 1\n"
+        "assert vitfast.swap(model, only='0').counts['swapped'] == 1\n"
         "vitfast.restore(model)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

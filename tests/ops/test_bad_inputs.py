@@ -273,6 +273,10 @@ PARTICULAR = [
     ("window_attention", {"window": 4}, TypeError, ["window", "4"]),
     ("window_attention", {"window": (4.0, 4)}, TypeError, ["window", "4.0"]),
     ("window_attention", {"window": (0, 4)}, ValueError, ["window", "0"]),
+    ("window_attention", {"window": (700, 700), "table": None}, ValueError,
+     ["window", r"\(700, 700\)", "490000", r"\[9, 6\]", "65536"]),
+    ("window_attention", {"window": (1, 70_000), "shift": (0, 0), "table": None}, ValueError,
+     ["window", r"\(1, 70000\)", r"\[9, 6\]", "65536"]),
     ("window_attention", {"window": (4, 5)}, ValueError, ["table", r"\(49, 2\)", r"\(63, 2\)"]),
     ("window_attention", {"shift": (4, 0)}, ValueError, ["shift", r"\(4, 4\)", r"\(4, 0\)"]),
     ("window_attention", {"shift": (-1, 0)}, ValueError, ["shift", "-1"]),
@@ -343,6 +347,11 @@ def test_no_keys_give_zeros():
     assert not out.any()
     out.sum().backward()
     assert not any(t.grad.any() for t in (q, k, v))
+
+
+def test_a_window_of_any_size_that_the_map_fills():
+    qkv = torch.randn(1, 1, 70_000, 3, 1, 1, device="meta")
+    assert ops.window_attention(qkv, (1, 70_000)).shape == (1, 1, 70_000, 1, 1)
 
 
 @pytest.mark.parametrize("mask", ["bool", "float"])

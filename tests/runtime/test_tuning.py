@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from vitfast.runtime import gpu, tuning
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.tuning import Arch, Launch, choice_of, launch_of
+from vitfast.settings import cache_folder
 
 HEURISTIC = Launch({"BLOCK": 1}, 1, 1)
 
@@ -38,6 +40,7 @@ def device(tmp_path, monkeypatch):
         )
     )
     monkeypatch.setattr(tuning, "LAUNCHES", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for cached in (tuning.table, tuning._launch_of, tuning._choice_of):
         cached.cache_clear()
     yield Arch("sm_90")
@@ -109,12 +112,67 @@ def test_only_what_records_show_is_picked_unasked(device, monkeypatch, op, n, wh
     assert not why or why in dispatcher.explain([x])
 
 
-def test_the_first_table_makes_its_folder(device, tmp_path, monkeypatch):
-    """An installed package has no folder of tables where none is shipped."""
-    monkeypatch.setattr(tuning, "LAUNCHES", tmp_path / "launches")
+def test_measurements_are_kept_in_the_user_s_folder(device, tmp_path):
+    """Not in the package, which may be another user's; its own table is where they begin."""
+    packaged = {path: path.read_text() for path in tmp_path.iterdir()}
+    new = Arch("sm_100")
+    assert not tuning.has_run("add_norm", new)
+    path = tuning.write_table(new, verified=["add_norm"])
+    assert path == tmp_path / "cache/vitfast/launches/sm_100.json"
+    assert tuning.has_run("add_norm", new) and not tuning.has_run("add_norm", device)
+    tuning.write_table(device, kernels={"vendor": [{"key": {"n": 64}, "choice": "cudnn"}]})
+    assert choice_of("vendor", device, {"n": 70}) == "cudnn"
+    assert tuning.has_run("layer_norm", device)
+    assert launch_of("k", device, {"n": 64, "dtype": "float16"}, None).blocks["BLOCK"] == 16
+    tuning.write_table(device, verified=["linear_act"])  # the rest has been seen to be wrong here
+    assert not tuning.has_run("layer_norm", device) and tuning.has_run("linear_act", device)
+    assert packaged == {path: path.read_text() for path in tmp_path.glob("*.json")}
+
+
+@pytest.mark.parametrize("part", ["vitfast", "torch", "triton", "kernels"])
+def test_measurements_of_other_versions_are_left_out(device, part, caplog):
+    path = tuning.write_table(device, verified=["add_norm"])
+    found = json.loads(path.read_text())
+    assert list(found["made_with"]) == ["vitfast", "torch", "triton", "kernels"]
+    found["made_with"][part] = "0"
+    path.write_text(json.dumps(found))
     tuning.table.cache_clear()
-    arch = Arch("sm_100")
-    assert not tuning.has_run("add_norm", arch)
-    tuning.write_table(arch, verified=["add_norm"])
-    assert tuning.has_run("add_norm", arch)
-    assert not tuning.has_run("add_norm", device)
+    assert tuning.has_run("layer_norm", device) and not tuning.has_run("add_norm", device)
+    assert f"another version of: {part};" in caplog.text
+    tuning.write_table(device, verified=["add_norm"])
+    assert tuning.has_run("add_norm", device)
+
+
+def test_the_sources_of_the_kernels_and_our_table_count(device, tmp_path, monkeypatch):
+    (tmp_path / "ops/op").mkdir(parents=True)
+    source = tmp_path / "ops/op/triton_kernels.py"
+    monkeypatch.setattr(tuning, "_KERNELS", tmp_path / "ops")
+    for path in (source, tmp_path / "sm_90.json"):
+        tuning.write_table(device, verified=["add_norm"])
+        assert tuning.has_run("add_norm", device)
+        with path.open("a") as file:
+            file.write(" ")
+        tuning.table.cache_clear()
+        assert not tuning.has_run("add_norm", device)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "7"])
+def test_a_file_that_cannot_be_read_is_left_out(device, text, caplog):
+    tuning.path_of(device).write_text(text)
+    assert tuning.has_run("layer_norm", device)
+    assert "cannot be read" in caplog.text
+
+
+def test_where_the_user_s_folder_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.delenv("LOCALAPPDATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_folder() == tmp_path / "x/vitfast"
+    for ignored in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", ignored)
+        for platform, folder in (
+            ("linux", ".cache"), ("darwin", "Library/Caches"), ("win32", "AppData/Local")
+        ):  # fmt: skip
+            monkeypatch.setattr(sys, "platform", platform)
+            assert cache_folder() == tmp_path / folder / "vitfast"

@@ -108,7 +108,7 @@ def _state(target: str, op: str, count: int, record: dict[str, Any] | None) -> s
         return f"compiled, not run ({count})"
     if op not in record["verified"]:
         return f"wrong ({_when(record)})"
-    picked = "picked" if tuning.has_run(op, Arch(target)) else "run"
+    picked = "picked" if op in tuning.packaged(target)["verified"] else "run"
     return f"{picked} ({_when(record)})"
 
 

@@ -136,7 +136,7 @@ class Showcase:
         self.pretrained = pretrained
         self.clock = clock
         self.end = clock() + seconds
-        self._budgets: dict[str, float] = {}
+        self._budgets: dict[str, tuple[float, str]] = {}  # model -> relative budget, of what
 
     def warm_up(self) -> None:
         """Load the libraries' code and start their threads, or the first model would pay for it."""
@@ -224,16 +224,18 @@ class Showcase:
                 outcome.error = float("inf")
             outcome.budget_from = "2x timm's own error against float64"
             relative = report.max_allowed / float(reference.abs().max())
-            self._budgets[outcome.name] = max(relative, self._budgets.get(outcome.name, 0.0))
+            measured = (relative, f"the relative budget of {outcome.title}")
+            self._budgets[outcome.name] = max(measured, self._budgets.get(outcome.name, measured))
             return
         # Both err, each within its budget: timm by half of it, vitfast by all of it.
         outcome.error = float((ours.double() - timm.double()).abs().max())
-        known = self._budgets.get(outcome.name) or max(self._budgets.values(), default=None)
-        if known is None:
-            known = 64 * torch.finfo(self.setting.dtype).eps
-            outcome.budget_from = "difference from timm; 64 units in the last place (no time left)"
-        else:
-            outcome.budget_from = "difference from timm; 1.5x the budget at a smaller size"
+        known, where = self._budgets.get(outcome.name) or max(
+            self._budgets.values(),
+            default=(64 * torch.finfo(self.setting.dtype).eps, "64 units in the last place"),
+        )
+        outcome.budget_from = (
+            f"too slow for float64 here: largest difference from timm, against 1.5x {where}"
+        )
         outcome.budget = 1.5 * known * float(timm.double().abs().max())
 
     def _classify(self, outcome: Outcome, outputs: dict[str, torch.Tensor]) -> None:

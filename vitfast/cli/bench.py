@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vitfast.cli.table import print_table, print_text
 from vitfast.errors import InputValueError
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     _show(rows, facts, floors, list(dict.fromkeys(n for names in options.wanted.values()
                                                   for n in names)))  # fmt: skip
     for note in notes:
-        print(note)
+        print_text(note)
     keep(rows, notes)
     failed = bool(args.level and notes)  # a model that was asked for by name has no row
     if earlier is None:
@@ -178,21 +179,19 @@ def _show(
     rows: Sequence[Row], facts: dict[str, Any], floors: dict[str, float], names: Sequence[str]
 ) -> None:
     from vitfast.bench import report
-    from vitfast.cli.table import print_table
 
     title = f"{facts['name']}; torch {facts['versions']['torch']}"
     ceilings = f"ceilings: {floors['gflops']:.0f} GFLOP/s, {floors['gbs']:.0f} GB/s"
     header, cells, notes = report.table(rows, names)
     print_table(f"{title}; {ceilings}", header, cells)
     for note in notes:
-        print(note)
+        print_text(note)
 
 
 def _show_changes(found: Sequence[Change], rows: Sequence[Row], path: str) -> None:
-    from vitfast.cli.table import print_table
 
     if not found:
-        print(f"{path} has none of these cases, or no ratio of vitfast in them")
+        print_text(f"{path} has none of these cases, or no ratio of vitfast in them")
         return
     cells = [
         (" ".join(c.key[1:5]), c.peer, f"{c.before:.2f}x", f"{c.after:.2f}x",
@@ -203,4 +202,4 @@ def _show_changes(found: Sequence[Change], rows: Sequence[Row], path: str) -> No
     compared = {change.key for change in found}
     rest = dict.fromkeys(row.case for row in rows if row.key not in compared)
     if rest:
-        print(f"not compared, no ratio in both files: {', '.join(rest)}")
+        print_text(f"not compared, no ratio in both files: {', '.join(rest)}")

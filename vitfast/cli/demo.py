@@ -57,9 +57,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _show(outcomes: Sequence[Outcome], where: str, credit: str) -> None:
     from vitfast.bench.report import MISSING, digits, megabytes, milliseconds
-    from vitfast.cli.table import print_table
+    from vitfast.cli.table import print_table, print_text
 
-    print(f"{where}\nphotograph: {credit}\n")
+    print_text(where)
+    print_text(f"photograph: {credit}")
+    print()
     print_table(
         "Swapped",
         ("model", "modules"),
@@ -81,10 +83,11 @@ def _show(outcomes: Sequence[Outcome], where: str, credit: str) -> None:
         ],
     )  # fmt: skip
     usual, *others = dict.fromkeys(o.budget_from for o in outcomes)
-    print(f"budget: {usual}")
+    print_text(f"budget: {usual}")
     for text in others:
-        print(f"  for {', '.join(o.title for o in outcomes if o.budget_from == text)}: {text}")
+        judged = ", ".join(o.title for o in outcomes if o.budget_from == text)
+        print_text(f"budget for {judged}: {text}")
     for o in outcomes:
         if o.labels:
             names = ", ".join(f"{label} {chance:.0%}" for label, chance in o.labels)
-            print(f"{o.title} sees: {names}")
+            print_text(f"{o.title} sees: {names}")

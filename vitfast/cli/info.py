@@ -7,7 +7,6 @@ import json
 import sys
 from typing import Any
 
-COLUMNS = ("cpu", "triton", "cuda", "vendor", "reference")
 _NOT_WRITTEN = "this op has no such backend"
 
 
@@ -32,7 +31,7 @@ def collect() -> dict[str, Any]:
     import vitfast
     from vitfast.ops import specs
     from vitfast.runtime import device
-    from vitfast.settings import ENVIRONMENT, settings
+    from vitfast.settings import BACKENDS, ENVIRONMENT, settings
 
     found = device.versions()
     found["vitfast"] = vitfast.__version__  # also where it is used without being installed
@@ -41,7 +40,7 @@ def collect() -> dict[str, Any]:
         backends = spec.dispatcher.backends
         ops[spec.name] = {
             name: list(backends[name].available()) if name in backends else [_NOT_WRITTEN]
-            for name in dict.fromkeys((*COLUMNS, *backends))
+            for name in BACKENDS[1:]
         }
     return {
         "versions": found,

@@ -5,7 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
+
+from vitfast.layers import _subclass
+from vitfast.layers._guard import Unfit
 
 
 class Layer:
@@ -32,6 +36,24 @@ class Layer:
             Unsupported: it always will.
         """
         return None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's forward: what a layer's own calls where it cannot run fused.
+
+        Inputs of a plain subclass of torch.Tensor come here, and go back to the layer's own
+        forward as tensors: elsewhere nothing has to look for them.
+        """
+        theirs = super().forward  # type: ignore[misc]
+        if torch.compiler.is_compiling():
+            return theirs(*args, **kwargs)
+        kind = _subclass.kind_of((*args, *kwargs.values()))
+        if kind is None:
+            return theirs(*args, **kwargs)
+        try:
+            self.plan(self)  # type: ignore[arg-type]
+        except Unfit:
+            return theirs(*args, **kwargs)
+        return _subclass.run_plain(self.forward, kind, args, kwargs)
 
     def __prepare_scriptable__(self) -> Layer:
         """Called by `torch.jit.script`, which compiles source code: give it timm's class.

@@ -1,17 +1,24 @@
 """Launch configs of GPU kernels as data: no timing at run time, and the same pick on every rank.
 
 A config comes from the device's table where it has an entry for the kernel: the exact shape, else
-the nearest one; and from the kernel's heuristic where there is no table. A device's JSON file in
-`vitfast/runtime/launches` also lists the ops whose kernels `vitfast check` has seen to be right on
-such hardware; on a device without that, they run only when asked for by name.
+the nearest one; and from the kernel's heuristic where there is no table. A table also lists the ops
+whose kernels `vitfast check --trust` has seen to be right on such hardware; on a device without
+that, they run only when asked for by name.
+
+A table is a JSON file, `<architecture>.json`: the package's own in `vitfast/runtime/launches`, and
+this user's in `launches` of the user's cache folder, which `vitfast check --trust` and `vitfast
+tune` write. The user's counts for as long as what it was measured with is installed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +26,11 @@ from typing import Any
 
 import torch
 
+from vitfast import __version__
+from vitfast.settings import cache_folder, logger
+
 LAUNCHES = Path(__file__).parent / "launches"
+_KERNELS = Path(__file__).parents[1] / "ops"
 _SHARED = {
     "sm_75": 65_536, "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448,
     "sm_100": 232_448, "sm_120": 101_376, "gfx950": 163_840,
@@ -114,27 +125,75 @@ def table(arch: str) -> dict[str, Any]:
     An entry is {"key": {...}, "blocks": {...}, "num_warps": n, "num_stages": n}, or
     {"key": {...}, "choice": name} where a vendor's kernels are chosen from.
     """
+    path = _users_file(arch)
+    if not path.exists():
+        return packaged(arch)
+    try:
+        found = json.loads(path.read_text())
+        made_with = found["made_with"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        logger.warning("%s is left out, since it cannot be read: %r", path, error)
+        return packaged(arch)
+    now = _made_with(arch)
+    stale = [name for name, what in now.items() if made_with.get(name) != what]
+    if stale:
+        logger.warning(
+            "%s is left out, since it was measured with another version of: %s; vitfast check "
+            "--trust and vitfast tune measure again", path, ", ".join(stale)
+        )  # fmt: skip
+        return packaged(arch)
+    return found
+
+
+def packaged(arch: str) -> dict[str, Any]:
+    """As `table`, of what the package itself brings."""
     path = LAUNCHES / f"{arch}.json"
     return json.loads(path.read_text()) if path.exists() else {"verified": [], "kernels": {}}
 
 
+def _users_file(arch: str) -> Path:
+    return cache_folder() / "launches" / f"{arch}.json"
+
+
+def _made_with(arch: str) -> dict[str, str | None]:
+    """What measurements of kernels hold for; "kernels" stands for their sources and our table."""
+    sources = hashlib.sha256()
+    for path in [*sorted(_KERNELS.rglob("*triton*.py")), LAUNCHES / f"{arch}.json"]:
+        if path.exists():
+            sources.update(path.read_bytes())
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+    return {
+        "vitfast": __version__,
+        "torch": str(torch.__version__),
+        "triton": triton,
+        "kernels": sources.hexdigest()[:16],
+    }
+
+
 def path_of(arch: Arch) -> Path:
-    """The file of an architecture's table, in a folder that exists."""
-    LAUNCHES.mkdir(exist_ok=True)
-    return LAUNCHES / f"{arch.name}.json"
+    """The user's file of an architecture's table, in a folder that exists."""
+    path = _users_file(arch.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def write_table(
     arch: Arch, *, verified: list[str] | None = None, kernels: dict[str, Any] | None = None
 ) -> Path:
-    """Change what is known of a device: the ops that are right there, the entries of kernels."""
+    """Change what this user knows of a device: ops that are right there, entries of kernels."""
     known = table(arch.name)
     known = {
+        "made_with": _made_with(arch.name),
         "verified": known["verified"] if verified is None else verified,
         "kernels": {**known["kernels"], **(kernels or {})},
     }
     path = path_of(arch)
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes see all of it, or nothing
+    temporary.write_text(json.dumps(known, indent=1) + "\n")
+    temporary.replace(path)
     for cached in (table, _launch_of, _choice_of):
         cached.cache_clear()
     return path

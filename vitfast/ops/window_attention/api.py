@@ -37,7 +37,8 @@ def window_attention(
 
     Args:
         qkv: [B, H, W, 3, heads, D], float32, float16, bfloat16 or float64, any strides.
-        window: rows and columns of a window, at least 1 each.
+        window: rows and columns of a window, at least 1 each. A map that has to be filled up to
+            a window takes at most 65,536 tokens a window: what is allocated grows with them.
         shift: rows and columns that the map is rolled back by before it is cut into windows, each
             at least 0 and less than the window's. Tokens that only this brings together get -100
             added to their score; an axis with shift 0 has no such border.
@@ -83,6 +84,14 @@ def _check(qkv, window, shift, table, pad, logit_scale, scale, grid):
     shift = _pair(op, "shift", shift)
     if min(window) < 1:
         raise InputValueError(f"{op}: window must be at least 1 x 1, got {window}")
+    tokens = window[0] * window[1]
+    if tokens > native.MOST_TOKENS and any(
+        size < w for size, w in zip(qkv.shape[1:3], window, strict=True)
+    ):
+        raise InputValueError(
+            f"{op}: window {window} of {tokens} tokens on a map of {list(qkv.shape[1:3])}; where "
+            f"the map has to be padded, a window takes at most {native.MOST_TOKENS}"
+        )
     if not all(0 <= s < w for s, w in zip(shift, window, strict=True)):
         raise InputValueError(
             f"{op}: shift must be at least 0 and less than the window {window}, got {shift}"
