@@ -23,7 +23,7 @@ from torch import nn
 from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
-from vitfast.layers import Layer
+from vitfast.layers import Layer, _guard
 from vitfast.layers._guard import Unfit, Unsupported
 from vitfast.ops._weight_cache import clear_weight_cache
 from vitfast.settings import logger
@@ -220,7 +220,7 @@ def _swapped(path: str, layer: type[Layer], why: Unfit | None) -> Swapped:
 def _unfit(layer: type[Layer], module: nn.Module) -> Unfit | None:
     """Why the layer would run timm's forward for this module, as things stand."""
     try:
-        layer.plan(module)
+        _guard.planned(layer.plan, module)
     except Unfit as reason:
         return reason
     return None

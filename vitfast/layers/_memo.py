@@ -2,8 +2,8 @@
 
 To look at a block's children, to check what they hold, to prepare its products and to call one
 kernel after the other from Python takes ten times as long as to see that all of it is as it was:
-the children's classes and what is in their dictionaries, and the state of the tensors as
-`ops._weight_cache` tells it.
+the children's classes and what is in their dictionaries, what their forwards call, and the state of
+the tensors as `ops._weight_cache` tells it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vitfast.layers import _guard
+from vitfast.layers import _guard, _originals
 from vitfast.layers._guard import Plan
+from vitfast.layers._originals import Calls
 from vitfast.ops import _weight_cache
 from vitfast.runtime import native, tape
 from vitfast.runtime.library import autocast_dtype
@@ -44,21 +45,27 @@ class _Memo:
         return self.vain < _MOST_VAIN
 
     def learn(
-        self, module: nn.Module, plan: Any, modules: list[nn.Module] | None, state: Any
+        self,
+        module: nn.Module,
+        plan: Any,
+        modules: list[nn.Module] | None,
+        state: Any,
+        calls: Calls | None,
     ) -> None:
         """Keep a plan, unless it holds tensors that are not the module's own, but computed.
 
-        modules, state: the module and those in it, and their state before the plan was made, so
-        that what another thread changed meanwhile shows at the next call; None to keep nothing.
+        modules, state, calls: the module and those in it, their state and what timm's forward calls
+        before the plan was made, so that what another thread changed meanwhile shows at the next
+        call; None to keep nothing.
         """
         self.forget()
         self.vain += 1
-        if modules is None or plan is None:
+        if modules is None or calls is None or plan is None:
             return
         own = {id(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())}
         tensors = tuple(_guard.tensors((plan,)))
         if all(id(t) in own for t in tensors):
-            self.found = _Found(module, plan, state, tensors)
+            self.found = _Found(module, plan, state, calls, tensors)
             _FOUND[id(plan)] = self.found
 
     def forget(self) -> None:
@@ -71,10 +78,15 @@ class _Found:
     """A plan, the state of the modules it came from, its tensors and what was made from it."""
 
     def __init__(
-        self, module: nn.Module, plan: Any, modules: Any, tensors: tuple[torch.Tensor, ...]
+        self,
+        module: nn.Module,
+        plan: Any,
+        modules: Any,
+        calls: Calls,
+        tensors: tuple[torch.Tensor, ...],
     ) -> None:
         self.module = weakref.ref(module)
-        self.plan, self.modules, self.tensors = plan, modules, tensors
+        self.plan, self.modules, self.calls, self.tensors = plan, modules, calls, tensors
         self.made: dict[Hashable, _Made] = {}
 
     def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
@@ -133,24 +145,25 @@ def ready(
     key = (id(module), find)
     memo = _MEMOS.get(key)
     found = None if memo is None else memo.found
-    if memo is not None and found is not None and found.modules.same(module):
+    if memo is not None and found is not None and found.modules.same(module) and found.calls.same():
         memo.vain = 0
         return found.plan  # type: ignore[no-any-return]
     if memo is not None and memo.module() is not module:
         memo = None
-    modules = state = None
+    modules = state = calls = None
     if memo is None or memo.may_learn():
         modules = list(module.modules())
         state = native.native().ModuleState(modules)
+        calls = _originals.calls(frozenset(map(type, modules)))
     try:
-        plan = find(module)
+        plan = _guard.planned(find, module)
     except _guard.Unfit:
         if memo is not None:
             memo.forget()
         return None
     if memo is None:
         memo = _MEMOS[key] = _Memo(module, key)
-    memo.learn(module, plan, modules, state)
+    memo.learn(module, plan, modules, state, calls)
     return plan
 
 
@@ -223,7 +236,7 @@ def _find(
 
 
 def _is_watchable(t: torch.Tensor) -> bool:
-    plain = t.is_cpu and t.itemsize in (2, 4) and t.layout is torch.strided
+    plain = t.is_cpu and t.itemsize in (2, 4) and native.is_readable(t)
     return plain and (t.ndim < 3 or _weight_cache.is_dense(t))
 
 
