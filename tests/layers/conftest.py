@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -50,19 +51,24 @@ def lively(module: nn.Module) -> nn.Module:
     return module
 
 
+def refusal(message: str) -> Callable[..., None]:
+    """A function that raises, and claims to be timm's own: the layers step aside for others."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError(MESSAGE)  # noqa: F821
+
+    return types.FunctionType(refuse.__code__, {"__name__": "timm", "MESSAGE": message})
+
+
 @contextlib.contextmanager
 def timm_forbidden(monkeypatch: pytest.MonkeyPatch, *classes: type) -> Iterator[None]:
     """timm's forward of these classes (all that have a drop-in, by default) raises."""
-
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        raise AssertionError(f"timm's {type(self).__name__}.forward ran")
-
     with monkeypatch.context() as patch:
         for kind in classes or layer_table():
             if layer_table()[kind].by_shape:  # others of this class are none of ours
                 continue
             if layer_table()[kind].forward is not kind.forward:
-                patch.setattr(kind, "forward", refuse)
+                patch.setattr(kind, "forward", refusal(f"timm's {kind.__name__}.forward ran"))
         yield
 
 
@@ -288,6 +294,11 @@ def narrow_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(name="lively")
 def lively_fixture() -> Callable[[nn.Module], nn.Module]:
     return lively
+
+
+@pytest.fixture(name="refusal")
+def refusal_fixture() -> Callable[[str], Callable[..., None]]:
+    return refusal
 
 
 @pytest.fixture(name="timm_forbidden")

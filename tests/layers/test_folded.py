@@ -77,15 +77,12 @@ def embed(lively):
 
 
 @pytest.fixture
-def folded(monkeypatch):
+def folded(monkeypatch, refusal):
     """folded(module, x): its inference, in which no norm of a batch may run."""
 
     def run(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        def refuse(*args, **kwargs):
-            raise AssertionError("a norm was not folded")
-
         with monkeypatch.context() as patch, torch.no_grad():
-            patch.setattr(torch.nn.functional, "batch_norm", refuse)
+            patch.setattr(torch.nn.functional, "batch_norm", refusal("a norm was not folded"))
             return module(x)
 
     return run

@@ -96,6 +96,13 @@ WRONG_TENSORS = {
     "complex": (lambda t: t.to(torch.complex64), TypeError, "torch.complex64"),
     "fp8": (lambda t: t.to(torch.float8_e4m3fn), NotImplementedError, "float8_e4m3fn"),
     "sparse": (lambda t: t.to_sparse(), NotImplementedError, "sparse"),
+    "quantised": (
+        lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+        NotImplementedError,
+        "dense.*quantised",
+    ),
+    "onednn": (lambda t: t.flatten().to_mkldnn(), NotImplementedError, "dense.*_mkldnn"),
+    "lazy_conjugate": (lambda t: torch.complex(t, t).conj(), TypeError, "torch.complex64"),
     "nested": (
         lambda t: torch.nested.nested_tensor([Z(2), Z(3)], layout=torch.jagged),
         NotImplementedError,

@@ -108,6 +108,8 @@ def _norm(module: Any) -> BatchNorm:
     mean, var = buffers.get("running_mean"), buffers.get("running_var")
     if module.training or mean is None or var is None:
         raise Unfit("its norm uses the statistics of the batch")
+    for t in (mean, var):
+        _guard.check_readable(t, "a statistic of its norm")
     weight, bias = _guard.tensor(module, "weight"), _guard.tensor(module, "bias")
     return BatchNorm(weight, bias, mean, var, module.eps)
 

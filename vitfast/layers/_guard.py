@@ -4,7 +4,7 @@ A fused forward reads `child.weight` instead of calling the child, so it is righ
 child is exactly what it seems: timm's or torch's own class, no hook on it, no replaced forward, and
 plain tensors for weights. Anything else (LoRA, a quantised linear, pruning, a parametrization, a
 DTensor, a user's hook) makes the layer run timm's forward for that call. All of this can change
-between two calls: the check runs on every call, at about 0.15 us a child, or `_memo` sees that
+between two calls: the check runs on every call, at about 0.3 us a child, or `_memo` sees that
 nothing has changed since it last did.
 """
 
@@ -18,6 +18,8 @@ from timm.layers import DropPath, activations
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from vitfast.layers import _originals
+from vitfast.runtime.native import is_readable
 from vitfast.settings import settings
 
 PLAIN = (torch.Tensor, nn.Parameter)
@@ -52,10 +54,13 @@ def may_fuse(x: object, *others: object) -> bool:
 
     No for FX proxies, fake tensors and other subclasses; for tracing, scripting and export, which
     want torch's own ops; under functorch transforms and forward-mode AD, whose rules the ops do not
-    have; under a dispatch mode (a FLOP counter, say), which should see what timm would do; with a
-    global module hook, which wants to see every child called; and with `settings.disable`.
+    have; under a dispatch mode (a FLOP counter, say) or a function mode, which should see what timm
+    would do; with a global module hook, which wants to see every child called; for tensors that
+    are not to be read by their address; and with `settings.disable`.
     """
     if type(x) not in PLAIN or settings.disable or _has_any_global_hook():
+        return False
+    if _originals.is_watched():
         return False
     for other in others:
         if other is not None and type(other) not in PLAIN:
@@ -63,6 +68,9 @@ def may_fuse(x: object, *others: object) -> bool:
     if torch.compiler.is_compiling():
         # The function of the same name is always true in what torch 2.11 compiles.
         return not torch.compiler._is_exporting_flag
+    for t in (x, *others):
+        if t is not None and not is_readable(t):  # type: ignore[arg-type]
+            return False
     return not (
         torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
@@ -87,12 +95,14 @@ def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:
     """plan(module), of a module that is called in its own forward.
 
     Raises:
-        Unfit: as the plan does, and where a method that timm's forward may call is replaced.
+        Unfit: as the plan does, and where something else stands where timm's forward of the module
+            calls a method or function.
     """
     state = module.__dict__
     for name in methods(type(module)):
         if name in state and name != "forward":  # a replaced forward is what called this one
             raise Unfit(f"its {name} is replaced")
+    _check_original(module)
     return plan(module)
 
 
@@ -126,7 +136,7 @@ def methods(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 def check_bare(module: nn.Module, name: str) -> None:
-    """No hooks, no forward or other method put on the instance (as accelerate does)."""
+    """No hooks, no forward or other method put on the instance (as accelerate does) or its class."""
     state = module.__dict__
     if (
         state["_forward_hooks"]
@@ -138,6 +148,13 @@ def check_bare(module: nn.Module, name: str) -> None:
     for method in methods(type(module)):
         if method in state:
             raise Unfit(f"{name} has a replaced {method}")
+    _check_original(module)
+
+
+def _check_original(module: nn.Module) -> None:
+    replaced = _originals.replaced(type(module))
+    if replaced:
+        raise Unfit(f"{replaced} was replaced")
 
 
 def tensor(module: nn.Module, name: str) -> Any:
@@ -147,7 +164,14 @@ def tensor(module: nn.Module, name: str) -> Any:
         return None
     if type(found) not in PLAIN:
         raise Unfit(f"{name} of {type(module).__name__} is not a plain parameter")
+    check_readable(found, f"{name} of {type(module).__name__}")
     return found
+
+
+def check_readable(t: torch.Tensor, name: str) -> None:
+    """A tensor that kernels may read; compiled code passes it through torch's dispatcher."""
+    if not torch.compiler.is_compiling() and not is_readable(t):
+        raise Unfit(f"{name} is no dense tensor that can be read by its address")
 
 
 def optional_parameter(module: nn.Module, name: str) -> Any:

@@ -2,8 +2,8 @@
 
 To look at a block's children, to check what they hold, to prepare its products and to call one
 kernel after the other from Python takes ten times as long as to see that all of it is as it was:
-the children's classes and what is in their dictionaries, and the state of the tensors as
-`ops._weight_cache` tells it.
+the children's classes and what is in their dictionaries, what their forwards call, and the state of
+the tensors as `ops._weight_cache` tells it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vitfast.layers import _guard
+from vitfast.layers import _guard, _originals
 from vitfast.layers._guard import Plan
 from vitfast.ops import _weight_cache
 from vitfast.runtime import native, tape
@@ -32,6 +32,26 @@ _Key = tuple[int, Callable[[Any], Any]]
 Made = TypeVar("Made")
 
 
+class _Sources:
+    """All that a plan of a module depends on but for the weights' values, as it is now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self.state = native.native().ModuleState(modules)
+        self.calls = _originals.calls(frozenset(map(type, modules)))
+        buffers = [t for m in modules for t in m._buffers.values() if t is not None]
+        self.own = {id(t) for m in modules for t in m._parameters.values()} | set(map(id, buffers))
+        # What the plan function may compare: a position index, a mask of windows. One of inference
+        # mode does not tell whether something wrote to it.
+        self.can_tell = not any(t.is_inference() for t in buffers)
+        self.buffers = [(t, t._version) for t in buffers] if self.can_tell else []
+
+    def same(self, module: nn.Module) -> bool:
+        if not (self.state.same(module) and self.calls.same()):
+            return False
+        return not self.buffers or all(t._version == version for t, version in self.buffers)
+
+
 class _Memo:
     """What one plan function found for one module."""
 
@@ -43,24 +63,19 @@ class _Memo:
     def may_learn(self) -> bool:
         return self.vain < _MOST_VAIN
 
-    def learn(
-        self, module: nn.Module, plan: Any, modules: list[nn.Module] | None, state: Any
-    ) -> None:
+    def learn(self, module: nn.Module, plan: Any, sources: _Sources | None) -> None:
         """Keep a plan, unless it holds tensors that are not the module's own, but computed.
 
-        modules, state: the module and those in it, and their state before the plan was made, so
-        that what another thread changed meanwhile shows at the next call; None to keep nothing.
+        sources: as they were before the plan was made, so that what another thread changed
+        meanwhile shows at the next call; None to keep nothing.
         """
         self.forget()
         self.vain += 1
-        if modules is None or plan is None:
+        if sources is None or plan is None or not sources.can_tell:
             return
-        own = {id(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())}
-        buffers = [t for m in modules for t in m._buffers.values() if t is not None]
         tensors = tuple(_guard.tensors((plan,)))
-        # An inference tensor does not tell whether something wrote to it.
-        if all(id(t) in own for t in tensors) and not any(t.is_inference() for t in buffers):
-            self.found = _Found(module, plan, state, tensors, buffers)
+        if all(id(t) in sources.own for t in tensors):
+            self.found = _Found(module, plan, sources, tensors)
             _FOUND[id(plan)] = self.found
 
     def forget(self) -> None:
@@ -70,27 +85,14 @@ class _Memo:
 
 
 class _Found:
-    """A plan, the state of the modules it came from, its tensors and what was made from it."""
+    """A plan, the sources that it came from, its tensors and what was made from it."""
 
     def __init__(
-        self,
-        module: nn.Module,
-        plan: Any,
-        modules: Any,
-        tensors: tuple[torch.Tensor, ...],
-        buffers: list[torch.Tensor],
+        self, module: nn.Module, plan: Any, sources: _Sources, tensors: tuple[torch.Tensor, ...]
     ) -> None:
         self.module = weakref.ref(module)
-        self.plan, self.modules, self.tensors = plan, modules, tensors
-        # What the plan function may have compared: a position index, a mask of windows.
-        self.buffers = [(t, t._version) for t in buffers]
+        self.plan, self.sources, self.tensors = plan, sources, tensors
         self.made: dict[Hashable, _Made] = {}
-
-    def same(self, module: nn.Module) -> bool:
-        """Whether the plan would be found as it is."""
-        if not self.modules.same(module):
-            return False
-        return not self.buffers or all(t._version == version for t, version in self.buffers)
 
     def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
         watchable = all(map(_is_watchable, self.tensors))
@@ -148,15 +150,12 @@ def ready(
     key = (id(module), find)
     memo = _MEMOS.get(key)
     found = None if memo is None else memo.found
-    if memo is not None and found is not None and found.same(module):
+    if memo is not None and found is not None and found.sources.same(module):
         memo.vain = 0
         return found.plan  # type: ignore[no-any-return]
     if memo is not None and memo.module() is not module:
         memo = None
-    modules = state = None
-    if memo is None or memo.may_learn():
-        modules = list(module.modules())
-        state = native.native().ModuleState(modules)
+    sources = _Sources(module) if memo is None or memo.may_learn() else None
     try:
         plan = _guard.planned(find, module)
     except _guard.Unfit:
@@ -165,7 +164,7 @@ def ready(
         return None
     if memo is None:
         memo = _MEMOS[key] = _Memo(module, key)
-    memo.learn(module, plan, modules, state)
+    memo.learn(module, plan, sources)
     return plan
 
 
@@ -238,7 +237,7 @@ def _find(
 
 
 def _is_watchable(t: torch.Tensor) -> bool:
-    plain = t.is_cpu and t.itemsize in (2, 4) and t.layout is torch.strided
+    plain = t.is_cpu and t.itemsize in (2, 4) and native.is_readable(t)
     return plain and (t.ndim < 3 or _weight_cache.is_dense(t))
 
 

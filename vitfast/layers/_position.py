@@ -132,6 +132,7 @@ def _inputs(
         return None
     try:
         _guard.check_bare(mlp, "mlp")
+        _guard.check_readable(coordinates, "coordinates")
         act, linears = _parts(mlp)
     except (KeyError, Unfit):
         return None

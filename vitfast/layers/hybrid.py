@@ -54,7 +54,7 @@ class HybridEmbed(Layer, timm_layers.HybridEmbed):
         if not _guard.may_fuse(x) or x.ndim != 4:
             return super().forward(x)
         try:
-            plan = plan_stem(self)
+            plan = _guard.planned(plan_stem, self)
         except _guard.Unfit:
             return super().forward(x)
         x = _stem.features(self.backbone, x)

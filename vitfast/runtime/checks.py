@@ -19,7 +19,8 @@ def check_tensor(op: str, name: str, t: object, dtypes: tuple[torch.dtype, ...] 
     if not isinstance(t, torch.Tensor):
         raise InputTypeError(f"{op}: {name} must be a torch.Tensor, got {type(t).__name__}")
     if t.layout != torch.strided or t.is_quantized or t.is_nested:
-        raise UnsupportedInputError(f"{op}: {name} must be a dense tensor, got layout {t.layout}")
+        kind = "nested" if t.is_nested else "quantised" if t.is_quantized else str(t.layout)
+        raise UnsupportedInputError(f"{op}: {name} must be a dense tensor, got a {kind} one")
     if t.dtype in _FLOAT8:
         raise UnsupportedInputError(f"{op}: {name} has dtype {t.dtype}, which is not implemented")
     if t.dtype not in dtypes:

@@ -30,6 +30,10 @@ _DLPACK = {
     torch.bfloat16: (4, 16),
 }
 """DLPack's code and bits of a dtype."""
+_READABLE = frozenset(
+    (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    + (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+)
 _MOST_KEPT = 512 << 20
 _CPU = torch.device("cpu")
 
@@ -129,6 +133,22 @@ def memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
         return 16 << 30
+
+
+def is_readable(t: torch.Tensor) -> bool:
+    """Whether a tensor's elements are what lies at its address, one stride from the next.
+
+    Not so of negated views (`torch._neg_view`, the imaginary part of a lazy conjugate), which hold
+    the opposite; of zero tensors without memory (`torch._efficientzerotensor`); and of complex,
+    sparse, nested, quantised and oneDNN's tensors. Before a registered op runs torch's dispatcher
+    writes out the first two, and `checks.check_tensor` refuses the others.
+    """
+    if t.dtype not in _READABLE or t.is_nested or t.is_neg():
+        return False
+    try:
+        return t.data_ptr() != 0 or t.numel() == 0 or t.is_meta
+    except RuntimeError:
+        return False
 
 
 def address(t: torch.Tensor | None) -> int:
