@@ -15,6 +15,14 @@ variable                  attribute    meaning
 ``VITFAST_CPU_ISA``       cpu_isa      highest instruction set for native CPU kernels: "baseline",
                                        "avx2", "avx512", "avx512_bf16"; can only lower it
 ``VITFAST_LOG``           log          level of the "vitfast" logger ("info", "debug", ...)
+``VITFAST_WEIGHTS``       weights      how inference on the CPU notices that weights it keeps in
+                                       another order were edited past PyTorch (through .data, NumPy,
+                                       another process): "watch" reads all of them once in 32 calls,
+                                       "verify" all of them in every call, "frozen" looks at no
+                                       weight again until `vitfast.refresh`. Default "watch"
+``VITFAST_MEMORY``        memory       "speed" keeps weights in the order in which products read
+                                       them; "low" orders them anew in each call and keeps nothing.
+                                       Default "speed"
 ========================  ===========  ==========================================================
 """
 
@@ -37,9 +45,13 @@ ENVIRONMENT = {
     "disable": "VITFAST_DISABLE",
     "cpu_isa": "VITFAST_CPU_ISA",
     "log": "VITFAST_LOG",
+    "weights": "VITFAST_WEIGHTS",
+    "memory": "VITFAST_MEMORY",
 }
 BACKENDS = ("auto", "cpu", "triton", "cuda", "vendor", "reference")
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+WEIGHTS = ("watch", "verify", "frozen")
+MEMORY = ("speed", "low")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
@@ -101,6 +113,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "disable": _flag,
     "cpu_isa": lambda value: None if value is None else _one_of(ISA_LEVELS, value),
     "log": lambda value: None if value is None else _level(value),
+    "weights": lambda value: _one_of(WEIGHTS, value),
+    "memory": lambda value: _one_of(MEMORY, value),
 }
 """Attribute -> the value that is kept; a ValueError lists the values that are allowed."""
 
@@ -113,6 +127,8 @@ class Settings:
     disable: bool = False
     cpu_isa: str | None = None
     log: str | None = None
+    weights: str = "watch"
+    memory: str = "speed"
     source: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod

@@ -26,10 +26,13 @@ def test_every_variable_is_read_and_its_source_known():
             "VITFAST_DISABLE": "1",
             "VITFAST_CPU_ISA": "avx2",
             "VITFAST_LOG": "warning",
+            "VITFAST_WEIGHTS": "frozen",
+            "VITFAST_MEMORY": "low",
         }
     )
     assert settings.backend == "reference" and settings.disable is True
     assert settings.cpu_isa == "avx2"
+    assert (settings.weights, settings.memory) == ("frozen", "low")
     assert settings.source == ENVIRONMENT
 
 
@@ -80,6 +83,8 @@ def test_attributes_are_checked_as_variables_are():
         ("cpu_isa", "sse9", ", ".join(ISA_LEVELS)),
         ("log", "shout", "debug, info, warning"),
         ("log", 17, "debug, info, warning"),
+        ("weights", "watched", "watch, verify, frozen"),
+        ("memory", "small", "speed, low"),
     ],
 )
 def test_bad_values_are_refused_with_those_allowed(name, value, allowed):

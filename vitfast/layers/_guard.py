@@ -136,7 +136,7 @@ def methods(kind: type[nn.Module]) -> tuple[str, ...]:
 
 
 def check_bare(module: nn.Module, name: str) -> None:
-    """No hooks, no forward or other method put on the instance (as accelerate does) or its class."""
+    """No hooks, no forward or other method put on the instance (as accelerate does) or class."""
     state = module.__dict__
     if (
         state["_forward_hooks"]
