@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vitfast import layers, ops
     from vitfast.settings import settings
-    from vitfast.swap import SwapReport, create_model, restore, swap
+    from vitfast.swap import SwapReport, create_model, refresh, restore, swap
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "create_model",
     "layers",
     "ops",
+    "refresh",
     "restore",
     "settings",
     "swap",
@@ -33,6 +34,7 @@ __all__ = [
 _HOME = {
     "SwapReport": "vitfast.swap",
     "create_model": "vitfast.swap",
+    "refresh": "vitfast.swap",
     "restore": "vitfast.swap",
     "settings": "vitfast.settings",
     "swap": "vitfast.swap",

@@ -23,13 +23,13 @@ from torch import nn
 from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
-from vitfast.layers import Layer
+from vitfast.layers import Layer, _memo, _position
 from vitfast.layers._guard import Unfit, Unsupported, planned, tensors
-from vitfast.ops._weight_cache import clear_weight_cache
+from vitfast.ops._weight_cache import CACHE, clear_weight_cache
 from vitfast.runtime import gpu, native
 from vitfast.settings import logger
 
-__all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "restore", "swap"]
+__all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "refresh", "restore", "swap"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Choice = str | type[nn.Module] | Sequence[str | type[nn.Module]]
@@ -194,6 +194,22 @@ def restore(model: Model) -> Model:
             module.__class__ = _with_class(type(module), kind.timm_class)
     clear_weight_cache()
     return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget all that inference on the CPU keeps of a model's weights; it is made anew when needed.
+
+    After edits that PyTorch does not count, or any edit under `settings.weights = "frozen"`.
+
+    Raises:
+        InputTypeError: the model is no torch.nn.Module.
+    """
+    for module in _unwrapped(model).modules():
+        _memo.forget(module)
+        _position.forget(module)
+        for t in (*module._parameters.values(), *module._buffers.values()):
+            if t is not None:
+                CACHE.forget(t)
 
 
 def create_model(model_name: str, **timm_kwargs: Any) -> nn.Module:

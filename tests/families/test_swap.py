@@ -92,7 +92,7 @@ def test_report_notes_what_falls_back_for_now():
     model.blocks[0].attn.qkv.register_forward_hook(lambda *args: None)
     model.blocks[1].attn.fused_attn = False
     notes = {e.path: e.note for e in swap(model).swapped if e.note}
-    assert notes["blocks.0"] == "runs timm's forward now: qkv has hooks or a replaced forward"
+    assert notes["blocks.0"] == "runs timm's forward now: qkv has hooks"
     assert notes["blocks.1.attn"] == "runs timm's forward now: fused_attn is off"
     assert not any(path.startswith("blocks.2") for path in notes)
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vitfast.layers import _subclass
-from vitfast.layers._guard import Unfit
+from vitfast.layers._guard import Unfit, planned
 
 
 class Layer:
@@ -50,7 +50,7 @@ class Layer:
         if kind is None:
             return theirs(*args, **kwargs)
         try:
-            self.plan(self)  # type: ignore[arg-type]
+            planned(self.plan, self)  # type: ignore[arg-type]
         except Unfit:
             return theirs(*args, **kwargs)
         return _subclass.run_plain(self.forward, kind, args, kwargs)

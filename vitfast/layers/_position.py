@@ -102,6 +102,11 @@ def _from_mlp(module: Any) -> torch.Tensor:
     return _kept(module.mlp, module.rel_coords_log, compute, (act, module.bias_gain))
 
 
+def forget(mlp: nn.Module) -> None:
+    """Keep no table of this MLP's."""
+    _KEPT.pop(mlp, None)
+
+
 def _kept(
     mlp: nn.Module, coordinates: torch.Tensor, compute: Callable[[], torch.Tensor], form: Any
 ) -> torch.Tensor:
