@@ -23,7 +23,7 @@ from torch import nn
 from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
-from vitfast.layers import Layer
+from vitfast.layers import Layer, _memo
 from vitfast.layers._guard import Unfit, Unsupported
 from vitfast.ops._weight_cache import clear_weight_cache
 from vitfast.settings import logger
@@ -178,6 +178,7 @@ def restore(model: Model) -> Model:
         kind: Any = type(module)
         if kind in _layers():
             module.__class__ = kind.timm_class
+            _memo.forget(module)
     clear_weight_cache()
     return model
 
