@@ -1,7 +1,9 @@
-// vitfast._native: the only file but state.cpp that knows pybind11. One `bind_<op>` section per op.
+// vitfast._native: with address.cpp, module_state.cpp and tensor_state.cpp all that knows pybind11. One
+// `bind_<op>` section per op.
 //
 // Tensors arrive as addresses (uintptr_t), sizes and strides in elements; the Python side has
-// checked them and keeps them alive. Kernels run without the GIL.
+// checked them. Kernels run without the GIL: what Python passes for an address (address.h) keeps
+// what lies there for as long as the call lasts.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -18,6 +20,7 @@
 #include <variant>
 #include <vector>
 
+#include "address.h"
 #include "common/pages.h"
 #include "common/scratch.h"
 #include "cpu/attention.h"
@@ -758,73 +761,12 @@ void bind_linear_act(py::module_& m) {
 
 // ---- pages --------------------------------------------------------------------------------------
 
-// What DLPack's first version calls DLManagedTensor (dlpack.h, 0.x), as torch.from_dlpack takes it.
-struct ManagedTensor {
-  struct {
-    void* data;
-    struct {
-      int32_t type, id;
-    } device;
-    int32_t ndim;
-    struct {
-      uint8_t code, bits;
-      uint16_t lanes;
-    } dtype;
-    int64_t* shape;
-    int64_t* strides;  // nullptr: contiguous
-    uint64_t offset;
-  } tensor;
-  void* context;
-  void (*deleter)(ManagedTensor*);
-};
-
-struct PagesTensor {
-  ManagedTensor managed;
-  std::vector<int64_t> shape;
-};
-
-py::object pages_tensor(const std::vector<int64_t>& shape, int code, int bits) {
-  int64_t bytes = bits / 8;
-  for (const int64_t size : shape) bytes *= size;
-  require(bytes > 0, "pages_tensor: sizes and bits must be positive");
-  void* const data = take_pages(bytes);
-  if (data == nullptr) return py::none();
-  auto* const made = new PagesTensor{{}, shape};
-  ManagedTensor& managed = made->managed;
-  constexpr int32_t cpu = 1;
-  managed.tensor = {data,
-                    {cpu, 0},
-                    static_cast<int32_t>(shape.size()),
-                    {static_cast<uint8_t>(code), static_cast<uint8_t>(bits), 1},
-                    made->shape.data(),
-                    nullptr,
-                    0};
-  managed.context = made;
-  managed.deleter = [](ManagedTensor* self) {
-    give_pages(self->tensor.data);
-    delete static_cast<PagesTensor*>(self->context);
-  };
-  PyObject* const capsule = PyCapsule_New(&managed, "dltensor", [](PyObject* unused) {
-    if (!PyCapsule_IsValid(unused, "dltensor")) return;  // some tensor has it
-    auto* const self = static_cast<ManagedTensor*>(PyCapsule_GetPointer(unused, "dltensor"));
-    self->deleter(self);
-  });
-  if (capsule == nullptr) {
-    managed.deleter(&managed);
-    throw py::error_already_set();
-  }
-  return py::reinterpret_steal<py::object>(capsule);
-}
-
 void bind_pages(py::module_& m) {
-  m.def("pages_tensor", &pages_tensor,
-        "A DLPack capsule of a contiguous tensor in pages, see csrc/common/pages.h; or None. "
-        "Shape, and DLPack's code and bits of its dtype.");
-  m.def("limit_pages", &limit_pages, "See csrc/common/pages.h.");
-  m.def("pages_use", [] {
-    const PagesUse use = pages_use();
-    return std::pair{use.taken, use.free};
-  });
+  m.def("ask_for_large_pages",
+        [](uintptr_t begin, int64_t bytes) {
+          ask_for_large_pages(reinterpret_cast<void*>(begin), bytes);
+        },
+        "See csrc/common/pages.h.");
 }
 
 // ---- patch_embed --------------------------------------------------------------------------------
@@ -942,8 +884,10 @@ void bind_tape(py::module_& m) {
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of vitfast";
   bind_isa(m);
+  bind_address(m);
   bind_pages(m);
-  bind_state(m);
+  bind_module_state(m);
+  bind_tensor_state(m);
   bind_tape(m);
   bind_attention(m);
   bind_window(m);

@@ -192,6 +192,7 @@ def restore(model: Model) -> Model:
         kind: Any = _own_class(module)
         if kind in _layers():
             module.__class__ = _with_class(type(module), kind.timm_class)
+            _memo.forget(module)
     clear_weight_cache()
     return model
 

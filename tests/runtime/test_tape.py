@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 
 import pytest
@@ -27,7 +29,7 @@ def test_a_tape_gives_the_same_for_other_inputs():
     for other in (torch.randn(5, 33), torch.full((5, 33), float("inf"))):
         found = taped(other)
         torch.testing.assert_close(found, twice_normed(other), rtol=0, atol=0, equal_nan=True)
-    assert native.recorder is None
+    assert not tape.is_recording()
 
 
 def test_weights_are_read_where_they_lie():
@@ -70,7 +72,7 @@ def test_addresses_that_could_be_sizes_are_not_taped(monkeypatch):
 def test_an_error_leaves_nothing_behind():
     with pytest.raises(ZeroDivisionError):
         tape.record(lambda x: 1 / 0, torch.zeros(2, 3))
-    assert native.recorder is None
+    assert not tape.is_recording()
     assert tape.record(twice_normed, torch.randn(2, 3))[1] is not None
 
 
@@ -98,6 +100,86 @@ def test_a_recording_within_a_recording_is_none():
 
     assert tape.record(run, torch.randn(2, 3))[1] is not None
     assert inner == [None]
+
+
+def test_two_threads_record_at_once():
+    meet = threading.Barrier(2, timeout=20)
+    found = {}
+
+    def work(i):
+        def run(x):
+            meet.wait()
+            out = twice_normed(x)
+            meet.wait()
+            return out
+
+        found[i] = tape.record(run, torch.full((2, 3), float(i)))[1]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    x = torch.randn(2, 3)
+    for taped in found.values():
+        torch.testing.assert_close(taped(x), twice_normed(x), rtol=0, atol=0)
+
+
+def test_an_interrupt_anywhere_leaves_nothing_behind():
+    """Ctrl-C arrives between any two bytecodes."""
+    x, steps = torch.randn(2, 3), 0
+    twice_normed(x)
+
+    def traced(frame, event, arg):
+        nonlocal left
+        if frame.f_code.co_filename != tape.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and threading.current_thread() is threading.main_thread():
+            left -= 1
+            if left == 0:
+                raise KeyboardInterrupt
+        return traced
+
+    while True:
+        steps += 1
+        left = steps
+        before = sys.gettrace()
+        sys.settrace(traced)
+        try:
+            tape.record(lambda x: x, x)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert not tape.is_recording()
+        assert native.native() is native._load()[0]
+        if left > 0:
+            break
+    assert steps > 50
+    assert tape.record(twice_normed, x)[1] is not None
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_while_a_thread_records_is_not_recording():
+    records, forked = threading.Event(), threading.Event()
+
+    def run(x):
+        records.set()
+        forked.wait(20)
+        return x
+
+    worker = threading.Thread(target=tape.record, args=(run, torch.randn(2, 3)))
+    worker.start()
+    assert records.wait(20)
+    child = os.fork()
+    if child == 0:
+        taped = tape.record(twice_normed, torch.randn(2, 3))[1]
+        os._exit(0 if taped is not None and native.native() is native._load()[0] else 1)
+    forked.set()
+    worker.join()
+    assert os.waitpid(child, 0)[1] == 0
 
 
 uses = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(sorted)

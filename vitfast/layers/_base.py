@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vitfast.layers import _subclass
+from vitfast.layers import _memo, _subclass
 from vitfast.layers._guard import Unfit, planned
 
 
 class Layer:
-    """Mixin of a drop-in layer: a subclass of one timm class that overrides `forward` only.
+    """Mixin of a drop-in layer: a subclass of one timm class that overrides `forward` only; here,
+    what moves weights elsewhere also lets go of what was kept of them.
 
     A module becomes a drop-in by `module.__class__ = layer_class` and timm's own again by
     `module.__class__ = layer_class.timm_class`: nothing else about it changes.
@@ -55,6 +56,14 @@ class Layer:
             return theirs(*args, **kwargs)
         return _subclass.run_plain(self.forward, kind, args, kwargs)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        _memo.forget(self)  # type: ignore[arg-type]
+        return super()._apply(*args, **kwargs)  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        _memo.forget(self)  # type: ignore[arg-type]
+        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
+
     def __prepare_scriptable__(self) -> Layer:
         """Called by `torch.jit.script`, which compiles source code: give it timm's class.
 
@@ -66,5 +75,6 @@ class Layer:
             "classes; call vitfast.swap(model) again to use them afterwards",
             stacklevel=2,
         )
+        _memo.forget(self)  # type: ignore[arg-type]
         self.__class__ = self.timm_class  # type: ignore[assignment]
         return self

@@ -28,7 +28,8 @@ _MOST_KINDS = 8
 """Shapes and dtypes of inputs that a block is ready for at once."""
 _MOST_VAIN = 16
 """How many more times than it was of use a memo is made anew before the block goes without one."""
-_Key = tuple[int, Callable[[Any], Any]]
+_NAME = "_vitfast_memos"
+"""The attribute of a module that its memos are; `ModuleState` looks past it."""
 Made = TypeVar("Made")
 
 
@@ -52,11 +53,22 @@ class _Sources:
         return not self.buffers or all(t._version == version for t, version in self.buffers)
 
 
+class _Memos(dict[Callable[[Any], Any], "_Memo"]):
+    """What plan functions found for one module. It lies among the module's own attributes: they die
+    together, even where something kept here refers back to the module. Copies start anew."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = weakref.ref(module)
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return dict, ()  # whoever loads it needs no vitfast
+
+
 class _Memo:
     """What one plan function found for one module."""
 
-    def __init__(self, module: nn.Module, key: _Key) -> None:
-        self.module = weakref.ref(module, partial(_drop, key))
+    def __init__(self) -> None:
         self.found: _Found | None = None
         self.vain = 0
 
@@ -69,19 +81,13 @@ class _Memo:
         sources: as they were before the plan was made, so that what another thread changed
         meanwhile shows at the next call; None to keep nothing.
         """
-        self.forget()
+        self.found = None
         self.vain += 1
         if sources is None or plan is None or not sources.can_tell:
             return
         tensors = tuple(_guard.tensors((plan,)))
         if all(id(t) in sources.own for t in tensors):
             self.found = _Found(module, plan, sources, tensors)
-            _FOUND[id(plan)] = self.found
-
-    def forget(self) -> None:
-        if self.found is not None:
-            _FOUND.pop(id(self.found.plan), None)
-        self.found = None
 
 
 class _Found:
@@ -93,6 +99,8 @@ class _Found:
         self.module = weakref.ref(module)
         self.plan, self.sources, self.tensors = plan, sources, tensors
         self.made: dict[Hashable, _Made] = {}
+        self._storages: list[weakref.ref[torch.UntypedStorage]] = []
+        _FOUND[id(plan)] = weakref.ref(self, partial(_drop_found, id(plan)))
 
     def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
         watchable = all(map(_is_watchable, self.tensors))
@@ -106,10 +114,17 @@ class _Found:
             made.state = _weight_cache.state(tensors, {id(t) for t in noted})
             if not _weight_cache.same(before, self.tensors, fully=True):
                 return made
-            while len(self.made) >= _MOST_KINDS:
-                self.made.pop(next(iter(self.made)), None)
+            kinds = list(self.made)  # at once: other threads add to it, too
+            for oldest in kinds[: max(0, len(kinds) - _MOST_KINDS + 1)]:
+                self.made.pop(oldest, None)
             self.made[key] = made
+            self._watch_storages()
         return made
+
+    def _watch_storages(self) -> None:
+        """Let go what was made of weights when one of them moves elsewhere."""
+        drop = partial(_drop_made, weakref.ref(self))
+        self._storages = [weakref.ref(t.untyped_storage(), drop) for t in self.tensors]
 
     def complain(self, edited: torch.Tensor) -> None:
         """Warn of an edit that was found late, and forget all that was made before it."""
@@ -130,10 +145,11 @@ class _Made:
         self.state: Any = None  # that of the tensors
         self.has_run = self.was_recorded = False
         self.tape: Tape | None = None
+        # The tensors' storages, for whose elements nobody looks any more (`settings.weights`).
+        self.frozen: tuple[torch.UntypedStorage, ...] | None = None
 
 
-_MEMOS: dict[_Key, _Memo] = {}
-_FOUND: dict[int, _Found] = {}  # by the id of its plan
+_FOUND: dict[int, weakref.ref[_Found]] = {}  # by the id of its plan
 
 
 def ready(
@@ -147,25 +163,31 @@ def ready(
         return _guard.ready(find, module, x, *others)
     if not _guard.may_fuse(x, *others):
         return None
-    key = (id(module), find)
-    memo = _MEMOS.get(key)
+    memos = module.__dict__.get(_NAME)
+    memo = None if memos is None else memos.get(find)
     found = None if memo is None else memo.found
     if memo is not None and found is not None and found.sources.same(module):
         memo.vain = 0
         return found.plan  # type: ignore[no-any-return]
-    if memo is not None and memo.module() is not module:
-        memo = None
+    if type(memos) is not _Memos or memos.module() is not module:  # that of what it is a copy of
+        memo, memos = None, _Memos(module)
+        module.__dict__[_NAME] = memos
     sources = _Sources(module) if memo is None or memo.may_learn() else None
     try:
         plan = _guard.planned(find, module)
     except _guard.Unfit:
         if memo is not None:
-            memo.forget()
+            memo.found = None
         return None
     if memo is None:
-        memo = _MEMOS[key] = _Memo(module, key)
+        memo = memos[find] = _Memo()
     memo.learn(module, plan, sources)
     return plan
+
+
+def forget(module: nn.Module) -> None:
+    """Keep nothing of a module."""
+    module.__dict__.pop(_NAME, None)
 
 
 def recall(
@@ -176,7 +198,8 @@ def recall(
     It may depend on the shape, dtype and device of x, and on the plan's tensors, which it may pack
     for so many rows; not on what x holds nor how it lies.
     """
-    return _find(None, make, rows, x, plan, others).value  # type: ignore[no-any-return]
+    made, _ = _find(None, make, rows, x, plan, others)
+    return made.value  # type: ignore[no-any-return]
 
 
 def call(
@@ -190,13 +213,13 @@ def call(
 ) -> torch.Tensor | None:
     """run(recall(make, ...), x, *besides), or None where what is recalled is None; from the third
     such call on as a tape, if it does nothing but call kernels. It depends on nothing else."""
-    made = _find(run, make, rows, x, plan, others, besides)
+    made, storages = _find(run, make, rows, x, plan, others, besides)
     if made.value is None:
         return None
     inputs = (x, *besides)
     if all(t.is_contiguous() for t in inputs):
-        if made.tape is not None:
-            return made.tape(*inputs)
+        if made.tape is not None and storages is not None:
+            return made.tape(*inputs)  # on the addresses of what `storages` keeps
         if made.has_run and not made.was_recorded and not tape.is_recording():
             made.was_recorded = True
             out, made.tape = tape.record(partial(run, made.value), *inputs)
@@ -213,9 +236,15 @@ def _find(
     plan: Any,
     others: tuple[Hashable, ...],
     besides: tuple[torch.Tensor, ...] = (),
-) -> _Made:
+) -> tuple[_Made, tuple[torch.UntypedStorage, ...] | None]:
+    """What was made for such a call, and the storages of the tensors that it was made from; None
+    for those if it was made just now."""
     lower = autocast_dtype(x.device)
-    found = _FOUND.get(id(plan))
+    ref = _FOUND.get(id(plan))
+    found = None if ref is None else ref()
+    if found is not None and settings.memory == "low":
+        found.made.clear()
+        found = None
     if (
         found is None
         or found.plan is not plan
@@ -223,17 +252,22 @@ def _find(
         or torch.is_grad_enabled()
         or not all(t.is_cpu for t in (x, *besides))
     ):
-        return _Made(make(x, plan, lower, *others))
+        return _Made(make(x, plan, lower, *others)), None
     how = settings.backend, settings.cpu_isa, torch._C._get_mkldnn_enabled(), native.threads()
     kinds = tuple((t.shape, t.dtype) for t in (x, *besides))
     key = (run, make, kinds, lower, how, *others)
     made = found.made.get(key)
     if made is not None:
-        if _weight_cache.same(made.state, made.tensors):
-            return made
+        frozen = settings.weights == "frozen"
+        if frozen and made.frozen is not None:
+            return made, made.frozen
+        storages = _weight_cache.storages(made.state, made.tensors)
+        if storages is not None:
+            made.frozen = storages if frozen else None
+            return made, storages
         if made.state.edited >= 0:
             found.complain(made.tensors[made.state.edited])
-    return found.make(key, lambda: make(x, plan, lower, *others))
+    return found.make(key, lambda: make(x, plan, lower, *others)), None
 
 
 def _is_watchable(t: torch.Tensor) -> bool:
@@ -241,18 +275,22 @@ def _is_watchable(t: torch.Tensor) -> bool:
     return plain and (t.ndim < 3 or _weight_cache.is_dense(t))
 
 
-def _drop(key: _Key, dead: weakref.ref[nn.Module]) -> None:
-    # The id may belong to another module by now.
-    memo = _MEMOS.get(key)
-    if memo is not None and memo.module is dead:
-        memo.forget()
-        del _MEMOS[key]
+def _drop_found(plan: int, dead: weakref.ref[_Found]) -> None:
+    # The id may be another plan's by now.
+    if _FOUND.get(plan) is dead:
+        _FOUND.pop(plan, None)
+
+
+def _drop_made(found: weakref.ref[_Found], gone: object) -> None:
+    alive = found()
+    if alive is not None:
+        alive.made.clear()
 
 
 def _forget_made() -> None:
     """What the cache has no room for is not to live on here."""
-    for found in list(_FOUND.values()):
-        found.made.clear()
+    for ref in list(_FOUND.values()):
+        _drop_made(ref, None)
 
 
 _weight_cache.CACHE.when_crowded.append(_forget_made)

@@ -101,8 +101,8 @@ def matrix(
     if transposed:
         n, k, n_stride, k_stride = k, n, k_stride, n_stride
     b = (
-        first.data_ptr(),
-        0 if second is None else second.data_ptr(),
+        native.address(first),
+        native.address(second),
         DTYPE_CODES[first.dtype],
         n,
         k,
@@ -351,7 +351,7 @@ def product(
         rows_of(x),
         False,
         b.native,
-        0 if b.packed is None else b.packed.data_ptr(),
+        native.address(b.packed),
         _vector(bias[0]),
         _vector(bias[1]),
         ACTS[act],
@@ -370,10 +370,10 @@ def transposed_product(b: Matrix, x: torch.Tensor, out: torch.Tensor, *, accumul
     native.native().gemm(
         x.shape[1],
         DTYPE_CODES[b.dtype],
-        (x.data_ptr(), DTYPE_CODES[x.dtype], 1, 0, x.stride(0)),
+        (native.address(x), DTYPE_CODES[x.dtype], 1, 0, x.stride(0)),
         True,
         b.native,
-        0 if b.packed is None else b.packed.data_ptr(),
+        native.address(b.packed),
         None,
         None,
         0,
@@ -407,7 +407,7 @@ def rows_of(t: torch.Tensor) -> Rows:
     code = DTYPE_CODES[t.dtype]
     if t.is_contiguous():
         width = t.shape[-1]
-        return t.data_ptr(), code, max(t.numel() // width, 1), 0, width
+        return native.address(t), code, max(t.numel() // width, 1), 0, width
     rows, inner, outer = 1, 0, 0
     for size, stride in reversed(_outer_dims(t)):
         if rows == 1:
@@ -417,7 +417,7 @@ def rows_of(t: torch.Tensor) -> Rows:
         else:
             outer = stride
             break
-    return t.data_ptr(), code, rows, outer, inner
+    return native.address(t), code, rows, outer, inner
 
 
 def dense_rows(t: torch.Tensor) -> torch.Tensor:
@@ -443,4 +443,4 @@ def _groups(t: torch.Tensor) -> int:
 
 
 def _vector(t: torch.Tensor | None) -> tuple[int, int] | None:
-    return None if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
+    return None if t is None else (native.address(t), DTYPE_CODES[t.dtype])

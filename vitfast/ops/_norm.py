@@ -137,11 +137,11 @@ def forward(
         _channels(gamma),
         _channels(weight),
         _channels(bias),
-        0 if drop_scale is None else drop_scale.data_ptr(),
+        native.address(drop_scale),
         _rows(base, nc, c),
-        0 if normed_scale is None else normed_scale.data_ptr(),
+        native.address(normed_scale),
         eps,
-        0 if stats is None else stats.data_ptr(),
+        native.address(stats),
         native.threads(),
     )
     return residual, normed, stats
@@ -224,10 +224,10 @@ def backward(
         _channels(dgamma) if branch is not None else None,
         _channels(dweight) if wanted and weight is not None else None,
         _channels(dbias) if wanted and bias is not None else None,
-        0 if drop_scale is None else drop_scale.data_ptr(),
-        0 if normed_scale is None else normed_scale.data_ptr(),
+        native.address(drop_scale),
+        native.address(normed_scale),
         eps,
-        0 if stats is None else stats.data_ptr(),
+        native.address(stats),
         native.threads(),
     )
     return outputs
@@ -264,8 +264,8 @@ def _rows(t: torch.Tensor | None, nc: int, c: int) -> tuple[int, int, int, int] 
     if t is None:
         return None
     if t.is_contiguous():
-        return t.data_ptr(), DTYPE_CODES[t.dtype], nc, c
-    return t.data_ptr(), DTYPE_CODES[t.dtype], t.stride(0), t.stride(-2)
+        return native.address(t), DTYPE_CODES[t.dtype], nc, c
+    return native.address(t), DTYPE_CODES[t.dtype], t.stride(0), t.stride(-2)
 
 
 def merged_shape(x: torch.Tensor) -> tuple[int, int, int, int]:
@@ -283,7 +283,7 @@ def _map(t: torch.Tensor | None) -> tuple[int, ...] | None:
     if t is None:
         return None
     outer, line, column, _ = t.stride()
-    return t.data_ptr(), DTYPE_CODES[t.dtype], outer, line, t.shape[1], t.shape[2], column
+    return native.address(t), DTYPE_CODES[t.dtype], outer, line, t.shape[1], t.shape[2], column
 
 
 def _out_rows(
@@ -306,7 +306,7 @@ def _float_vector(t: torch.Tensor | None) -> torch.Tensor | None:
 
 
 def _channels(t: torch.Tensor | None) -> tuple[int, int] | None:
-    return None if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
+    return None if t is None else (native.address(t), DTYPE_CODES[t.dtype])
 
 
 def _empty(like: torch.Tensor, shape: torch.Size, dtype: torch.dtype | None) -> torch.Tensor:

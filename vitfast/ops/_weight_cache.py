@@ -1,11 +1,12 @@
 """Weights as products read them, kept between calls of inference.
 
 To pack a weight takes a tenth of a product of few rows. What is kept is used only while its weight
-is the same object, with the same storage address, version counter, dtype, shape and strides, and
-the same content. What bumps no version counter (edits through `.data` or NumPy, by other
+has the same storage, address, version counter, dtype, shape and strides, and the same content; it
+goes with the storage. What bumps no version counter (edits through `.data` or NumPy, by other
 processes) is noticed at once where it touches the elements along a diagonal, and within 32 calls
 wherever it is: each call hashes another 32nd of every weight. Small tensors, and those of inference
-mode, which have no version, are hashed whole every time.
+mode, which have no version, are hashed whole every time. `settings.weights` has everything hashed
+every time, or nothing ever; under `settings.memory = "low"` nothing is kept.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from vitfast.runtime import native
+from vitfast.runtime import memory, native
+from vitfast.settings import settings
 
 CACHE_ROWS = 8192
 CACHE_ELEMENTS = 1 << 19
@@ -38,21 +40,21 @@ def worth_keeping(weight: torch.Tensor, rows: int) -> bool:
 _SMALL = 1 << 16
 """Bytes up to which a tensor is hashed whole every time: 3 us at 20 GB/s."""
 
-_Key = tuple[int, torch.dtype, Hashable]
+_Key = tuple[int, torch.Size, torch.dtype, Hashable]
 Packed = TypeVar("Packed")
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    weight: weakref.ref[torch.Tensor]
+    storage: weakref.ref[torch.UntypedStorage]  # torch.utils.swap_tensors refuses one to a tensor
     state: Any
     packed: Any
     nbytes: int
 
 
 class WeightCache:
-    """Packed weights by weight and dtype. An entry goes with its weight, the oldest when there
-    are too many bytes. Safe to use from several threads: at worst two pack the same weight."""
+    """Packed weights by weight and dtype. An entry goes with its weight's storage, the oldest when
+    there are too many bytes. Safe on several threads: at worst two pack the same weight."""
 
     def __init__(self, most_bytes: int) -> None:
         self.most_bytes = most_bytes
@@ -83,11 +85,20 @@ class WeightCache:
             tensors += tuple(t for t in others if t is not None)
             form = (form, *(t is None for t in others))
         self.note(*tensors)
-        key = (id(weight), dtype, form)
+        if settings.memory == "low":
+            if self._entries:
+                self.clear()
+            return pack(weight, dtype)
+        storage = weight.untyped_storage()
+        key = (weight.data_ptr(), weight.shape, dtype, form)
         entry = self._entries.get(key)
         # What others prepare from this packing they hold against the weight as it is now.
         fully = self._is_noting()
-        if entry is not None and same(entry.state, tensors, fully) and entry.weight() is weight:
+        if (
+            entry is not None
+            and entry.storage() is storage
+            and (settings.weights == "frozen" or same(entry.state, tensors, fully))
+        ):
             return entry.packed  # type: ignore[no-any-return]
         if entry is not None and entry.state.edited >= 0:
             warn_edited(f"a weight of shape {tuple(tensors[entry.state.edited].shape)}")
@@ -97,7 +108,7 @@ class WeightCache:
         nbytes = weight.numel() * dtype.itemsize
         with self._lock:
             self._remove(key)
-            self._entries[key] = _Entry(weakref.ref(weight, drop), found, packed, nbytes)
+            self._entries[key] = _Entry(weakref.ref(storage, drop), found, packed, nbytes)
             self.bytes += nbytes
             crowded = self.bytes > self.most_bytes
             while self.bytes > self.most_bytes and len(self._entries) > 1:
@@ -127,7 +138,7 @@ class WeightCache:
     def forget(self, weight: torch.Tensor) -> None:
         """Drop all packings of a weight."""
         with self._lock:
-            for key in [key for key in list(self._entries) if key[0] == id(weight)]:
+            for key in [key for key in list(self._entries) if key[0] == weight.data_ptr()]:
                 self._remove(key)
 
     def clear(self) -> None:
@@ -150,10 +161,12 @@ class WeightCache:
             tell()
 
 
-def _drop(cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.Tensor]) -> None:
+def _drop(
+    cache: weakref.ref[WeightCache], key: _Key, dead: weakref.ref[torch.UntypedStorage]
+) -> None:
     alive = cache()
-    # The id may belong to another weight by now: only the entry of the one that died goes.
-    if alive is not None and (entry := alive._entries.get(key)) and entry.weight is dead:
+    # The address may be another weight's by now: only the entry of the one that died goes.
+    if alive is not None and (entry := alive._entries.get(key)) and entry.storage is dead:
         alive._remove(key)
 
 
@@ -184,7 +197,18 @@ def same(state: Any, tensors: tuple[torch.Tensor, ...], fully: bool = False) -> 
     Args:
         fully: whether to look at everything that the tensors hold.
     """
+    fully = fully or settings.weights == "verify"
     return state.same(tensors, native.threads(), fully)  # type: ignore[no-any-return]
+
+
+def storages(
+    state: Any, tensors: tuple[torch.Tensor, ...]
+) -> tuple[torch.UntypedStorage, ...] | None:
+    """The tensors' storages if the `state` still is theirs; None if not. While these are kept, so
+    are the addresses, whatever another thread assigns to a tensor's `data`."""
+    if settings.weights == "verify" and not same(state, tensors):
+        return None
+    return state.storages(tensors, native.threads())  # type: ignore[no-any-return]
 
 
 def warn_edited(what: str) -> None:
@@ -213,7 +237,7 @@ def _matrix(w: torch.Tensor) -> tuple[int, ...]:
     return rows, columns, w.stride(0) if w.ndim == 1 else columns, 1
 
 
-CACHE = WeightCache(native.memory() // 4)
+CACHE = WeightCache(memory.available() // 4)
 if hasattr(os, "register_at_fork"):  # another thread may hold the lock while this one forks
     os.register_at_fork(after_in_child=lambda: setattr(CACHE, "_lock", threading.RLock()))
 

@@ -9,32 +9,27 @@ from __future__ import annotations
 import functools
 import importlib
 import math
-import os
 from collections.abc import Sequence
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from vitfast.errors import BackendUnavailableError
+from vitfast.runtime import memory
+from vitfast.runtime.storages import Storages
 from vitfast.settings import ISA_LEVELS, settings
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 """The numbers of `DType` in csrc/common/dtype.h."""
 _LARGE = 4 << 20
-"""Bytes from which a result lies in pages of its own, see csrc/common/pages.h."""
-_DLPACK = {
-    torch.float32: (2, 32),
-    torch.float16: (2, 16),
-    torch.bfloat16: (4, 16),
-}
-"""DLPack's code and bits of a dtype."""
+"""Bytes from which a result asks for large pages and its storage is used again."""
+RESULTS = Storages(min(memory.available() // 32, 512 << 20))
 _READABLE = frozenset(
     (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
     + (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 )
-_MOST_KEPT = 512 << 20
 _CPU = torch.device("cpu")
 
 
@@ -62,8 +57,8 @@ def reasons() -> list[str]:
 
 
 _applied_isa: str | None = None
-recorder: Any = None
-"""What stands for the extension while `runtime.tape` records."""
+recorder: ContextVar[Any] = ContextVar("recorder", default=None)
+"""What stands for the extension where `runtime.tape` records: on one thread, for one function."""
 
 
 def native() -> ModuleType:
@@ -85,7 +80,7 @@ def native() -> ModuleType:
             )
         module.select_isa(ISA_LEVELS.index(wanted))
         _applied_isa = settings.cpu_isa
-    return module if recorder is None else recorder
+    return recorder.get() or module
 
 
 def isa() -> str:
@@ -100,39 +95,36 @@ def threads() -> int:
 def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
 ) -> torch.Tensor:
-    """torch.empty; a large tensor of the CPU in memory that is kept for the next one.
-
-    Its storage cannot be resized.
-    """
+    """torch.empty, of the CPU by default; a large result lies in memory that is used again once
+    nobody else has its storage."""
     device = device or _CPU
-    if (
-        recorder is None
-        and dtype in _DLPACK
-        and math.prod(shape) * dtype.itemsize >= _LARGE
-        and device == _CPU
-    ):
-        module = _with_pages()
-        pages = None if module is None else module.pages_tensor(shape, *_DLPACK[dtype])
-        if pages is not None:
-            return from_dlpack(pages)
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-@functools.cache
-def _with_pages() -> ModuleType | None:
-    """The extension, told how much memory it may keep."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE or device != _CPU or recorder.get() is not None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    storage = RESULTS.take(nbytes)
+    if storage is not None:
+        return torch.empty(0, dtype=dtype, device=device).set_(storage, 0, shape)  # type: ignore[call-overload]
+    try:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError:  # no memory; some may be kept here
+        RESULTS.clear()
+        out = torch.empty(shape, dtype=dtype, device=device)
     module, _ = _load()
     if module is not None:
-        module.limit_pages(min(memory() // 32, _MOST_KEPT))
-    return module
+        module.ask_for_large_pages(out.data_ptr(), nbytes)
+    if out.untyped_storage().nbytes() == nbytes:  # torch.empty's own, that is
+        RESULTS.keep(out.untyped_storage())
+    return out
 
 
-def memory() -> int:
-    """Bytes of this machine."""
-    try:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return 16 << 30
+def _address(t: torch.Tensor | None) -> Any:
+    """Where a tensor's elements begin, for an argument of the extension; 0 for None.
+
+    Returns:
+        An object with `__index__`. It keeps the tensor's storage: while a kernel runs without the
+        GIL, another thread may assign to the tensor's `data`.
+    """
+    return native().address(t)
 
 
 def is_readable(t: torch.Tensor) -> bool:
@@ -151,6 +143,7 @@ def is_readable(t: torch.Tensor) -> bool:
         return False
 
 
-def address(t: torch.Tensor | None) -> int:
-    """Where a tensor's elements begin; 0 for one that is absent or has none."""
-    return 0 if t is None or t.numel() == 0 else t.data_ptr()
+# At once: it is called for every argument.
+address = getattr(_load()[0], "address", _address)
+Address = getattr(_load()[0], "Address", int)
+"""What `address` gives for a tensor."""

@@ -8,8 +8,10 @@ other tensors, their intermediates in one piece of memory.
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Callable, Sequence
+from operator import index
 from typing import Any
 
 import torch
@@ -24,7 +26,6 @@ _ON_TAPE, _REACH = 1 << 62, 1 << 44
 _LEAST_ADDRESS = 1 << 32
 """No size or stride that comes here is as large; where memory begins below, there are no tapes."""
 _ALIGNMENT = 64
-_LOCK = threading.Lock()
 
 Call = tuple[str, tuple[Any, ...]]
 Interval = tuple[int, int]
@@ -40,7 +41,7 @@ class Tape:
         """As the function; the tensors are like those that it was recorded with."""
         out = native.empty(self._shape, self._dtype)
         native.native()  # sees to the instruction set
-        self._calls.run([*(t.data_ptr() for t in inputs), out.data_ptr()])
+        self._calls.run([*map(native.address, inputs), out.data_ptr()])
         return out
 
 
@@ -48,23 +49,25 @@ def record(
     function: Callable[..., torch.Tensor | None], *inputs: torch.Tensor
 ) -> tuple[torch.Tensor | None, Tape | None]:
     """function(*inputs), and its tape; None where it computes by other means than kernels."""
-    if not all(t.is_contiguous() for t in inputs) or not _LOCK.acquire(blocking=False):
+    if is_recording() or not all(t.is_contiguous() for t in inputs):
         return function(*inputs), None
-    try:
-        recorder = native.recorder = _Recorder(native.native())
-        with _Watch() as watch:
-            out = function(*inputs)
-    finally:
-        native.recorder = None
-        _LOCK.release()
+    recorder, watch = _Recorder(native.native()), _Watch()
+
+    def watched() -> torch.Tensor | None:
+        native.recorder.set(recorder)
+        with watch:
+            return function(*inputs)
+
+    # In a context of its own, which ends with the call however that ends.
+    out = contextvars.copy_context().run(watched)
     if out is None or recorder.strange or watch.computes:
         return out, None
     return out, _tape(inputs, out, watch.allocated, recorder.calls)
 
 
 def is_recording() -> bool:
-    """Whether some thread records now, which one at a time can."""
-    return _LOCK.locked()
+    """Whether this thread records now, which it can do for one function at a time."""
+    return native.recorder.get() is not None
 
 
 class _Recorder:
@@ -77,7 +80,7 @@ class _Recorder:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread:  # it may inherit the context
             return found
         if not hasattr(self._module.Tape, name):
             self.strange = True
@@ -138,6 +141,8 @@ def _tape(
     def moved(value: Any, call: int) -> Any:
         if isinstance(value, (tuple, list)):
             return tuple(moved(one, call) for one in value)
+        if isinstance(value, native.Address):
+            value = index(value)
         if isinstance(value, int) and value >= _LEAST_ADDRESS:
             for i, (begin, end) in enumerate(buffers):
                 if begin <= value < end:

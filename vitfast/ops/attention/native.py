@@ -74,7 +74,7 @@ def forward_direct(
             rope, rope_prefix, rope_half,
         ),
         _view(out),
-        0 if stats is None else stats.data_ptr(),
+        address(stats),
         threads(),
     )  # fmt: skip
     return out
@@ -133,7 +133,7 @@ def backward(
             call.rope, call.rope_prefix, call.rope_half,
         ),
         _view(out),
-        stats.data_ptr(),
+        address(stats),
         _view(grad),
         _view(dq),
         _view(dk),
@@ -167,7 +167,7 @@ def _problem(keep, q, k, v, scale, mask, bias, is_causal):
 
 def _view(t):
     """Address and element strides of a [B, N, H, D] tensor."""
-    return (t.data_ptr(), *t.stride())
+    return (address(t), *t.stride())
 
 
 def _addend(keep, t, size):
@@ -177,7 +177,7 @@ def _addend(keep, t, size):
     if t.dtype not in _MASK_CODES:
         t = t.float()
     keep.append(t)
-    return (t.data_ptr(), _MASK_CODES[t.dtype], *t.expand(size).stride())
+    return (address(t), _MASK_CODES[t.dtype], *t.expand(size).stride())
 
 
 def _prologue(keep, norm, qw, qb, kw, kb, eps, rope, prefix, half):
@@ -194,7 +194,7 @@ def _prologue(keep, norm, qw, qb, kw, kb, eps, rope, prefix, half):
     # [N', 2D], [H, N', 2D] and [B, H, N', 2D]: what is missing or 1 has a stride of 0.
     strides = [0 if n == 1 else s for n, s in zip(rope.shape[:-1], rope.stride(), strict=False)]
     strides = [0] * (3 - len(strides)) + strides
-    return (_NORMS[norm], eps, affine, rope.data_ptr(), strides, prefix, half)
+    return (_NORMS[norm], eps, affine, address(rope), strides, prefix, half)
 
 
 def _float32(keep, t):

@@ -146,11 +146,11 @@ def _sizes(x, weight):
 def _map(x, dtype):
     strides = x.stride() if x.shape[3] > 1 else (*x.stride()[:3], 1)
     rounded = dtype == torch.bfloat16 and x.dtype != dtype
-    return x.data_ptr(), DTYPE_CODES[x.dtype], strides, rounded
+    return native.address(x), DTYPE_CODES[x.dtype], strides, rounded
 
 
 def _vector(t):
-    return None if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
+    return None if t is None else (native.address(t), DTYPE_CODES[t.dtype])
 
 
 BACKEND = Backend("cpu", forward, can_run, backward, native.reasons)

@@ -30,7 +30,7 @@ def forward(x, weight, bias, eps, out_dtype):
     weight, bias = _norm.vector(weight), _norm.vector(bias)
     native.native().grn_forward(
         planar, b, n, c, _rows(x, planar), _rows(y, planar), _channels(weight), _channels(bias),
-        eps, norms.data_ptr(), native.threads(),
+        eps, native.address(norms), native.threads(),
     )  # fmt: skip
     return y, norms
 
@@ -46,7 +46,7 @@ def backward(grad, x, weight, bias, eps, norms):
     weight = _norm.vector(weight)
     native.native().grn_backward(
         planar, b, n, c, _rows(grad, planar), _rows(x, planar), _rows(dx, planar),
-        _channels(weight), _channels(dweight), _channels(dbias), eps, norms.data_ptr(),
+        _channels(weight), _channels(dweight), _channels(dbias), eps, native.address(norms),
         native.threads(),
     )  # fmt: skip
     return dx, dweight, dbias
@@ -58,11 +58,11 @@ BACKEND = Backend("cpu", forward, can_run, backward, native.reasons)
 def _rows(t: torch.Tensor, planar: bool) -> tuple[int, int, int, int]:
     """Address, dtype, stride of images, and of positions or, planar, of channels."""
     outer, position, channel = steps(t, planar)
-    return t.data_ptr(), native.DTYPE_CODES[t.dtype], outer, channel if planar else position
+    return native.address(t), native.DTYPE_CODES[t.dtype], outer, channel if planar else position
 
 
 def _channels(t: torch.Tensor) -> tuple[int, int]:
-    return t.data_ptr(), native.DTYPE_CODES[t.dtype]
+    return native.address(t), native.DTYPE_CODES[t.dtype]
 
 
 # ---- the two halves ------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def accumulate(x: torch.Tensor, sums: torch.Tensor, adds: bool = True) -> None:
     x = x.reshape(-1, x.shape[-1])
     x = _norm.dense(x[None])
     native.native().grn_accumulate(
-        *x.shape[1:], _rows(x, False), sums.data_ptr(), adds, native.threads()
+        *x.shape[1:], _rows(x, False), native.address(sums), adds, native.threads()
     )
 
 
@@ -94,6 +94,6 @@ def scale_of(sums: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
     if sums.numel():
         sums, weight = sums.contiguous(), _norm.vector(weight)
         native.native().grn_scale(
-            *sums.shape, sums.data_ptr(), _channels(weight), eps, scale.data_ptr()
+            *sums.shape, native.address(sums), _channels(weight), eps, native.address(scale)
         )
     return scale

@@ -98,7 +98,7 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
         _channels(weight),
         None if weight is None else _channels(dweight),
         None if bias is None else _channels(dbias),
-        stats.data_ptr(),
+        native.address(stats),
     )
     return dx, dresidual, dweight, dbias
 
@@ -121,14 +121,14 @@ def _map(t: torch.Tensor, last: bool, line: int | None = None) -> tuple[int, ...
     w = t.shape[3]
     sample, channel, stride, pixel = t.stride()
     if not last:
-        return t.data_ptr(), DTYPE_CODES[t.dtype], sample, channel, w, 1
+        return native.address(t), DTYPE_CODES[t.dtype], sample, channel, w, 1
     if w == 1:
         pixel = stride
-    return t.data_ptr(), DTYPE_CODES[t.dtype], sample, 1, line or w * pixel, pixel
+    return native.address(t), DTYPE_CODES[t.dtype], sample, 1, line or w * pixel, pixel
 
 
 def _channels(t: torch.Tensor | None) -> tuple[int, int] | None:
-    return None if t is None else (t.data_ptr(), DTYPE_CODES[t.dtype])
+    return None if t is None else (native.address(t), DTYPE_CODES[t.dtype])
 
 
 BACKEND = Backend("cpu", forward, can_run, backward, native.reasons)

@@ -104,8 +104,8 @@ def _sums_gradient(grad, z, bias, gate_bias, act, gate, gated, wanted, found):
             None if both[1] is None else _gemm.rows_of(both[1]),
             None if identity else _gemm.rows_of(dboth[0]),
             None if dboth[1] is None else _gemm.rows_of(dboth[1]),
-            sums[0].data_ptr(),
-            0 if sums[1] is None else sums[1].data_ptr(),
+            native.address(sums[0]),
+            native.address(sums[1]),
             native.threads(),
         )
     if wanted[2]:

@@ -45,15 +45,15 @@ class Patches:
     def gather(self, first: int, count: int, out: torch.Tensor) -> torch.Tensor:
         """Rows [first, first + count), written to the beginning of `out`."""
         native.native().patchify(
-            self.image.data_ptr(),
+            native.address(self.image),
             DTYPE_CODES[self.image.dtype],
             self.image.stride(),
             self.sizes,
-            0 if self.scale is None else self.scale.data_ptr(),
-            0 if self.shift is None else self.shift.data_ptr(),
+            native.address(self.scale),
+            native.address(self.shift),
             first,
             count,
-            out.data_ptr(),
+            native.address(out),
             DTYPE_CODES[self.dtype],
             native.threads(),
         )
@@ -205,7 +205,7 @@ def _weight_gradient(dz, patches, dweight):
 def _bias_gradient(dz, dbias):
     total = torch.empty(dbias.shape, dtype=torch.float32, device=dbias.device)
     native.native().linear_backward(
-        *dz.shape, 0, _gemm.rows_of(dz), None, None, None, None, total.data_ptr(), 0,
+        *dz.shape, 0, _gemm.rows_of(dz), None, None, None, None, native.address(total), 0,
         native.threads(),
     )  # fmt: skip
     dbias.copy_(total)

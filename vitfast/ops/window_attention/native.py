@@ -89,7 +89,7 @@ def run(
     """
     qkv = _unit_stride(qkv)
     problem = _problem(qkv, size, window, shift, terms, roll_first, grid, stripe)
-    native().window_forward(problem, out.data_ptr(), address(stats), threads())
+    native().window_forward(problem, address(out), address(stats), threads())
 
 
 def backward(
@@ -110,7 +110,7 @@ def backward(
         for t, w in zip((table, pad, logit_scale), wanted[1:], strict=True)
     ]
     native().window_backward(
-        problem, stats.data_ptr(), grad.data_ptr(), dqkv.data_ptr(),
+        problem, address(stats), address(grad), address(dqkv),
         *map(address, sums), threads(),
     )  # fmt: skip
     dtable, dpad, dscale = sums
@@ -135,8 +135,8 @@ def _problem(qkv, size, window, shift, terms, roll_first, grid, stripe=None):
     sb, sy, sx, s3, sh, _ = qkv.stride()
     return (
         DTYPE_CODES[qkv.dtype], (qkv.shape[0], *size, *qkv.shape[-2:]), (*window, *shift),
-        roll_first, grid, terms.cosine, qkv.data_ptr(), (sb, sy, sx, s3, sh),
-        terms.scale.data_ptr(), address(terms.table), address(terms.pad), stripe,
+        roll_first, grid, terms.cosine, address(qkv), (sb, sy, sx, s3, sh),
+        address(terms.scale), address(terms.table), address(terms.pad), stripe,
     )  # fmt: skip
 
 

@@ -1,197 +1,25 @@
-// Floor: one cache miss a line of the modules' dictionaries, some twenty a module, of the tensors'
-// heads and of the fingerprints, as many of them at a time as the core can track: by the time a block
-// runs again, its weights and those of all others have passed through the caches.
-#include "state.h"
-
+// Floor: one cache miss a line of the tensors' heads and of the fingerprints, as many of them at a
+// time as the core can track: by the time a block runs again, its weights and those of all others have
+// passed through the caches.
 #include <pybind11/stl.h>
 
 #include <array>
 #include <cstdint>
-#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <utility>
 #include <vector>
 
+#include "address.h"
 #include "cpu/weights.h"
+#include "lines.h"
+#include "python.h"
+#include "state.h"
 
 namespace py = pybind11;
 
 namespace vitfast {
 namespace {
-
-py::object owned(PyObject* found) {
-  if (found == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(found);
-}
-
-// What to fetch before looking at it. Only hints: what is no longer there does no harm.
-class Lines {
- public:
-  void add(const void* address, int64_t bytes) {
-    const auto first = reinterpret_cast<uintptr_t>(address) & ~uintptr_t{63};
-    const auto last = reinterpret_cast<uintptr_t>(address) + bytes;
-    for (uintptr_t line = first; line < last; line += 64) lines_.push_back(line);
-  }
-  void fetch() const {
-#if defined(__GNUC__)
-    for (const uintptr_t line : lines_) __builtin_prefetch(reinterpret_cast<const void*>(line));
-#endif
-  }
-
- private:
-  std::vector<uintptr_t> lines_;
-};
-
-// ---- modules ------------------------------------------------------------------------------------
-
-// An object, known again by its identity without being kept alive where it allows that.
-class Identity {
- public:
-  explicit Identity(PyObject* object) : object_(object) {
-    weak_ = PyType_SUPPORTS_WEAKREFS(Py_TYPE(object));
-    held_ = weak_ ? owned(PyWeakref_NewRef(object, nullptr))
-                  : py::reinterpret_borrow<py::object>(object);
-  }
-  void add_to(Lines& lines) const {
-    if (!weak_) return;
-    lines.add(held_.ptr(), sizeof(PyWeakReference));
-    lines.add(object_, sizeof(PyObject));
-  }
-  bool is(PyObject* other) const { return other == object_ && (!weak_ || alive()); }
-
- private:
-  // Another object may have come to lie where one that died did.
-  bool alive() const {
-#if PY_VERSION_HEX >= 0x030D0000
-    PyObject* found = nullptr;
-    const int rc = PyWeakref_GetRef(held_.ptr(), &found);
-    Py_XDECREF(found);
-    if (rc < 0) throw py::error_already_set();
-    return rc != 0;
-#else
-    return PyWeakref_GetObject(held_.ptr()) == object_;
-#endif
-  }
-
-  PyObject* object_;
-  py::object held_;
-  bool weak_;
-};
-
-// Of what no forward depends on, though it is in every module.
-bool is_ignored(PyObject* key) {
-  static const char* const names[] = {"_state_dict_hooks",
-                                      "_state_dict_pre_hooks",
-                                      "_load_state_dict_pre_hooks",
-                                      "_load_state_dict_post_hooks",
-                                      "_non_persistent_buffers_set",
-                                      "_forward_hooks_with_kwargs",
-                                      "_forward_hooks_always_called",
-                                      "_forward_pre_hooks_with_kwargs"};
-  if (!PyUnicode_Check(key)) return false;
-  for (const char* name : names) {
-    if (PyUnicode_CompareWithASCIIString(key, name) == 0) return true;
-  }
-  return false;
-}
-
-// The keys of a dictionary and the identities of its values; of dictionaries in it what they hold.
-class DictState {
- public:
-  DictState(PyObject* dict, bool nested) : size_(PyDict_Size(dict)) {
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    items_.reserve(size_);
-    while (PyDict_Next(dict, &position, &key, &value)) {
-      Item item;
-      item.key = py::reinterpret_borrow<py::object>(key);
-      if (is_ignored(key)) {
-      } else if (!nested && PyDict_Check(value)) {
-        item.dict = std::make_unique<DictState>(value, true);
-      } else {
-        item.value = std::make_unique<Identity>(value);
-      }
-      items_.push_back(std::move(item));
-    }
-  }
-
-  void add_to(Lines& lines, PyObject* dict) const {
-    const auto* const head = reinterpret_cast<PyDictObject*>(dict);
-    lines.add(head, sizeof *head);
-    if (size_ == 0) return;
-    const auto n = static_cast<int64_t>(size_);
-    if (head->ma_values != nullptr) lines.add(head->ma_values, 8 * n);
-    lines.add(head->ma_keys, 64 + 2 * n + 24 * n);
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    for (const Item& item : items_) {
-      if (!PyDict_Next(dict, &position, &key, &value)) return;
-      if (item.value) item.value->add_to(lines);
-      if (item.dict) item.dict->add_to(lines, value);
-    }
-  }
-
-  bool same(PyObject* dict) const {
-    if (PyDict_Size(dict) != size_) return false;
-    PyObject *key, *value;
-    Py_ssize_t position = 0;
-    for (const Item& item : items_) {
-      if (!PyDict_Next(dict, &position, &key, &value) || key != item.key.ptr()) return false;
-      if (item.dict) {
-        if (!PyDict_Check(value) || !item.dict->same(value)) return false;
-      } else if (item.value && !item.value->is(value)) {
-        return false;
-      }
-    }
-    return true;
-  }
-
- private:
-  struct Item {
-    py::object key;
-    std::unique_ptr<Identity> value;
-    std::unique_ptr<DictState> dict;
-  };
-  Py_ssize_t size_;
-  std::vector<Item> items_;
-};
-
-class ModuleState {
- public:
-  explicit ModuleState(const py::list& modules) {
-    for (const py::handle module : modules) {
-      const py::object dict = owned(PyObject_GenericGetDict(module.ptr(), nullptr));
-      const auto type = reinterpret_cast<PyObject*>(Py_TYPE(module.ptr()));
-      modules_.push_back({module.ptr(), py::reinterpret_borrow<py::object>(type),
-                          std::make_unique<DictState>(dict.ptr(), false)});
-      lines_.add(module.ptr(), sizeof(PyObject));
-      modules_.back().dict->add_to(lines_, dict.ptr());
-    }
-  }
-
-  // Parents come before their children, so that a module is alive when its turn comes.
-  bool same(const py::object& root) const {
-    if (modules_.empty() || root.ptr() != modules_.front().module) return false;
-    lines_.fetch();
-    for (const One& one : modules_) {
-      if (reinterpret_cast<PyObject*>(Py_TYPE(one.module)) != one.type.ptr()) return false;
-      const py::object dict = owned(PyObject_GenericGetDict(one.module, nullptr));
-      if (!one.dict->same(dict.ptr())) return false;
-    }
-    return true;
-  }
-
- private:
-  struct One {
-    PyObject* module;
-    py::object type;
-    std::unique_ptr<DictState> dict;
-  };
-  std::vector<One> modules_;
-  Lines lines_;
-};
-
-// ---- tensors ------------------------------------------------------------------------------------
 
 // What DLPack 1.3 says of a tensor without taking it (dlpack.h: DLTensor, DLPackExchangeAPI).
 struct Tensor {
@@ -297,7 +125,9 @@ class TensorState {
       lines_.add(t, 64);
       if (reader.shape() != nullptr) lines_.add(reader.shape() - 16, 256);  // inside torch's own
       // No version tells of edits of a tensor of inference mode.
-      add_sections(i, along_memory(matrices_.back()), m[5] != 0 || facts_.back()[0] < 0);
+      const bool whole = m[5] != 0 || facts_.back()[0] < 0;
+      add_sections(i, along_memory(matrices_.back()), whole);
+      if (whole) matrices_.back().rows = 0;  // no fingerprint of what is read anyway
     }
     hashes_ = hashed(threads);
     contents_.resize(sections_.size());
@@ -312,6 +142,15 @@ class TensorState {
       if (Reader(PyTuple_GET_ITEM(tensors.ptr(), i)).facts() != facts_[i]) return false;
     }
     return hashed(threads) == hashes_ && same_contents(threads, how);
+  }
+
+  // If `same`, the storages of the tensors.
+  std::optional<py::tuple> storages(const py::tuple& tensors, int threads, How how) {
+    py::tuple found(tensors.size());  // taken first: of these the addresses are looked at
+    for (size_t i = 0; i < tensors.size(); ++i)
+      found[i] = storage_of(PyTuple_GET_ITEM(tensors.ptr(), i));
+    if (!same(tensors, threads, how)) return std::nullopt;
+    return found;
   }
 
   // The tensor that the latest `same` found edited where only its turn could tell; -1 for none.
@@ -374,11 +213,7 @@ class TensorState {
 
 }  // namespace
 
-void bind_state(py::module_& m) {
-  py::class_<ModuleState>(m, "ModuleState")
-      .def(py::init<const py::list&>(),
-           "Of modules, parents first: their classes and what their dictionaries hold.")
-      .def("same", &ModuleState::same, "Whether nothing has changed, of the first module.");
+void bind_tensor_state(py::module_& m) {
   py::class_<TensorState>(m, "TensorState")
       .def(py::init<const py::tuple&, const std::vector<Matrix>&, int>(),
            "Of dense tensors on the CPU: address, version, dtype, shape, strides and content. Item "
@@ -391,6 +226,13 @@ void bind_state(py::module_& m) {
           py::arg("tensors"), py::arg("threads") = 1, py::arg("fully") = false,
           "Whether nothing about these tensors has changed: by fingerprint and a 32nd of what they "
           "hold, another one each time; or by all of it.")
+      .def(
+          "storages",
+          [](TensorState& state, const py::tuple& tensors, int threads) {
+            return state.storages(tensors, threads, TensorState::kTurn);
+          },
+          "The storages of these tensors if `same`, else None. While they are kept, what is known "
+          "about the tensors' addresses holds, whatever another thread assigns to their `data`.")
       .def_property_readonly("edited", &TensorState::edited,
                              "The tensor that only the latest `same` showed to be edited; -1: none.");
 }
