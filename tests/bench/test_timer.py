@@ -84,6 +84,26 @@ def test_the_budget_ends_the_rounds(machine):
     assert len(found["a"].samples) == 4
 
 
+def test_the_budget_counts_every_call_of_a_sample(machine):
+    """200 calls of 1 us are 0.2 ms of the budget, not 1 us."""
+    found = timed(machine, {"a": machine.call("a", 1e-6)}, seconds=1e-3, max_rounds=10_000)
+    assert 5 <= len(found["a"].samples) <= 6
+    assert len(machine.calls) <= 2 + 6 * 200
+    calls = {"a": machine.call("a", 1e-6), "b": machine.call("b", 1e-4)}
+    machine.calls.clear()
+    found = timed(machine, calls, seconds=4e-3, min_rounds=1, max_rounds=10_000)
+    assert len(found["a"].samples) == len(found["b"].samples) == 10
+
+
+def test_every_number_is_of_one_call(machine):
+    calls = {"a": machine.call("a", 1e-6), "b": machine.call("b", 3e-5), "c": machine.call("c", 1)}
+    found = timed(machine, calls, seconds=1e-9, min_rounds=4)
+    for name, seconds in {"a": 1e-6, "b": 3e-5, "c": 1.0}.items():
+        assert found[name].samples == pytest.approx([seconds] * 4)
+        assert found[name].quartiles == pytest.approx((seconds, seconds))
+        assert found[name].iqr == pytest.approx(0, abs=1e-9)
+
+
 def test_outputs_are_checked_before_and_after(machine):
     seen = []
     timed(

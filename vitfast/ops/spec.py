@@ -27,7 +27,8 @@ class Sample:
         name: unique within the op, e.g. "vit_base_224".
         make: (dtype, generator) -> (args, kwargs) on the CPU; values as in real models.
         tags: "real" (a model's shape, used by benchmarks too), "odd" (tests only),
-            "small" (cheap enough for float64 gradcheck), "check" (part of `vitfast check`).
+            "small" (cheap enough for float64 gradcheck), "check" (part of `vitfast check`),
+            "tiles" (sizes about the compiled kernels' internal tiles).
     """
 
     name: str

@@ -8,7 +8,7 @@ from vitfast.ops.attention.api import DISPATCHER, attention
 from vitfast.ops.attention.reference import attention as reference
 from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
-ODD, SMALL = ("odd",), ("odd", "small")
+ODD, SMALL, TILE = ("odd",), ("odd", "small"), ("odd", "tiles")
 
 
 def _sample(
@@ -40,14 +40,17 @@ def _sample(
 # ---- rotary embeddings ---------------------------------------------------------------------------
 
 
-def _rope(prefix=0, half=False, per_head=False, per_batch=False):
-    """cat(sin, cos) of random angles, float32, as timm's modules keep it."""
+def _rope(prefix=0, half=False, per_head=False, per_batch=False, uneven=False):
+    """cat(sin, cos) of random angles, float32, as timm's modules keep it; or `uneven`, with another
+    angle for each of a pair, which no model has, but which tells the two apart."""
 
     def extra(dtype, g, sizes):
         batch, heads, tokens, _, dim = sizes
         leading = (batch, 1) if per_batch else (heads,) if per_head else ()
-        angles = torch.rand(*leading, tokens - prefix, dim // 2, generator=g, device="cpu") * 6.28
-        angles = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
+        made = (*leading, tokens - prefix, dim if uneven else dim // 2)
+        angles = torch.rand(made, generator=g, device="cpu") * 6.28
+        if not uneven:
+            angles = torch.cat([angles, angles], -1) if half else angles.repeat_interleave(2, -1)
         rope = torch.cat([angles.sin(), angles.cos()], -1)
         return {"rope": rope, "rope_prefix": prefix, "rope_half": half}
 
@@ -223,6 +226,33 @@ TOKENS = (
     _sample("keys_2", 5, 2, 16, keys=2),
 )
 
+TILES = (
+    # 96 keys are a tile of the forward's; 16 or 64 queries and 128 or 512 keys one of the backward.
+    *(
+        _sample(f"keys_{n}", 9, 2, 8, keys=n, tags=TILE)
+        for n in (64, 65, 95, 96, 97, 127, 128, 129, 193)
+    ),
+    *(
+        _sample(f"queries_{n}", n, 2, 8, keys=5, tags=TILE)
+        for n in (15, 16, 31, 32, 33, 63, 64, 129)
+    ),
+    _sample("causal_95", 95, 1, 8, is_causal=True, tags=TILE),
+    _sample("causal_97", 97, 1, 8, is_causal=True, tags=TILE),
+    _sample("causal_193", 193, 2, 16, is_causal=True, tags=("odd", "tiles", "check")),
+    _sample("causal_600", 600, 1, 8, is_causal=True, tags=TILE),
+    _sample("causal_one_query", 1, 2, 16, keys=3, is_causal=True, change=_one_hot,
+            tags=("odd", "tiles", "zero:q", "zero:k")),
+    _sample("one_key", 3, 2, 8, keys=1, change=_one_hot, tags=("odd", "tiles", "zero:q", "zero:k")),
+    _sample("mask_keys_101", 5, 2, 8, _keep("b11k"), keys=101, batch=2, tags=TILE),
+    _sample("mask_float_keys_101", 5, 2, 8, _add("1hqk"), keys=101, batch=2, tags=TILE),
+    _sample("bias_keys_101", 5, 2, 8, _bias(), keys=101, batch=2, tags=TILE),
+    _sample("norm_layer_keys_1100", 5, 1, 16, _norm("layer"), keys=1100,
+            tags=("odd", "tiles", "check", "zero:k_norm_bias")),
+    _sample("norm_rms_keys_1100", 5, 1, 8, _norm("rms"), keys=1100, batch=2,
+            tags=("odd", "tiles", "check")),
+    _sample("bias_keys_1100", 5, 1, 8, _bias(), keys=1100, batch=2, tags=("odd", "tiles", "check")),
+)  # fmt: skip
+
 LAYOUTS = (
     _sample("separate", 37, 3, 16, change=lambda *qkv: qkv, batch=2),
     _sample("heads_first", 37, 3, 16, change=_heads_first, batch=2),
@@ -269,6 +299,11 @@ PROLOGUES = (
     _sample("rope_heads", 37, 3, 16, _rope(per_head=True), batch=2),
     _sample("rope_batch", 37, 3, 16, _rope(2, half=True, per_batch=True), batch=2),
     _sample("rope_all_prefix", 5, 2, 16, _rope(5)),
+    _sample("rope_uneven", 5, 2, 8, _rope(1, uneven=True), batch=2, tags=SMALL),
+    _sample("rope_half_uneven", 5, 2, 8, _rope(1, half=True, uneven=True), batch=2, tags=SMALL),
+    _sample("norm_layer_rope_uneven", 6, 2, 8, _norm("layer"), _rope(1, uneven=True), tags=SMALL),
+    _sample("norm_rms_rope_half_uneven", 6, 2, 8, _norm("rms"), _rope(half=True, uneven=True),
+            tags=SMALL),
     _sample("rope_small", 5, 2, 4, _rope(1), tags=SMALL),
     _sample("rope_half_small", 5, 2, 4, _rope(half=True), tags=SMALL),
     _sample("norm_layer_rope", 9, 1, 16, _norm("layer"), _rope(1)),
@@ -313,5 +348,5 @@ SPEC = OpSpec(
     # The largest error is that of the few largest weights, and luck: over seeds, and by the BLAS it
     # runs on, a result as exact as PyTorch's has 0.6 to 3.7 times PyTorch's largest error.
     backward_factor=4.0,
-    samples=SHAPES + HEAD_DIMS + TOKENS + LAYOUTS + MASKS + PROLOGUES + VALUES,
+    samples=SHAPES + HEAD_DIMS + TOKENS + TILES + LAYOUTS + MASKS + PROLOGUES + VALUES,
 )

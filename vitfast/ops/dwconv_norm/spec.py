@@ -82,6 +82,15 @@ SPEC = OpSpec(
         _sample("one_column", 2, 19, 1, 32),
         _sample("one_channel", 2, 7, 6, 1, norm=None),
         _sample("wide_rows", 1, 3, 3, 1030, kernel=(3, 3)),
+        # The gradient of the taps is summed over parts of 96 or 256 pixels, the last a short one.
+        *(
+            _sample(f"pixels_{h * w}", 1, h, w, 9, kernel=(3, 3), tags=("odd", "tiles"))
+            for h, w in ((5, 19), (8, 12), (1, 97), (15, 17), (16, 16), (1, 257), (27, 19))
+        ),
+        _sample("lines_of_several_tiles", 1, 3, 131, 17, kernel=(3, 3), norm=None,
+                tags=("odd", "tiles")),
+        _sample("normed_lines_of_several_tiles", 2, 2, 67, 8, kernel=(3, 3), tags=("odd", "tiles")),
+        _sample("offset", 2, 6, 5, 24, kernel=(1, 1), change=lambda x: x + 1000),
         _sample("no_bias", 2, 6, 6, 48, bias=False),
         _sample("rms_of_7", 2, 8, 8, 64, norm="rms", eps=1e-5),
         _sample("convolved_7", 2, 9, 8, 50, norm=None),

@@ -51,6 +51,11 @@ def _outlier(x):
     return x
 
 
+def _far(x):
+    away = torch.arange(1, 1 + x.shape[1], device="cpu").to(x.dtype).view(-1, 1, 1)
+    return x + (512 * away if x.dtype == torch.bfloat16 else 4096 * away)
+
+
 def _constant_group(x):
     x[1:, :4] = x[1:, :1, :1, :1]
     return x
@@ -117,6 +122,18 @@ SPEC = OpSpec(
         _sample("outlier_channels", 2, 64, 14, 14, change=_outlier),
         _sample("offset", 2, 64, 14, 14, change=lambda x: x + 30),
         _sample("offset_contiguous", 2, 64, 14, 14, last=False, change=lambda x: x + 30),
+        # Far from zero by more than what float32 leaves of a square; each channel by another.
+        *(
+            _sample(f"far_{name}", 2, 8, *size, groups=4, last=last, act="none", change=_far,
+                    tags=("odd", "tiles"))
+            for name, size, last in (
+                ("pixels_7", (1, 7), True),
+                ("pixels_9", (3, 3), True),
+                ("pixels_133", (7, 19), True),
+                ("contiguous_63", (7, 9), False),
+                ("contiguous_133", (7, 19), False),
+            )
+        ),
         _sample("constant_group", 2, 16, 5, 5, groups=4, act="none", change=_constant_group),
         _sample("empty", 0, 16, 4, 4, groups=4, tags=("odd", "empty")),
         _sample("no_pixels", 2, 16, 0, 4, groups=4, tags=("odd", "empty")),

@@ -74,6 +74,9 @@ SPEC = OpSpec(
         _sample("outlier_channels", 33, 384, change=_outlier_channels),
         _sample("constant_rows", 6, 48, change=_constant_rows),
         _sample("offset_rows", 16, 768, change=lambda x: x + 30),
+        # One row more or less than 2 and 16, which the kernels take side by side.
+        *(_sample(f"rows_{n}", n, 100, tags=("odd", "tiles")) for n in (3, 15, 16, 17, 33)),
+        _sample("far_rows", 5, 300, change=lambda x: x + 200),
         _sample("empty", 0, 16, tags=("odd", "empty")),
         _sample("no_tokens", 2, 0, 16, tags=("odd", "empty")),
     ),

@@ -81,6 +81,8 @@ SPEC = OpSpec(
         _sample("cropped", 2, 9, 9, 24, change=lambda x: x[:, 1:8, 2:]),
         _sample("expanded", 1, 5, 6, 24, change=lambda x: x.expand(3, 5, 6, 24)),
         _sample("outlier_channels", 2, 6, 6, 96, change=_outlier_channels),
+        _sample("far_odd_sizes", 2, 5, 7, 12, change=lambda x: x + 1000),
+        _sample("rms_odd_sizes", 1, 3, 5, 12, norm="rms"),
         _sample("empty", 0, 4, 4, 8, tags=("odd", "empty")),
         _sample("no_height", 2, 0, 4, 8, tags=("odd", "empty")),
     ),

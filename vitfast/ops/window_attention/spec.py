@@ -96,6 +96,12 @@ SHAPES = (
     _sample("window_14", (28, 15), (14, 14), 2, 32, shift=(7, 7), pad=True),
     _sample("window_24", (24, 30), (24, 24), 1, 32, shift=(12, 12), pad=True),
     _sample("window_32", (32, 32), (32, 32), 1, 16),
+    # Tokens about 16, 32 and 64 queries and 96 keys.
+    *(
+        _sample(f"window_{h}_to_{w}", (h, 2 * w), (h, w), 1, 8, shift=(0, 1), tags=("odd", "tiles"))
+        for h, w in ((3, 5), (1, 17), (3, 11), (7, 9), (8, 8), (5, 13), (5, 19), (8, 12), (1, 97),
+                     (3, 43), (1, 193))
+    ),
     *(_sample(f"head_dim_{d}", (7, 7), (7, 7), 2, d) for d in (1, 13, 24, 44, 64, 72, 96, 128)),
     _sample("empty_batch", (8, 8), (4, 4), 2, 16, batch=0, tags=("odd", "empty")),
 )  # fmt: skip
