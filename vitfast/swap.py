@@ -160,6 +160,7 @@ def swap(
             if not isinstance(module, Layer):
                 todo.append((module, layer_table()[type(module)]))
     for module, layer in todo:
+        _guard.forget_own_forward(module)
         module.__class__ = layer
     logger.info("%s", report)
     return report
@@ -177,6 +178,7 @@ def restore(model: Model) -> Model:
     for module in _unwrapped(model).modules():
         kind: Any = type(module)
         if kind in _layers():
+            _guard.forget_own_forward(module)
             module.__class__ = kind.timm_class
     clear_weight_cache()
     return model
@@ -197,7 +199,7 @@ def _decide(path: str, module: nn.Module, chosen: _Selection) -> Swapped | Skipp
     """What becomes of one module; None where vitfast has nothing to say about its class."""
     kind: type[Any] = type(module)
     if kind in _layers():
-        return _swapped(path, kind, _unfit(kind, module))
+        return _swapped(path, kind, module)
     known = layer_table().get(kind) or gap_table().get(kind)
     if known is None or (known in _by_shape() and isinstance(_unfit(known, module), Unsupported)):
         return _unknown(path, kind)
@@ -209,11 +211,15 @@ def _decide(path: str, module: nn.Module, chosen: _Selection) -> Swapped | Skipp
     why = _unfit(known, module)
     if isinstance(why, Unsupported):
         return Skipped(path, kind.__name__, known.role, str(why))
-    return _swapped(path, known, why)
+    return _swapped(path, known, module)
 
 
-def _swapped(path: str, layer: type[Layer], why: Unfit | None) -> Swapped:
-    note = f"runs timm's forward now: {why}" if why else ""
+def _swapped(path: str, layer: type[Layer], module: nn.Module) -> Swapped:
+    try:
+        plan = _guard.planned(layer.plan, module)
+        note = "; ".join(_guard.called(plan))
+    except Unfit as why:
+        note = f"runs timm's forward now: {why}"
     return Swapped(path, layer.timm_class.__name__, _layers()[layer], layer.role, note)
 
 
