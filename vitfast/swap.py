@@ -24,7 +24,14 @@ from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
 from vitfast.layers import Layer, _memo, _position
-from vitfast.layers._guard import Unfit, Unsupported, planned, tensors
+from vitfast.layers._guard import (
+    Unfit,
+    Unsupported,
+    called,
+    forget_own_forward,
+    planned,
+    tensors,
+)
 from vitfast.ops._weight_cache import CACHE, clear_weight_cache
 from vitfast.runtime import gpu, native
 from vitfast.settings import logger
@@ -174,6 +181,7 @@ def swap(
         why = report.no_kernels or "it holds nothing that could be swapped"
         raise SwapError(f"{report.model} would gain nothing: {why}; nothing was changed")
     for module, layer in todo:
+        forget_own_forward(module)
         module.__class__ = _with_class(type(module), layer)
     logger.info("%s", report)
     return report
@@ -191,6 +199,7 @@ def restore(model: Model) -> Model:
     for module in _unwrapped(model).modules():
         kind: Any = _own_class(module)
         if kind in _layers():
+            forget_own_forward(module)
             module.__class__ = _with_class(type(module), kind.timm_class)
             _memo.forget(module)
     clear_weight_cache()
@@ -256,6 +265,7 @@ def _swapped(path: str, layer: type[Layer], module: nn.Module, fused: set[int]) 
     note = ""
     if not isinstance(plan, Unfit):
         fused.update(id(t) for t in tensors((plan,)))
+        note = "; ".join(called(plan))
     elif any(type(p).__name__ == "DTensor" for p in module.parameters()):
         note = "fused where its sharded weights are gathered for its forward, as by fully_shard"
     else:

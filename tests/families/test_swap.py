@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from timm import layers as timm_layers
+from timm.layers import LayerNormFp32
 from timm.models import vision_transformer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -92,7 +93,7 @@ def test_report_notes_what_falls_back_for_now():
     model.blocks[0].attn.qkv.register_forward_hook(lambda *args: None)
     model.blocks[1].attn.fused_attn = False
     notes = {e.path: e.note for e in swap(model).swapped if e.note}
-    assert notes["blocks.0"] == "runs timm's forward now: qkv has hooks"
+    assert notes["blocks.0"] == "calls attn as timm does: qkv has hooks"
     assert notes["blocks.1.attn"] == "runs timm's forward now: fused_attn is off"
     assert not any(path.startswith("blocks.2") for path in notes)
 
@@ -179,8 +180,8 @@ STRICT = {
     "subclass": (lambda m: m.blocks.insert(1, OwnForward(48, 3)), "blocks.1 (OwnForward)"),
     "plain_subclass": (lambda m: m.blocks.insert(2, PlainSubclass(48, 3)), "is not timm's own"),
     "option": (
-        lambda m: m.blocks.append(vision_transformer.Block(48, 3, act_layer=nn.Hardswish)),
-        "blocks.3 (Block) cannot be swapped: activation Hardswish",
+        lambda m: m.blocks.append(vision_transformer.Block(48, 3, norm_layer=LayerNormFp32)),
+        "blocks.3 (Block) cannot be swapped: norm LayerNormFp32",
     ),
 }
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _as_built, _guard, _norm
-from vitfast.layers._guard import Children, Linear, Unfit, Unsupported
+from vitfast.layers._guard import Called, Children, Linear, Unfit, Unsupported
 from vitfast.layers._norm import Norm
 from vitfast.ops._normed import Normed
 
@@ -22,7 +22,8 @@ from vitfast.ops._normed import Normed
 class Attention(NamedTuple):
     """What an attention module holds.
 
-    qkv: one packed projection [3 A, C], or three [A, C]. q_norm, k_norm: norms over the head dim.
+    qkv: one packed projection [3 A, C], or three [A, C]; they and proj may be `Called` where there
+    are no windows. q_norm, k_norm: norms over the head dim.
     prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: how
     many heads of q share one of k and v (grouped-query attention). head_first: whether a packed
     projection is [heads, 3, D, C] rather than [3, heads, D, C]. table, logit_scale: as
@@ -30,8 +31,8 @@ class Attention(NamedTuple):
     """
 
     heads: int
-    qkv: tuple[Linear, ...]
-    proj: Linear
+    qkv: tuple[Any, ...]  # of Linear or Called, as proj
+    proj: Any
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     norm: Norm | None = None
@@ -71,16 +72,18 @@ PLANS: dict[type[nn.Module], Callable[[nn.Module], Attention]] = {}
 
 
 def child(children: Children, name: str) -> Attention:
-    """What a child holds that must be a known attention module."""
+    """What a child holds that must be a known attention module, all of whose weights are read."""
     module = children[name]
     plan = PLANS.get(type(module))
     if plan is None:
         raise Unsupported(f"attention {type(module).__name__} is not implemented")
     _guard.check_bare(module, name)
-    return plan(module)
+    found = plan(module)
+    _guard.check_read(*found.qkv, found.proj)
+    return found
 
 
-def common(module: Any, qkv: tuple[Linear, ...]) -> Attention:
+def common(module: Any, qkv: tuple[Linear | Called, ...]) -> Attention:
     """The parts that all attention modules have alike."""
     children = module._modules
     if children.get("gate") is not None:
@@ -100,15 +103,22 @@ def common(module: Any, qkv: tuple[Linear, ...]) -> Attention:
     return Attention(
         heads=module.num_heads,
         qkv=qkv,
-        proj=_guard.linear(children, "proj"),
+        proj=_guard.layer(children, "proj"),
         q_norm=q_norm,
         k_norm=k_norm,
         norm=norm,
     )
 
 
-def head_dim(module: nn.Module, heads: int, qkv: tuple[Linear, ...]) -> int:
-    """Channels of a head, by the weights of q alone or of q, k and v together."""
+def head_dim(module: Any, heads: int, qkv: tuple[Linear | Called, ...]) -> int:
+    """Channels of a head, by the weights of q alone or of q, k and v together.
+
+    By the module's own word where these are called.
+    """
+    if isinstance(qkv[0], Called):
+        if not hasattr(module, "head_dim"):  # BEiT's
+            raise Unfit(qkv[0].why)
+        return module.head_dim  # type: ignore[no-any-return]
     rows = qkv[0].weight.shape[0] // (3 if len(qkv) == 1 else 1)
     if heads < 1 or rows % heads:
         raise Unfit(f"{type(module).__name__} has {heads} heads for {rows} channels")
@@ -142,6 +152,8 @@ def check_softmax(children: Children) -> None:
 
 def check_width(plan: Attention) -> Attention:
     """For modules whose forward takes it that heads * head dim is the width of the input."""
+    if isinstance(plan.qkv[0], Called):
+        return plan  # for the reshape of its result to tell
     weight = plan.qkv[0].weight
     if weight.shape[0] != weight.shape[1] * 3 // len(plan.qkv):
         raise Unsupported("its heads together are not as wide as its input")
@@ -154,6 +166,14 @@ def dense_bias(bias: torch.Tensor | None, heads: int) -> dict[str, Any]:
         return {}
     per_head = bias.ndim in (3, 4) and bias.shape[-3] == heads and bias.shape[:-3] in ((), (1,))
     return {"bias" if per_head else "mask": bias}
+
+
+def packed(module: Any) -> Linear | Called:
+    """EVA's and BEiT's qkv. With biases of its own timm reads it, and calls it only without."""
+    bias = packed_bias(module)
+    if bias is None:
+        return _guard.layer(module._modules, "qkv")
+    return _guard.linear(module._modules, "qkv")._replace(bias=bias)
 
 
 def packed_bias(module: Any) -> torch.Tensor | None:
@@ -181,7 +201,7 @@ def attend(
         windows: where attention is within windows; then without the other terms.
         normed: how x came from the residual stream, which then is all that is saved.
     """
-    qkv = split_heads([ops.linear_act(x, *w, normed=normed) for w in plan.qkv], plan)
+    qkv = split_heads([project(x, layer, normed) for layer in plan.qkv], plan)
     if windows is None:
         out = ops.attention(
             *qkv, mask=mask, bias=bias, is_causal=is_causal, **prologue(plan, rope)
@@ -194,7 +214,14 @@ def attend(
         ).flatten(3).flatten(1, 2)  # fmt: skip
     if plan.norm is not None:
         out = _norm.apply(out, plan.norm)
-    return ops.linear_act(out, *plan.proj)
+    return project(out, plan.proj)
+
+
+def project(x: torch.Tensor, layer: Linear | Called, normed: Normed | None = None) -> torch.Tensor:
+    """A linear layer on x [..., C], `normed` as in `attend`."""
+    if isinstance(layer, Called):
+        return layer.module(x)  # type: ignore[no-any-return]
+    return ops.linear_act(x, *layer, normed=normed)
 
 
 def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:

@@ -12,6 +12,8 @@ the norms come last (res-post-norm):
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +21,8 @@ from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _attention, _guard, _inference, _mlp, _norm, layer_scale
-from vitfast.layers._attention import Attention, Windows
-from vitfast.layers._guard import Children, DropRate, Unfit
+from vitfast.layers._attention import Attention
+from vitfast.layers._guard import Called, Children, DropRate
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
 from vitfast.ops._normed import Normed
@@ -28,36 +30,44 @@ from vitfast.runtime.library import autocast_dtype
 
 
 class Block(NamedTuple):
-    """What a block holds. gamma: LayerScale [C] or None; None where the norms come last."""
+    """What a block holds. gamma: LayerScale [C] or None; None where the norms come last.
+
+    A half that cannot be read is called as timm would call it: `attn` or `mlp` says why, and the
+    rest of the half is None.
+    """
 
     norm1: Norm
-    attn: Attention
+    attn: Any  # Attention or Called
     gamma1: torch.Tensor | None
     drop1: DropRate | None
     norm2: Norm
-    mlp: Mlp
+    mlp: Any  # Mlp or Called
     gamma2: torch.Tensor | None
     drop2: DropRate | None
     norms_last: bool = False
 
+    @property
+    def attn_is_called(self) -> bool:
+        return type(self.attn) is Called
+
+
+Maps = tuple[tuple[int, int] | None, tuple[int, int] | None]
+"""By half: rows and columns of the map that timm's forward computes it on; None: on tokens."""
+
 
 def with_layer_scale(module: nn.Module) -> Block:
     """A block whose LayerScale are modules `ls1` and `ls2` (ViT, RelPos)."""
-    children = module._modules
-    return _plan(children, layer_scale.child(children, "ls1"), layer_scale.child(children, "ls2"))
+    return _plan(module, lambda i: layer_scale.child(module._modules, f"ls{i}"))
 
 
 def with_gammas(module: nn.Module) -> Block:
-    """A block whose LayerScale are parameters `gamma_1` and `gamma_2` (EVA, BEiT)."""
-    gammas = tuple(_guard.optional_parameter(module, f"gamma_{i}") for i in (1, 2))
-    if (gammas[0] is None) != (gammas[1] is None):
-        raise Unfit("it has one of gamma_1 and gamma_2")
-    return _plan(module._modules, *gammas)
+    """A block whose LayerScale are parameters `gamma_1` and `gamma_2`, one or both (EVA, BEiT)."""
+    return _plan(module, lambda i: _guard.optional_parameter(module, f"gamma_{i}"))
 
 
 def without_layer_scale(module: nn.Module) -> Block:
     """A block without LayerScale (Swin)."""
-    return _plan(module._modules, None, None)
+    return _plan(module, lambda i: None)
 
 
 def with_norms_last(module: nn.Module) -> Block:
@@ -65,58 +75,131 @@ def with_norms_last(module: nn.Module) -> Block:
     return without_layer_scale(module)._replace(norms_last=True)
 
 
-def _plan(children: Children, gamma1: torch.Tensor | None, gamma2: torch.Tensor | None) -> Block:
-    block = Block(
-        norm1=_norm.child(children, "norm1"),
-        gamma1=gamma1,
-        drop1=_guard.drop_path(children, "drop_path1"),
-        norm2=_norm.child(children, "norm2"),
-        mlp=_mlp.child(children, "mlp"),
-        gamma2=gamma2,
-        drop2=_guard.drop_path(children, "drop_path2"),
-        # Last, since it may compute position biases, with a dropout of their own.
-        attn=_attention.child(children, "attn"),
+def _plan(module: nn.Module, gamma: Callable[[int], torch.Tensor | None]) -> Block:
+    """Both halves, as far as they can be read.
+
+    Raises:
+        Unfit: neither can.
+    """
+    children = module._modules
+
+    def half(i: int, read: Callable[[Children], tuple[Any, int]]) -> tuple:
+        norm, scale = _norm.child(children, f"norm{i}"), gamma(i)
+        drop = _guard.drop_path(children, f"drop_path{i}")
+        inner, width = read(children)
+        norm.check_width(width)
+        return norm, inner, scale, drop
+
+    # Attention last, since it may compute position biases, with a dropout of their own.
+    reads = partial(half, 2, _mlp_and_width), partial(half, 1, _attention_and_width)
+    second, first = (
+        (None, found, None, None) if type(found) is Called else found
+        for found in _guard.parts(*reads)
     )
-    width = block.attn.proj.weight.shape[0]  # of the stream, which the residual adds
-    block.norm1.check_width(width)
-    block.norm2.check_width(width)
-    return block
+    return Block(*first, *second)
 
 
-def run(x: torch.Tensor, block: Block, **attention: Any) -> torch.Tensor:
-    """The block on x [B, N, C]; keywords as for `_attention.attend`."""
+def _attention_and_width(children: Children) -> tuple[Attention, int]:
+    found = _attention.child(children, "attn")
+    return found, found.proj.weight.shape[0]
+
+
+def _mlp_and_width(children: Children) -> tuple[Mlp, int]:
+    found = _mlp.child(children, "mlp")
+    return found, found.fc2.weight.shape[0]
+
+
+def run(
+    x: torch.Tensor,
+    block: Block,
+    module: nn.Module,
+    attend: Callable[[torch.Tensor], torch.Tensor],
+    maps: Maps = (None, None),
+    **attention: Any,
+) -> torch.Tensor:
+    """The block on x [B, N, C]; keywords as for `_attention.attend`.
+
+    Args:
+        module, attend, maps: whose children are called where a half is not read; its attention
+            with what timm passes to it; on what timm computes.
+    """
+    if type(block.attn) is Called:
+        x = _call_half(x, module, 1, attend, block.norms_last, maps[0])
+        return run_mlp(x, block, module, maps[1])
+    if type(block.mlp) is Called:
+        return run_mlp(attention_half(x, block, **attention), block, module, maps[1])
     out = None
     if not _needs_ops(x, block, attention):
         out = _inference.block(x, block, **attention)
     return _differentiable(x, block, attention) if out is None else out
 
 
-def attention_half(x: torch.Tensor, block: Block, windows: Windows) -> torch.Tensor:
-    """x + drop_path1(gamma1 * attn(norm1(x))) alone, on a map x [B, N, C]; norms first."""
-    out = None
-    if not _needs_ops(x, block, {}):
-        out = _inference.attention_half(x, block, windows)
-    if out is not None:
-        return out
-    branch = _attention.attend(
-        _norm.apply(x, block.norm1, operand_dtype(x)),
-        block.attn,
-        normed=_normed(x, block.norm1),
-        windows=windows,
-    )
-    return add(x, branch, block.gamma1, block.drop1)
+def _call_half(
+    x: torch.Tensor,
+    module: Any,
+    number: int,
+    inner: Callable[[torch.Tensor], torch.Tensor],
+    norms_last: bool,
+    size: tuple[int, int] | None,
+) -> torch.Tensor:
+    """The first or second half of the block as timm's forward computes it, on x [B, N, C]."""
+    if size is not None:
+        x = x.unflatten(1, size)
+    children = module._modules
+    norm, scale = children[f"norm{number}"], children.get(f"ls{number}")
+    branch = norm(inner(x)) if norms_last else inner(norm(x))
+    gamma = getattr(module, f"gamma_{number}", None)
+    if scale is not None:
+        branch = scale(branch)
+    elif gamma is not None:
+        branch = gamma * branch
+    x = x + children[f"drop_path{number}"](branch)
+    return x if size is None else x.flatten(1, 2)
 
 
-def mlp_half(x: torch.Tensor, block: Block) -> torch.Tensor:
-    """x + drop_path2(gamma2 * mlp(norm2(x))) alone, on x [B, N, C]; norms first."""
+def run_mlp(
+    x: torch.Tensor, block: Block, module: nn.Module, size: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """The second half of the block on x [B, N, C], read or called. size: of the map in timm."""
+    # What was called before may have given a tensor of any class.
+    if type(block.mlp) is Called or type(x) not in _guard.PLAIN:
+        mlp = module._modules["mlp"]
+        return _call_half(x, module, 2, mlp, block.norms_last, size)  # type: ignore[arg-type]
     out = None
     if not _needs_ops(x, block, {}):
-        out = _inference.mlp_half(x, block)
+        out = _inference.block(x, block, half="mlp")
     if out is not None:
         return out
+    if block.norms_last:
+        return _add_normed(x, _mlp.apply(x, block.mlp), block.norm2, block.drop2)
     normed = _norm.apply(x, block.norm2, operand_dtype(x))
     branch = _mlp.apply(normed, block.mlp, _normed(x, block.norm2))
     return add(x, branch, block.gamma2, block.drop2)
+
+
+def attention_half(x: torch.Tensor, block: Block, **attention: Any) -> torch.Tensor:
+    """The first half of the block alone, as `run`."""
+    out = None
+    if not _needs_ops(x, block, attention):
+        out = _inference.block(x, block, half="attention", **attention)
+    if out is not None:
+        return out
+    branch = _attend(x, block, attention)
+    if block.norms_last:
+        return _add_normed(x, branch, block.norm1, block.drop1)
+    return add(x, branch, block.gamma1, block.drop1)
+
+
+def _attend(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
+    """attn(norm1(x)), or attn(x) where the norms come last."""
+    if block.norms_last:
+        return _attention.attend(x, block.attn, **attention)
+    return _attention.attend(
+        _norm.apply(x, block.norm1, operand_dtype(x)),
+        block.attn,
+        normed=_normed(x, block.norm1),
+        **attention,
+    )
 
 
 def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool:
@@ -137,17 +220,10 @@ def records(x: torch.Tensor, plan: Any) -> bool:
 
 def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
-    operand = operand_dtype(x)
+    branch = _attend(x, block, attention)
     if block.norms_last:
-        branch = _attention.attend(x, block.attn, **attention)
         x = _add_normed(x, branch, block.norm1, block.drop1)
         return _add_normed(x, _mlp.apply(x, block.mlp), block.norm2, block.drop2)
-    branch = _attention.attend(
-        _norm.apply(x, block.norm1, operand),
-        block.attn,
-        normed=_normed(x, block.norm1),
-        **attention,
-    )
     x, normed = ops.add_norm(
         x,
         branch,
@@ -157,7 +233,7 @@ def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) ->
         gamma=block.gamma1,
         drop_scale=drop_scale(branch, block.gamma1, block.drop1),
         norm=block.norm2.kind,
-        out_dtype=operand,
+        out_dtype=operand_dtype(x),
     )
     branch = _mlp.apply(normed, block.mlp, _normed(x, block.norm2))
     return add(x, branch, block.gamma2, block.drop2)

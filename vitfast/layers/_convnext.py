@@ -6,15 +6,14 @@ x + drop_path(gamma * fc2(grn(act(fc1(norm(conv(x)))))))
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _block, _guard, _inference_branch, _inference_maps, _mlp
-from vitfast.layers._guard import Children, DropRate, Linear, Unsupported
-from vitfast.layers._mlp import Mlp
+from vitfast.layers._guard import Called, Children, DropRate, Linear, Unfit, Unsupported
 from vitfast.layers._norm import Norm
 from vitfast.runtime.library import autocast_dtype
 
@@ -22,21 +21,40 @@ from vitfast.runtime.library import autocast_dtype
 class ConvNeXt(NamedTuple):
     """What a block holds. conv: weight [C, 1, k, k'] and bias [C]; gamma [C] or None.
 
-    norm: a function of [B, H, W, C] where vitfast has no such norm.
+    norm: a function of [B, H, W, C] where vitfast has no such norm. mlp: `Called` where it, gamma
+    or drop cannot be read, and all of these are called as timm would call them.
     """
 
     conv: Linear
     norm: Norm | Callable[[torch.Tensor], torch.Tensor]
-    mlp: Mlp
+    mlp: Any  # Mlp or Called
     gamma: torch.Tensor | None
     drop: DropRate | None
+
+
+Tail = tuple[Any, torch.Tensor | None, DropRate | None]
+"""mlp, gamma and drop of a block."""
+
+
+def tail(read: Callable[[], Tail]) -> Tail:
+    """What `read` reads, or that it is to be called.
+
+    Raises:
+        Unsupported: it never can be read.
+    """
+    try:
+        return read()
+    except Unsupported:
+        raise
+    except Unfit as reason:
+        return Called(str(reason)), None, None
 
 
 def depthwise(children: Children, name: str) -> Linear:
     """The weights of a child that must be a depthwise convolution to the same size."""
     module = children[name]
     if type(module) is not nn.Conv2d:
-        raise _guard.Unfit(f"{name} is a {type(module).__name__}, not torch.nn.Conv2d")
+        raise Unfit(f"{name} is a {type(module).__name__}, not torch.nn.Conv2d")
     _guard.check_bare(module, name)
     kernel = module.kernel_size
     if not (
@@ -50,9 +68,15 @@ def depthwise(children: Children, name: str) -> Linear:
     return Linear(_guard.tensor(module, "weight"), _guard.tensor(module, "bias"))
 
 
-def run(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
-    """The block on x [B, C, H, W] of any strides; the result is channels-last."""
+def run(x: torch.Tensor, block: ConvNeXt, module: Any, over_nchw: bool = False) -> torch.Tensor:
+    """The block on x [B, C, H, W] of any strides; the result is channels-last.
+
+    Args:
+        module, over_nchw: whose children are called where they are not read; as what they take it.
+    """
     rows = x.permute(0, 2, 3, 1)
+    if type(block.mlp) is Called:
+        return _call_tail(x, _normed(rows, block), module, over_nchw)
     out = None
     fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
     if fits and not _block.records(rows, block):
@@ -78,11 +102,29 @@ def _differentiable(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     return _block.add(x, _branch(x, block), block.gamma, block.drop)
 
 
+def _call_tail(x: torch.Tensor, y: torch.Tensor, module: Any, over_nchw: bool) -> torch.Tensor:
+    """What timm's forward makes of x [B, C, H, W] and norm(conv(x)) [B, H, W, C]."""
+    children = module._modules
+    y = children["mlp"](y.permute(0, 3, 1, 2) if over_nchw else y)
+    if "ls" in children:
+        y = children["ls"](y)
+    y = y if over_nchw else y.permute(0, 3, 1, 2)
+    gamma = getattr(module, "gamma", None)
+    if gamma is not None:
+        y = y.mul(gamma.reshape(1, -1, 1, 1))
+    return children["drop_path"](y) + x  # type: ignore[no-any-return]
+
+
 def _branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
+    return _mlp.apply(_normed(x, block), block.mlp)
+
+
+def _normed(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
+    """norm(conv(x)), by the differentiable ops."""
     norm = block.norm
     if isinstance(norm, Norm):
         double = torch.float64 in (x.dtype, block.conv.weight.dtype)
-        normed = ops.dwconv_norm(
+        return ops.dwconv_norm(
             x,
             *block.conv,
             norm.weight,
@@ -91,6 +133,4 @@ def _branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
             norm=norm.kind,
             out_dtype=None if double else autocast_dtype(x.device),
         )
-    else:
-        normed = norm(ops.dwconv_norm(x, *block.conv, norm=None))
-    return _mlp.apply(normed, block.mlp)
+    return norm(ops.dwconv_norm(x, *block.conv, norm=None))

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vitfast.layers._block import Block
     from vitfast.layers._convnext import ConvNeXt
     from vitfast.layers._guard import Linear
+    from vitfast.layers._mlp import Mlp
+    from vitfast.layers._norm import Norm
     from vitfast.layers._tail import Tail
 
 MOST_HEAD_DIM = 256
@@ -25,11 +27,14 @@ MOST_HEAD_DIM = 256
 _DTYPES = frozenset(norm_op.DTYPES)
 
 
-def stream_dtype(x: torch.Tensor, plan: Block, operand: torch.dtype) -> torch.dtype | None:
+def stream_dtype(
+    x: torch.Tensor, plan: Block, operand: torch.dtype, half: str
+) -> torch.dtype | None:
     """The dtype of x + gamma * branch; None where LayerScale changes it on the way."""
+    gammas = {"attention": (plan.gamma1,), "mlp": (plan.gamma2,)}
     dtypes = {
         torch.promote_types(x.dtype, operand if gamma is None else gamma.dtype)
-        for gamma in (plan.gamma1, plan.gamma2)
+        for gamma in gammas.get(half, (plan.gamma1, plan.gamma2))
     }
     return dtypes.pop() if len(dtypes) == 1 else None
 
@@ -45,44 +50,60 @@ def block(
     plan: Block,
     lower: torch.dtype | None,
     windows: Windows | None,
+    half: str,
 ) -> bool:
-    """Whether dtypes, devices and sizes are those the kernels take unchecked."""
+    """Whether dtypes, devices and sizes are those the kernels take unchecked. half: as `_Steps`."""
     if x.ndim != 3 or not on_cpu(x, lower):
         return False
-    attn, mlp = plan.attn, plan.mlp
     channels = x.shape[2]
-    width, hidden = attn.proj.weight.shape[-1], mlp.fc2.weight.shape[-1]
-    dim, shared = width // attn.heads, width // attn.kv_groups
-    sizes = (width, shared, shared) if len(attn.qkv) == 3 else (3 * width,)
-    linears = [
-        (attn.proj, channels, width),
-        (mlp.fc1, 2 * hidden if mlp.packed else hidden, channels),
-        (mlp.fc2, channels, hidden),
-        *((linear, size, channels) for linear, size in zip(attn.qkv, sizes, strict=True)),
-    ]
-    if mlp.gate is not None:
-        linears.append((mlp.gate, hidden, channels))
     # Without autocast timm wants one dtype, and it is for the ops to complain.
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
-    if not all(linear(*one, dtypes) for one in linears):
-        return False
-    for norm, size in (
-        (plan.norm1, channels),
-        (plan.norm2, channels),
-        (attn.norm, width),
-        (mlp.norm, hidden),
-        (attn.q_norm, dim),
-        (attn.k_norm, dim),
-    ):
-        if norm is not None and not (vector(norm.weight, size) and vector(norm.bias, size)):
+    if half != "mlp":
+        first = _attention(plan.attn, channels, dtypes, windows)
+        if not (first and _residual(plan.norm1, plan.gamma1, channels)):
             return False
+    if half == "attention":
+        return True
+    return _mlp(plan.mlp, channels, dtypes) and _residual(plan.norm2, plan.gamma2, channels)
+
+
+def _attention(
+    attn: Attention,
+    channels: int,
+    dtypes: Collection[torch.dtype],
+    windows: Windows | None,
+) -> bool:
+    width = attn.proj.weight.shape[-1]
+    dim, shared = width // attn.heads, width // attn.kv_groups
+    sizes = (width, shared, shared) if len(attn.qkv) == 3 else (3 * width,)
     return (
-        dim * attn.heads == width
+        linear(attn.proj, channels, width, dtypes)
+        and all(linear(*one, channels, dtypes) for one in zip(attn.qkv, sizes, strict=True))
+        and _norm(attn.norm, width)
+        and _norm(attn.q_norm, dim)
+        and _norm(attn.k_norm, dim)
+        and dim * attn.heads == width
         and dim <= MOST_HEAD_DIM
         and (windows is None or _windows(windows, attn))
-        and vector(plan.gamma1, channels)
-        and vector(plan.gamma2, channels)
     )
+
+
+def _mlp(mlp: Mlp, channels: int, dtypes: Collection[torch.dtype]) -> bool:
+    hidden = mlp.fc2.weight.shape[-1]
+    return (
+        linear(mlp.fc1, 2 * hidden if mlp.packed else hidden, channels, dtypes)
+        and linear(mlp.fc2, channels, hidden, dtypes)
+        and (mlp.gate is None or linear(mlp.gate, hidden, channels, dtypes))
+        and _norm(mlp.norm, hidden)
+    )
+
+
+def _residual(norm: Norm, gamma: torch.Tensor | None, channels: int) -> bool:
+    return _norm(norm, channels) and vector(gamma, channels)
+
+
+def _norm(norm: Norm | None, size: int) -> bool:
+    return norm is None or (vector(norm.weight, size) and vector(norm.bias, size))
 
 
 def terms(

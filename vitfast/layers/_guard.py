@@ -3,9 +3,11 @@
 A fused forward reads `child.weight` instead of calling the child, so it is right only while the
 child is exactly what it seems: timm's or torch's own class, no hook on it, no replaced forward, and
 plain tensors for weights. Anything else (LoRA, a quantised linear, pruning, a parametrization, a
-DTensor, a user's hook) makes the layer run timm's forward for that call. All of this can change
-between two calls: the check runs on every call, at about 0.3 us a child, or `_memo` sees that
-nothing has changed since it last did.
+DTensor, a user's hook) is `Called` as timm calls it: a linear layer alone, where timm's forward
+calls it and the rest can do with its result; otherwise the half of the block that it lies in. What
+neither helps makes the layer run timm's forward for that call. All of this can change between two
+calls: the check runs on every call, at about 0.3 us a child, or `_memo` sees that nothing has
+changed since it last did.
 """
 
 from __future__ import annotations
@@ -40,6 +42,17 @@ class Linear(NamedTuple):
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+class Called(NamedTuple):
+    """In a plan's place for something that is called as timm calls it instead of read; why.
+
+    module: what to call. None in the plan of a block, which outlives its call and must not keep a
+    child alive that may hold the block itself.
+    """
+
+    why: str
+    module: Any = None
 
 
 class DropRate(NamedTuple):
@@ -100,7 +113,8 @@ def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:
     """
     state = module.__dict__
     for name in methods(type(module)):
-        if name in state and name != "forward":  # a replaced forward is what called this one
+        # A replaced forward is what called this one.
+        if name in state and name != "forward" and not is_own_method(module, name):
             raise Unfit(f"its {name} is replaced")
     _check_original(module)
     return plan(module)
@@ -135,6 +149,26 @@ def methods(kind: type[nn.Module]) -> tuple[str, ...]:
     return found
 
 
+def is_own_method(module: nn.Module, name: str) -> bool:
+    """Whether a method in the instance's dictionary is but that of its class.
+
+    accelerate leaves such a forward where its hook was removed. A drop-in computes what the class
+    does that it stands in for, whose forward the instance may still hold.
+    """
+    found = module.__dict__[name]
+    function = getattr(found, "__func__", None)
+    if function is None or found.__self__ is not module:
+        return False
+    kinds = (type(module), getattr(type(module), "timm_class", None))
+    return any(function is getattr(kind, name, None) for kind in kinds)
+
+
+def forget_own_forward(module: nn.Module) -> None:
+    """Take off a forward that would hide that of the class which the module is about to get."""
+    if "forward" in module.__dict__ and is_own_method(module, "forward"):
+        del module.__dict__["forward"]
+
+
 def check_bare(module: nn.Module, name: str) -> None:
     """No hooks, no forward or other method put on the instance (as accelerate does) or class."""
     state = module.__dict__
@@ -146,7 +180,7 @@ def check_bare(module: nn.Module, name: str) -> None:
     ):
         raise Unfit(f"{name} has hooks")
     for method in methods(type(module)):
-        if method in state:
+        if method in state and not is_own_method(module, method):
             raise Unfit(f"{name} has a replaced {method}")
     _check_original(module)
 
@@ -193,6 +227,67 @@ def linear(children: Children, name: str, *, pointwise: bool = False) -> Linear:
         raise Unsupported(f"{name} is no linear layer over channels")
     check_bare(module, name)
     return Linear(tensor(module, "weight"), tensor(module, "bias"))
+
+
+def layer(children: Children, name: str) -> Linear | Called:
+    """As `linear`, of a child that timm's forward calls: any other kind of it can be called, too.
+
+    Not where what it holds are tensors of another class, of which its result may be another.
+    """
+    try:
+        return linear(children, name)
+    except Unfit as reason:
+        module = children[name]
+        if module is None or not _holds_plain(module):
+            raise
+        return Called(str(reason), module)
+
+
+def _holds_plain(module: nn.Module) -> bool:
+    """Whether all parameters in a module and below it are ordinary tensors."""
+    return all(type(p) in PLAIN for p in module._parameters.values() if p is not None) and all(
+        _holds_plain(child) for child in module._modules.values() if child is not None
+    )
+
+
+def parts(*reads: Callable[[], Any]) -> list[Any]:
+    """What each of some functions reads of a block; a `Called` for one that cannot.
+
+    Raises:
+        Unfit: none can; Unsupported if none ever will.
+    """
+    found: list[Any] = []
+    reasons: list[tuple[type[Unfit], str]] = []
+    for read in reads:
+        try:
+            found.append(read())
+        except Unfit as reason:
+            reasons.append((type(reason), str(reason)))
+            found.append(Called(str(reason)))
+    if len(reasons) == len(reads):
+        kind, why = min(reasons, key=lambda r: r[0] is Unsupported)
+        raise kind(why)
+    return found
+
+
+def called(plan: Any) -> Iterator[str]:
+    """What a plan calls instead of reading it, and why: "calls attn: qkv has hooks"."""
+    for name in getattr(plan, "_fields", ()):
+        value = getattr(plan, name)
+        for one in value if name == "qkv" else (value,):
+            if isinstance(one, Called):
+                yield f"calls {name if one.module is None else 'a child'} as timm does: {one.why}"
+
+
+def check_read(*layers: Linear | Called | None) -> None:
+    """That linear layers are read, for what cannot call one.
+
+    Raises:
+        Unfit: one of them has to be called.
+    """
+    for one in layers:
+        if isinstance(one, Called):
+            raise Unfit(one.why)
 
 
 def check_no_dropout(children: Children, name: str, training: bool | None = None) -> None:

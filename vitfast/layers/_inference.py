@@ -34,21 +34,27 @@ def block(
     rope: torch.Tensor | None = None,
     is_causal: bool = False,
     windows: Windows | None = None,
+    half: str = "",
 ) -> torch.Tensor | None:
     """The block on x [B, N, C], or None where it takes the public ops to compute or to complain.
 
     The result has the dtype that the residual stream has in timm.
+
+    Args:
+        half: "attention" or "mlp" for that half alone; the other need not have been read.
     """
     rows = _rows.count(x)
+    if half == "mlp":
+        return _memo.call(_mlp_half, _steps, rows, x, plan, None, half)
     if windows is not None:
-        return _memo.call(_windowed, _steps, rows, x, plan, windows, True)
+        return _memo.call(_windowed, _steps, rows, x, plan, windows, half)
     if mask is None and bias is None:
         run = _causal if is_causal else _whole
         besides = () if rope is None else (rope,)
         if rope is None or (x.ndim == 3 and _fits.terms(x, plan, mask, bias, rope)):
-            return _memo.call(run, _steps, rows, x, plan, windows, True, besides=besides)
+            return _memo.call(run, _steps, rows, x, plan, None, half, besides=besides)
         return None
-    steps = _memo.recall(_steps, rows, x, plan, windows, True)
+    steps = _memo.recall(_steps, rows, x, plan, None, half)
     if steps is None or not _fits.terms(x, plan, mask, bias, rope):
         return None
     return _whole(steps, x, rope, mask, bias, is_causal)
@@ -82,13 +88,13 @@ def _steps(
     plan: Block,
     lower: torch.dtype | None,
     windows: Windows | None,
-    whole: bool,
+    half: str,
 ) -> _Steps | None:
     operand = lower or x.dtype
-    stream = _fits.stream_dtype(x, plan, operand)
-    if stream is None or not _fits.block(x, plan, lower, windows):
+    stream = _fits.stream_dtype(x, plan, operand, half)
+    if stream is None or not _fits.block(x, plan, lower, windows, half):
         return None
-    return _Steps(plan, _rows.count(x), operand, stream, windows, whole)
+    return _Steps(plan, _rows.count(x), operand, stream, windows, half)
 
 
 def _attend(
@@ -176,16 +182,6 @@ def _windowed(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def attention_half(x: torch.Tensor, plan: Block, windows: Windows) -> torch.Tensor | None:
-    """x + gamma1 * attn(norm1(x)) alone, as `block`."""
-    return _memo.call(_windowed, _steps, _rows.count(x), x, plan, windows, False)
-
-
-def mlp_half(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
-    """x + gamma2 * mlp(norm2(x)) alone, as `block`."""
-    return _memo.call(_mlp_half, _steps, _rows.count(x), x, plan, None, True)
-
-
 def _mlp_half(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     rows = x.reshape(-1, x.shape[-1])
     out = native.empty(rows.shape, steps.stream)
@@ -204,7 +200,7 @@ def _terms(attn: Attention, windows: Windows) -> window_op.Terms:
 class _Steps:
     """The steps of a block that work row by row, ready to run on any of `rows` rows.
 
-    whole: else `finish` stops at the first residual add.
+    half: "attention" or "mlp", if it is only that one, else "".
     """
 
     def __init__(
@@ -214,14 +210,16 @@ class _Steps:
         operand: torch.dtype,
         stream: torch.dtype,
         windows: Windows | None,
-        whole: bool,
+        half: str,
     ) -> None:
         attn = plan.attn
-        self.plan, self.windows, self.whole = plan, windows, whole
+        self.plan, self.windows, self.half = plan, windows, half
         self.operand, self.stream = operand, stream
-        self._qkv = [_rows.linear(linear, rows, operand) for linear in attn.qkv]
-        self._proj = _rows.linear(attn.proj, rows, operand)
-        self._mlp = _rows.mlp(plan.mlp, rows, operand)
+        if half != "mlp":
+            self._qkv = [_rows.linear(linear, rows, operand) for linear in attn.qkv]
+            self._proj = _rows.linear(attn.proj, rows, operand)
+        if half != "attention":
+            self._mlp = _rows.mlp(plan.mlp, rows, operand)
         if windows is not None:
             self.terms = _terms(attn, windows)
 
@@ -244,7 +242,7 @@ class _Steps:
         return x.to(self.operand)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
-        """Everything after the attention, into `out` [rows, C]."""
+        """Everything after the attention, as far as it goes, into `out` [rows, C]."""
         norm = self.plan.attn.norm
         finish = self._norm_last if self.plan.norms_last else self._norm_first
         for before, part, after in _rows.in_chunks(x, attended, out):
@@ -254,7 +252,7 @@ class _Steps:
 
     def _norm_first(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
         plan = self.plan
-        if not self.whole:
+        if self.half:
             self._proj.add_to(x, plan.gamma1, attended, out)
             return
         part = norm_op.forward(
@@ -271,7 +269,11 @@ class _Steps:
         self._mlp.add_to(out, plan.gamma2, self._hidden(part), out)
 
     def mlp_half(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        """x + gamma2 * mlp(norm2(x)) into `out`."""
+        """x + gamma2 * mlp(norm2(x)), or x + norm2(mlp(x)), into `out`."""
+        if self.plan.norms_last:
+            branch = self._mlp(self._hidden(x.to(self.operand)))
+            _rows.add_normed(x, branch, self.plan.norm2, out)
+            return
         part = self._normed(x, self.plan.norm2)
         self._mlp.add_to(x, self.plan.gamma2, self._hidden(part), out)
 
@@ -280,8 +282,8 @@ class _Steps:
 
     def _norm_last(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
         _rows.add_normed(x, self._proj(attended), self.plan.norm1, out)
-        branch = self._mlp(self._hidden(out.to(self.operand)))
-        _rows.add_normed(out, branch, self.plan.norm2, out)
+        if not self.half:
+            self.mlp_half(out, out)
 
     def _hidden(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         hidden, norm = self._mlp.hidden(x), self.plan.mlp.norm

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _guard, _norm
-from vitfast.layers._guard import Children, Linear, Unsupported
+from vitfast.layers._attention import project
+from vitfast.layers._guard import Called, Children, Unfit, Unsupported
 from vitfast.layers._norm import Grn, Norm
 from vitfast.ops._normed import Normed
 
@@ -21,15 +23,18 @@ class Mlp(NamedTuple):
     act(fc1(x)); gate None
     act(gate(x)) * fc1(x); two projections (SwiGLU)
     act(first half) * second half of fc1(x), or the halves the other way round (GluMlp)
+
+    fc1, gate, fc2: Linear, or Called where the module's own forward asked.
     """
 
-    fc1: Linear
+    fc1: Any
     act: str
-    fc2: Linear
+    fc2: Any
     norm: Norm | None
-    gate: Linear | None = None
+    gate: Any = None
     packed: str | None = None  # which half of a packed fc1 goes through act: "first" or "last"
     grn: Grn | None = None  # instead of the norm
+    act_module: nn.Module | None = None  # where a projection before it is called
 
 
 PLANS: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
@@ -39,13 +44,23 @@ POINTWISE: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
 
 
 def child(children: Children, name: str) -> Mlp:
-    """What a child holds that must be a known MLP."""
+    """What a child holds that must be a known MLP, all of whose weights are read."""
     module = children[name]
     plan = PLANS.get(type(module))
     if plan is None:
         raise Unsupported(f"MLP {type(module).__name__} is not implemented")
     _guard.check_bare(module, name)
-    return plan(module)
+    return read(plan(module))
+
+
+def read(plan: Mlp) -> Mlp:
+    """The plan, all of whose weights are read.
+
+    Raises:
+        Unfit: one of its linear layers has to be called.
+    """
+    _guard.check_read(plan.fc1, plan.gate, plan.fc2)
+    return plan
 
 
 def pointwise(children: Children, name: str) -> Mlp:
@@ -53,7 +68,7 @@ def pointwise(children: Children, name: str) -> Mlp:
     module = children[name]
     plan = POINTWISE.get(type(module))
     if plan is None:
-        raise Unsupported(f"MLP {type(module).__name__} is not implemented")
+        raise Unfit(f"{name} is a {type(module).__name__}, no MLP that vitfast knows")
     _guard.check_bare(module, name)
     return plan(module)
 
@@ -71,14 +86,23 @@ def common(module: nn.Module, fc1: str, *, pointwise: bool = False, act: str | N
     act = act or _guard.activation(children, "act")
     _guard.check_no_dropout(children, "drop1")
     _guard.check_no_dropout(children, "drop2")
+    # A convolution is called on NCHW, which is not what there is.
+    layer = partial(_guard.linear, pointwise=True) if pointwise else _guard.layer
     plan = Mlp(
-        fc1=_guard.linear(children, fc1, pointwise=pointwise),
+        fc1=layer(children, fc1),
         act=act,
-        fc2=_guard.linear(children, "fc2", pointwise=pointwise),
+        fc2=layer(children, "fc2"),
         norm=_norm.optional_child(children, "norm"),
     )
-    if plan.norm is not None:
+    if plan.norm is not None and not isinstance(plan.fc2, Called):
         plan.norm.check_width(plan.fc2.weight.shape[1])
+    return with_act(plan, module)
+
+
+def with_act(plan: Mlp, module: nn.Module) -> Mlp:
+    """The plan with the activation to call, where a projection before it is called."""
+    if isinstance(plan.fc1, Called) or isinstance(plan.gate, Called):
+        return plan._replace(act_module=module._modules["act"])
     return plan
 
 
@@ -88,19 +112,35 @@ def apply(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch.Ten
     Args:
         normed: how x came from the residual stream, which then is all that is saved.
     """
-    if plan.norm is None and plan.gate is None:
+    called = plan.act_module is not None or isinstance(plan.fc2, Called)
+    if plan.norm is None and plan.gate is None and not called:
         return ops.mlp(
             x, *plan.fc1, *plan.fc2, plan.act, gate=plan.packed, normed=normed, grn=plan.grn
         )
-    gate_weight, gate_bias = plan.gate or (None, None)
-    hidden = ops.linear_act(
-        x,
-        *plan.fc1,
-        plan.act,
-        gate=plan.packed,
-        gate_weight=gate_weight,
-        gate_bias=gate_bias,
-    )
+    hidden = _hidden(x, plan)
     if plan.norm is not None:
         hidden = _norm.apply(hidden, plan.norm)
-    return ops.linear_act(hidden, *plan.fc2)
+    return project(hidden, plan.fc2)
+
+
+def _hidden(x: torch.Tensor, plan: Mlp) -> torch.Tensor:
+    act = plan.act_module
+    if act is None:
+        gate_weight, gate_bias = plan.gate or (None, None)
+        return ops.linear_act(
+            x,
+            *plan.fc1,
+            plan.act,
+            gate=plan.packed,
+            gate_weight=gate_weight,
+            gate_bias=gate_bias,
+        )
+    if plan.gate is not None:
+        gate, value = project(x, plan.gate), project(x, plan.fc1)
+    elif plan.packed is None:
+        return act(project(x, plan.fc1))  # type: ignore[no-any-return]
+    else:
+        gate, value = project(x, plan.fc1).chunk(2, -1)
+        if plan.packed == "last":
+            gate, value = value, gate
+    return act(gate) * value  # type: ignore[no-any-return]

@@ -159,7 +159,7 @@ def _parts(mlp: nn.Module) -> tuple[str, tuple[Linear, ...]]:
     plan = _mlp.PLANS.get(type(mlp))
     if plan is None:
         raise Unfit("it is no MLP")
-    found = plan(mlp)
+    found = _mlp.read(plan(mlp))
     if found.norm is not None or found.gate is not None or found.packed is not None:
         raise Unfit("it has a norm or a gate")
     return found.act, (found.fc1, found.fc2)

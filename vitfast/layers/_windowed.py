@@ -56,8 +56,13 @@ def _told(module: Any) -> tuple[int, int]:
     return tuple(module.feat_size if hasattr(module, "feat_size") else module.input_resolution)
 
 
-def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> torch.Tensor | None:
-    """The block on a map x [B, H, W, C]; None where it is for timm's forward."""
+def run_block(
+    module: Any, x: torch.Tensor, plan: Callable[[Any], Block], attend: str = "_attn"
+) -> torch.Tensor | None:
+    """The block on a map x [B, H, W, C]; None where it is for timm's forward.
+
+    attend: the name of timm's method for the attention of a map.
+    """
     planned = _memo.ready(plan, module, x)
     if planned is None or x.ndim != 4:
         return None
@@ -66,4 +71,6 @@ def run_block(module: Any, x: torch.Tensor, plan: Callable[[Any], Block]) -> tor
     if any(module.shift_size) and not module.dynamic_mask and size != _told(module):
         return None
     windows = Windows(size, tuple(module.window_size), tuple(module.shift_size))
-    return _block.run(x.flatten(1, 2), planned, windows=windows).unflatten(1, size)
+    call = getattr(module, attend)
+    out = _block.run(x.flatten(1, 2), planned, module, call, maps=(size, None), windows=windows)
+    return out.unflatten(1, size)

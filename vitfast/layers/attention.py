@@ -9,20 +9,25 @@ from timm import layers as timm_layers
 
 from vitfast.layers import _as_built, _attention, _guard
 from vitfast.layers._base import Layer
+from vitfast.layers._guard import Called
 
 
 def plan_attention(module: Any) -> _attention.Attention:
     """How timm's `Attention` computes."""
-    return _attention.common(module, (_guard.linear(module._modules, "qkv"),))
+    return _attention.common(module, (_guard.layer(module._modules, "qkv"),))
 
 
 def plan_attention_rope(module: Any) -> _attention.Attention:
     """How timm's `AttentionRope` computes."""
     children = module._modules
     names = ("qkv",) if children.get("qkv") is not None else ("q_proj", "k_proj", "v_proj")
-    plan = _attention.common(module, tuple(_guard.linear(children, n) for n in names))
+    plan = _attention.common(module, tuple(_guard.layer(children, n) for n in names))
     dim = _attention.head_dim(module, plan.heads, plan.qkv)
-    kv_heads = plan.qkv[-1].weight.shape[0] // dim if len(plan.qkv) == 3 else plan.heads
+    kv_heads = plan.heads
+    if len(plan.qkv) == 3:
+        value = plan.qkv[2]
+        called = isinstance(value, Called)
+        kv_heads = module.num_kv_heads if called else value.weight.shape[0] // dim
     groups = plan.heads // kv_heads if kv_heads and plan.heads % kv_heads == 0 else 0
     _as_built.expect(module, num_kv_heads=kv_heads, num_kv_groups=groups)  # since timm 1.0.27
     return plan._replace(

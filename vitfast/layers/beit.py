@@ -21,9 +21,14 @@ def plan_attention(module: Any) -> _attention.Attention:
         tokens = module.relative_position_index.shape[0]
         if tokens != module.window_size[0] * module.window_size[1] + 1:
             raise Unfit("its position index is not of its window size")
-    qkv = _guard.linear(module._modules, "qkv")
-    plan = _attention.common(module, (qkv._replace(bias=_attention.packed_bias(module)),))
-    return _attention.check_width(plan)
+    return _attention.check_width(_attention.common(module, (_attention.packed(module),)))
+
+
+def plan_block(module: Any) -> _block.Block:
+    """How BEiT's `Block` computes."""
+    if (module.gamma_1 is None) != (module.gamma_2 is None):
+        raise Unfit("it has one of gamma_1 and gamma_2")
+    return _block.with_gammas(module)
 
 
 def position_bias(module: Any, shared: torch.Tensor | None) -> dict[str, Any]:
@@ -58,15 +63,21 @@ class Block(Layer, beit.Block):
     """`timm.models.beit.Block` with fused norms, residuals and activations."""
 
     role = "block"
-    plan = staticmethod(_block.with_gammas)
+    plan = staticmethod(plan_block)
 
     def forward(
         self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        plan = _memo.ready(_block.with_gammas, self, x, shared_rel_pos_bias)
+        plan = _memo.ready(plan_block, self, x, shared_rel_pos_bias)
         if plan is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
-        return _block.run(x, plan, **position_bias(self.attn, shared_rel_pos_bias))
+        return _block.run(
+            x,
+            plan,
+            self,
+            lambda y: self.attn(y, shared_rel_pos_bias=shared_rel_pos_bias),
+            **({} if plan.attn_is_called else position_bias(self.attn, shared_rel_pos_bias)),
+        )
 
 
 _attention.PLANS |= {beit.Attention: plan_attention, Attention: plan_attention}

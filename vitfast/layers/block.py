@@ -24,4 +24,11 @@ class Block(Layer, vision_transformer.Block):
         plan = _memo.ready(_block.with_layer_scale, self, x, attn_mask)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return _block.run(x, plan, mask=attn_mask, is_causal=is_causal)
+        return _block.run(
+            x,
+            plan,
+            self,
+            lambda y: self.attn(y, attn_mask=attn_mask, is_causal=is_causal),
+            mask=attn_mask,
+            is_causal=is_causal,
+        )

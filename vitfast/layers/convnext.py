@@ -23,11 +23,15 @@ def plan_block(module: nn.Module) -> ConvNeXt:
         raise Unsupported("its shortcut pools or widens")
     _guard.check_bare(children["shortcut"], "shortcut")
     return ConvNeXt(
-        conv=_convnext.depthwise(children, "conv_dw"),
-        norm=_plan_norm(children["norm"], children, module.use_conv_mlp),
-        mlp=_mlp.pointwise(children, "mlp"),
-        gamma=_guard.optional_parameter(module, "gamma"),
-        drop=_guard.drop_path(children, "drop_path"),
+        _convnext.depthwise(children, "conv_dw"),
+        _plan_norm(children["norm"], children, module.use_conv_mlp),
+        *_convnext.tail(
+            lambda: (
+                _mlp.pointwise(children, "mlp"),
+                _guard.optional_parameter(module, "gamma"),
+                _guard.drop_path(children, "drop_path"),
+            )
+        ),
     )
 
 
@@ -49,4 +53,6 @@ class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = _memo.ready(plan_block, self, x)
-        return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan)
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        return _convnext.run(x, plan, self, self.use_conv_mlp)

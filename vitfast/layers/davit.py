@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models import davit
 
-from vitfast.layers import _attention, _block, _memo, _windowed
+from vitfast.layers import _attention, _block, _guard, _memo, _windowed
 from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
 from vitfast.layers._block import Block
@@ -24,7 +24,9 @@ def plan_block(module: Any) -> Block:
     """How timm's `SpatialBlock` computes, its convolutions aside."""
     if module.mlp is None:
         raise Unsupported("it has no MLP")
-    return _block.without_layer_scale(module)
+    plan = _block.without_layer_scale(module)
+    _guard.check_read(plan.attn)  # timm has no method that attends to a map
+    return plan
 
 
 class WindowAttention(Layer, davit.WindowAttention):
@@ -54,9 +56,9 @@ class SpatialBlock(Layer, davit.SpatialBlock):
         size = (x.shape[2], x.shape[3])
         windows = Windows(size, tuple(self.window_size))
         tokens = self.cpe1(x).flatten(2).transpose(1, 2)
-        tokens = _block.attention_half(tokens, plan, windows)
+        tokens = _block.attention_half(tokens, plan, windows=windows)
         x = self.cpe2(tokens.transpose(1, 2).unflatten(2, size))
-        tokens = _block.mlp_half(x.flatten(2).transpose(1, 2), plan)
+        tokens = _block.run_mlp(x.flatten(2).transpose(1, 2), plan, self)
         return tokens.transpose(1, 2).unflatten(2, size)
 
 

@@ -18,11 +18,15 @@ def plan_block(module: nn.Module) -> ConvNeXt:
     if module.shortcut_after_dw:
         raise Unsupported("its shortcut leaves after the convolution, which strides or widens")
     return ConvNeXt(
-        conv=_convnext.depthwise(children, "conv_dw"),
-        norm=_norm.child(children, "norm"),
-        mlp=_mlp.child(children, "mlp"),
-        gamma=_guard.optional_parameter(module, "gamma"),
-        drop=_guard.drop_path(children, "drop_path"),
+        _convnext.depthwise(children, "conv_dw"),
+        _norm.child(children, "norm"),
+        *_convnext.tail(
+            lambda: (
+                _mlp.child(children, "mlp"),
+                _guard.optional_parameter(module, "gamma"),
+                _guard.drop_path(children, "drop_path"),
+            )
+        ),
     )
 
 
@@ -34,4 +38,4 @@ class ConvBlock(Layer, edgenext.ConvBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = _memo.ready(plan_block, self, x)
-        return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan)
+        return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan, self)

@@ -19,11 +19,10 @@ def plan_attention(module: Any) -> Attention:
     """
     children = module._modules
     if children.get("qkv") is not None:
-        qkv = _guard.linear(children, "qkv")
-        plan = _attention.common(module, (qkv._replace(bias=_attention.packed_bias(module)),))
+        plan = _attention.common(module, (_attention.packed(module),))
     else:
         plan = _attention.common(
-            module, tuple(_guard.linear(children, n) for n in ("q_proj", "k_proj", "v_proj"))
+            module, tuple(_guard.layer(children, n) for n in ("q_proj", "k_proj", "v_proj"))
         )
     return _attention.check_width(plan)._replace(
         prefix=module.num_prefix_tokens, rope_half=getattr(module, "rotate_half", False)
@@ -65,7 +64,15 @@ class EvaBlock(Layer, eva.EvaBlock):
         plan = _memo.ready(_block.with_gammas, self, x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        return _block.run(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
+        return _block.run(
+            x,
+            plan,
+            self,
+            lambda y: self.attn(y, rope=rope, attn_mask=attn_mask, is_causal=is_causal),
+            mask=attn_mask,
+            rope=rope,
+            is_causal=is_causal,
+        )
 
 
 _attention.PLANS |= {eva.EvaAttention: plan_attention, EvaAttention: plan_attention}

@@ -27,6 +27,8 @@ def plan_block(module: Any) -> Block:
     """How timm's `HieraBlock` computes."""
     if module.do_expand:
         raise Unsupported("it widens its input")
+    if getattr(module.attn, "q_stride", 1) != 1:
+        raise Unsupported("its queries are pooled")
     return _block.with_layer_scale(module)
 
 
@@ -39,6 +41,10 @@ def _windows(attn: Any, x: torch.Tensor) -> Windows | None:
     if units == 0 or tokens % units:
         raise Unfit("its mask units do not divide the tokens")
     return Windows((tokens, 1), (tokens // units, 1), grid=True)
+
+
+def _of_input(plan: Block, attn: Any, x: torch.Tensor) -> tuple[Block, Windows | None]:
+    return plan, None if plan.attn_is_called else _windows(attn, x)
 
 
 class MaskUnitAttention(Layer, hiera.MaskUnitAttention):
@@ -62,11 +68,11 @@ class HieraBlock(Layer, hiera.HieraBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        planned = _guard.ready(lambda m: (_windows(m.attn, x), plan_block(m)), self, x)
+        planned = _guard.ready(lambda m: _of_input(plan_block(m), m.attn, x), self, x)
         if planned is None:
             return super().forward(x)
-        windows, plan = planned
-        return _block.run(x, plan, windows=windows)
+        plan, windows = planned
+        return _block.run(x, plan, self, self.attn, windows=windows)
 
 
 _attention.PLANS |= {

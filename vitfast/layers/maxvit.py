@@ -71,13 +71,18 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = _memo.ready(_block.with_layer_scale, self, x)
         window = tuple(self.partition_size)
-        if plan is None or x.ndim != 4 or not _takes(self.attn, window):
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        if not plan.attn_is_called and not _takes(self.attn, window):
             return super().forward(x)
         size = (x.shape[1], x.shape[2])
         if size[0] % window[0] or size[1] % window[1]:
             return super().forward(x)
         windows = Windows(size, window, grid=not self.partition_block)
-        return _block.run(x.flatten(1, 2), plan, windows=windows).unflatten(1, size)
+        out = _block.run(
+            x.flatten(1, 2), plan, self, self._partition_attn, maps=(size, size), windows=windows
+        )
+        return out.unflatten(1, size)
 
 
 def plan_convnext(module: Any) -> ConvNeXt:
@@ -89,11 +94,15 @@ def plan_convnext(module: Any) -> ConvNeXt:
         _guard.check_bare(children[name], name)
     nchw = module.use_conv_mlp
     return ConvNeXt(
-        conv=_convnext.depthwise(children, "conv_dw"),
-        norm=(_norm.child_2d if nchw else _norm.child)(children, "norm"),
-        mlp=_mlp.pointwise(children, "mlp"),
-        gamma=layer_scale.child(children, "ls", nchw=nchw),
-        drop=_guard.drop_path(children, "drop_path"),
+        _convnext.depthwise(children, "conv_dw"),
+        (_norm.child_2d if nchw else _norm.child)(children, "norm"),
+        *_convnext.tail(
+            lambda: (
+                _mlp.pointwise(children, "mlp"),
+                layer_scale.child(children, "ls", nchw=nchw),
+                _guard.drop_path(children, "drop_path"),
+            )
+        ),
     )
 
 
@@ -105,7 +114,9 @@ class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = _memo.ready(plan_convnext, self, x)
-        return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan)
+        if plan is None or x.ndim != 4:
+            return super().forward(x)
+        return _convnext.run(x, plan, self, self.use_conv_mlp)
 
 
 _attention.PLANS |= {maxxvit.AttentionCl: plan_attention, AttentionCl: plan_attention}

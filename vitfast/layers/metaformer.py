@@ -54,7 +54,7 @@ def plan_downsampling(module: nn.Module) -> Downsample:
 
 def plan_attention(module: Any) -> AttentionPlan:
     """How timm's `Attention` of MetaFormer computes."""
-    plan = _attention.common(module, (_guard.linear(module._modules, "qkv"),))
+    plan = _attention.common(module, (_guard.layer(module._modules, "qkv"),))
     return _attention.check_width(plan)
 
 

@@ -53,7 +53,8 @@ def plan_glu_mlp(module: nn.Module) -> _mlp.Mlp:
 
 def plan_swiglu(module: nn.Module) -> _mlp.Mlp:
     """How timm's `SwiGLU` computes: gate and value from a projection each."""
-    return _mlp.common(module, "fc1_x")._replace(gate=_guard.linear(module._modules, "fc1_g"))
+    plan = _mlp.common(module, "fc1_x")
+    return _mlp.with_act(plan._replace(gate=_guard.layer(module._modules, "fc1_g")), module)
 
 
 class Mlp(Layer, timm_layers.Mlp):

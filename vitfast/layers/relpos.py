@@ -13,7 +13,7 @@ from vitfast.layers._base import Layer
 
 def plan_attention(module: Any) -> _attention.Attention:
     """How timm's `RelPosAttention` computes."""
-    return _attention.common(module, (_guard.linear(module._modules, "qkv"),))
+    return _attention.common(module, (_guard.layer(module._modules, "qkv"),))
 
 
 def position_bias(module: Any, shared: torch.Tensor | None) -> dict[str, Any]:
@@ -45,7 +45,13 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
         plan = _memo.ready(_block.with_layer_scale, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
-        return _block.run(x, plan, **position_bias(self.attn, shared_rel_pos))
+        return _block.run(
+            x,
+            plan,
+            self,
+            lambda y: self.attn(y, shared_rel_pos=shared_rel_pos),
+            **({} if plan.attn_is_called else position_bias(self.attn, shared_rel_pos)),
+        )
 
 
 _attention.PLANS |= {relpos.RelPosAttention: plan_attention, RelPosAttention: plan_attention}

@@ -76,7 +76,7 @@ class SwinTransformerV2CrBlock(Layer, swin_transformer_v2_cr.SwinTransformerV2Cr
     plan = staticmethod(_windowed.norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _windowed.run_block(self, x, _windowed.norms_last)
+        out = _windowed.run_block(self, x, _windowed.norms_last, "_shifted_window_attn")
         return super().forward(x) if out is None else self.norm3(out)
 
 
