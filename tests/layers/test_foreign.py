@@ -172,7 +172,7 @@ def agree(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) ->
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name, path", SINKS, ids=[f"{n}-{p}" for n, p in SINKS])
-def test_foreign_child_costs_its_part(lively, monkeypatch, name, path, kind):
+def test_foreign_child_costs_its_part(lively, monkeypatch, refusal, name, path, kind):
     theirs, x = make(name, lively)
     ours = copy.deepcopy(theirs)
     swap(ours)
@@ -186,11 +186,8 @@ def test_foreign_child_costs_its_part(lively, monkeypatch, name, path, kind):
         assert (theirs(x) - restore(copy.deepcopy(ours))(x)).abs().max() < 1e-5
     expected = results(theirs, x)
 
-    def refuse(self, *args, **kwargs):
-        raise AssertionError(f"{type(self).__name__}.forward ran")
-
     for forbidden in refused:
-        monkeypatch.setattr(forbidden, "forward", refuse)
+        monkeypatch.setattr(forbidden, "forward", refusal(f"{forbidden.__name__}.forward ran"))
     agree(results(ours, x), expected)
 
 
@@ -296,7 +293,7 @@ UNSUPPORTED = {
 
 @pytest.mark.timm("1.0.29")
 @pytest.mark.parametrize("name", UNSUPPORTED)
-def test_unsupported_option_costs_its_half(lively, monkeypatch, name):
+def test_unsupported_option_costs_its_half(lively, monkeypatch, refusal, name):
     theirs = lively(UNSUPPORTED[name]()).eval()
     ours = copy.deepcopy(theirs)
     report = swap(ours)
@@ -305,5 +302,5 @@ def test_unsupported_option_costs_its_half(lively, monkeypatch, name):
     expected = results(theirs, x)
     other = ours.attn if name == "act" else ours.mlp
     for kind in (type(theirs), type(other)):
-        monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: pytest.fail("it ran"))
+        monkeypatch.setattr(kind, "forward", refusal("it ran"))
     agree(results(ours, x), expected)
