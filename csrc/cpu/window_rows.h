@@ -60,7 +60,7 @@ inline bool map_window(const WindowArgs& a, int64_t index, int64_t* token, float
   return several;
 }
 
-// The middle of a table's finite values; 0 where there are none.
+// The middle of a table's values if all are of one sign; else 0, as where one is not finite.
 inline float middle(const float* table, int64_t count) {
   float low = kInf, high = -kInf;
   for (int64_t i = 0; i < count; ++i) {
@@ -68,7 +68,7 @@ inline float middle(const float* table, int64_t count) {
     low = value < low ? value : low;
     high = value > high ? value : high;
   }
-  return 0.5f * low + 0.5f * high;
+  return low > 0.f || high < 0.f ? 0.5f * low + 0.5f * high : 0.f;
 }
 
 // bias[key][query] of one head in powers of two, rows of `ld` queries. What all of a table have in common
