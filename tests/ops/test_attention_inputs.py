@@ -29,7 +29,7 @@ REFUSED = {
     "q_int64": (InputTypeError, (Q.long(), K, V), {}, "q has dtype torch.int64"),
     "q_complex": (InputTypeError, (Q.cfloat(), K, V), {}, "q has dtype"),
     "q_float8": (UnsupportedInputError, (Q.to(torch.float8_e4m3fn), K, V), {}, "not implemented"),
-    "q_sparse": (UnsupportedInputError, (Q.to_sparse(), K, V), {}, "layout"),
+    "q_sparse": (UnsupportedInputError, (Q.to_sparse(), K, V), {}, "sparse"),
     "k_other_dtype": (InputTypeError, (Q.half(), K.bfloat16(), V.half()), {}, "k has torch.bf"),
     "k_other_device": (DeviceError, (Q, K.to("meta"), V), {}, "q is on cpu, but k is on meta"),
     "mask_other_device": (DeviceError, (Q, K, V), {"mask": torch.ones(N, N, device="meta")},
