@@ -120,16 +120,20 @@ def test_inference_leaves_the_ops(lively, monkeypatch):
     ("options", "reason"),
     [
         (dict(act_layer=nn.Mish), "Mish"),
-        (dict(mlp_layer=nn.Conv2d), "MLP Conv2d"),
+        (dict(mlp_layer=nn.Conv2d), "mlp is a Conv2d"),
     ],
     ids=str,
 )
 def test_others_are_left_to_timm(options, reason):
     if "mlp_layer" in options:
         options = dict(mlp_layer=lambda dim, hidden, act_layer, **kw: nn.Conv2d(dim, dim, 1))
-    report = swap(block("plain", **options))
-    assert report.counts["blocks_swapped"] == 0
-    assert reason in report.skipped[0].reason
+    module = block("plain", **options).eval()
+    ours, x = copy.deepcopy(module), torch.randn(2, C, 9, 8)
+    report = swap(ours)
+    whys = [e.reason for e in report.skipped] + [e.note for e in report.swapped]
+    assert [why for why in whys if why] and reason in whys[0]
+    with torch.no_grad():
+        assert torch.equal(ours(x), module(x))
 
 
 def test_a_norm_that_changes_the_dtype_is_refused_as_by_timm():
