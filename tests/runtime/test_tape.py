@@ -152,7 +152,7 @@ def test_an_interrupt_anywhere_leaves_nothing_behind():
             pass
         finally:
             sys.settrace(before)
-        assert not tape.is_recording()
+        assert not tape.is_recording() and not torch._C._len_torch_dispatch_stack()
         assert native.native() is native._load()[0]
         if left > 0:
             break

@@ -15,7 +15,7 @@ from operator import index
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode
 from torch.utils._pytree import tree_leaves
 
 from vitfast.runtime import native
@@ -58,8 +58,13 @@ def record(
         with watch:
             return function(*inputs)
 
-    # In a context of its own, which ends with the call however that ends.
-    out = contextvars.copy_context().run(watched)
+    depth = torch._C._len_torch_dispatch_stack()
+    try:
+        # In a context of its own, which ends with the call however that ends.
+        out = contextvars.copy_context().run(watched)
+    finally:  # an interrupt may have kept torch from taking its mode off
+        while torch._C._len_torch_dispatch_stack() > depth:
+            _pop_mode()
     if out is None or recorder.strange or watch.computes:
         return out, None
     return out, _tape(inputs, out, watch.allocated, recorder.calls)
