@@ -242,10 +242,10 @@ def _decide(
     """
     kind: type[Any] = _own_class(module)
     if kind in _layers():
-        return _swapped(path, kind, module, fused)
+        return _swapped(path, kind, module, _plan(kind, module), fused)
     known = layer_table().get(kind) or gap_table().get(kind)
-    why = _plan(known, module) if isinstance(known, type) else None
-    unsupported = isinstance(why, Unsupported)
+    plan = _plan(known, module) if isinstance(known, type) else None
+    unsupported = isinstance(plan, Unsupported)
     if known is None or (known in _by_shape() and unsupported):
         return _unknown(path, kind)
     refusal = chosen.refusal(path)
@@ -255,13 +255,15 @@ def _decide(
         read = {id(p) for p in module.parameters()}
         if read and read <= fused:  # its block computes what it would
             return None
-        reason = known.reason if isinstance(known, Gap) else str(why)
+        reason = known.reason if isinstance(known, Gap) else str(plan)
         return Skipped(path, kind.__name__, known.role, reason)
-    return _swapped(path, known, module, fused)
+    return _swapped(path, known, module, plan, fused)
 
 
-def _swapped(path: str, layer: type[Layer], module: nn.Module, fused: set[int]) -> Swapped:
-    plan = _plan(layer, module)
+def _swapped(
+    path: str, layer: type[Layer], module: nn.Module, plan: object, fused: set[int]
+) -> Swapped:
+    """The entry of a module with this `_plan`; `fused` as for `_decide`."""
     note = ""
     if not isinstance(plan, Unfit):
         fused.update(id(t) for t in tensors((plan,)))

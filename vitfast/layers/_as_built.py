@@ -52,10 +52,10 @@ def expect_buffer(
         return
     if not found.is_meta:
         expected = make(found)
-        if expected is None or found.shape != expected.shape or not _equal(found, expected):
+        if (
+            expected is None
+            or found.shape != expected.shape
+            or not torch.equal(found, expected.to(found.device, found.dtype))
+        ):
             raise Unfit(f"{name} of {type(module).__name__} holds other values than timm gives it")
     seen[name] = found, version, key
-
-
-def _equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    return torch.equal(found, expected.to(found.device, found.dtype))

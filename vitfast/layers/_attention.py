@@ -125,11 +125,12 @@ def head_dim(module: Any, heads: int, qkv: tuple[Linear | Called, ...]) -> int:
     return rows // heads
 
 
-def unmasked(module: Any, heads: int, fused: bool) -> tuple[Linear, Linear]:
-    """qkv and proj of an attention that also computes, where not `fused`, by its scale and softmax.
+def projections(module: Any, heads: int, fused: bool) -> tuple[Linear, Linear]:
+    """qkv and proj of an attention with a packed qkv, whose other parts are as timm built them.
 
-    heads: of the module, under whatever name. timm's `softmax` child may be missing, where its
-    forward calls the function instead.
+    Args:
+        heads: of the module, which timm's classes keep under different names.
+        fused: whether timm's forward runs SDPA; else it reads the module's scale and softmax.
     """
     children = module._modules
     qkv, proj = _guard.linear(children, "qkv"), _guard.linear(children, "proj")

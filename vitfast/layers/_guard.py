@@ -271,7 +271,7 @@ def parts(*reads: Callable[[], Any]) -> list[Any]:
 
 
 def called(plan: Any) -> Iterator[str]:
-    """What a plan calls instead of reading it, and why: "calls attn: qkv has hooks"."""
+    """What a plan calls instead of reading it: "calls attn as timm does: qkv has hooks", say."""
     for name in getattr(plan, "_fields", ()):
         value = getattr(plan, name)
         for one in value if name == "qkv" else (value,):

@@ -16,7 +16,7 @@ from vitfast.layers._guard import Unsupported
 
 def plan_attention(module: Any) -> Attention:
     """How timm's DaViT `WindowAttention` computes, fused by timm or not."""
-    qkv, proj = _attention.unmasked(module, module.num_heads, module.fused_attn)
+    qkv, proj = _attention.projections(module, module.num_heads, module.fused_attn)
     return Attention(heads=module.num_heads, qkv=(qkv,), proj=proj)
 
 

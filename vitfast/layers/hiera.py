@@ -18,7 +18,7 @@ def plan_attention(module: Any) -> Attention:
     """How timm's `MaskUnitAttention` computes, fused by timm or not."""
     if module.q_stride != 1:
         raise Unsupported("its queries are pooled")
-    qkv, proj = _attention.unmasked(module, module.heads, module.fused_attn)
+    qkv, proj = _attention.projections(module, module.heads, module.fused_attn)
     _as_built.expect(module, dim_out=qkv.weight.shape[0] // 3)
     return Attention(heads=module.heads, qkv=(qkv,), proj=proj)
 

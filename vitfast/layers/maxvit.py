@@ -32,7 +32,7 @@ def plan_attention(module: Any) -> Attention:
     mode = module.training if module.fused_attn else None
     _guard.check_no_dropout(children, "attn_drop", mode)
     _guard.check_no_dropout(children, "proj_drop")
-    qkv, proj = _attention.unmasked(module, module.num_heads, module.fused_attn)
+    qkv, proj = _attention.projections(module, module.num_heads, module.fused_attn)
     return Attention(
         heads=module.num_heads,
         qkv=(qkv,),

@@ -18,7 +18,7 @@ def plan_attention(module: Any) -> Attention:
     children = module._modules
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
-    qkv, proj = _attention.unmasked(module, module.num_heads, module.fused_attn)
+    qkv, proj = _attention.projections(module, module.num_heads, module.fused_attn)
     window = tuple(module.window_size)
     _as_built.expect(module, window_area=window[0] * window[1])
     _position.check_index(module, window)

@@ -17,7 +17,7 @@ def plan_attention(module: Any) -> Attention:
     children = module._modules
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
-    qkv, proj = _attention.unmasked(module, module.num_heads, True)
+    qkv, proj = _attention.projections(module, module.num_heads, True)
     _attention.check_softmax(children)
     _position.check_index(module, tuple(module.window_size))
     return Attention(

@@ -31,7 +31,7 @@ def plan_attention(module: Any) -> Attention:
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
     _mlp.child(children, "meta_mlp")
-    qkv, proj = _attention.unmasked(module, module.num_heads, True)
+    qkv, proj = _attention.projections(module, module.num_heads, True)
     window, logit_scale = tuple(module.window_size), _guard.tensor(module, "logit_scale")
     if logit_scale is None:
         raise Unfit("it has no logit_scale")
