@@ -104,10 +104,6 @@ Fingerprint along_memory(Fingerprint f) {
 
 class TensorState {
  public:
-  // How much of what tensors hold `same` looks at: their fingerprints and, of those that are not to be
-  // read whole, a section in turn; or everything.
-  enum How { kTurn, kAll };
-
   // Of tensors, and for each item bytes, rows, columns and their strides as the fingerprint's, and
   // whether it is read whole every time.
   TensorState(const py::tuple& tensors, const std::vector<Matrix>& matrices, int threads) {
@@ -134,22 +130,24 @@ class TensorState {
     vitfast::contents(sections_.data(), size(sections_), contents_.data(), threads);
   }
 
-  bool same(const py::tuple& tensors, int threads, How how) {
+  // Looks at all that the tensors hold if `fully`; else at their fingerprints and, of those that are not
+  // to be read whole, at a section in turn.
+  bool same(const py::tuple& tensors, int threads, bool fully) {
     edited_ = -1;
     if (tensors.size() != facts_.size()) return false;
     lines_.fetch();
     for (size_t i = 0; i < facts_.size(); ++i) {
       if (Reader(PyTuple_GET_ITEM(tensors.ptr(), i)).facts() != facts_[i]) return false;
     }
-    return hashed(threads) == hashes_ && same_contents(threads, how);
+    return hashed(threads) == hashes_ && same_contents(threads, fully);
   }
 
   // If `same`, the storages of the tensors.
-  std::optional<py::tuple> storages(const py::tuple& tensors, int threads, How how) {
+  std::optional<py::tuple> storages(const py::tuple& tensors, int threads, bool fully) {
     py::tuple found(tensors.size());  // taken first: of these the addresses are looked at
     for (size_t i = 0; i < tensors.size(); ++i)
       found[i] = storage_of(PyTuple_GET_ITEM(tensors.ptr(), i));
-    if (!same(tensors, threads, how)) return std::nullopt;
+    if (!same(tensors, threads, fully)) return std::nullopt;
     return found;
   }
 
@@ -175,11 +173,11 @@ class TensorState {
     }
   }
 
-  bool same_contents(int threads, How how) {
+  bool same_contents(int threads, bool fully) {
     std::vector<Section> due;
     std::vector<size_t> which;
     for (size_t i = 0; i < sections_.size(); ++i) {
-      if (how == kTurn && turns_[i] >= 0 && turns_[i] != turn_) continue;
+      if (!fully && turns_[i] >= 0 && turns_[i] != turn_) continue;
       due.push_back(sections_[i]);
       which.push_back(i);
     }
@@ -219,18 +217,13 @@ void bind_tensor_state(py::module_& m) {
            "Of dense tensors on the CPU: address, version, dtype, shape, strides and content. Item "
            "bytes, rows, columns, their strides and whether it is always read whole of each; threads.")
       .def(
-          "same",
-          [](TensorState& state, const py::tuple& tensors, int threads, bool fully) {
-            return state.same(tensors, threads, fully ? TensorState::kAll : TensorState::kTurn);
-          },
+          "same", &TensorState::same,
           py::arg("tensors"), py::arg("threads") = 1, py::arg("fully") = false,
           "Whether nothing about these tensors has changed: by fingerprint and a 32nd of what they "
           "hold, another one each time; or by all of it.")
       .def(
-          "storages",
-          [](TensorState& state, const py::tuple& tensors, int threads) {
-            return state.storages(tensors, threads, TensorState::kTurn);
-          },
+          "storages", &TensorState::storages,
+          py::arg("tensors"), py::arg("threads") = 1, py::arg("fully") = false,
           "The storages of these tensors if `same`, else None. While they are kept, what is known "
           "about the tensors' addresses holds, whatever another thread assigns to their `data`.")
       .def_property_readonly("edited", &TensorState::edited,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
 
 # Before torch loads OpenMP: on a machine with more work than cores, spinning threads would make
 # thousands of tiny parallel regions take minutes.
@@ -70,3 +73,28 @@ def same_state_after() -> Iterator[None]:
 def needs_native() -> None:
     if native.reasons():
         pytest.skip("; ".join(native.reasons()))
+
+
+@pytest.fixture
+def fork_while_held() -> Callable[[Any, Callable[[], object]], None]:
+    """fork_while_held(lock, work): a child forked while a thread holds the lock can do the work."""
+
+    def check(lock: Any, work: Callable[[], object]) -> None:
+        held, forked = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            with lock:
+                held.set()
+                forked.wait()
+
+        threading.Thread(target=hold).start()
+        held.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            work()
+            os._exit(0)
+        forked.set()
+        assert os.waitpid(child, 0)[1] == 0
+
+    return check

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import os
-import signal
-import threading
 
 import pytest
 import torch
@@ -194,23 +192,8 @@ def test_the_cache_is_bounded():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_process_does_not_wait_for_a_lock_that_a_thread_held():
-    held, forked = threading.Event(), threading.Event()
-
-    def hold():
-        with _weight_cache.CACHE._lock:
-            held.set()
-            forked.wait()
-
-    threading.Thread(target=hold).start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        _weight_cache.clear_weight_cache()
-        os._exit(0)
-    forked.set()
-    assert os.waitpid(child, 0)[1] == 0
+def test_a_forked_process_does_not_wait_for_a_lock_that_a_thread_held(fork_while_held):
+    fork_while_held(_weight_cache.CACHE._lock, _weight_cache.clear_weight_cache)
 
 
 def test_an_instruction_set_has_an_order_of_its_own():

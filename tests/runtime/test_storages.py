@@ -3,9 +3,7 @@
 import io
 import os
 import pickle
-import signal
 import sys
-import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -96,23 +94,8 @@ def test_so_much_is_kept_and_no_more(kept):
     assert {large(nbytes=24 << 20).data_ptr() for _ in range(1)} <= set(newer)
 
 
-def test_a_child_that_forks_while_a_thread_takes_does_not_wait(kept):
-    held, forked = threading.Event(), threading.Event()
-
-    def hold():
-        with kept._lock:
-            held.set()
-            forked.wait()
-
-    threading.Thread(target=hold).start()
-    held.wait()
-    child = os.fork()
-    if child == 0:
-        signal.alarm(20)
-        large()
-        os._exit(0)
-    forked.set()
-    assert os.waitpid(child, 0)[1] == 0
+def test_a_child_that_forks_while_a_thread_takes_does_not_wait(kept, fork_while_held):
+    fork_while_held(kept._lock, large)
 
 
 def test_threads_get_memory_of_their_own():
