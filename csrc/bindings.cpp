@@ -1,5 +1,4 @@
-// vitfast._native: with address.cpp, module_state.cpp and tensor_state.cpp all that knows pybind11. One
-// `bind_<op>` section per op.
+// vitfast._native: with the files beside it all that knows pybind11. One `bind_<op>` section per op.
 //
 // Tensors arrive as addresses (uintptr_t), sizes and strides in elements; the Python side has
 // checked them. Kernels run without the GIL: what Python passes for an address (address.h) keeps
@@ -886,8 +885,10 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_isa(m);
   bind_address(m);
   bind_pages(m);
+  bind_name_state(m);
   bind_module_state(m);
   bind_tensor_state(m);
+  bind_unwatched(m);
   bind_tape(m);
   bind_attention(m);
   bind_window(m);

@@ -8,7 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "collectable.h"
 #include "lines.h"
+#include "name_state.h"
 #include "python.h"
 #include "state.h"
 
@@ -16,15 +18,6 @@ namespace py = pybind11;
 
 namespace vitfast {
 namespace {
-
-// What the garbage collector is told of.
-struct Visitor {
-  visitproc visit;
-  void* argument;
-  int operator()(const py::object& held) const {
-    return held ? visit(held.ptr(), argument) : 0;
-  }
-};
 
 bool is_tensor(PyObject* object) {
   static PyObject* const type = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
@@ -167,7 +160,8 @@ class DictState {
 
 class ModuleState {
  public:
-  explicit ModuleState(const py::list& modules) {
+  ModuleState(const py::list& modules, const py::object& names)
+      : names_object_(names), names_(&names.cast<NameState&>()) {
     for (const py::handle module : modules) {
       const py::object dict = owned(PyObject_GenericGetDict(module.ptr(), nullptr));
       const auto type = reinterpret_cast<PyObject*>(Py_TYPE(module.ptr()));
@@ -181,7 +175,9 @@ class ModuleState {
   // Parents come before their children, so that a module is alive when its turn comes.
   bool same(const py::object& root) const {
     if (modules_.empty() || root.ptr() != modules_.front().module) return false;
+    names_->fetch();
     lines_.fetch();
+    if (!names_->same()) return false;
     for (const One& one : modules_) {
       if (reinterpret_cast<PyObject*>(Py_TYPE(one.module)) != one.type.ptr()) return false;
       const py::object dict = owned(PyObject_GenericGetDict(one.module, nullptr));
@@ -191,7 +187,7 @@ class ModuleState {
   }
 
   int visit(const Visitor& visitor) const {
-    int rc = 0;
+    int rc = visitor(names_object_);
     for (const One& one : modules_) {
       if (rc == 0) rc = visitor(one.type);
       if (rc == 0) rc = one.dict->visit(visitor);
@@ -212,42 +208,18 @@ class ModuleState {
     std::unique_ptr<DictState> dict;
   };
   std::vector<One> modules_;
+  py::object names_object_;  // shared by all modules of the same classes
+  NameState* names_;
   Lines lines_;
 };
-
-// nullptr while pybind11 makes or destroys it.
-ModuleState* module_state(PyObject* self) {
-  auto held = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-  return held.holder_constructed() ? held.value_ptr<ModuleState>() : nullptr;
-}
-
-int traverse_module_state(PyObject* self, visitproc visit, void* arg) {
-  Py_VISIT(Py_TYPE(self));
-  const ModuleState* const state = module_state(self);
-  return state == nullptr ? 0 : state->visit({visit, arg});
-}
-
-int clear_module_state(PyObject* self) {
-  if (ModuleState* const state = module_state(self)) state->clear();
-  return 0;
-}
-
-// What a module holds may refer to it, and so may what is kept of the module: a cycle.
-py::custom_type_setup collectable() {
-  return py::custom_type_setup([](PyHeapTypeObject* made) {
-    PyTypeObject& type = made->ht_type;
-    type.tp_flags |= Py_TPFLAGS_HAVE_GC;
-    type.tp_traverse = traverse_module_state;
-    type.tp_clear = clear_module_state;
-  });
-}
 
 }  // namespace
 
 void bind_module_state(py::module_& m) {
-  py::class_<ModuleState>(m, "ModuleState", collectable())
-      .def(py::init<const py::list&>(),
-           "Of modules, parents first: their classes and what their dictionaries hold.")
+  py::class_<ModuleState>(m, "ModuleState", collectable<ModuleState>())
+      .def(py::init<const py::list&, const py::object&>(),
+           "Of modules, parents first: their classes and what their dictionaries hold. And a NameState "
+           "of what their forwards call.")
       .def("same", &ModuleState::same, "Whether nothing has changed, of the first module.");
 }
 

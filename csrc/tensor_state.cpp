@@ -12,6 +12,7 @@
 
 #include "address.h"
 #include "cpu/weights.h"
+#include "dlpack.h"
 #include "lines.h"
 #include "python.h"
 #include "state.h"
@@ -21,44 +22,13 @@ namespace py = pybind11;
 namespace vitfast {
 namespace {
 
-// What DLPack 1.3 says of a tensor without taking it (dlpack.h: DLTensor, DLPackExchangeAPI).
-struct Tensor {
-  void* data;
-  int32_t device, device_id, ndim;
-  uint8_t code, bits;
-  uint16_t lanes;
-  const int64_t *shape, *strides;
-  uint64_t byte_offset;
-};
-
-struct Exchange {
-  uint32_t major, minor;
-  void* header;
-  void* managed[3];
-  int (*tensor)(PyObject*, Tensor*);
-};
-
-const Exchange& exchange(PyObject* t) {
-  static const Exchange* found = nullptr;
-  if (found == nullptr) {
-    const auto type = reinterpret_cast<PyObject*>(Py_TYPE(t));
-    const py::object capsule = owned(PyObject_GetAttrString(type, "__dlpack_c_exchange_api__"));
-    const auto* const api =
-        static_cast<const Exchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (api == nullptr) throw py::error_already_set();
-    if (api->major != 1) throw std::runtime_error("vitfast knows DLPack's version 1 only");
-    found = api;  // it lives as long as torch
-  }
-  return *found;
-}
-
 // Version, address, device, dtype, sizes and strides.
 using Facts = std::vector<int64_t>;
 
 class Reader {
  public:
   explicit Reader(PyObject* t) {
-    if (exchange(t).tensor(t, &tensor_) != 0) throw py::error_already_set();
+    if (!describe(t, tensor_)) throw py::error_already_set();
     static const auto* const name = new py::str("_version");  // outlives the interpreter
     const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(t, name->ptr()));
     if (!version) PyErr_Clear();  // tensors of inference mode have none

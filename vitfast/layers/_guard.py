@@ -18,9 +18,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from timm.layers import DropPath, activations
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
 from vitfast.layers import _originals
+from vitfast.runtime import native
 from vitfast.runtime.native import is_readable
 from vitfast.settings import settings
 
@@ -71,6 +74,8 @@ def may_fuse(x: object, *others: object) -> bool:
     would do; with a global module hook, which wants to see every child called; for tensors that
     are not to be read by their address; and with `settings.disable`.
     """
+    if not torch.compiler.is_compiling() and _is_unwatched(x, *others):
+        return True
     if type(x) not in PLAIN or settings.disable or _has_any_global_hook():
         return False
     if _originals.is_watched():
@@ -90,6 +95,34 @@ def may_fuse(x: object, *others: object) -> bool:
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def _unwatched() -> Callable[..., bool]:
+    """A function of inputs that is true only where `may_fuse` is: one look at all it asks, each
+    of which costs it three times as long once the caches have held a model's weights."""
+    extension = native.extension()
+    if extension is None:
+        return lambda *inputs: False
+    kinds = (
+        "backward_pre_hooks", "backward_hooks", "forward_pre_hooks", "forward_hooks",
+        "forward_hooks_always_called", "forward_hooks_with_kwargs",
+    )  # fmt: skip
+    hooks = {name: getattr(nn_module, name) for name in (f"_global_{kind}" for kind in kinds)}
+    questions = (
+        torch._C._is_tracing, torch._C._len_torch_function_stack,
+        torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack,
+    )  # fmt: skip
+    values = (
+        (vars(settings), "disable", False),
+        (vars(forward_ad), "_current_level", -1),
+        *((vars(nn_module), name, found) for name, found in hooks.items()),
+    )
+    return extension.unwatched(  # type: ignore[no-any-return]
+        PLAIN, torch.Tensor.is_neg, questions, tuple(hooks.values()), values
+    )
+
+
+_is_unwatched = _unwatched()
 
 
 def ready(

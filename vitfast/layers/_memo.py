@@ -38,8 +38,8 @@ class _Sources:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self.state = native.native().ModuleState(modules)
-        self.calls = _originals.calls(frozenset(map(type, modules)))
+        calls = _originals.calls(frozenset(map(type, modules)))
+        self.state = native.native().ModuleState(modules, calls.names)
         buffers = [t for m in modules for t in m._buffers.values() if t is not None]
         self.own = {id(t) for m in modules for t in m._parameters.values()} | set(map(id, buffers))
         # What the plan function may compare: a position index, a mask of windows. One of inference
@@ -48,7 +48,7 @@ class _Sources:
         self.buffers = [(t, t._version) for t in buffers] if self.can_tell else []
 
     def same(self, module: nn.Module) -> bool:
-        if not (self.state.same(module) and self.calls.same()):
+        if not self.state.same(module):
             return False
         return not self.buffers or all(t._version == version for t, version in self.buffers)
 

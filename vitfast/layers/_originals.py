@@ -9,7 +9,6 @@ first seen it must come from torch or timm, so that it does not matter what was 
 
 from __future__ import annotations
 
-import operator
 import sys
 from collections.abc import Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
@@ -20,6 +19,8 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
+
+from vitfast.runtime import native
 
 Place = tuple[Any, str]  # a class or a module, and the name of an attribute
 Kinds = frozenset[type[nn.Module]]
@@ -40,19 +41,24 @@ class Calls:
         names: dict[Any, list[str]] = {}
         for owner, name in places:
             names.setdefault(owner, []).append(name)
-        # All names of an owner at once: some 30 of them are looked up for every block.
-        look_up = ((owner, operator.attrgetter(*wanted)) for owner, wanted in names.items())
-        self._seen = [(owner, get, get(owner)) for owner, get in look_up]
+        module = native.extension()
+        self.names = (_Names if module is None else module.NameState)([*names.items()])
         self.replaced = next((_spell(*p) for p in places if not _is_original(*p)), "")
 
     def same(self) -> bool:
-        try:
-            for owner, get, seen in self._seen:
-                if get(owner) != seen:
-                    return False
-        except AttributeError:
-            return False
-        return True
+        return self.names.same()  # type: ignore[no-any-return]
+
+
+class _Names:
+    """The extension's NameState where there is none."""
+
+    def __init__(self, places: list[tuple[Any, list[str]]]) -> None:
+        self._places = [(owner, name) for owner, names in places for name in names]
+        self._seen = [getattr(owner, name) for owner, name in self._places]
+
+    def same(self) -> bool:
+        missing = object()
+        return self._seen == [getattr(owner, name, missing) for owner, name in self._places]
 
 
 _CALLS: dict[Kinds | type[nn.Module], Calls] = {}

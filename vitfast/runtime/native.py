@@ -48,6 +48,11 @@ def _load() -> tuple[ModuleType | None, str]:
     return module, ""
 
 
+def extension() -> ModuleType | None:
+    """The extension, whatever the settings say; None where there is none."""
+    return _load()[0]
+
+
 def reasons() -> list[str]:
     """Why native kernels cannot run; empty when they can."""
     module, why = _load()
@@ -109,7 +114,7 @@ def empty(
     except RuntimeError:  # no memory; some may be kept here
         RESULTS.clear()
         out = torch.empty(shape, dtype=dtype, device=device)
-    module, _ = _load()
+    module = extension()
     if module is not None:
         module.ask_for_large_pages(out.data_ptr(), nbytes)
     if out.untyped_storage().nbytes() == nbytes:  # torch.empty's own, that is
@@ -144,6 +149,6 @@ def is_readable(t: torch.Tensor) -> bool:
 
 
 # At once: it is called for every argument.
-address = getattr(_load()[0], "address", _address)
-Address = getattr(_load()[0], "Address", int)
+address = getattr(extension(), "address", _address)
+Address = getattr(extension(), "Address", int)
 """What `address` gives for a tensor."""

@@ -197,13 +197,13 @@ def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
         launch = p.launch("moments")
         per = p.per(launch)
         grid, parts, pixels = p.by_part(launch, per)
-        means, squares = (x.new_empty(parts, dtype=stats.dtype) for _ in range(2))
+        moments = [x.new_empty(parts, dtype=stats.dtype) for _ in range(3)]
         options = p.options(launch)
         del options["WIDTH"]
-        kernels.moments_kernel[grid](x, means, squares, p.n, p.c, per, *p.steps(x), **options)
+        kernels.moments_kernel[grid](x, *moments, p.n, p.c, per, *p.steps(x), **options)
         launch = p.launch("combine")
         kernels.combine_kernel[p.by_group(launch)](
-            means, squares, stats, p.n, groups, pixels, eps, **p.options(launch)
+            *moments, stats, p.n, groups, pixels, eps, **p.options(launch)
         )
         launch = p.launch("apply")
         kernels.apply_kernel[p.by_tile(launch)](
@@ -268,7 +268,7 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
 
 # ---- ahead of time -------------------------------------------------------------------------------
 
-_SUMS = {"stats", "mean", "square", "plain", "product", "factors", "dweight", "dbias"}
+_SUMS = {"stats", "mean", "rest", "square", "plain", "product", "factors", "dweight", "dbias"}
 _WHOLE = ((196, 32, 32), (784, 32, 4))
 """Pixels, groups and channels of a group in the middle stages of ResNetV2."""
 _SPLIT = (3136, 32, 2)

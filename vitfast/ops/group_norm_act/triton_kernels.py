@@ -172,10 +172,11 @@ def whole_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def moments_kernel(
-    x_ptr, mean_ptr, square_ptr, pixels, c, per, x_outer, x_inner, x_step,
+    x_ptr, mean_ptr, rest_ptr, square_ptr, pixels, c, per, x_outer, x_inner, x_step,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Of one part of an image, by channel: the mean, and the sum of squares about it.
+    """Of one part of an image, by channel: the mean, what its rounding left, and the sum of
+    squares about it; each [B, parts, C].
 
     Sums are taken about the mean of the part's first pixels. A part is `per` tiles.
     """
@@ -202,13 +203,15 @@ def moments_kernel(
     off = total / count
     about = _over_rows(square, ROWS, BLOCK) - total * off
     to = (b * parts + part) * c + column
-    tl.store(mean_ptr + to, shift + off, mask=column < c)
+    mean = shift + off
+    tl.store(mean_ptr + to, mean, mask=column < c)
+    tl.store(rest_ptr + to, off - (mean - shift), mask=column < c)
     tl.store(square_ptr + to, tl.where(about < 0.0, 0.0, about), mask=column < c)  # NaN stays
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
-    mean_ptr, square_ptr, stats_ptr, n, groups, per, eps,
+    mean_ptr, rest_ptr, square_ptr, stats_ptr, n, groups, per, eps,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -236,8 +239,9 @@ def combine_kernel(
             mask = (part < parts)[:, None] & inside[None, :]
             at = (b * parts + part)[:, None] * (groups * WIDTH) + column[None, :]
             share = tl.minimum(n - part * per, per).to(ACC) / n
-            d = tl.load(mean_ptr + at, mask=mask, other=0.0) - about
-            d = tl.where(mask, d, 0.0)
+            # Channels far apart: a mean's rounding would be all that float32 leaves of d.
+            rest = tl.load(rest_ptr + at, mask=mask, other=0.0)
+            d = tl.where(mask, tl.load(mean_ptr + at, mask=mask, other=0.0) - about + rest, 0.0)
             offs += share[:, None] * d
             squares += tl.load(square_ptr + at, mask=mask, other=0.0) / n
             squares += share[:, None] * (d * d)
