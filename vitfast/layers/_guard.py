@@ -74,7 +74,7 @@ def may_fuse(x: object, *others: object) -> bool:
     would do; with a global module hook, which wants to see every child called; for tensors that
     are not to be read by their address; and with `settings.disable`.
     """
-    if not torch.compiler.is_compiling() and _is_unwatched(x, *others):
+    if not torch.compiler.is_compiling() and is_unwatched(x, *others):
         return True
     if type(x) not in PLAIN or settings.disable or _has_any_global_hook():
         return False
@@ -122,7 +122,7 @@ def _unwatched() -> Callable[..., bool]:
     )
 
 
-_is_unwatched = _unwatched()
+is_unwatched = _unwatched()
 
 
 def ready(

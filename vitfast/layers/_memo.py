@@ -161,14 +161,18 @@ def ready(
     """
     if torch.compiler.is_compiling() or native.reasons():
         return _guard.ready(find, module, x, *others)
-    if not _guard.may_fuse(x, *others):
-        return None
     memos = module.__dict__.get(_NAME)
     memo = None if memos is None else memos.get(find)
     found = None if memo is None else memo.found
+    held = () if found is None else found.tensors
+    # Whoever assigns to a weight's `data` may leave there what no kernel can read.
+    fits = _guard.is_unwatched(x, *others, *held)
+    if not fits and not _guard.may_fuse(x, *others):
+        return None
     if memo is not None and found is not None and found.sources.same(module):
-        memo.vain = 0
-        return found.plan  # type: ignore[no-any-return]
+        if fits or all(map(native.is_readable, held)):
+            memo.vain = 0
+            return found.plan  # type: ignore[no-any-return]
     if type(memos) is not _Memos or memos.module() is not module:  # that of what it is a copy of
         memo, memos = None, _Memos(module)
         module.__dict__[_NAME] = memos
