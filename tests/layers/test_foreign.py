@@ -10,7 +10,15 @@ from functools import partial
 import pytest
 import timm.layers as tl
 import torch
-from timm.models import beit, convnext, eva, maxxvit, swin_transformer, swin_transformer_v2
+from timm.models import (
+    beit,
+    convnext,
+    edgenext,
+    eva,
+    maxxvit,
+    swin_transformer,
+    swin_transformer_v2,
+)
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.nn.utils import parametrize
@@ -49,6 +57,17 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "maxvit": (partition, (2, 8, 6, C)),
     "convnext": (partial(convnext.ConvNeXtBlock, C, ls_init_value=0.1), (2, C, 5, 6)),
+    "convnext of edgenext": (partial(edgenext.ConvBlock, C), (2, C, 5, 6)),
+    "convnext of maxxvit": (
+        partial(
+            maxxvit.ConvNeXtBlock,
+            C,
+            cfg=maxxvit.MaxxVitConvCfg(
+                block_type="convnext", norm_layer="layernorm2d", init_values=0.1
+            ),
+        ),
+        (2, C, 5, 6),
+    ),
     "convnext conv": (
         partial(convnext.ConvNeXtBlock, C, conv_mlp=True, norm_layer=tl.LayerNorm2d),
         (2, C, 5, 6),
@@ -111,11 +130,12 @@ KINDS = {
     "parametrization": doubled,
 }
 FIRST = ("norm1", "attn", "attn.qkv", "attn.q_proj", "attn.k_proj", "attn.proj", "ls1")
+HEAD = ("conv_dw", "norm")
 SECOND = ("norm2", "mlp", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2", "mlp.act", "ls2")
 SINKS = [
     (name, path)
     for name, (make, _) in BLOCKS.items()
-    for path in (*(() if "convnext" in name else FIRST), *SECOND)
+    for path in (*(HEAD if "convnext" in name else FIRST), *SECOND)
     if path in dict(make().named_modules()) and not ("convnext" in name and path == "mlp.act")
 ]
 
@@ -137,7 +157,7 @@ def unneeded(ours: nn.Module, path: str) -> list[type]:
     """Whose forward must not run: the block's as timm has it; the other half's attention or MLP;
     of the own half timm's, if it has to call but a linear layer there."""
     attn, mlp = (type(getattr(ours, name, None)) for name in ("attn", "mlp"))
-    found = [type(ours).timm_class, mlp if path in FIRST else attn]
+    found = [type(ours).timm_class, mlp if path in FIRST + HEAD else attn]
     if path in ("mlp.fc1", "mlp.fc2", "mlp.fc1_g", "mlp.fc1_x") and issubclass(mlp, layers.Layer):
         found.append(mlp.timm_class)
     elif attn in (layers.Attention, layers.EvaAttention) and "attn." in path:

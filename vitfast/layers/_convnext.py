@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference_branch, _inference_maps, _mlp
+from vitfast.layers import (
+    _block,
+    _guard,
+    _inference_branch,
+    _inference_maps,
+    _mlp,
+    _norm,
+    _originals,
+)
 from vitfast.layers._guard import Called, Children, DropRate, Linear, Unfit, Unsupported
 from vitfast.layers._norm import Norm
 from vitfast.runtime.library import autocast_dtype
@@ -21,33 +29,48 @@ from vitfast.runtime.library import autocast_dtype
 class ConvNeXt(NamedTuple):
     """What a block holds. conv: weight [C, 1, k, k'] and bias [C]; gamma [C] or None.
 
-    norm: a function of [B, H, W, C] where vitfast has no such norm. mlp: `Called` where it, gamma
-    or drop cannot be read, and all of these are called as timm would call them.
+    norm: a function of [B, H, W, C] where vitfast has no such norm. conv: `Called` where it or the
+    norm cannot be read, and both are called as timm would call them. mlp: the same of mlp, gamma
+    and drop.
     """
 
-    conv: Linear
-    norm: Norm | Callable[[torch.Tensor], torch.Tensor]
+    conv: Any  # Linear or Called
+    norm: Norm | Callable[[torch.Tensor], torch.Tensor] | None
     mlp: Any  # Mlp or Called
     gamma: torch.Tensor | None
     drop: DropRate | None
 
 
+Head = tuple[Any, Norm | Callable[[torch.Tensor], torch.Tensor] | None]
+"""conv and norm of a block."""
 Tail = tuple[Any, torch.Tensor | None, DropRate | None]
 """mlp, gamma and drop of a block."""
 
 
-def tail(read: Callable[[], Tail]) -> Tail:
-    """What `read` reads, or that it is to be called.
+def plan(read_head: Callable[[], Head], read_tail: Callable[[], Tail]) -> ConvNeXt:
+    """A block of what both read; what one cannot read is to be called.
 
     Raises:
-        Unsupported: it never can be read.
+        Unfit: neither can be read; Unsupported if one never can.
     """
+    head, why_head = _attempt(read_head)
+    tail, why_tail = _attempt(read_tail)
+    if head is None and tail is None:
+        raise Unfit(why_head)
+    return ConvNeXt(
+        *(head or (Called(why_head), None)),
+        *(tail or (Called(why_tail), None, None)),
+    )
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+    """What `read` gives, or None and why not."""
     try:
-        return read()
+        return read(), ""
     except Unsupported:
         raise
     except Unfit as reason:
-        return Called(str(reason)), None, None
+        return None, str(reason)
 
 
 def depthwise(children: Children, name: str) -> Linear:
@@ -68,6 +91,25 @@ def depthwise(children: Children, name: str) -> Linear:
     return Linear(_guard.tensor(module, "weight"), _guard.tensor(module, "bias"))
 
 
+def norm(children: Children, over_nchw: bool = False) -> Any:
+    """What the child "norm" holds, of rows of channels or of NCHW; raises as `child`."""
+    return child(_norm.child_2d if over_nchw else _norm.child, children, "norm")
+
+
+def child(read: Callable[[Children, str], Any], children: Children, name: str) -> Any:
+    """What `read` reads of a child.
+
+    Raises:
+        Unfit: it cannot be read; Unsupported if it is torch's or timm's and never can.
+    """
+    try:
+        return read(children, name)
+    except Unsupported as reason:
+        if _originals.is_known(type(children[name])):
+            raise
+        raise Unfit(str(reason)) from None
+
+
 def run(x: torch.Tensor, block: ConvNeXt, module: Any, over_nchw: bool = False) -> torch.Tensor:
     """The block on x [B, C, H, W] of any strides; the result is channels-last.
 
@@ -77,6 +119,9 @@ def run(x: torch.Tensor, block: ConvNeXt, module: Any, over_nchw: bool = False) 
     rows = x.permute(0, 2, 3, 1)
     if type(block.mlp) is Called:
         return _call_tail(x, _normed(rows, block), module, over_nchw)
+    if type(block.conv) is Called:
+        branch = _mlp.apply(_call_head(x, module, over_nchw), block.mlp)
+        return _block.add(rows, branch, block.gamma, block.drop).permute(0, 3, 1, 2)
     out = None
     fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
     if fits and not _block.records(rows, block):
@@ -100,6 +145,15 @@ def run_branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
 def _differentiable(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     return _block.add(x, _branch(x, block), block.gamma, block.drop)
+
+
+def _call_head(x: torch.Tensor, module: Any, over_nchw: bool) -> torch.Tensor:
+    """What timm's forward makes of x [B, C, H, W] before the MLP: norm(conv(x)), [B, H, W, C]."""
+    children = module._modules
+    y = children["conv_dw"](x)
+    if over_nchw:
+        return children["norm"](y).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+    return children["norm"](y.permute(0, 2, 3, 1))  # type: ignore[no-any-return]
 
 
 def _call_tail(x: torch.Tensor, y: torch.Tensor, module: Any, over_nchw: bool) -> torch.Tensor:

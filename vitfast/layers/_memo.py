@@ -169,10 +169,14 @@ def ready(
     fits = _guard.is_unwatched(x, *others, *held)
     if not fits and not _guard.may_fuse(x, *others):
         return None
-    if memo is not None and found is not None and found.sources.same(module):
-        if fits or all(map(native.is_readable, held)):
-            memo.vain = 0
-            return found.plan  # type: ignore[no-any-return]
+    if (
+        memo is not None
+        and found is not None
+        and found.sources.same(module)
+        and (fits or all(map(native.is_readable, held)))
+    ):
+        memo.vain = 0
+        return found.plan  # type: ignore[no-any-return]
     if type(memos) is not _Memos or memos.module() is not module:  # that of what it is a copy of
         memo, memos = None, _Memos(module)
         module.__dict__[_NAME] = memos

@@ -86,6 +86,12 @@ def replaced(kind: type[nn.Module]) -> str:
     return found.replaced
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_known(kind: type[nn.Module]) -> bool:
+    """Whether a class is one of torch's or timm's, and not made on the way."""
+    return _known(kind) is kind
+
+
 def is_watched() -> bool:
     """Whether a function mode waits for the calls of torch's functions, other than that of
     `torch.device` as a context, which changes none but those that make tensors."""

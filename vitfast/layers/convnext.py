@@ -9,7 +9,7 @@ from timm import layers as timm_layers
 from timm.models import convnext
 from torch import nn
 
-from vitfast.layers import _convnext, _guard, _memo, _mlp, _norm
+from vitfast.layers import _convnext, _guard, _memo, _mlp
 from vitfast.layers._base import Layer
 from vitfast.layers._convnext import ConvNeXt
 from vitfast.layers._guard import Children, Unsupported
@@ -22,15 +22,15 @@ def plan_block(module: nn.Module) -> ConvNeXt:
     if type(children["shortcut"]) is not nn.Identity:
         raise Unsupported("its shortcut pools or widens")
     _guard.check_bare(children["shortcut"], "shortcut")
-    return ConvNeXt(
-        _convnext.depthwise(children, "conv_dw"),
-        _plan_norm(children["norm"], children, module.use_conv_mlp),
-        *_convnext.tail(
-            lambda: (
-                _mlp.pointwise(children, "mlp"),
-                _guard.optional_parameter(module, "gamma"),
-                _guard.drop_path(children, "drop_path"),
-            )
+    return _convnext.plan(
+        lambda: (
+            _convnext.depthwise(children, "conv_dw"),
+            _plan_norm(children["norm"], children, module.use_conv_mlp),
+        ),
+        lambda: (
+            _mlp.pointwise(children, "mlp"),
+            _guard.optional_parameter(module, "gamma"),
+            _guard.drop_path(children, "drop_path"),
         ),
     )
 
@@ -42,7 +42,7 @@ def _plan_norm(
         return module
     if type(module) is timm_layers.SimpleNorm2d:
         return lambda x: module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return (_norm.child_2d if over_nchw else _norm.child)(children, "norm")
+    return _convnext.norm(children, over_nchw)
 
 
 class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):

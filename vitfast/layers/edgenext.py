@@ -6,7 +6,7 @@ import torch
 from timm.models import edgenext
 from torch import nn
 
-from vitfast.layers import _convnext, _guard, _memo, _mlp, _norm
+from vitfast.layers import _convnext, _guard, _memo, _mlp
 from vitfast.layers._base import Layer
 from vitfast.layers._convnext import ConvNeXt
 from vitfast.layers._guard import Unsupported
@@ -17,15 +17,15 @@ def plan_block(module: nn.Module) -> ConvNeXt:
     children = module._modules
     if module.shortcut_after_dw:
         raise Unsupported("its shortcut leaves after the convolution, which strides or widens")
-    return ConvNeXt(
-        _convnext.depthwise(children, "conv_dw"),
-        _norm.child(children, "norm"),
-        *_convnext.tail(
-            lambda: (
-                _mlp.child(children, "mlp"),
-                _guard.optional_parameter(module, "gamma"),
-                _guard.drop_path(children, "drop_path"),
-            )
+    return _convnext.plan(
+        lambda: (
+            _convnext.depthwise(children, "conv_dw"),
+            _convnext.norm(children),
+        ),
+        lambda: (
+            _convnext.child(_mlp.child, children, "mlp"),
+            _guard.optional_parameter(module, "gamma"),
+            _guard.drop_path(children, "drop_path"),
         ),
     )
 

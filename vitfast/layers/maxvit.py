@@ -15,7 +15,6 @@ from vitfast.layers import (
     _guard,
     _memo,
     _mlp,
-    _norm,
     _position,
     layer_scale,
 )
@@ -93,15 +92,15 @@ def plan_convnext(module: Any) -> ConvNeXt:
             raise Unsupported(f"its {name} pools or widens")
         _guard.check_bare(children[name], name)
     nchw = module.use_conv_mlp
-    return ConvNeXt(
-        _convnext.depthwise(children, "conv_dw"),
-        (_norm.child_2d if nchw else _norm.child)(children, "norm"),
-        *_convnext.tail(
-            lambda: (
-                _mlp.pointwise(children, "mlp"),
-                layer_scale.child(children, "ls", nchw=nchw),
-                _guard.drop_path(children, "drop_path"),
-            )
+    return _convnext.plan(
+        lambda: (
+            _convnext.depthwise(children, "conv_dw"),
+            _convnext.norm(children, nchw),
+        ),
+        lambda: (
+            _mlp.pointwise(children, "mlp"),
+            layer_scale.child(children, "ls", nchw=nchw),
+            _guard.drop_path(children, "drop_path"),
         ),
     )
 
