@@ -213,15 +213,24 @@ def _fake(
     )
 
 
+def reads_x(backend: Backend, wanted: bool) -> bool:
+    """Whether the backward of a backend reads more of x than its shape and dtype.
+
+    wanted: whether a weight's gradient is. The reference differentiates its own forward.
+    """
+    return wanted or backend.name == "reference"
+
+
 def _backward(
     grad, x, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, z, act, gate,
     wanted, backend,
 ):  # fmt: skip
-    x = _normed.again(x, norm_weight, norm_bias, eps, kind, grad.dtype)
-    args = (x, weight, bias, gate_weight, gate_bias, act, gate, True)
-    return DISPATCHER.pick(backend, *args, needs_backward=True).backward(
-        grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted
-    )
+    like = x.new_empty(x.shape, dtype=grad.dtype) if kind else x
+    args = (like, weight, bias, gate_weight, gate_bias, act, gate, True)
+    found = DISPATCHER.pick(backend, *args, needs_backward=True)
+    if reads_x(found, wanted[1] or wanted[3]):
+        like = _normed.again(x, norm_weight, norm_bias, eps, kind, grad.dtype)
+    return found.backward(grad, like, weight, bias, gate_weight, gate_bias, z, act, gate, wanted)
 
 
 def _backward_fake(

@@ -156,7 +156,13 @@ def _on(backend: Backend) -> Backend:
 
     def backward(grad, x, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn):
         identity = act == "none" and not gate
-        hidden = operand = z if identity else _hidden(backend, z, act, gate)
+        if identity:
+            hidden = z
+        elif wanted[3] or grn[0] is not None:
+            hidden = _hidden(backend, z, act, gate)
+        else:  # of a frozen fc2 only the shape
+            hidden = z.new_empty((*z.shape[:-1], weight2.shape[1]))
+        operand = hidden
         first = [wanted[0], wanted[1], wanted[2], False, False]
         before = any(first) or any(wanted[5:])
         second = [before, wanted[3], wanted[4], False, False]
@@ -217,12 +223,13 @@ def _backward(
     grad, x, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
     grn_bias, z, act, gate, grn_eps, wanted, backend,
 ):  # fmt: skip
-    x = _normed.again(x, norm_weight, norm_bias, eps, kind, z.dtype)
     grn = (grn_weight, grn_bias, grn_eps)
-    args = (x, weight1, bias1, weight2, bias2, act, gate, True, *grn)
-    return DISPATCHER.pick(backend, *args, needs_backward=True).backward(
-        grad, x, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn
-    )
+    like = x.new_empty(x.shape, dtype=z.dtype) if kind else x
+    args = (like, weight1, bias1, weight2, bias2, act, gate, True, *grn)
+    found = DISPATCHER.pick(backend, *args, needs_backward=True)
+    if linear.reads_x(found, wanted[1]):
+        like = _normed.again(x, norm_weight, norm_bias, eps, kind, z.dtype)
+    return found.backward(grad, like, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn)
 
 
 def _backward_fake(
