@@ -280,7 +280,7 @@ def _plan(layer: type[Layer], module: nn.Module) -> object:
     try:
         return planned(layer.plan, module)
     except Unfit as reason:
-        return reason
+        return type(reason)(str(reason))  # without a traceback, whose frames hold the model
 
 
 def _no_kernels() -> str:

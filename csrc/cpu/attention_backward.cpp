@@ -197,12 +197,8 @@ struct Backward {
     product<Store, M>(w.k_rows + t * kBlock * units, keys, w.q_lanes, q_vecs, units, w.p);
     product<Store, M>(w.v_rows + t * kBlock * units, keys, w.g_lanes, q_vecs, units, w.ds);
     float c = factor;
-    if (terms) {
-      for (int64_t k = 0; k < keys; ++k)
-        for (int m = 0; m < q_vecs * kLanes; m += kLanes) {
-          float* at = w.p + k * kBlock + m;
-          store(at, load(at) * splat(factor));
-        }
+    if (terms || is_large(w.shift, q_vecs)) {
+      scale_scores(w.p, keys, q_vecs, factor);
       if (a.mask.ptr) add_term(a.mask, b * a.mask.sb + h * a.mask.sh, q0, queries, k0, keys, w.p);
       if (a.bias.ptr) add_term(a.bias, b * a.bias.sb + h * a.bias.sh, q0, queries, k0, keys, w.p);
       if (a.causal) add_causal(q0, queries, k0, keys, w.p);

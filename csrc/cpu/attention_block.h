@@ -236,7 +236,7 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
           with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, top});
         });
       }
-      const float c = terms ? 1.f : factor;
+      float c = terms ? 1.f : factor;
       for (int m = 0; m < vecs * kLanes; m += kLanes) {
         const vf now = load(top + m);
         // All keys so far masked: any finite shift keeps exp2(-inf) = 0 and avoids inf - inf.
@@ -247,6 +247,10 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
         store(alpha + m, exp2_nonpositive(before - safe));
         store(shift + m, safe);
         store(max + m, now);
+      }
+      if (!terms && is_large(shift, vecs)) {
+        scale_scores(w.s, keys, vecs, factor);
+        c = 1.f;
       }
       exponentials<M>(vecs, w.s, keys, c, shift, sum, w.pairs);
       for (int m = 0; m < vecs * kLanes; m += kLanes)

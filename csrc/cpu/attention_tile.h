@@ -349,6 +349,26 @@ inline void pack_lanes(const typename M::Row* rows, int64_t ld, int64_t count, i
   }
 }
 
+// ---- scores --------------------------------------------------------------------------------------
+
+// Whether one of some shifts (maxima of scores, in powers of two) is so large that what its rounding left
+// would matter by itself: a product of score and factor that is subtracted unrounded keeps it, and 2 to
+// that power may be infinite. Below 2^16 it is 1/256 at most.
+inline bool is_large(const float* shift, int vecs) {
+  for (int m = 0; m < vecs * kLanes; ++m)
+    if (!(__builtin_fabsf(shift[m]) < 65536.f)) return true;  // or it is NaN
+  return false;
+}
+
+// S *= factor, for keys x vecs.
+inline void scale_scores(float* s, int64_t keys, int vecs, float factor) {
+  for (int64_t k = 0; k < keys; ++k)
+    for (int m = 0; m < vecs * kLanes; m += kLanes) {
+      float* const at = s + k * kBlock + m;
+      store(at, load(at) * splat(factor));
+    }
+}
+
 // ---- additive terms --------------------------------------------------------------------------------
 
 inline float add_at(const AttnAdd& t, int64_t offset) {

@@ -239,6 +239,16 @@ inline vf scaled_above(vf x, vf p, __m512 n) {
 }
 #endif
 
+// The value as a number of its own: the compiler fuses no product with what follows.
+inline vf unfused(vf x) {
+#if defined(__GNUC__) && defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__GNUC__) && defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 // 2^x for x <= 0, flushed to zero from -126 down; relative error below 3e-7 (the degree-6 polynomial
 // that Cephes uses on [-1/2, 1/2]). NaN stays NaN, -inf gives 0.
 inline vf exp2_nonpositive(vf x) {

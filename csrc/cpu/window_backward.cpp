@@ -170,7 +170,7 @@ struct Backward {
         for (int64_t k = first; k < min64(first + kSummed, keys); ++k) {
           float* at = p + k * kBlock + m;
           const vf raw = load(at);
-          vf s = raw * factor;
+          vf s = unfused(raw * factor);  // as the forward: of large scores the rounding exceeds all else
           if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
           if (several) s = s + select(load(w.bands + q0 + m) == splat(w.bands[k0 + k]), zero(), splat(kHidden));
           const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);

@@ -15,7 +15,7 @@ struct Window {
   const WindowArgs& a;
   int64_t batch, index, head, D;
   float scale;
-  bool terms;
+  static constexpr bool terms = true;  // or this way would round otherwise than a tile's, and the backward
   const int64_t* token;  // [N]
   const float* bands;    // [N], or null where all are the same
   const float* bias;     // [N][ld], or null
@@ -205,7 +205,7 @@ void forward(const WindowArgs& a) {
       mapped = window;
       filled = head;
       const float* bias = by_window ? shared.as<float>() + head * pairs : map.bias;
-      const Window<M> p{a, batch, index, head, a.D, a.scale[head], a.table || several, map.token,
+      const Window<M> p{a, batch, index, head, a.D, a.scale[head], map.token,
                         several ? map.bands : nullptr, a.table ? bias : nullptr, ld, N};
       if (tile)
         attend_tile<M>(p, t, w);

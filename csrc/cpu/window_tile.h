@@ -76,7 +76,7 @@ struct TermScores {
       vf top = load(max + v * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        vf value = acc[r][v] * factor;
+        vf value = unfused(acc[r][v] * factor);  // the backward has to come to the same
         if (bias) value = value + load(bias + r * ld + v * kLanes);
         if (query_bands)
           value = value + select(load(query_bands + v * kLanes) == splat(key_bands[r]), zero(), splat(kHidden));

@@ -71,7 +71,7 @@ def test_verify_sees_every_edit_at_once(warm):
     for _ in range(3):
         one_element(weight)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+            warnings.simplefilter("error")  # no answer used an old value
             assert is_current(ours, x)
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _attention, _guard, _inference, _mlp, _norm, layer_scale
+from vitfast.layers import _attention, _guard, _inference, _memo, _mlp, _norm, layer_scale
 from vitfast.layers._attention import Attention
 from vitfast.layers._guard import Called, Children, DropRate
 from vitfast.layers._mlp import Mlp
@@ -88,6 +88,7 @@ def _plan(module: nn.Module, gamma: Callable[[int], torch.Tensor | None]) -> Blo
         drop = _guard.drop_path(children, f"drop_path{i}")
         inner, width = read(children)
         norm.check_width(width)
+        _guard.vector(scale, width, "layer scale")
         return norm, inner, scale, drop
 
     # Attention last, since it may compute position biases, with a dropout of their own.
@@ -125,7 +126,9 @@ def run(
     """
     if type(block.attn) is Called:
         x = _call_half(x, module, 1, attend, block.norms_last, maps[0])
-        return run_mlp(x, block, module, maps[1])
+        # A hook there may have changed what is still to come.
+        second = _memo.ready(type(module).plan, module, x) or block._replace(mlp=Called(""))
+        return run_mlp(x, second, module, maps[1])
     if type(block.mlp) is Called:
         return run_mlp(attention_half(x, block, **attention), block, module, maps[1])
     out = None

@@ -17,6 +17,7 @@ from vitfast.layers import (
     _guard,
     _inference_branch,
     _inference_maps,
+    _memo,
     _mlp,
     _norm,
     _originals,
@@ -53,8 +54,13 @@ def plan(read_head: Callable[[], Head], read_tail: Callable[[], Tail]) -> ConvNe
     Raises:
         Unfit: neither can be read; Unsupported if one never can.
     """
+
+    def checked_tail() -> Tail:
+        mlp, gamma, drop = read_tail()
+        return mlp, _guard.vector(gamma, len(mlp.fc2.weight), "layer scale"), drop
+
     head, why_head = _attempt(read_head)
-    tail, why_tail = _attempt(read_tail)
+    tail, why_tail = _attempt(checked_tail)
     if head is None and tail is None:
         raise Unfit(why_head)
     return ConvNeXt(
@@ -120,8 +126,13 @@ def run(x: torch.Tensor, block: ConvNeXt, module: Any, over_nchw: bool = False) 
     if type(block.mlp) is Called:
         return _call_tail(x, _normed(rows, block), module, over_nchw)
     if type(block.conv) is Called:
-        branch = _mlp.apply(_call_head(x, module, over_nchw), block.mlp)
-        return _block.add(rows, branch, block.gamma, block.drop).permute(0, 3, 1, 2)
+        y = _call_head(x, module, over_nchw)
+        # A hook there may have changed what is still to come, and given any tensor.
+        fresh = _memo.ready(type(module).plan, module, x, y)
+        if fresh is None or type(fresh.mlp) is Called or y.shape != rows.shape:
+            return _call_tail(x, y, module, over_nchw)
+        branch = _mlp.apply(y, fresh.mlp)
+        return _block.add(rows, branch, fresh.gamma, fresh.drop).permute(0, 3, 1, 2)
     out = None
     fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
     if fits and not _block.records(rows, block):

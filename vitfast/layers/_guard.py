@@ -149,6 +149,7 @@ def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:
         # A replaced forward is what called this one.
         if name in state and name != "forward" and not is_own_method(module, name):
             raise Unfit(f"its {name} is replaced")
+    check_unhidden(module, "it")
     _check_original(module)
     return plan(module)
 
@@ -167,6 +168,8 @@ def records_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
+_CALLS = ("_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
+"""What `__call__` runs, where an instance has its own; `nn.Module.compile` sets the last."""
 _METHODS: dict[type, tuple[str, ...]] = {}
 _UNCALLED = {"extra_repr", "init_weights", "reset_parameters", "init_non_persistent_buffers"}
 
@@ -215,7 +218,18 @@ def check_bare(module: nn.Module, name: str) -> None:
     for method in methods(type(module)):
         if method in state and not is_own_method(module, method):
             raise Unfit(f"{name} has a replaced {method}")
+    if not state.keys().isdisjoint(_CALLS):
+        raise Unfit(f"{name} is called by something else")
+    check_unhidden(module, name)
     _check_original(module)
+
+
+def check_unhidden(module: nn.Module, name: str) -> None:
+    """That no attribute of the instance hides a child or parameter of the same name."""
+    state = module.__dict__
+    for held in (state["_parameters"], state["_modules"], state["_buffers"]):
+        if held and not state.keys().isdisjoint(held):
+            raise Unfit(f"{name} has an attribute that hides one of its children or tensors")
 
 
 def _check_original(module: nn.Module) -> None:
@@ -241,6 +255,13 @@ def check_readable(t: torch.Tensor, name: str) -> None:
         raise Unfit(f"{name} is no dense tensor that can be read by its address")
 
 
+def vector(t: torch.Tensor | None, width: int, name: str) -> torch.Tensor | None:
+    """A vector of this many elements, or None; timm's arithmetic takes what broadcasts, too."""
+    if t is not None and t.shape != (width,):
+        raise Unfit(f"{name} has shape {tuple(t.shape)} instead of ({width},)")
+    return t
+
+
 def optional_parameter(module: nn.Module, name: str) -> Any:
     """As `tensor`, for a parameter that may have been set to None before it was ever registered."""
     return tensor(module, name) if name in module._parameters else getattr(module, name)
@@ -259,7 +280,10 @@ def linear(children: Children, name: str, *, pointwise: bool = False) -> Linear:
     ):
         raise Unsupported(f"{name} is no linear layer over channels")
     check_bare(module, name)
-    return Linear(tensor(module, "weight"), tensor(module, "bias"))
+    weight = tensor(module, "weight")
+    if weight is None:
+        raise Unfit(f"{name} has no weight")
+    return Linear(weight, vector(tensor(module, "bias"), len(weight), f"bias of {name}"))
 
 
 def layer(children: Children, name: str) -> Linear | Called:

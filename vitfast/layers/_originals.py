@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType, WrapperDescriptorType
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ Place = tuple[Any, str]  # a class or a module, and the name of an attribute
 Kinds = frozenset[type[nn.Module]]
 _HOMES = frozenset(("torch", "timm", "vitfast")) | sys.stdlib_module_names
 _EVERY = ((nn.Module, "__call__"), (nn.Module, "_call_impl"))  # what calls any forward
+_ACCESS = ("__call__", "_call_impl", "__getattr__", "__getattribute__")
+"""What calls the modules of a class and finds their children and parameters."""
 
 
 class Calls:
@@ -113,6 +115,7 @@ def _known(kind: type[nn.Module]) -> type[nn.Module] | None:
 def _places(kind: type[nn.Module]) -> Iterator[Place]:
     """Where what the forward of a class calls is found: timm's forward, of a drop-in."""
     yield kind, "forward"
+    yield from ((kind, name) for name in _ACCESS)
     kind = getattr(kind, "timm_class", kind)
     yield kind, "forward"
     waiting, known = [kind.forward], set()
@@ -154,7 +157,8 @@ def _is_original(owner: Any, name: str) -> bool:
     if name == "F":
         return value is functional
     home = getattr(value, "__globals__", {}).get("__name__", "")
-    return isinstance(value, BuiltinFunctionType) or _home(home) in _HOMES
+    builtin = isinstance(value, (BuiltinFunctionType, WrapperDescriptorType))
+    return builtin or _home(home) in _HOMES
 
 
 def _home(module: str) -> str:

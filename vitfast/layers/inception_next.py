@@ -15,9 +15,11 @@ from vitfast.layers.mlp import plan_conv_mlp
 def plan_block(module: nn.Module) -> Tail:
     """How timm's `MetaNeXtBlock` computes after its mixer and norm, which are timm's."""
     children = module._modules
+    mlp = _mlp.pointwise(children, "mlp")
+    gamma = _guard.optional_parameter(module, "gamma")
     return Tail(
-        mlp=_mlp.pointwise(children, "mlp"),
-        gamma=_guard.optional_parameter(module, "gamma"),
+        mlp=mlp,
+        gamma=_guard.vector(gamma, len(mlp.fc2.weight), "gamma"),
         drop=_guard.drop_path(children, "drop_path"),
     )
 

@@ -10,6 +10,7 @@ from timm.models import swin_transformer_v2
 from vitfast.layers import _attention, _guard, _patch_merging, _position, _windowed
 from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
+from vitfast.layers._guard import Unfit
 
 
 def plan_attention(module: Any) -> Attention:
@@ -18,6 +19,9 @@ def plan_attention(module: Any) -> Attention:
     _guard.check_no_dropout(children, "attn_drop")
     _guard.check_no_dropout(children, "proj_drop")
     qkv, proj = _attention.projections(module, module.num_heads, True)
+    logit_scale = _guard.tensor(module, "logit_scale")
+    if logit_scale.shape != (module.num_heads, 1, 1):
+        raise Unfit(f"logit_scale has shape {tuple(logit_scale.shape)}")
     _attention.check_softmax(children)
     _position.check_index(module, tuple(module.window_size))
     return Attention(
@@ -25,7 +29,7 @@ def plan_attention(module: Any) -> Attention:
         qkv=(qkv._replace(bias=_attention.packed_bias(module)),),
         proj=proj,
         table=_position.table(module.cpb_mlp, module.relative_coords_table, module.num_heads),
-        logit_scale=_guard.tensor(module, "logit_scale").flatten(),
+        logit_scale=logit_scale.flatten(),
     )
 
 

@@ -35,6 +35,7 @@ def plan_attention(module: Any) -> Attention:
     window, logit_scale = tuple(module.window_size), _guard.tensor(module, "logit_scale")
     if logit_scale is None:
         raise Unfit("it has no logit_scale")
+    _guard.vector(logit_scale, module.num_heads, "logit_scale")
     _as_built.expect_buffer(
         module,
         "relative_coordinates_log",

@@ -211,7 +211,10 @@ def storages(
 
 
 def warn_edited(what: str) -> None:
-    """Tell that an edit was found late, which other answers may have been given without."""
+    """Tell that an edit was found late, which other answers may have been given without; none was
+    where every call looks at all weights."""
+    if settings.weights == "verify":
+        return
     warnings.warn(
         f"vitfast: {what} was edited in a way that PyTorch does not count (through .data, NumPy "
         "or another process). It is read anew from now on, but up to 31 calls before this one may "
