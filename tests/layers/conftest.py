@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vitfast.families import layer_table
-from vitfast.layers import _inference_maps, _rows
+from vitfast.layers import _guard, _inference_maps, _rows
 from vitfast.swap import swap
 from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
@@ -244,8 +244,11 @@ def parity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
 
 
 @pytest.fixture
-def one_graph() -> Callable[[nn.Module, torch.Tensor], str]:
-    """one_graph(module, x): what inference compiles to, without a break, and computes as module."""
+def one_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, torch.Tensor], str]:
+    """one_graph(module, x): what inference compiles to, without a break, and computes as module.
+
+    As in a process that has run no layer of the class before.
+    """
 
     def text(module: nn.Module, x: torch.Tensor) -> str:
         graphs = []
@@ -255,6 +258,7 @@ def one_graph() -> Callable[[nn.Module, torch.Tensor], str]:
             return graph
 
         torch._dynamo.reset()
+        monkeypatch.setattr(_guard, "_METHODS", {})
         with torch.no_grad():
             got = torch.compile(module, fullgraph=True, backend=backend)(x)
             torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)

@@ -174,6 +174,7 @@ _METHODS: dict[type, tuple[str, ...]] = {}
 _UNCALLED = {"extra_repr", "init_weights", "reset_parameters", "init_non_persistent_buffers"}
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def methods(kind: type[nn.Module]) -> tuple[str, ...]:
     """The methods of a module class that its forward may call, and forward itself."""
     found = _METHODS.get(kind)
@@ -218,8 +219,9 @@ def check_bare(module: nn.Module, name: str) -> None:
     for method in methods(type(module)):
         if method in state and not is_own_method(module, method):
             raise Unfit(f"{name} has a replaced {method}")
-    if not state.keys().isdisjoint(_CALLS):
-        raise Unfit(f"{name} is called by something else")
+    for call in _CALLS:
+        if call in state:
+            raise Unfit(f"{name} is called by something else")
     check_unhidden(module, name)
     _check_original(module)
 
@@ -228,8 +230,9 @@ def check_unhidden(module: nn.Module, name: str) -> None:
     """That no attribute of the instance hides a child or parameter of the same name."""
     state = module.__dict__
     for held in (state["_parameters"], state["_modules"], state["_buffers"]):
-        if held and not state.keys().isdisjoint(held):
-            raise Unfit(f"{name} has an attribute that hides one of its children or tensors")
+        for own in held:
+            if own in state:
+                raise Unfit(f"{name} has an attribute that hides its {own}")
 
 
 def _check_original(module: nn.Module) -> None:
