@@ -191,6 +191,9 @@ def test_a_function_mode_sees_what_timm_calls(pair, grad):
     assert seen[0]
 
 
+@pytest.mark.xfail(
+    torch.__version__ < "2.12", reason="torch 2.11 guards on modes that it takes off as it traces"
+)
 def test_a_function_mode_sees_what_timm_compiles():
     block = vision_transformer.Block(C, 3).eval()
     swap(block)

@@ -35,6 +35,9 @@ Plan = TypeVar("Plan")
 class Unfit(Exception):
     """This call has to run timm's forward; the message says why."""
 
+    def __str__(self) -> str:  # torch.compile of torch 2.11 has no other
+        return self.args[0]  # type: ignore[no-any-return]
+
 
 class Unsupported(Unfit):
     """As Unfit, by an option that the module was built with: no call of it can run fused."""
