@@ -53,7 +53,7 @@ struct Dense {
     for_groups(keys, [&](int64_t r, int n) {
       with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, unused});
     });
-    for (int64_t j = 0; j < keys * kBlock; j += kLanes) store(w.s + j, load(w.s + j) * splat(factor));
+    scale_scores(w.s, keys, vecs, factor);
     if (a.mask.ptr) add_term(a.mask, mask_base, first, count, k0, keys, w.s);
     if (a.bias.ptr) add_term(a.bias, bias_base, first, count, k0, keys, w.s);
     if (a.causal) add_causal(first, count, k0, keys, w.s);

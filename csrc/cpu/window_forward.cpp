@@ -15,7 +15,7 @@ struct Window {
   const WindowArgs& a;
   int64_t batch, index, head, D;
   float scale;
-  static constexpr bool terms = true;  // or this way would round otherwise than a tile's, and the backward
+  static constexpr bool terms = true;  // scores are stored rounded, as a tile's and the backward's are
   const int64_t* token;  // [N]
   const float* bands;    // [N], or null where all are the same
   const float* bias;     // [N][ld], or null

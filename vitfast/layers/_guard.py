@@ -35,7 +35,7 @@ Plan = TypeVar("Plan")
 class Unfit(Exception):
     """This call has to run timm's forward; the message says why."""
 
-    def __str__(self) -> str:  # torch.compile of torch 2.11 has no other
+    def __str__(self) -> str:  # torch.compile of torch 2.11 knows no method written in C here
         return self.args[0]  # type: ignore[no-any-return]
 
 
@@ -101,8 +101,11 @@ def may_fuse(x: object, *others: object) -> bool:
 
 
 def _unwatched() -> Callable[..., bool]:
-    """A function of inputs that is true only where `may_fuse` is: one look at all it asks, each
-    of which costs it three times as long once the caches have held a model's weights."""
+    """A function of inputs that gives True only where `may_fuse` does, False without the extension.
+
+    It looks at everything at once: one question after the other from Python takes three times as
+    long where a model's weights have just passed through the caches.
+    """
     extension = native.extension()
     if extension is None:
         return lambda *inputs: False
@@ -126,6 +129,7 @@ def _unwatched() -> Callable[..., bool]:
 
 
 is_unwatched = _unwatched()
+"""is_unwatched(x, *others): True where `may_fuse` surely is; False says nothing."""
 
 
 def ready(
@@ -171,7 +175,7 @@ def records_grad(*tensors: torch.Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-_CALLS = ("_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
+_CALLERS = ("_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
 """What `__call__` runs, where an instance has its own; `nn.Module.compile` sets the last."""
 _METHODS: dict[type, tuple[str, ...]] = {}
 _UNCALLED = {"extra_repr", "init_weights", "reset_parameters", "init_non_persistent_buffers"}
@@ -222,7 +226,7 @@ def check_bare(module: nn.Module, name: str) -> None:
     for method in methods(type(module)):
         if method in state and not is_own_method(module, method):
             raise Unfit(f"{name} has a replaced {method}")
-    for call in _CALLS:
+    for call in _CALLERS:
         if call in state:
             raise Unfit(f"{name} is called by something else")
     check_unhidden(module, name)
