@@ -33,7 +33,7 @@ from vitfast.layers._guard import (
     tensors,
 )
 from vitfast.ops._weight_cache import CACHE, clear_weight_cache
-from vitfast.runtime import gpu, native
+from vitfast.runtime import native, triton
 from vitfast.settings import logger
 
 __all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "refresh", "restore", "swap"]
@@ -285,7 +285,7 @@ def _plan(layer: type[Layer], module: nn.Module) -> object:
 
 def _no_kernels() -> str:
     """Why neither the CPU's nor the GPU's kernels can run in this process; "" where one can."""
-    why = native.reasons() and gpu.available() and [*native.reasons(), *gpu.available()]
+    why = native.reasons() and triton.available() and [*native.reasons(), *triton.available()]
     return "; ".join(dict.fromkeys(why))
 
 

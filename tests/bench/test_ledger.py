@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from vitfast.runtime import launches
+
 pytest.importorskip("triton")
 
 from vitfast.bench import ledger  # noqa: E402
-from vitfast.runtime import tuning  # noqa: E402
+
+# noqa: E402
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +25,7 @@ def checkout(tmp_path, monkeypatch):
     for path in ("tests/gpu", "benchmarks/results"):
         (tmp_path / path).mkdir(parents=True)
     shutil.copy(CHECKOUT / "tests/gpu/resources.json", tmp_path / "tests/gpu")
-    monkeypatch.setattr(tuning, "LAUNCHES", tmp_path)
+    monkeypatch.setattr(launches, "LAUNCHES", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

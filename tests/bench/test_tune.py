@@ -13,7 +13,7 @@ from vitfast.bench import tune
 from vitfast.cli.main import main
 from vitfast.errors import BackendUnavailableError
 from vitfast.ops.attention import vendor
-from vitfast.runtime.tuning import Arch, Launch, choice_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, choice_of, launch_of
 
 SPEC = vitfast.ops.spec_of("layer_norm")
 SAMPLE = next(s for s in SPEC.samples if s.name == "prime_width")

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 import vitfast
 from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
-from vitfast.runtime import gpu, native
+from vitfast.runtime import native, triton
 from vitfast.settings import settings
 from vitfast.swap import SwapReport, create_model, restore, swap
 
@@ -308,7 +308,7 @@ def test_without_any_kernel_the_report_says_so_and_strict_refuses(monkeypatch, w
     if where == "native":
         why = "native extension not built: no compiler; there is no GPU"
         monkeypatch.setattr(native, "reasons", lambda: ["native extension not built: no compiler"])
-        monkeypatch.setattr(gpu, "available", lambda: ["there is no GPU"])
+        monkeypatch.setattr(triton, "available", lambda: ["there is no GPU"])
     else:
         why = "VITFAST_DISABLE is set"
         monkeypatch.setattr(settings, "disable", True)
@@ -323,10 +323,10 @@ def test_without_any_kernel_the_report_says_so_and_strict_refuses(monkeypatch, w
 
 
 def test_a_kernel_on_either_device_is_one(monkeypatch):
-    for module, function in ((native, "reasons"), (gpu, "available")):
+    for module, function in ((native, "reasons"), (triton, "available")):
         with monkeypatch.context() as patch:
             patch.setattr(native, "reasons", lambda: ["no compiler"])
-            patch.setattr(gpu, "available", lambda: ["no GPU"])
+            patch.setattr(triton, "available", lambda: ["no GPU"])
             patch.setattr(module, function, list)
             report = swap(vit(), strict=True)
         assert report.no_kernels == "" and str(report).splitlines()[0].endswith("in all")

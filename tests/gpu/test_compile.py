@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from vitfast.runtime.launches import Arch, Launch
+
 triton = pytest.importorskip("triton")
 
-from vitfast.runtime.tuning import Arch, Launch  # noqa: E402
+# noqa: E402
 from vitfast.testing import aot  # noqa: E402
 
 KNOWN = json.loads(Path(__file__).with_name("resources.json").read_text())

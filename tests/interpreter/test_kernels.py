@@ -10,8 +10,8 @@ import torch
 import vitfast.ops
 from vitfast.errors import BackendUnavailableError
 from vitfast.ops.spec import OpSpec, Sample
-from vitfast.runtime.gpu import interpreting
-from vitfast.runtime.tuning import watching
+from vitfast.runtime.launches import watching
+from vitfast.runtime.triton import interpreting
 from vitfast.testing.cases import Case
 from vitfast.testing.errors import raise_if_wrong
 from vitfast.testing.inputs import materialise, outputs_of

@@ -9,7 +9,8 @@ import torch
 from timm.layers import DropPath
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
 
-from vitfast.ops import _norm, layer_norm, norm_add, residual_add, rms_norm
+from vitfast.ops import layer_norm, norm_add, residual_add, rms_norm
+from vitfast.ops.common import norm as norm_op
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -125,7 +126,7 @@ def test_the_result_may_replace_either_input(dtype, size):
     want = norm_add(x, branch, backend="cpu")
     for over in ("x", "branch"):
         a, b = x.clone(), branch.clone()
-        _norm.forward(_norm.LAYER, b, base=a, normed_out=a if over == "x" else b)
+        norm_op.forward(norm_op.LAYER, b, base=a, normed_out=a if over == "x" else b)
         assert torch.equal(a if over == "x" else b, want)
     parts = zip(x.split(500, 1), branch.split(500, 1), strict=True)
     assert torch.equal(torch.cat([norm_add(a, b, backend="cpu") for a, b in parts], 1), want)

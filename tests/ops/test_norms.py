@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale
 
 from vitfast.errors import DeviceError, InputTypeError, InputValueError
-from vitfast.ops import (
-    _norm,
+from vitfast.ops import (  # fmt: skip
     add_norm,
     layer_norm,
     norm_add,
@@ -19,7 +18,8 @@ from vitfast.ops import (
     residual_add,
     rms_norm,
     spec_of,
-)  # fmt: skip
+)
+from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
 from vitfast.settings import ISA_LEVELS, settings
 from vitfast.testing.cases import Case
@@ -193,12 +193,12 @@ def test_gradients_overflow_to_infinity():
 def test_outputs_may_be_row_slices_of_larger_tensors(arguments):
     x, branch, weight, bias, gamma = arguments
     named = {"gamma": gamma, "weight": weight, "bias": bias}
-    expected = _norm.forward(_norm.LAYER, x, branch=branch, **named)
+    expected = norm_op.forward(norm_op.LAYER, x, branch=branch, **named)
     large = [torch.full((B, N + 9, C), float("nan"), dtype=x.dtype) for _ in range(2)]
     residual, normed = (t[:, 4 : N + 4] for t in large)
     for rows in (slice(0, 100), slice(100, N)):
-        got = _norm.forward(
-            _norm.LAYER, x[:, rows], branch=branch[:, rows], **named,
+        got = norm_op.forward(
+            norm_op.LAYER, x[:, rows], branch=branch[:, rows], **named,
             residual_out=residual[:, rows], normed_out=normed[:, rows],
         )  # fmt: skip
         assert got[0].data_ptr() == residual[:, rows].data_ptr()
@@ -206,19 +206,19 @@ def test_outputs_may_be_row_slices_of_larger_tensors(arguments):
     assert all(t[:, :4].isnan().all() and t[:, N + 4 :].isnan().all() for t in large)
     for wrong in (torch.empty(B, N, C + 1), torch.empty(B, C, N).mT):
         with pytest.raises(InputValueError, match="output of shape"):
-            _norm.forward(_norm.LAYER, x, normed_out=wrong)
+            norm_op.forward(norm_op.LAYER, x, normed_out=wrong)
 
 
 @each_dtype
 @pytest.mark.parametrize("size", [(3, 41, 40), (3, 2800, 512)], ids=["cached", "past_the_caches"])
 def test_outputs_may_replace_inputs(dtype, size):
     x, branch = make(*size, dtype=dtype), make(*size, dtype=dtype, seed=1)
-    residual, normed, _ = _norm.forward(_norm.RMS, x, branch=branch)
+    residual, normed, _ = norm_op.forward(norm_op.RMS, x, branch=branch)
     a, b = x.clone(), branch.clone()
-    _norm.forward(_norm.RMS, a, branch=b, residual_out=a, normed_out=b)
+    norm_op.forward(norm_op.RMS, a, branch=b, residual_out=a, normed_out=b)
     assert equal((a, b), (residual, normed))
     c = branch.clone()
-    assert torch.equal(_norm.forward(_norm.NONE, x, branch=c, residual_out=c)[0], residual)
+    assert torch.equal(norm_op.forward(norm_op.NONE, x, branch=c, residual_out=c)[0], residual)
 
 
 def test_large_calls_write_the_same_as_small_ones():
@@ -318,9 +318,9 @@ def test_statistics_that_were_not_saved_are_computed_again(arguments):
 
 def test_saved_statistics_match_the_reference():
     x = make(2, 5, C) * 3 + 1
-    for kind in (_norm.LAYER, _norm.RMS):
-        stats = _norm.forward(kind, x, save_stats=True)[2]
-        torch.testing.assert_close(stats, _norm.reference_stats(kind, x, 1e-6))
+    for kind in (norm_op.LAYER, norm_op.RMS):
+        stats = norm_op.forward(kind, x, save_stats=True)[2]
+        torch.testing.assert_close(stats, norm_op.reference_stats(kind, x, 1e-6))
 
 
 def test_plain_sums_share_one_gradient():

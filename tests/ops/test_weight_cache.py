@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _gemm, _onednn, _weight_cache
+from vitfast.ops import _onednn, _weight_cache
+from vitfast.ops.common import gemm
 from vitfast.runtime import native
 from vitfast.settings import settings
 
@@ -24,7 +25,7 @@ def on_onednn(weight, x):
 
 def on_our_own(weight, x):
     with torch.no_grad():
-        return _gemm.apply(_gemm.prepare(weight, None, len(x), x.dtype, keep=True), x)
+        return gemm.apply(gemm.prepare(weight, None, len(x), x.dtype, keep=True), x)
 
 
 @pytest.fixture(params=[on_onednn, on_our_own])
@@ -212,10 +213,10 @@ def test_an_instruction_set_has_an_order_of_its_own():
 def test_a_packed_gate(gate):
     weight, x = layer(48, 40)
     for _ in range(2):
-        ready = _gemm.prepare(weight, None, len(x), x.dtype, gate=gate, keep=True)
+        ready = gemm.prepare(weight, None, len(x), x.dtype, gate=gate, keep=True)
         first, last = F.linear(x, weight.detach()).chunk(2, -1)
         want = first.relu() * last if gate == "first" else first * last.relu()
-        torch.testing.assert_close(_gemm.apply(ready, x, "relu"), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(gemm.apply(ready, x, "relu"), want, rtol=1e-4, atol=1e-4)
         weight.data.mul_(-1)
     assert len(_weight_cache.CACHE) == 1
 
@@ -225,9 +226,9 @@ def test_a_packed_gate(gate):
 def test_rows_of_patches_have_their_channels_last(keep, memory_format):
     weight = torch.randn(24, 5, 2, 3).to(memory_format=memory_format)
     patches = torch.randn(7, 5, 2, 3)
-    ready = _gemm.prepare(weight, None, 7, torch.float32, keep=keep, channels_last=True)
+    ready = gemm.prepare(weight, None, 7, torch.float32, keep=keep, channels_last=True)
     rows = patches.permute(0, 2, 3, 1).flatten(1)
-    torch.testing.assert_close(_gemm.apply(ready, rows), F.conv2d(patches, weight)[:, :, 0, 0])
+    torch.testing.assert_close(gemm.apply(ready, rows), F.conv2d(patches, weight)[:, :, 0, 0])
 
 
 @pytest.mark.parametrize("dtype, k", [(torch.float32, 1024), (torch.bfloat16, 2048)])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vitfast.ops import _norm as norm_op
+from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native, tape
 
 pytestmark = pytest.mark.usefixtures("needs_native")

@@ -21,8 +21,8 @@ from typing import Any
 from tabulate import tabulate
 
 from vitfast import ops
-from vitfast.runtime import tuning
-from vitfast.runtime.tuning import TARGETS, Arch
+from vitfast.runtime import launches
+from vitfast.runtime.launches import TARGETS, Arch
 from vitfast.testing import aot
 
 PAGE = Path("benchmarks", "KERNELS.md")
@@ -108,7 +108,7 @@ def _state(target: str, op: str, count: int, record: dict[str, Any] | None) -> s
         return f"compiled, not run ({count})"
     if op not in record["verified"]:
         return f"wrong ({_when(record)})"
-    picked = "picked" if op in tuning.packaged(target)["verified"] else "run"
+    picked = "picked" if op in launches.packaged(target)["verified"] else "run"
     return f"{picked} ({_when(record)})"
 
 

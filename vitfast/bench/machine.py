@@ -22,7 +22,7 @@ from vitfast.bench.timer import stopwatch
 from vitfast.ops.spec import Cost
 from vitfast.runtime import device as facts
 from vitfast.runtime import native
-from vitfast.runtime.tuning import arch_of
+from vitfast.runtime.launches import arch_of
 
 GEMM_SHAPES = ((2048, 2048, 2048), (4096, 768, 3072), (4096, 3072, 768))
 """(M, K, N): a square one, and the two products of a ViT-B MLP at 4096 tokens."""

@@ -19,7 +19,7 @@ import torch
 from vitfast.bench.timer import Stopwatch, interleave, stopwatch
 from vitfast.ops.attention import vendor
 from vitfast.ops.spec import OpSpec, Sample
-from vitfast.runtime.tuning import Launch, asking, watching
+from vitfast.runtime.launches import Launch, asking, watching
 from vitfast.testing.cases import Case
 
 GAIN = 1.02

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     from vitfast.bench import machine, record, verify
     from vitfast.bench.ops import specs
     from vitfast.bench.progress import progress_bar
-    from vitfast.runtime import tuning
+    from vitfast.runtime import launches
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -52,8 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         record.check_writable(args.json)
     if args.trust:
-        arch = tuning.arch_of(torch.device("cuda"))
-        record.check_writable(tuning.path_of(arch))
+        arch = launches.arch_of(torch.device("cuda"))
+        record.check_writable(launches.path_of(arch))
     checked = specs(args.op)
     hardware = checked if device == "cuda" else []
     models = [] if args.op else [(f, d) for f in verify.MODELS for d in verify.MODEL_DTYPES]
@@ -99,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name}: left out, out of time")
     keep()
     if args.trust:
-        known = set(tuning.table(arch.name)["verified"]) - {spec.name for spec in checked}
-        tuning.write_table(arch, verified=sorted(known | {*verify.verified(found, left_out)}))
+        known = set(launches.table(arch.name)["verified"]) - {spec.name for spec in checked}
+        launches.write_table(arch, verified=sorted(known | {*verify.verified(found, left_out)}))
     return int(any(f.state == verify.WRONG for f in found))
 
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vitfast.bench import record, tune
     from vitfast.bench.ops import specs
-    from vitfast.runtime import tuning
+    from vitfast.runtime import launches
 
     found_specs = specs(args.op)
     for name in ("seconds", "minutes"):
@@ -41,9 +41,9 @@ def run(args: argparse.Namespace) -> int:
             raise InputValueError(f"--{name} {value}: expected a positive number")
     if not torch.cuda.is_available():
         raise InputValueError("tune: torch sees no GPU here; configs are timed, not guessed")
-    arch = tuning.arch_of(torch.device("cuda"))
-    record.check_writable(tuning.path_of(arch))
-    entries = {name: list(old) for name, old in tuning.table(arch.name)["kernels"].items()}
+    arch = launches.arch_of(torch.device("cuda"))
+    record.check_writable(launches.path_of(arch))
+    entries = {name: list(old) for name, old in launches.table(arch.name)["kernels"].items()}
     say = (lambda text: None) if args.quiet else print
     end = time.monotonic() + 60 * args.minutes
     dtypes = args.dtype or DTYPES[:2]
@@ -59,8 +59,10 @@ def run(args: argparse.Namespace) -> int:
             terms = tune.Terms(seconds=args.seconds, until=until, known=entries, say=say)
             for search in tune.searches(spec):
                 _add(entries, search(spec, sample, getattr(torch, name), train, terms))
-                tuning.write_table(arch, kernels=entries)  # later searches run with what was found
-    print(tuning.write_table(arch, kernels=entries))
+                launches.write_table(
+                    arch, kernels=entries
+                )  # later searches run with what was found
+    print(launches.write_table(arch, kernels=entries))
     return 0
 
 

@@ -16,7 +16,7 @@ from vitfast import ops
 from vitfast.layers import _as_built, _guard, _norm
 from vitfast.layers._guard import Called, Children, Linear, Unfit, Unsupported
 from vitfast.layers._norm import Norm
-from vitfast.ops._normed import Normed
+from vitfast.ops.common.recompute import Normed
 
 
 class Attention(NamedTuple):

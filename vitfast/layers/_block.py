@@ -25,7 +25,7 @@ from vitfast.layers._attention import Attention
 from vitfast.layers._guard import Called, Children, DropRate
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
-from vitfast.ops._normed import Normed
+from vitfast.ops.common.recompute import Normed
 from vitfast.runtime.library import autocast_dtype
 
 

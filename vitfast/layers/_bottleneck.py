@@ -13,8 +13,8 @@ from vitfast.layers import _block, _conv, _fits, _group_norm, _guard, _memo
 from vitfast.layers._conv import Call
 from vitfast.layers._group_norm import GroupNorm
 from vitfast.layers._guard import DropRate
-from vitfast.ops import _norm as norm_op
 from vitfast.ops._onednn_conv import Conv, Pads, Ready
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.group_norm_act import native as group_norm_op
 from vitfast.runtime import native
 

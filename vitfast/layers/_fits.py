@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vitfast.ops import _norm as norm_op
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm.native import WIDEST
 from vitfast.ops.window_attention.native import MOST_TOKENS
 from vitfast.runtime import native

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitfast.layers import _attention, _fits, _memo, _rows
-from vitfast.ops import _norm as norm_op
 from vitfast.ops._weight_cache import CACHE
 from vitfast.ops.attention import native as attention_op
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.window_attention import native as window_op
 from vitfast.runtime import native
 

@@ -16,7 +16,7 @@ from vitfast.layers import _fits, _memo, _rows
 from vitfast.layers._guard import Linear
 from vitfast.layers._norm import Grn, Norm
 from vitfast.layers._rows import Halves, Layer
-from vitfast.ops import _norm as norm_op
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.grn import native as grn_op
 from vitfast.ops.patch_embed import native as patch_op

@@ -20,8 +20,8 @@ from vitfast.layers._group_norm import GroupNorm
 from vitfast.layers._guard import DropRate, Linear
 from vitfast.layers._mlp import Mlp
 from vitfast.layers._norm import Norm
-from vitfast.ops import _norm as norm_op
 from vitfast.ops.attention import native as attention_op
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.group_norm_act import native as group_norm_op
 from vitfast.runtime import native

@@ -14,7 +14,7 @@ from vitfast.layers import _guard, _norm
 from vitfast.layers._attention import project
 from vitfast.layers._guard import Called, Children, Unfit, Unsupported
 from vitfast.layers._norm import Grn, Norm
-from vitfast.ops._normed import Normed
+from vitfast.ops.common.recompute import Normed
 
 
 class Mlp(NamedTuple):

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vitfast.layers._norm import Norm
-from vitfast.ops import _gemm, _onednn
-from vitfast.ops import _norm as norm_op
+from vitfast.ops import _onednn
+from vitfast.ops.common import gemm
+from vitfast.ops.common import norm as norm_op
 
 if TYPE_CHECKING:
     from vitfast.layers._guard import Linear
@@ -51,7 +52,7 @@ class Layer(NamedTuple):
     """A linear layer ready to run. own: on our own kernel, which can add as it writes."""
 
     run: Callable[[torch.Tensor], torch.Tensor]
-    own: _gemm.Linear | None
+    own: gemm.Linear | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self.run(x)
@@ -61,7 +62,7 @@ class Layer(NamedTuple):
         if self.own is None:
             out.copy_(self.run(x))
         else:
-            _gemm.apply(self.own, x, out=out)
+            gemm.apply(self.own, x, out=out)
 
     def add_to(
         self, residual: torch.Tensor, gamma: torch.Tensor | None, x: torch.Tensor, out: torch.Tensor
@@ -70,7 +71,7 @@ class Layer(NamedTuple):
         if self.own is None:
             add(residual, self.run(x), gamma, out)
         else:
-            _gemm.apply(self.own, x, residual=residual, gamma=gamma, out=out)
+            gemm.apply(self.own, x, residual=residual, gamma=gamma, out=out)
 
 
 class Halves(NamedTuple):
@@ -133,7 +134,7 @@ def linear(
     if plain and _is_for_onednn(layer, rows, dtype, act):
         return Layer(_onednn.prepare(*layer, rows, dtype, act, channels_last), None)
     gate_weight, gate_bias = gate or (None, None)
-    prepared = _gemm.prepare(
+    prepared = gemm.prepare(
         *layer,
         rows,
         dtype,
@@ -144,12 +145,12 @@ def linear(
         channels_last=channels_last,
     )
     adds = prepared.matrix is not None and act == "none"
-    return Layer(partial(_gemm.apply, prepared, act=act), prepared if adds else None)
+    return Layer(partial(gemm.apply, prepared, act=act), prepared if adds else None)
 
 
 def _is_for_onednn(layer: Linear, rows: int, dtype: torch.dtype, act: str) -> bool:
     """Whether oneDNN runs this layer, and no slower than our own kernel."""
-    faster = _gemm.is_faster(rows, layer.weight, dtype)
+    faster = gemm.is_faster(rows, layer.weight, dtype)
     return not faster and not _onednn.reasons(*layer, dtype, act)
 
 

@@ -12,8 +12,8 @@ from torch import nn
 
 from vitfast.layers import _bottleneck, _conv, _folded, _group_norm, _guard
 from vitfast.layers._guard import Unfit
-from vitfast.ops import _norm as norm_op
 from vitfast.ops._onednn_conv import same_pads
+from vitfast.ops.common import norm as norm_op
 
 
 def features(backbone: Any, x: torch.Tensor) -> Any:

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _gemm, _onednn, _weight_cache
+from vitfast.ops import _onednn, _weight_cache
+from vitfast.ops.common import gemm
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.runtime import native
 from vitfast.settings import settings
@@ -137,7 +138,7 @@ class Ready(NamedTuple):
     pieces: tuple[torch.Tensor, ...]
     bias: torch.Tensor | None
     linear: Callable[[torch.Tensor], torch.Tensor] | None
-    own: _gemm.Linear | None = None  # the same on our own kernel
+    own: gemm.Linear | None = None  # the same on our own kernel
 
     def room(self, height: int, width: int) -> Pads | None:
         """What an input of this size has to be padded with before it comes here; None: nothing."""
@@ -182,7 +183,7 @@ class Ready(NamedTuple):
         if self.own is None or not residual.is_contiguous(memory_format=torch.channels_last):
             return self(x).add_(residual).relu_()
         rows, others = (t.permute(0, 2, 3, 1) for t in (x, residual))
-        out = _gemm.apply(self.own, rows, residual=others)
+        out = gemm.apply(self.own, rows, residual=others)
         return out.relu_().permute(0, 3, 1, 2)
 
 
@@ -205,11 +206,11 @@ def prepare(conv: Conv, dtype: torch.dtype, rows: int, adds: bool = False) -> Re
 def _prepare_linear(conv: Conv, dtype: torch.dtype, rows: int, adds: bool) -> Ready:
     weight = conv.weight
     adds = adds and conv.stride == (1, 1)
-    if _gemm.is_faster(1 if adds else rows, weight, dtype):
+    if gemm.is_faster(1 if adds else rows, weight, dtype):
         form = ("in order", native.isa(), conv.eps)
         (b,), bias = _kept(conv, dtype, form, partial(_pack_in_order, conv))
-        own = _gemm.Linear(b, weight, bias, "", None, None)
-        run = partial(_gemm.apply, own, act=conv.act)
+        own = gemm.Linear(b, weight, bias, "", None, None)
+        run = partial(gemm.apply, own, act=conv.act)
         return Ready(conv, (), bias, run, own if adds else None)
     pieces, bias = _kept(conv, dtype, ("linear", conv.eps), partial(_pack_linear, conv))
     step = _onednn._step(_onednn.columns(weight), dtype)
@@ -283,9 +284,9 @@ def _matrix(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
     return rows.reshape(len(weight), -1).contiguous()
 
 
-def _pack_in_order(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[_gemm.Matrix]:
-    packed = _gemm.in_order(_gemm.matrix((_matrix(conv, weight, dtype),), dtype, 0))
-    return (_gemm.of_packed(weight, dtype, packed),)
+def _pack_in_order(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[gemm.Matrix]:
+    packed = gemm.in_order(gemm.matrix((_matrix(conv, weight, dtype),), dtype, 0))
+    return (gemm.of_packed(weight, dtype, packed),)
 
 
 def _pack_linear(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import vitfast.ops
-from vitfast.runtime import gpu
-from vitfast.runtime.tuning import TARGETS, Arch, Variant
+from vitfast.runtime import triton as triton_runtime
+from vitfast.runtime.launches import TARGETS, Arch, Variant
 
 TABLE = Path("tests", "gpu", "resources.json")
 """In a checkout."""
@@ -76,7 +76,7 @@ def compile_variant(v: Variant, target: str) -> Any:
     return triton.compile(source, target=gpu, options=v.launch.options())
 
 
-_UNEVEN = {*gpu.COUNTS, "mask_q", "mask_k", "z_value", "z_gate"}
+_UNEVEN = {*triton_runtime.COUNTS, "mask_q", "mask_k", "z_value", "z_gate"}
 """Integer arguments that real models do not give in multiples of 16."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.runtime.gpu import interpreting
+from vitfast.runtime.triton import interpreting
 from vitfast.testing.cases import Case
 
 REFUSED = {

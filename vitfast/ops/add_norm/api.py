@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
 from vitfast.ops.add_norm import native, reference
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.layer_norm import api as layer_norm_api
 from vitfast.ops.residual_add import api as residual_add_api
 from vitfast.ops.residual_add.reference import drop_gradient, scale_gradients
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define, needs_grad
+from vitfast.runtime.triton import lazy
 
 
 def add_norm(
@@ -56,7 +56,7 @@ def add_norm(
     """
     residual_add_api.check("add_norm", x, branch, gamma, drop_scale)
     layer_norm_api.check("add_norm", x, weight, bias, eps, out_dtype)
-    _norm.check_kind("add_norm", norm, bias)
+    norm_op.check_kind("add_norm", norm, bias)
     out_dtype = out_dtype or layer_norm_api.autocast_out_dtype(x)
     save_stats = needs_grad(x, branch, weight, bias, gamma, drop_scale)
     residual, normed, _ = _OP(
@@ -72,8 +72,8 @@ def _reference_forward(
         x, branch, weight, bias, eps, gamma=gamma, drop_scale=drop_scale, norm=norm,
         out_dtype=out_dtype,
     )  # fmt: skip
-    kind = _norm.KINDS[norm]
-    stats = _norm.reference_stats(kind, residual, eps) if save_stats else _norm.absent(x)
+    kind = norm_op.KINDS[norm]
+    stats = norm_op.reference_stats(kind, residual, eps) if save_stats else norm_op.absent(x)
     return residual.contiguous(), normed.contiguous(), stats
 
 
@@ -87,7 +87,7 @@ def _reference_backward(
     if grad_normed is None:
         grad = grad_residual
         dweight, dbias = (
-            _norm.absent(residual) if t is None else torch.zeros_like(t) for t in (weight, bias)
+            norm_op.absent(residual) if t is None else torch.zeros_like(t) for t in (weight, bias)
         )
     else:
         grad, dweight, dbias = gradients(normed, (residual, weight, bias), (grad_normed,))
@@ -95,14 +95,14 @@ def _reference_backward(
             grad = grad + grad_residual
     dx = grad.to(x_dtype, memory_format=torch.contiguous_format, copy=True)
     if branch_dtype is None:
-        return dx, _norm.absent(dx), _norm.absent(dx), dweight, dbias
+        return dx, norm_op.absent(dx), norm_op.absent(dx), dweight, dbias
     dbranch, dgamma = scale_gradients(grad, branch, gamma, drop_scale, branch_dtype)
-    dgamma = _norm.absent(dx) if dgamma is None else dgamma
+    dgamma = norm_op.absent(dx) if dgamma is None else dgamma
     return dx, dbranch.contiguous(), dgamma, dweight, dbias
 
 
 def _triton_reasons(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    return _norm.triton_reasons(x, branch, weight, bias, gamma, out_dtype=out_dtype)
+    return norm_op.triton_reasons(x, branch, weight, bias, gamma, out_dtype=out_dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -121,9 +121,13 @@ def _forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, s
 
 
 def _fake(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats, backend):
-    dtype = _norm.residual_dtype(x, branch, gamma)
+    dtype = norm_op.residual_dtype(x, branch, gamma)
     residual = x.new_empty(x.shape, dtype=dtype)
-    return residual, x.new_empty(x.shape, dtype=out_dtype or dtype), _norm.fake_stats(x, save_stats)
+    return (
+        residual,
+        x.new_empty(x.shape, dtype=out_dtype or dtype),
+        norm_op.fake_stats(x, save_stats),
+    )
 
 
 def _backward(
@@ -145,10 +149,10 @@ def _backward_fake(
     grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
     x_dtype, branch_dtype, backend,
 ):  # fmt: skip
-    dbranch = _norm.absent(residual)
+    dbranch = norm_op.absent(residual)
     if branch_dtype is not None:
         dbranch = residual.new_empty(residual.shape, dtype=branch_dtype)
-    dx, *vectors = _norm.backward_fake(
+    dx, *vectors = norm_op.backward_fake(
         residual, None if branch is None else gamma, weight, bias, dtype=x_dtype
     )
     return dx, dbranch, *vectors
@@ -176,7 +180,7 @@ def _autograd(ctx, grad_residual, grad_normed, _):
         None if shared else branch_dtype, ctx.backend,
     )  # fmt: skip
     dbranch = dx if shared else dbranch
-    dweight, dbias = _norm.present((weight, dweight), (bias, dbias))
+    dweight, dbias = norm_op.present((weight, dweight), (bias, dbias))
     dgamma = dgamma if gamma_wanted else None
     ddrop = drop_gradient(dx, branch, gamma, drop_scale) if drop_wanted else None
     return dx.to(x_dtype), dbranch, dweight, dbias, None, dgamma, ddrop, None, None, None, None

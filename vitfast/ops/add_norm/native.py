@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
 def can_run(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    return _norm.reasons(x, branch, weight, bias, gamma, out_dtype=out_dtype)
+    return norm_op.reasons(x, branch, weight, bias, gamma, out_dtype=out_dtype)
 
 
 def forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    residual, normed, stats = _norm.forward(
-        _norm.KINDS[norm],
+    residual, normed, stats = norm_op.forward(
+        norm_op.KINDS[norm],
         x,
         branch=branch,
         gamma=gamma,
@@ -24,15 +24,15 @@ def forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, sa
         out_dtype=out_dtype,
         save_stats=save_stats,
     )
-    return residual, normed, _norm.absent(x) if stats is None else stats
+    return residual, normed, norm_op.absent(x) if stats is None else stats
 
 
 def backward(
     grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
     x_dtype, branch_dtype,
 ):  # fmt: skip
-    return _norm.backward(
-        _norm.KINDS[norm],
+    return norm_op.backward(
+        norm_op.KINDS[norm],
         grad_normed,
         residual,
         stats,

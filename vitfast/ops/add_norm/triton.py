@@ -1,27 +1,28 @@
-"""Residual connection and norm on the kernels of vitfast/ops/_norm_triton.py."""
+"""Residual connection and norm on the kernels of vitfast/ops/common/norm_triton.py."""
 
 from __future__ import annotations
 
-from vitfast.ops import _norm, _norm_triton
-from vitfast.runtime.tuning import Arch, Variant
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common import norm_triton
+from vitfast.runtime.launches import Arch, Variant
 
 
 def forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    residual, normed, stats = _norm_triton.forward(
-        _norm.KINDS[norm], x, branch=branch, gamma=gamma, drop_scale=drop_scale, weight=weight,
+    residual, normed, stats = norm_triton.forward(
+        norm_op.KINDS[norm], x, branch=branch, gamma=gamma, drop_scale=drop_scale, weight=weight,
         bias=bias, eps=eps, out_dtype=out_dtype, save_stats=save_stats,
     )  # fmt: skip
-    return residual, normed, _norm.absent(x) if stats is None else stats
+    return residual, normed, norm_op.absent(x) if stats is None else stats
 
 
 def backward(
     grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
     x_dtype, branch_dtype,
 ):  # fmt: skip
-    return _norm_triton.backward(
-        _norm.KINDS[norm], grad_normed, residual, stats, grad_residual=grad_residual, branch=branch,
-        gamma=gamma, drop_scale=drop_scale, weight=weight, bias=bias, eps=eps, x_dtype=x_dtype,
-        branch_dtype=branch_dtype,
+    return norm_triton.backward(
+        norm_op.KINDS[norm], grad_normed, residual, stats, grad_residual=grad_residual,
+        branch=branch, gamma=gamma, drop_scale=drop_scale, weight=weight, bias=bias, eps=eps,
+        x_dtype=x_dtype, branch_dtype=branch_dtype,
     )  # fmt: skip
 
 
@@ -32,4 +33,4 @@ def variants(arch: Arch) -> list[Variant]:
         "grad", "grad_residual", "residual", "branch", "gamma", "drop", "weight", "stats", "dx",
         "dbranch", "dgamma", "dweight", "dbias",
     }  # fmt: skip
-    return _norm_triton.variants(arch, _norm.LAYER, {"forward": forward, "backward": backward})
+    return norm_triton.variants(arch, norm_op.LAYER, {"forward": forward, "backward": backward})

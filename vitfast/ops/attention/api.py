@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.attention import native, reference, vendor
 from vitfast.ops.attention.reference import Call
-from vitfast.runtime import checks, gpu
+from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import (
     autocast_args,
@@ -208,7 +208,7 @@ def _reference_backward(grad, call, out, stats):
 
 def _triton_reasons(call):
     tensors = (t for t in call if isinstance(t, torch.Tensor) and t.is_floating_point())
-    why = gpu.reasons(*tensors, dots=True)
+    why = triton.reasons(*tensors, dots=True)
     if call.q.shape[-1] > 256:
         why.append(f"head dim {call.q.shape[-1]} is above 256")
     if call.mask_grad:
@@ -228,7 +228,7 @@ DISPATCHER = Dispatcher(
     "attention",
     [
         native.BACKEND,
-        gpu.lazy("vitfast.ops.attention.triton", _triton_reasons, key=backend_key),
+        triton.lazy("vitfast.ops.attention.triton", _triton_reasons, key=backend_key),
         vendor.BACKEND,
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],

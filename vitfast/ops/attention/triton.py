@@ -18,8 +18,8 @@ from vitfast.ops.attention import triton_kernels as kernels
 from vitfast.ops.attention import triton_prologue as prologue
 from vitfast.ops.attention.reference import Call
 from vitfast.ops.attention.vendor import INPUTS, wants_gradient
-from vitfast.runtime.gpu import NAMES, guard, precision
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import NAMES, guard, precision
 
 HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 112, 128, 256)
 

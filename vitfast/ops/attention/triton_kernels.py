@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitfast.runtime.gpu import COUNTS
+from vitfast.runtime.triton import COUNTS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Found by Lawson's iteration on the relative error.

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.attention.reference import Call
-from vitfast.runtime.gpu import COUNTS, NAMES, guard
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import COUNTS, NAMES, guard
 
 _NORMS = {"": 0, "layer": 1, "rms": 2}
 _PROGRAMS = 512

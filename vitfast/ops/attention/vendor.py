@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vitfast.ops.attention.reference import Call, causal_keep, prologue
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common.autodiff import gradients
 from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.tuning import arch_of, choice_of
+from vitfast.runtime.launches import arch_of, choice_of
 
 INPUTS = (
     "q",

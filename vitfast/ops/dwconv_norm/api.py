@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
-from vitfast.ops import _norm
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.dwconv_norm import native, reference
 from vitfast.ops.layer_norm.api import autocast_out_dtype
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
+from vitfast.runtime.triton import lazy
 
 
 def dwconv_norm(
@@ -93,7 +93,7 @@ def _check(x, weight, bias, norm_weight, norm_bias, eps, norm, out_dtype):
     if norm is None:
         if norm_weight is not None or norm_bias is not None:
             raise InputValueError(f"{op}: norm=None takes no norm_weight and no norm_bias")
-    elif norm not in _norm.KINDS:
+    elif norm not in norm_op.KINDS:
         raise InputValueError(f"{op}: norm must be 'layer', 'rms' or None, got {norm!r}")
     elif norm == "rms" and norm_bias is not None:
         raise InputValueError(f"{op}: norm='rms' takes no norm_bias")
@@ -112,9 +112,9 @@ def _reference_forward(
             x, weight, bias, norm_weight, norm_bias, eps, norm=norm, out_dtype=out_dtype
         ).contiguous()
         if not save_stats:
-            return y, _norm.absent(x)
+            return y, norm_op.absent(x)
         rows = reference.convolve(x, weight, bias)
-        return y, _norm.reference_stats(_norm.KINDS[norm], rows, eps)
+        return y, norm_op.reference_stats(norm_op.KINDS[norm], rows, eps)
 
 
 def _reference_backward(
@@ -135,7 +135,7 @@ def _triton_reasons(
 ):
     tensors = (x, weight, bias, norm_weight, norm_bias)
     low = torch.bfloat16 in (dtype, out_dtype)
-    return _norm.triton_reasons(*tensors, out_dtype=torch.bfloat16 if low else out_dtype)
+    return norm_op.triton_reasons(*tensors, out_dtype=torch.bfloat16 if low else out_dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -156,7 +156,7 @@ def _forward(*args):
 def _fake(
     x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats, backend
 ):
-    return _norm.fake(x.new_empty(x.shape, dtype=dtype), out_dtype, save_stats)
+    return norm_op.fake(x.new_empty(x.shape, dtype=dtype), out_dtype, save_stats)
 
 
 def _backward(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES
@@ -17,8 +17,8 @@ _CHUNK_BYTES = 8 << 20
 
 
 def can_run(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats):
-    why = _norm.reasons(x, weight, bias, norm_weight, norm_bias, out_dtype=out_dtype)
-    if dtype not in _norm.DTYPES:
+    why = norm_op.reasons(x, weight, bias, norm_weight, norm_bias, out_dtype=out_dtype)
+    if dtype not in norm_op.DTYPES:
         why.append(f"{dtype} is not implemented, float32 and bfloat16 are")
     if max(weight.shape[2:]) > WIDEST:
         why.append(f"a kernel of {tuple(weight.shape[2:])}; at most {WIDEST} are implemented")
@@ -65,10 +65,12 @@ def run(
     if out.numel() == 0:
         return out
     dtype = dtype or x.dtype
-    weight, bias, norm_weight, norm_bias = map(_norm.vector, (weight, bias, norm_weight, norm_bias))
+    weight, bias, norm_weight, norm_bias = map(
+        norm_op.vector, (weight, bias, norm_weight, norm_bias)
+    )
     native.native().dwconv_forward(
         _sizes(x, weight),
-        _norm.NONE if norm is None else _norm.KINDS[norm],
+        norm_op.NONE if norm is None else norm_op.KINDS[norm],
         _map(x, x.dtype if flipped else dtype),
         _vector(weight),
         dtype == torch.bfloat16,
@@ -85,7 +87,7 @@ def run(
 
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats):
-    stats = _norm.fake_stats(x, save_stats, torch.float32)
+    stats = norm_op.fake_stats(x, save_stats, torch.float32)
     y = run(
         x, weight, bias, norm_weight, norm_bias, eps, norm=norm, dtype=dtype,
         out_dtype=out_dtype, stats=stats,
@@ -114,8 +116,8 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, st
     for i in range(0, len(x), images):
         part = slice(i, i + images)
         z = run(x[part], weight, bias, norm=None, dtype=dtype, out_dtype=torch.float32)
-        dz, _, _, *daffine = _norm.backward(
-            _norm.KINDS[norm], grad[part], z, stats[i * h * w : (i + images) * h * w],
+        dz, _, _, *daffine = norm_op.backward(
+            norm_op.KINDS[norm], grad[part], z, stats[i * h * w : (i + images) * h * w],
             weight=affine[0], bias=affine[1], eps=eps,
         )  # fmt: skip
         _gradients(dz, x[part], weight, dtype, dx[part], *parts)

@@ -18,9 +18,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops import _norm, _norm_triton
-from vitfast.runtime.gpu import COUNTS, NAMES, guard
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common import norm_triton
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import COUNTS, NAMES, guard
 
 _WIDEST = 512
 """Most channels of a row that a program normalises in registers."""
@@ -185,13 +186,13 @@ _TYPES = {
 def _convolve(
     x: torch.Tensor, taps: torch.Tensor, kernel: tuple[int, int], out: torch.Tensor, *,
     bias: torch.Tensor | None = None, affine: tuple[torch.Tensor | None, ...] = (None, None),
-    eps: float = 1.0, kind: int = _norm.NONE, stats: torch.Tensor | None = None,
+    eps: float = 1.0, kind: int = norm_op.NONE, stats: torch.Tensor | None = None,
     flipped: bool = False, operand: torch.dtype,
 ) -> torch.Tensor:  # fmt: skip
     """out = norm(convolution of x [B, H, W, C] with taps [k k', C])."""
-    x = _norm.dense_map(x)
+    x = norm_op.dense_map(x)
     b, h, w, c = x.shape
-    launch = _launch("forward", x.device, c=c, whole=int(kind != _norm.NONE))
+    launch = _launch("forward", x.device, c=c, whole=int(kind != norm_op.NONE))
     tiles = triton.cdiv(h, launch.blocks["DOWN"]) * triton.cdiv(w, launch.blocks["ACROSS"])
     forward_kernel[(b * tiles * triton.cdiv(c, launch.blocks["BLOCK"]),)](
         x, taps, bias, *affine, out, stats, h, w, c, *x.stride()[:3], eps,
@@ -208,15 +209,15 @@ def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def forward(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats):
     y = x.new_empty(x.shape, dtype=out_dtype)
-    stats = _norm.fake_stats(x, save_stats)
+    stats = norm_op.fake_stats(x, save_stats)
     if x.numel() == 0:
         return y, stats
-    kind = _norm.NONE if norm is None else _norm.KINDS[norm]
+    kind = norm_op.NONE if norm is None else norm_op.KINDS[norm]
     kernel, c = weight.shape[2:], x.shape[3]
-    taps, bias = _taps(weight, dtype), None if bias is None else _norm.vector(bias.to(dtype))
-    affine = (_norm.vector(norm_weight), _norm.vector(norm_bias))
+    taps, bias = _taps(weight, dtype), None if bias is None else norm_op.vector(bias.to(dtype))
+    affine = (norm_op.vector(norm_weight), norm_op.vector(norm_bias))
     with guard(x):
-        if kind == _norm.NONE or c <= _WIDEST:
+        if kind == norm_op.NONE or c <= _WIDEST:
             _convolve(
                 x, taps, kernel, y, bias=bias, affine=affine, eps=eps, kind=kind,
                 stats=stats if save_stats else None, operand=dtype,
@@ -224,7 +225,7 @@ def forward(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype
             return y, stats
         rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
         _convolve(x, taps, kernel, rows, bias=bias, operand=dtype)
-    _, y, found = _norm_triton.forward(
+    _, y, found = norm_triton.forward(
         kind, rows, weight=norm_weight, bias=norm_bias, eps=eps, out_dtype=out_dtype,
         save_stats=save_stats,
     )  # fmt: skip
@@ -241,10 +242,10 @@ def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, st
     with guard(x):
         if norm is not None:
             rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
-            rounded = None if bias is None else _norm.vector(bias.to(dtype))
+            rounded = None if bias is None else norm_op.vector(bias.to(dtype))
             _convolve(x, taps, kernel, rows, bias=rounded, operand=dtype)
-            grad, _, _, dnorm_weight, dnorm_bias = _norm_triton.backward(
-                _norm.KINDS[norm], grad, rows, stats, weight=norm_weight, bias=norm_bias, eps=eps
+            grad, _, _, dnorm_weight, dnorm_bias = norm_triton.backward(
+                norm_op.KINDS[norm], grad, rows, stats, weight=norm_weight, bias=norm_bias, eps=eps
             )
         if wanted[0]:
             dx = x.new_empty(x.shape)
@@ -264,7 +265,7 @@ def _gradients_of_taps(
     grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, int], operand: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[k k', C] and [C], in float64."""
-    grad, x = _norm.dense_map(grad), _norm.dense_map(x)
+    grad, x = norm_op.dense_map(grad), norm_op.dense_map(x)
     b, h, w, c = x.shape
     taps, rows = kernel[0] * kernel[1], b * h * w
     launch = _launch("taps", x.device, c=c, taps=taps)
@@ -291,10 +292,12 @@ def variants(arch: Arch) -> list[Variant]:
     found = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for c in (40, 96, 192, 384):
-            found.append(_conv_variant(arch, f"forward-c{c}", c, _norm.LAYER, dtype, dtype, dtype))
+            found.append(
+                _conv_variant(arch, f"forward-c{c}", c, norm_op.LAYER, dtype, dtype, dtype)
+            )
         wide = torch.float32
-        found.append(_conv_variant(arch, "rows", 768, _norm.NONE, dtype, dtype, wide))
-        found.append(_conv_variant(arch, "dx", 768, _norm.NONE, wide, dtype, dtype))
+        found.append(_conv_variant(arch, "rows", 768, norm_op.NONE, dtype, dtype, wide))
+        found.append(_conv_variant(arch, "dx", 768, norm_op.NONE, wide, dtype, dtype))
         launch = launch_of("dwconv_norm.taps", arch, {"c": 96, "taps": 49}, taps_heuristic)
         constants = {
             "HEIGHT": 7, "WIDTH": 7, "OPERAND": _TYPES[dtype], "ACC": tl.float32,
@@ -306,7 +309,7 @@ def variants(arch: Arch) -> list[Variant]:
 
 
 def _conv_variant(arch, name, c, kind, x, weight, y) -> Variant:
-    whole = int(kind != _norm.NONE)
+    whole = int(kind != norm_op.NONE)
     launch = launch_of("dwconv_norm.forward", arch, {"c": c, "whole": whole}, forward_heuristic)
     constants: dict[str, Any] = {
         "KIND": kind, "HEIGHT": 7, "WIDTH": 7, "FLIPPED": name == "dx", "ACC": tl.float32,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.grn import native, reference
 from vitfast.ops.grn.layout import empty
 from vitfast.ops.layer_norm import api as layer_norm_api
-from vitfast.runtime import checks, gpu
+from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define
 
@@ -80,14 +80,14 @@ def _reference_backward(grad, x, weight, bias, eps, norms):
 
 def _triton_reasons(x, weight, bias, eps, out_dtype):
     out_dtype = out_dtype or reference.promoted(x, weight, bias)
-    return _norm.triton_reasons(x, weight, bias, out_dtype=out_dtype, channels=1)
+    return norm_op.triton_reasons(x, weight, bias, out_dtype=out_dtype, channels=1)
 
 
 DISPATCHER = Dispatcher(
     "grn",
     [
         native.BACKEND,
-        gpu.lazy("vitfast.ops.grn.triton", _triton_reasons),
+        triton.lazy("vitfast.ops.grn.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

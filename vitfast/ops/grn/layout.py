@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 
 
 def sizes(x: torch.Tensor) -> tuple[int, int, int]:
@@ -32,12 +32,12 @@ def empty(
 def planar_or_dense(x: torch.Tensor) -> tuple[bool, torch.Tensor]:
     """Whether x is planar, and x itself or, where no two strides address its rows, a copy."""
     planar = is_planar(x)
-    return planar, x if planar else _norm.dense(x)
+    return planar, x if planar else norm_op.dense(x)
 
 
 def of_layout(t: torch.Tensor, planar: bool) -> torch.Tensor:
     """The tensor, or a copy of it, planar or with contiguous channels."""
-    return t.movedim(-1, 1).contiguous().movedim(1, -1) if planar else _norm.dense(t)
+    return t.movedim(-1, 1).contiguous().movedim(1, -1) if planar else norm_op.dense(t)
 
 
 def steps(t: torch.Tensor, planar: bool) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.grn.layout import empty, of_layout, planar_or_dense, sizes, steps
 from vitfast.ops.grn.reference import promoted
 from vitfast.runtime import native
@@ -16,7 +16,7 @@ from vitfast.runtime.dispatch import Backend
 
 
 def can_run(x, weight, bias, eps, out_dtype):
-    return _norm.reasons(x, weight, bias, out_dtype=out_dtype or promoted(x, weight, bias))
+    return norm_op.reasons(x, weight, bias, out_dtype=out_dtype or promoted(x, weight, bias))
 
 
 def forward(x, weight, bias, eps, out_dtype):
@@ -27,7 +27,7 @@ def forward(x, weight, bias, eps, out_dtype):
         return y, norms.zero_()
     planar, x = planar_or_dense(x)
     # The names keep contiguous copies alive until the kernel has run.
-    weight, bias = _norm.vector(weight), _norm.vector(bias)
+    weight, bias = norm_op.vector(weight), norm_op.vector(bias)
     native.native().grn_forward(
         planar, b, n, c, _rows(x, planar), _rows(y, planar), _channels(weight), _channels(bias),
         eps, native.address(norms), native.threads(),
@@ -38,12 +38,15 @@ def forward(x, weight, bias, eps, out_dtype):
 def backward(grad, x, weight, bias, eps, norms):
     b, n, c = sizes(x)
     dx = empty(x, x.dtype, native.empty)
-    dweight, dbias = torch.empty_like(_norm.vector(weight)), torch.empty_like(_norm.vector(bias))
+    dweight, dbias = (
+        torch.empty_like(norm_op.vector(weight)),
+        torch.empty_like(norm_op.vector(bias)),
+    )
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     planar, x = planar_or_dense(x)
     grad = of_layout(grad, planar)
-    weight = _norm.vector(weight)
+    weight = norm_op.vector(weight)
     native.native().grn_backward(
         planar, b, n, c, _rows(grad, planar), _rows(x, planar), _rows(dx, planar),
         _channels(weight), _channels(dweight), _channels(dbias), eps, native.address(norms),
@@ -80,7 +83,7 @@ def accumulate(x: torch.Tensor, sums: torch.Tensor, adds: bool = True) -> None:
             sums.zero_()
         return
     x = x.reshape(-1, x.shape[-1])
-    x = _norm.dense(x[None])
+    x = norm_op.dense(x[None])
     native.native().grn_accumulate(
         *x.shape[1:], _rows(x, False), native.address(sums), adds, native.threads()
     )
@@ -92,7 +95,7 @@ def scale_of(sums: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tens
         raise ValueError(f"sums must be float64 [B, {len(weight)}], got {sums.dtype} {sums.shape}")
     scale = torch.empty(sums.shape, dtype=torch.float32, device=sums.device)
     if sums.numel():
-        sums, weight = sums.contiguous(), _norm.vector(weight)
+        sums, weight = sums.contiguous(), norm_op.vector(weight)
         native.native().grn_scale(
             *sums.shape, native.address(sums), _channels(weight), eps, native.address(scale)
         )

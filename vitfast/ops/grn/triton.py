@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.grn.layout import empty, of_layout, planar_or_dense, sizes, steps
 from vitfast.ops.grn.reference import promoted
-from vitfast.runtime.gpu import COUNTS, NAMES, guard
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import COUNTS, NAMES, guard
 
 _PARTS = 256
 """Most parts of an image, each with a sum of its own."""
@@ -261,7 +261,7 @@ def forward(x, weight, bias, eps, out_dtype):
     if x.numel() == 0:
         return y, norms.zero_()
     planar, x = planar_or_dense(x)
-    weight, bias = _norm.vector(weight), _norm.vector(bias)
+    weight, bias = norm_op.vector(weight), norm_op.vector(bias)
     scale = torch.empty_like(norms)
     image, tile = _launch("scale", x, planar), _launch("forward", x, planar)
     tiles = triton.cdiv(n, tile.blocks["ROWS"]) * triton.cdiv(c, tile.blocks["BLOCK"])
@@ -284,7 +284,7 @@ def backward(grad, x, weight, bias, eps, norms):
     if x.numel() == 0:
         return dx, weight.new_zeros(c), bias.new_zeros(c)
     planar, x = planar_or_dense(x)
-    grad, weight_ = of_layout(grad, planar), _norm.vector(weight)
+    grad, weight_ = of_layout(grad, planar), norm_op.vector(weight)
     scale, along, dweight, dbias = (torch.empty_like(norms) for _ in range(4))
     image, tile = _launch("factors", x, planar), _launch("backward", x, planar)
     tiles = triton.cdiv(n, tile.blocks["ROWS"]) * triton.cdiv(c, tile.blocks["BLOCK"])

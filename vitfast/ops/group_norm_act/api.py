@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.group_norm_act import native, reference
 from vitfast.ops.layer_norm.api import autocast_out_dtype
-from vitfast.runtime import checks, gpu
+from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
 
@@ -80,7 +80,7 @@ def _reference_forward(x, groups, weight, bias, eps, residual, act, out_dtype, s
     y = reference.group_norm_act(
         x, groups, weight, bias, eps, residual=residual, act=act, out_dtype=out_dtype
     )
-    return y, reference.stats(x, groups, eps) if save_stats else _norm.absent(x)
+    return y, reference.stats(x, groups, eps) if save_stats else norm_op.absent(x)
 
 
 def _reference_backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
@@ -92,7 +92,7 @@ def _reference_backward(grad, x, y, weight, bias, groups, eps, residual_dtype, s
         (grad,),
     )
     last = reference.channels_last(x)
-    dresidual = _norm.absent(x)
+    dresidual = norm_op.absent(x)
     if residual_dtype is not None:
         dresidual = reference.laid(grad.to(residual_dtype), last)
     return reference.laid(dx, last), dresidual, dweight, dbias
@@ -100,14 +100,14 @@ def _reference_backward(grad, x, y, weight, bias, groups, eps, residual_dtype, s
 
 def _triton_reasons(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
     out_dtype = out_dtype or native.result_dtype(x, residual)
-    return _norm.triton_reasons(x, weight, bias, residual, out_dtype=out_dtype, channels=1)
+    return norm_op.triton_reasons(x, weight, bias, residual, out_dtype=out_dtype, channels=1)
 
 
 DISPATCHER = Dispatcher(
     "group_norm_act",
     [
         native.BACKEND,
-        gpu.lazy("vitfast.ops.group_norm_act.triton", _triton_reasons),
+        triton.lazy("vitfast.ops.group_norm_act.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )
@@ -119,7 +119,7 @@ def _forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats,
 
 
 def _fake(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats, backend):
-    stats = _norm.absent(x)
+    stats = norm_op.absent(x)
     if save_stats:
         wide = torch.promote_types(x.dtype, torch.float32)
         stats = x.new_empty((x.shape[0], groups, 2), dtype=wide)
@@ -145,8 +145,8 @@ def _backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats, back
 def _backward_fake(grad, x, y, weight, bias, groups, eps, residual_dtype, stats, backend):
     return (
         _like(x, x.dtype),
-        _norm.absent(x) if residual_dtype is None else _like(x, residual_dtype),
-        *(_norm.absent(x) if v is None else v.new_empty(v.shape) for v in (weight, bias)),
+        norm_op.absent(x) if residual_dtype is None else _like(x, residual_dtype),
+        *(norm_op.absent(x) if v is None else v.new_empty(v.shape) for v in (weight, bias)),
     )
 
 
@@ -173,7 +173,7 @@ def _autograd(ctx, grad, _):
     )
     if in_kernel is not None:
         dresidual = found
-    dweight, dbias = _norm.present((weight, dweight), (bias, dbias))
+    dweight, dbias = norm_op.present((weight, dweight), (bias, dbias))
     return dx, None, dweight, dbias, None, dresidual, None, None, None, None
 
 

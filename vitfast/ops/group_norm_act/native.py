@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.group_norm_act.reference import channels_last, laid
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
@@ -28,18 +28,18 @@ def result_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
 
 def can_run(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
     out_dtype = out_dtype or result_dtype(x, residual)
-    return _norm.reasons(x, weight, bias, residual, out_dtype=out_dtype)
+    return norm_op.reasons(x, weight, bias, residual, out_dtype=out_dtype)
 
 
 def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
     y = empty(x, out_dtype or result_dtype(x, residual))
-    stats = _norm.absent(x)
+    stats = norm_op.absent(x)
     if save_stats:
         stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32, device=x.device)
     if x.numel():
         last = channels_last(x)
         x, residual = dense(x, last), dense(residual, last)
-        weight, bias = _norm.vector(weight), _norm.vector(bias)
+        weight, bias = norm_op.vector(weight), norm_op.vector(bias)
         run(x, groups, weight, bias, eps, residual, act == "relu", y, last, stats)
     return y, stats
 
@@ -79,15 +79,15 @@ def run(
 
 def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
     dx = empty(x, x.dtype)
-    dresidual = _norm.absent(x) if residual_dtype is None else empty(x, residual_dtype)
+    dresidual = norm_op.absent(x) if residual_dtype is None else empty(x, residual_dtype)
     dweight, dbias = (
-        _norm.absent(x) if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        norm_op.absent(x) if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
         for v in (weight, bias)
     )
     if x.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     last = channels_last(x)
-    x, grad, y, weight = dense(x, last), dense(grad, last), dense(y, last), _norm.vector(weight)
+    x, grad, y, weight = dense(x, last), dense(grad, last), dense(y, last), norm_op.vector(weight)
     native.native().group_norm_backward(
         ((*x.shape, groups), last, y is not None, eps, native.threads()),
         _map(grad, last),

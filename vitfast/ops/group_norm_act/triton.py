@@ -18,12 +18,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.group_norm_act import triton_kernels as kernels
 from vitfast.ops.group_norm_act.native import dense, empty, result_dtype
 from vitfast.ops.group_norm_act.reference import channels_last
-from vitfast.runtime.gpu import NAMES, guard
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import NAMES, guard
 
 _PARTS = 512
 """Most parts of an image."""
@@ -178,12 +178,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
     y = empty(x, out_dtype or result_dtype(x, residual))
     stats = x.new_empty((x.shape[0], groups, 2), dtype=_wide(x.dtype))
-    saved = stats if save_stats else _norm.absent(x)
+    saved = stats if save_stats else norm_op.absent(x)
     if x.numel() == 0:
         return y, saved.zero_()
     p = _Problem(x, groups)
     x, residual = p.map(x), p.map(residual)
-    weight, bias = _norm.vector(weight), _norm.vector(bias)
+    weight, bias = norm_op.vector(weight), norm_op.vector(bias)
     steps = (*p.steps(x), *p.steps(residual), *p.steps(y))
     with guard(x):
         if p.whole("whole"):
@@ -216,12 +216,12 @@ def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
 def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
     dx = empty(x, x.dtype)
     dresidual = None if residual_dtype is None else empty(x, residual_dtype)
-    found = (dx, _norm.absent(x) if dresidual is None else dresidual)
+    found = (dx, norm_op.absent(x) if dresidual is None else dresidual)
     vectors = (weight, bias)
     if x.numel() == 0:
-        return *found, *(_norm.absent(x) if v is None else v.new_zeros(v.shape) for v in vectors)
+        return *found, *(norm_op.absent(x) if v is None else v.new_zeros(v.shape) for v in vectors)
     p = _Problem(x, groups)
-    x, grad, y, weight = p.map(x), p.map(grad), p.map(y), _norm.vector(weight)
+    x, grad, y, weight = p.map(x), p.map(grad), p.map(y), norm_op.vector(weight)
     of_images = [
         None if v is None else x.new_empty((p.b, p.c), dtype=_wide(x.dtype)) for v in vectors
     ]
@@ -261,7 +261,7 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
             )  # fmt: skip
     # In float64, since as many rounding errors would meet here as there are images.
     return *found, *(
-        _norm.absent(x) if t is None else t.sum(0, dtype=torch.float64).to(v.dtype)
+        norm_op.absent(x) if t is None else t.sum(0, dtype=torch.float64).to(v.dtype)
         for t, v in zip(of_images, vectors, strict=True)
     )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vitfast.runtime.gpu import COUNTS
+from vitfast.runtime.triton import COUNTS
 
 
 @triton.jit

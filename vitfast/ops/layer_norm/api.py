@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.layer_norm import native, reference
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
+from vitfast.runtime.triton import lazy
 
 
 def layer_norm(
@@ -77,7 +77,7 @@ def autocast_out_dtype(x: torch.Tensor) -> torch.dtype | None:
 
 def _reference_forward(x, weight, bias, eps, out_dtype, save_stats):
     y = reference.layer_norm(x, weight, bias, eps, out_dtype=out_dtype).contiguous()
-    return y, _norm.reference_stats(_norm.LAYER, x, eps) if save_stats else _norm.absent(x)
+    return y, norm_op.reference_stats(norm_op.LAYER, x, eps) if save_stats else norm_op.absent(x)
 
 
 def _reference_backward(grad, x, weight, bias, eps, stats):
@@ -89,7 +89,7 @@ def _reference_backward(grad, x, weight, bias, eps, stats):
 
 
 def _triton_reasons(x, weight, bias, eps, out_dtype, save_stats):
-    return _norm.triton_reasons(x, weight, bias, out_dtype=out_dtype)
+    return norm_op.triton_reasons(x, weight, bias, out_dtype=out_dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -108,7 +108,7 @@ def _forward(x, weight, bias, eps, out_dtype, save_stats, backend):
 
 
 def _fake(x, weight, bias, eps, out_dtype, save_stats, backend):
-    return _norm.fake(x, out_dtype, save_stats)
+    return norm_op.fake(x, out_dtype, save_stats)
 
 
 def _backward(grad, x, weight, bias, eps, stats, backend):
@@ -119,7 +119,7 @@ def _backward(grad, x, weight, bias, eps, stats, backend):
 
 
 def _backward_fake(grad, x, weight, bias, eps, stats, backend):
-    return _norm.backward_fake(x, weight, bias)
+    return norm_op.backward_fake(x, weight, bias)
 
 
 def _setup_context(ctx, inputs, output):
@@ -131,7 +131,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _):
     x, weight, bias, stats = ctx.saved_tensors
     dx, dweight, dbias = _BACKWARD_OP(grad, x, weight, bias, ctx.eps, stats, ctx.backend)
-    return dx, *_norm.present((weight, dweight), (bias, dbias)), None, None, None, None
+    return dx, *norm_op.present((weight, dweight), (bias, dbias)), None, None, None, None
 
 
 _BACKWARD_OP = define(

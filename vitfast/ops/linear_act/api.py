@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.ops import _gemm, _normed
-from vitfast.ops._normed import Normed
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import gemm, recompute
+from vitfast.ops.common.autodiff import gradients
+from vitfast.ops.common.recompute import Normed
 from vitfast.ops.linear_act import native, reference, vendor
 from vitfast.ops.linear_act.reference import ACTIVATIONS
-from vitfast.runtime import checks, gpu
+from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
 
@@ -71,7 +71,7 @@ def linear_act(
             checks.check_tensor("linear_act", name, t)
     _check_options(act, gate, gate_weight, gate_bias)
     _check_shapes(x, weight, bias, gate, gate_weight, gate_bias)
-    _normed.check("linear_act", x, normed)
+    recompute.check("linear_act", x, normed)
     checks.check_same_device("linear_act", **tensors)
     lower = autocast_dtype(x.device)
     if lower is not None and x.dtype != torch.float64:
@@ -81,8 +81,8 @@ def linear_act(
         checks.check_same_dtype("linear_act", **tensors)
     save = needs_grad(x, weight, bias, gate_weight, gate_bias)
     return _OP(
-        x, *(normed or _normed.ABSENT), weight, bias, gate_weight, gate_bias, act, gate or "", save,
-        backend,
+        x, *(normed or recompute.ABSENT), weight, bias, gate_weight, gate_bias, act, gate or "",
+        save, backend,
     )[0]  # fmt: skip
 
 
@@ -166,7 +166,7 @@ def _reference_backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, g
 
 
 def _triton_reasons(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    why = gpu.reasons(x, weight, bias, gate_weight, gate_bias, dots=True)
+    why = triton.reasons(x, weight, bias, gate_weight, gate_bias, dots=True)
     if weight.shape[1] == 0:
         why.append("there are no input channels to sum over")
     return why
@@ -182,12 +182,12 @@ def backend_key(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
 
 
 # The native kernel knows no tiles (AMX); oneDNN does.
-_COMPILED = [native.BACKEND, vendor.BACKEND][:: -1 if _gemm.HAS_TILES else 1]
+_COMPILED = [native.BACKEND, vendor.BACKEND][:: -1 if gemm.HAS_TILES else 1]
 DISPATCHER = Dispatcher(
     "linear_act",
     [
         *_COMPILED,
-        gpu.lazy("vitfast.ops.linear_act.triton", _triton_reasons, key=backend_key),
+        triton.lazy("vitfast.ops.linear_act.triton", _triton_reasons, key=backend_key),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )
@@ -229,7 +229,7 @@ def _backward(
     args = (like, weight, bias, gate_weight, gate_bias, act, gate, True)
     found = DISPATCHER.pick(backend, *args, needs_backward=True)
     if reads_x(found, wanted[1] or wanted[3]):
-        like = _normed.again(x, norm_weight, norm_bias, eps, kind, grad.dtype)
+        like = recompute.again(x, norm_weight, norm_bias, eps, kind, grad.dtype)
     return found.backward(grad, like, weight, bias, gate_weight, gate_bias, z, act, gate, wanted)
 
 
@@ -247,7 +247,7 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output):
     x, source, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights = inputs
     *weights, ctx.act, ctx.gate, _, ctx.backend = weights
-    kept = _normed.kept(x, source, norm_weight, norm_bias)
+    kept = recompute.kept(x, source, norm_weight, norm_bias)
     ctx.save_for_backward(*kept, *weights, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -274,7 +274,7 @@ _BACKWARD_OP = define(
 )
 _OP = define(
     "linear_act",
-    f"(Tensor x, {_normed.SCHEMA}, Tensor weight, Tensor? bias, Tensor? gate_weight,"
+    f"(Tensor x, {recompute.SCHEMA}, Tensor weight, Tensor? bias, Tensor? gate_weight,"
     " Tensor? gate_bias, str act, str gate, bool save_z, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _gemm
+from vitfast.ops.common import gemm
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
@@ -13,7 +13,7 @@ _MOST_SUMMED = 4096
 
 
 def can_run(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    why = _gemm.reasons(x, weight, bias, gate_weight, gate_bias)
+    why = gemm.reasons(x, weight, bias, gate_weight, gate_bias)
     if weight.shape[1] == 0:
         why.append("there are no input channels to sum over")
     return why
@@ -28,10 +28,10 @@ def forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
     if y.numel():
         rows = x.numel() // x.shape[-1]
         weights = (weight,) if gate_weight is None else (gate_weight, weight)
-        b = _gemm.matrix(weights, x.dtype, rows, gate=gate)
-        bias = _gemm.biases(bias, gate, gate_weight, gate_bias)
+        b = gemm.matrix(weights, x.dtype, rows, gate=gate)
+        bias = gemm.biases(bias, gate, gate_weight, gate_bias)
         halves = _halves(z, gate) if gated else (z, None)
-        _gemm.product(b, x, y, bias, act, z=halves if save else (None, None))
+        gemm.product(b, x, y, bias, act, z=halves if save else (None, None))
     return y, z
 
 
@@ -53,8 +53,8 @@ def activation(z, act, gate):
     m = y.numel() // width
     through, other = _halves(z, gate) if gate else (z, z.new_ones(width).expand(m, width))
     native.native().linear_backward(
-        m, width, _gemm.ACTS[act], _gemm.rows_of(other), _gemm.rows_of(through),
-        _gemm.rows_of(other), None, _gemm.rows_of(y), 0, 0, native.threads(),
+        m, width, gemm.ACTS[act], gemm.rows_of(other), gemm.rows_of(through),
+        gemm.rows_of(other), None, gemm.rows_of(y), 0, 0, native.threads(),
     )  # fmt: skip
     return y
 
@@ -84,7 +84,7 @@ def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted
 def _sums_gradient(grad, z, bias, gate_bias, act, gate, gated, wanted, found):
     """Gradient of the sums before the activation, [M, N] (gated [M, 2N]); fills those of biases."""
     n = grad.shape[-1]
-    grad = _gemm.dense_rows(grad)
+    grad = gemm.dense_rows(grad)
     m = grad.numel() // n
     # Sums over rows in float32, in the order of z's columns.
     total = torch.zeros(2 * n if gated else n, dtype=torch.float32, device="cpu")
@@ -98,12 +98,12 @@ def _sums_gradient(grad, z, bias, gate_bias, act, gate, gated, wanted, found):
         native.native().linear_backward(
             m,
             n,
-            _gemm.ACTS[act],
-            _gemm.rows_of(grad),
-            None if identity else _gemm.rows_of(both[0]),
-            None if both[1] is None else _gemm.rows_of(both[1]),
-            None if identity else _gemm.rows_of(dboth[0]),
-            None if dboth[1] is None else _gemm.rows_of(dboth[1]),
+            gemm.ACTS[act],
+            gemm.rows_of(grad),
+            None if identity else gemm.rows_of(both[0]),
+            None if both[1] is None else gemm.rows_of(both[1]),
+            None if identity else gemm.rows_of(dboth[0]),
+            None if dboth[1] is None else gemm.rows_of(dboth[1]),
             native.address(sums[0]),
             native.address(sums[1]),
             native.threads(),
@@ -123,9 +123,9 @@ def _input_gradient(parts, dx):
     """dx = sum over the weights of dz W; more than one are added up in float32."""
     total = dx if len(parts) == 1 else native.empty(dx.shape, torch.float32)
     for i, (weight, _, dz) in enumerate(parts):
-        b = _gemm.matrix((weight,), dx.dtype, len(dz), transposed=True)
+        b = gemm.matrix((weight,), dx.dtype, len(dz), transposed=True)
         out = dx if i == len(parts) - 1 else total
-        _gemm.product(b, dz, out, residual=total if i else None)
+        gemm.product(b, dz, out, residual=total if i else None)
 
 
 def _weight_gradients(parts, x):
@@ -134,9 +134,9 @@ def _weight_gradients(parts, x):
     for begin in range(0, len(x) if parts else 0, _MOST_SUMMED):
         stretch = x[begin : begin + _MOST_SUMMED]
         outputs = max(dz.shape[1] for _, dz in parts)
-        b = _gemm.matrix((stretch,), x.dtype, outputs, transposed=True)
+        b = gemm.matrix((stretch,), x.dtype, outputs, transposed=True)
         for total, (_, dz) in zip(totals, parts, strict=True):
-            _gemm.transposed_product(
+            gemm.transposed_product(
                 b, dz[begin : begin + _MOST_SUMMED], total, accumulate=begin > 0
             )
     for total, (dweight, _) in zip(totals, parts, strict=True):

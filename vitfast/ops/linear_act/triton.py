@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.runtime.gpu import COUNTS, NAMES, guard, precision
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import COUNTS, NAMES, guard, precision
 
 ACTS = {
     "none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "silu": 5, "sigmoid": 6,

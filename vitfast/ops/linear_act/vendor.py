@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.linear_act.reference import ACTIVATIONS, activate
 from vitfast.runtime.dispatch import Backend
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.ops import _normed
-from vitfast.ops._normed import Normed
+from vitfast.ops.common import recompute
+from vitfast.ops.common.recompute import Normed
 from vitfast.ops.grn.api import DISPATCHER as GRN
 from vitfast.ops.linear_act import api as linear
 from vitfast.ops.linear_act import native
@@ -77,7 +77,7 @@ def mlp(
         checks.check_same_dtype("mlp", **tensors)
     save = needs_grad(x, weight1, bias1, weight2, bias2, grn_weight, grn_bias)
     return _OP(
-        x, *(normed or _normed.ABSENT), weight1, bias1, weight2, bias2, grn_weight, grn_bias,
+        x, *(normed or recompute.ABSENT), weight1, bias1, weight2, bias2, grn_weight, grn_bias,
         act, gate or "", save, grn_eps, backend,
     )[0]  # fmt: skip
 
@@ -121,7 +121,7 @@ def _check(x, weight1, bias1, weight2, bias2, act, gate, normed):
         )
     checks.check_shape("mlp", "bias1", bias1, (weight1.shape[0],))
     checks.check_shape("mlp", "bias2", bias2, (weight2.shape[0],))
-    _normed.check("mlp", x, normed)
+    recompute.check("mlp", x, normed)
 
 
 def _on(backend: Backend) -> Backend:
@@ -228,7 +228,7 @@ def _backward(
     args = (like, weight1, bias1, weight2, bias2, act, gate, True, *grn)
     found = DISPATCHER.pick(backend, *args, needs_backward=True)
     if linear.reads_x(found, wanted[1]):
-        like = _normed.again(x, norm_weight, norm_bias, eps, kind, z.dtype)
+        like = recompute.again(x, norm_weight, norm_bias, eps, kind, z.dtype)
     return found.backward(grad, like, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn)
 
 
@@ -246,7 +246,7 @@ def _backward_fake(
 def _setup_context(ctx, inputs, output):
     x, source, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights = inputs
     *weights, ctx.act, ctx.gate, _, ctx.grn_eps, ctx.backend = weights
-    kept = _normed.kept(x, source, norm_weight, norm_bias)
+    kept = recompute.kept(x, source, norm_weight, norm_bias)
     ctx.save_for_backward(*kept, *weights, output[1])
     ctx.mark_non_differentiable(output[1])
 
@@ -275,7 +275,7 @@ _BACKWARD_OP = define(
 )
 _OP = define(
     "mlp",
-    f"(Tensor x, {_normed.SCHEMA}, Tensor weight1, Tensor? bias1, Tensor weight2,"
+    f"(Tensor x, {recompute.SCHEMA}, Tensor weight1, Tensor? bias1, Tensor weight2,"
     " Tensor? bias2, Tensor? grn_weight, Tensor? grn_bias, str act, str gate, bool save,"
     " float grn_eps, str backend) -> (Tensor, Tensor)",
     _forward,

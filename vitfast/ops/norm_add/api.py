@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
 from vitfast.ops.add_norm.reference import normalise
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.layer_norm import api as layer_norm_api
 from vitfast.ops.norm_add import native, reference
 from vitfast.ops.residual_add import api as residual_add_api
 from vitfast.ops.residual_add.reference import drop_gradient, per_sample
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define, needs_grad
+from vitfast.runtime.triton import lazy
 
 
 def norm_add(
@@ -54,7 +54,7 @@ def norm_add(
     """
     residual_add_api.check("norm_add", x, branch, None, drop_scale)
     layer_norm_api.check("norm_add", branch, weight, bias, eps, None)
-    _norm.check_kind("norm_add", norm, bias)
+    norm_op.check_kind("norm_add", norm, bias)
     normed_dtype = layer_norm_api.autocast_out_dtype(branch) or branch.dtype
     dtype = torch.promote_types(x.dtype, normed_dtype)
     save_stats = needs_grad(x, branch, weight, bias, drop_scale)
@@ -67,8 +67,8 @@ def _reference_forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, sa
         x.to(dtype), branch, weight, bias, eps, drop_scale=drop_scale, norm=norm
     ).contiguous()  # fmt: skip
     if not save_stats:
-        return y, _norm.absent(x)
-    return y, _norm.reference_stats(_norm.KINDS[norm], branch, eps)
+        return y, norm_op.absent(x)
+    return y, norm_op.reference_stats(norm_op.KINDS[norm], branch, eps)
 
 
 def _reference_backward(grad, branch, weight, bias, eps, drop_scale, stats, norm):
@@ -80,7 +80,7 @@ def _reference_backward(grad, branch, weight, bias, eps, drop_scale, stats, norm
 
 
 def _triton_reasons(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
-    return _norm.triton_reasons(x, branch, weight, bias, out_dtype=dtype)
+    return norm_op.triton_reasons(x, branch, weight, bias, out_dtype=dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -99,7 +99,7 @@ def _forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats, 
 
 
 def _fake(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats, backend):
-    return x.new_empty(x.shape, dtype=dtype), _norm.fake_stats(branch, save_stats)
+    return x.new_empty(x.shape, dtype=dtype), norm_op.fake_stats(branch, save_stats)
 
 
 def _backward(grad, branch, weight, bias, eps, drop_scale, stats, norm, backend):
@@ -111,7 +111,7 @@ def _backward(grad, branch, weight, bias, eps, drop_scale, stats, norm, backend)
 
 
 def _backward_fake(grad, branch, weight, bias, eps, drop_scale, stats, norm, backend):
-    return _norm.backward_fake(branch, weight, bias)
+    return norm_op.backward_fake(branch, weight, bias)
 
 
 def _setup_context(ctx, inputs, output):
@@ -128,7 +128,7 @@ def _autograd(ctx, grad, _):
         dbranch, *vectors = _BACKWARD_OP(
             grad, branch, weight, bias, ctx.eps, drop_scale, stats, ctx.norm, ctx.backend
         )
-        dweight, dbias = _norm.present(*zip((weight, bias), vectors, strict=True))
+        dweight, dbias = norm_op.present(*zip((weight, bias), vectors, strict=True))
     if ctx.needs_input_grad[5]:
         normed = normalise(branch, weight, bias, ctx.eps, ctx.norm, grad.dtype)
         ddrop = drop_gradient(grad, normed, None, drop_scale)

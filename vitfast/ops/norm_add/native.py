@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
 def can_run(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
-    return _norm.reasons(x, branch, weight, bias, out_dtype=dtype)
+    return norm_op.reasons(x, branch, weight, bias, out_dtype=dtype)
 
 
 def forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
-    _, y, stats = _norm.forward(
-        _norm.KINDS[norm],
+    _, y, stats = norm_op.forward(
+        norm_op.KINDS[norm],
         branch,
         weight=weight,
         bias=bias,
@@ -23,12 +23,12 @@ def forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
         base=x,
         normed_scale=drop_scale,
     )
-    return y, _norm.absent(x) if stats is None else stats
+    return y, norm_op.absent(x) if stats is None else stats
 
 
 def backward(grad, branch, weight, bias, eps, drop_scale, stats, norm):
-    dbranch, _, _, dweight, dbias = _norm.backward(
-        _norm.KINDS[norm],
+    dbranch, _, _, dweight, dbias = norm_op.backward(
+        norm_op.KINDS[norm],
         grad,
         branch,
         stats,

@@ -1,22 +1,23 @@
-"""Norm and residual connection on the kernels of vitfast/ops/_norm_triton.py."""
+"""Norm and residual connection on the kernels of vitfast/ops/common/norm_triton.py."""
 
 from __future__ import annotations
 
-from vitfast.ops import _norm, _norm_triton
-from vitfast.runtime.tuning import Arch, Variant
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common import norm_triton
+from vitfast.runtime.launches import Arch, Variant
 
 
 def forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
-    _, y, stats = _norm_triton.forward(
-        _norm.KINDS[norm], branch, weight=weight, bias=bias, eps=eps, out_dtype=dtype,
+    _, y, stats = norm_triton.forward(
+        norm_op.KINDS[norm], branch, weight=weight, bias=bias, eps=eps, out_dtype=dtype,
         save_stats=save_stats, base=x, normed_scale=drop_scale,
     )  # fmt: skip
-    return y, _norm.absent(x) if stats is None else stats
+    return y, norm_op.absent(x) if stats is None else stats
 
 
 def backward(grad, branch, weight, bias, eps, drop_scale, stats, norm):
-    dbranch, _, _, dweight, dbias = _norm_triton.backward(
-        _norm.KINDS[norm], grad, branch, stats, weight=weight, bias=bias, eps=eps,
+    dbranch, _, _, dweight, dbias = norm_triton.backward(
+        norm_op.KINDS[norm], grad, branch, stats, weight=weight, bias=bias, eps=eps,
         normed_scale=drop_scale,
     )  # fmt: skip
     return dbranch, dweight, dbias
@@ -32,4 +33,4 @@ def variants(arch: Arch) -> list[Variant]:
         "forward": {"x", "weight", "bias", "base", "scale", "normed", "stats"},
         "backward": {"grad", "residual", "weight", "scale", "stats", "dx", "dweight", "dbias"},
     }
-    return _norm_triton.variants(arch, _norm.LAYER, present, _WIDTHS)
+    return norm_triton.variants(arch, norm_op.LAYER, present, _WIDTHS)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.patch_embed import native, reference
-from vitfast.runtime import checks, gpu
+from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define
 
@@ -167,7 +167,7 @@ def _reference_backward(
 
 
 def _triton_reasons(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
-    why = gpu.reasons(image, weight, bias, pos_embed, prefix, dots=True)
+    why = triton.reasons(image, weight, bias, pos_embed, prefix, dots=True)
     if not why and image.device.type == "cpu" and torch.bfloat16 in (dtype, out_dtype):
         why.append("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
     return why
@@ -186,7 +186,7 @@ DISPATCHER = Dispatcher(
     "patch_embed",
     [
         native.BACKEND,
-        gpu.lazy("vitfast.ops.patch_embed.triton", _triton_reasons, key=backend_key),
+        triton.lazy("vitfast.ops.patch_embed.triton", _triton_reasons, key=backend_key),
         Backend("reference", _reference_call, lambda *args: [], _reference_backward),
     ],
 )

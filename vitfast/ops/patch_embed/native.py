@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from vitfast.ops import _gemm
+from vitfast.ops.common import gemm
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES
@@ -21,10 +21,10 @@ _MOST_SUMMED = 2048
 
 
 def can_run(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
-    why = _gemm.reasons(weight, bias, pos_embed, prefix)
-    if image.dtype not in (*_gemm.DTYPES, torch.uint8):
+    why = gemm.reasons(weight, bias, pos_embed, prefix)
+    if image.dtype not in (*gemm.DTYPES, torch.uint8):
         why.append(f"images of {image.dtype} are not implemented, float32, bfloat16, uint8 are")
-    for t in {dtype, out_dtype} - set(_gemm.DTYPES):
+    for t in {dtype, out_dtype} - set(gemm.DTYPES):
         why.append(f"{t} is not implemented, float32 and bfloat16 are")
     return why
 
@@ -111,14 +111,14 @@ def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
         pos_embed = pos_embed[:, p0:]
     if not n:
         return out
-    b = _gemm.matrix((weight,), dtype, patches.rows)
+    b = gemm.matrix((weight,), dtype, patches.rows)
     for images, part, rows in patches.gathered():
         view = out[images, p0 + part.start : p0 + part.stop]
         pos = None
         if pos_embed is not None:
             pos = pos_embed[images] if pos_embed.shape[0] > 1 else pos_embed
             pos = pos[:, part].expand(view.shape)
-        _gemm.product(b, rows, view, _gemm.biases(bias, "", None, None), residual=pos)
+        gemm.product(b, rows, view, gemm.biases(bias, "", None, None), residual=pos)
     return out
 
 
@@ -132,10 +132,10 @@ def normed(
     """Tokens [B, N, C]; norm(tokens) works in place, a stretch at a time."""
     patches = Patches(image, weight, None, None, dtype)
     out = native.empty((len(image), patches.per_image, len(weight)), dtype)
-    b = _gemm.matrix((weight,), dtype, patches.rows)
+    b = gemm.matrix((weight,), dtype, patches.rows)
     for images, part, rows in patches.gathered():
         tokens = out[images, part]
-        _gemm.product(b, rows, tokens, _gemm.biases(bias, "", None, None))
+        gemm.product(b, rows, tokens, gemm.biases(bias, "", None, None))
         norm(tokens)
     return out
 
@@ -176,12 +176,12 @@ def _over_images(grad, found):
 
 def _image_gradient(dz, weight, std, patches, dimage):
     channels, rows, columns, p, q = patches.sizes
-    matrix = _gemm.matrix((weight,), patches.dtype, patches.rows, transposed=True)
+    matrix = gemm.matrix((weight,), patches.dtype, patches.rows, transposed=True)
     # Scaled before it is rounded to the image's dtype.
     dtype = dimage.dtype if std is None else torch.float32
     one = torch.empty((patches.per_image, patches.width), dtype=dtype, device=dz.device)
     for b, target in enumerate(dimage.view(-1, channels, rows, p, columns, q)):
-        _gemm.product(matrix, dz[b * len(one) : (b + 1) * len(one)], one)
+        gemm.product(matrix, dz[b * len(one) : (b + 1) * len(one)], one)
         part = one.view(rows, columns, channels, p, q).permute(2, 0, 3, 1, 4)
         target.copy_(part if std is None else part / std.view(-1, 1, 1, 1, 1))
 
@@ -196,8 +196,8 @@ def _weight_gradient(dz, patches, dweight):
     for first in range(0, patches.rows, _MOST_SUMMED):
         count = min(_MOST_SUMMED, patches.rows - first)
         rows = patches.gather(first, count, scratch)
-        b = _gemm.matrix((rows,), patches.dtype, dz.shape[1], transposed=True)
-        _gemm.transposed_product(b, dz[first : first + count], total, accumulate=first > 0)
+        b = gemm.matrix((rows,), patches.dtype, dz.shape[1], transposed=True)
+        gemm.transposed_product(b, dz[first : first + count], total, accumulate=first > 0)
     if not exact:
         flat.copy_(total)
 
@@ -205,7 +205,7 @@ def _weight_gradient(dz, patches, dweight):
 def _bias_gradient(dz, dbias):
     total = torch.empty(dbias.shape, dtype=torch.float32, device=dbias.device)
     native.native().linear_backward(
-        *dz.shape, 0, _gemm.rows_of(dz), None, None, None, None, native.address(total), 0,
+        *dz.shape, 0, gemm.rows_of(dz), None, None, None, None, native.address(total), 0,
         native.threads(),
     )  # fmt: skip
     dbias.copy_(total)

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.patch_embed.reference import normalise
-from vitfast.runtime.gpu import COUNTS, NAMES, guard, precision
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import COUNTS, NAMES, guard, precision
 
 
 @triton.jit(do_not_specialize=COUNTS)

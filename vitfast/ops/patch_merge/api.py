@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.layer_norm import api as layer_norm_api
 from vitfast.ops.patch_merge import native, reference
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define, needs_grad
+from vitfast.runtime.triton import lazy
 
 
 def patch_merge(
@@ -59,7 +59,7 @@ def patch_merge(
         if weight is not None or bias is not None:
             raise checks.InputValueError("patch_merge: norm=None takes no weight and no bias")
     else:
-        _norm.check_kind("patch_merge", norm, bias, "'layer', 'rms' or None")
+        norm_op.check_kind("patch_merge", norm, bias, "'layer', 'rms' or None")
         out_dtype = out_dtype or layer_norm_api.autocast_out_dtype(x)
     y, _ = _OP(x, weight, bias, eps, norm, out_dtype, needs_grad(x, weight, bias), backend)
     return y
@@ -68,8 +68,8 @@ def patch_merge(
 def _reference_forward(x, weight, bias, eps, norm, out_dtype, save_stats):
     y = reference.patch_merge(x, weight, bias, eps, norm=norm, out_dtype=out_dtype).contiguous()
     if not save_stats or norm is None:
-        return y, _norm.absent(x)
-    return y, _norm.reference_stats(_norm.KINDS[norm], reference.patch_merge(x, norm=None), eps)
+        return y, norm_op.absent(x)
+    return y, norm_op.reference_stats(norm_op.KINDS[norm], reference.patch_merge(x, norm=None), eps)
 
 
 def _reference_backward(grad, x, weight, bias, eps, stats, norm):
@@ -81,7 +81,7 @@ def _reference_backward(grad, x, weight, bias, eps, stats, norm):
 
 
 def _triton_reasons(x, weight, bias, eps, norm, out_dtype, save_stats):
-    return _norm.triton_reasons(x, weight, bias, out_dtype=out_dtype, channels=4 * x.shape[3])
+    return norm_op.triton_reasons(x, weight, bias, out_dtype=out_dtype, channels=4 * x.shape[3])
 
 
 DISPATCHER = Dispatcher(
@@ -100,8 +100,8 @@ def _forward(x, weight, bias, eps, norm, out_dtype, save_stats, backend):
 
 
 def _fake(x, weight, bias, eps, norm, out_dtype, save_stats, backend):
-    rows = x.new_empty(_norm.merged_shape(x))
-    return _norm.fake(rows, out_dtype, save_stats and norm is not None)
+    rows = x.new_empty(norm_op.merged_shape(x))
+    return norm_op.fake(rows, out_dtype, save_stats and norm is not None)
 
 
 def _backward(grad, x, weight, bias, eps, stats, norm, shape, dtype, backend):
@@ -114,7 +114,7 @@ def _backward(grad, x, weight, bias, eps, stats, norm, shape, dtype, backend):
 
 
 def _backward_fake(grad, x, weight, bias, eps, stats, norm, shape, dtype, backend):
-    return _norm.backward_fake(grad.new_empty(shape, dtype=dtype), weight, bias)
+    return norm_op.backward_fake(grad.new_empty(shape, dtype=dtype), weight, bias)
 
 
 def _setup_context(ctx, inputs, output):
@@ -129,7 +129,7 @@ def _autograd(ctx, grad, _):
     dx, dweight, dbias = _BACKWARD_OP(
         grad, x, weight, bias, ctx.eps, stats, ctx.norm, ctx.shape, ctx.dtype, ctx.backend
     )
-    return dx, *_norm.present((weight, dweight), (bias, dbias)), None, None, None, None, None
+    return dx, *norm_op.present((weight, dweight), (bias, dbias)), None, None, None, None, None
 
 
 _BACKWARD_OP = define(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
 def can_run(x, weight, bias, eps, norm, out_dtype, save_stats):
-    return _norm.reasons(x, weight, bias, out_dtype=out_dtype)
+    return norm_op.reasons(x, weight, bias, out_dtype=out_dtype)
 
 
 def forward(x, weight, bias, eps, norm, out_dtype, save_stats):
-    gathered, normed, stats = _norm.forward(
-        _norm.NONE if norm is None else _norm.KINDS[norm],
+    gathered, normed, stats = norm_op.forward(
+        norm_op.NONE if norm is None else norm_op.KINDS[norm],
         x,
         weight=weight,
         bias=bias,
@@ -23,13 +23,13 @@ def forward(x, weight, bias, eps, norm, out_dtype, save_stats):
         merge=True,
     )
     y = gathered if norm is None else normed
-    return y, _norm.absent(x) if stats is None else stats
+    return y, norm_op.absent(x) if stats is None else stats
 
 
 def backward(grad, x, weight, bias, eps, stats, norm):
     gathered = norm is None
-    dx, _, _, dweight, dbias = _norm.backward(
-        _norm.NONE if gathered else _norm.KINDS[norm],
+    dx, _, _, dweight, dbias = norm_op.backward(
+        norm_op.NONE if gathered else norm_op.KINDS[norm],
         None if gathered else grad,
         x,
         stats,

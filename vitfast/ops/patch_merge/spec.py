@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from vitfast.ops._norm import merged_shape
+from vitfast.ops.common.norm import merged_shape
 from vitfast.ops.patch_merge.api import DISPATCHER, patch_merge
 from vitfast.ops.patch_merge.reference import patch_merge as reference
 from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes

@@ -1,26 +1,27 @@
-"""Gathering patches and their norm on the kernels of vitfast/ops/_norm_triton.py."""
+"""Gathering patches and their norm on the kernels of vitfast/ops/common/norm_triton.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from vitfast.ops import _norm, _norm_triton
-from vitfast.runtime.tuning import Arch, Variant
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common import norm_triton
+from vitfast.runtime.launches import Arch, Variant
 
 
 def forward(x, weight, bias, eps, norm, out_dtype, save_stats):
-    gathered, normed, stats = _norm_triton.forward(
-        _norm.NONE if norm is None else _norm.KINDS[norm], x, weight=weight, bias=bias, eps=eps,
+    gathered, normed, stats = norm_triton.forward(
+        norm_op.NONE if norm is None else norm_op.KINDS[norm], x, weight=weight, bias=bias, eps=eps,
         out_dtype=out_dtype, save_stats=save_stats, merge=True,
     )  # fmt: skip
     y = gathered if norm is None else normed
-    return y, _norm.absent(x) if stats is None else stats
+    return y, norm_op.absent(x) if stats is None else stats
 
 
 def backward(grad, x, weight, bias, eps, stats, norm):
     gathered = norm is None
-    dx, _, _, dweight, dbias = _norm_triton.backward(
-        _norm.NONE if gathered else _norm.KINDS[norm], None if gathered else grad, x, stats,
+    dx, _, _, dweight, dbias = norm_triton.backward(
+        norm_op.NONE if gathered else norm_op.KINDS[norm], None if gathered else grad, x, stats,
         grad_residual=grad if gathered else None, weight=weight, bias=bias, eps=eps, merge=True,
     )  # fmt: skip
     return dx, dweight, dbias
@@ -37,9 +38,9 @@ def variants(arch: Arch) -> list[Variant]:
     }
     gathered = {"forward": {"x", "residual"}, "backward": {"grad_residual", "dx"}}
     return [
-        *_norm_triton.variants(arch, _norm.LAYER, normed, _WIDTHS, merge=True),
+        *norm_triton.variants(arch, norm_op.LAYER, normed, _WIDTHS, merge=True),
         *(
             replace(v, name=f"gather-{v.name}")
-            for v in _norm_triton.variants(arch, _norm.NONE, gathered, _WIDTHS, merge=True)
+            for v in norm_triton.variants(arch, norm_op.NONE, gathered, _WIDTHS, merge=True)
         ),
     ]

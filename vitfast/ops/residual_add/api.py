@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.residual_add import native, reference
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define
+from vitfast.runtime.triton import lazy
 
 
 def residual_add(
@@ -72,11 +72,11 @@ def _reference_forward(x, branch, gamma, drop_scale):
 
 def _reference_backward(grad, branch, gamma, drop_scale, branch_dtype):
     dbranch, dgamma = reference.scale_gradients(grad, branch, gamma, drop_scale, branch_dtype)
-    return dbranch.contiguous(), _norm.absent(grad) if dgamma is None else dgamma
+    return dbranch.contiguous(), norm_op.absent(grad) if dgamma is None else dgamma
 
 
 def _triton_reasons(x, branch, gamma, drop_scale):
-    return _norm.triton_reasons(x, branch, gamma)
+    return norm_op.triton_reasons(x, branch, gamma)
 
 
 DISPATCHER = Dispatcher(
@@ -95,7 +95,7 @@ def _forward(x, branch, gamma, drop_scale, backend):
 
 
 def _fake(x, branch, gamma, drop_scale, backend):
-    return x.new_empty(x.shape, dtype=_norm.residual_dtype(x, branch, gamma))
+    return x.new_empty(x.shape, dtype=norm_op.residual_dtype(x, branch, gamma))
 
 
 def _backward(grad, branch, gamma, drop_scale, branch_dtype, backend):
@@ -105,7 +105,7 @@ def _backward(grad, branch, gamma, drop_scale, branch_dtype, backend):
 
 
 def _backward_fake(grad, branch, gamma, drop_scale, branch_dtype, backend):
-    dgamma = _norm.absent(grad) if branch is None else gamma.new_empty(gamma.shape)
+    dgamma = norm_op.absent(grad) if branch is None else gamma.new_empty(gamma.shape)
     return grad.new_empty(grad.shape, dtype=branch_dtype), dgamma
 
 

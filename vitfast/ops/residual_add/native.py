@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
 def can_run(x, branch, gamma, drop_scale):
-    return _norm.reasons(x, branch, gamma)
+    return norm_op.reasons(x, branch, gamma)
 
 
 def forward(x, branch, gamma, drop_scale):
-    return _norm.forward(_norm.NONE, x, branch=branch, gamma=gamma, drop_scale=drop_scale)[0]
+    return norm_op.forward(norm_op.NONE, x, branch=branch, gamma=gamma, drop_scale=drop_scale)[0]
 
 
 def backward(grad, branch, gamma, drop_scale, branch_dtype):
-    _, dbranch, dgamma, _, _ = _norm.backward(
-        _norm.NONE,
+    _, dbranch, dgamma, _, _ = norm_op.backward(
+        norm_op.NONE,
         None,
         grad,
         None,

@@ -1,21 +1,22 @@
-"""The residual connection on the kernels of vitfast/ops/_norm_triton.py."""
+"""The residual connection on the kernels of vitfast/ops/common/norm_triton.py."""
 
 from __future__ import annotations
 
-from vitfast.ops import _norm, _norm_triton
-from vitfast.runtime.tuning import Arch, Variant
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common import norm_triton
+from vitfast.runtime.launches import Arch, Variant
 
 
 def forward(x, branch, gamma, drop_scale):
-    residual, _, _ = _norm_triton.forward(
-        _norm.NONE, x, branch=branch, gamma=gamma, drop_scale=drop_scale
+    residual, _, _ = norm_triton.forward(
+        norm_op.NONE, x, branch=branch, gamma=gamma, drop_scale=drop_scale
     )
     return residual
 
 
 def backward(grad, branch, gamma, drop_scale, branch_dtype):
-    _, dbranch, dgamma, _, _ = _norm_triton.backward(
-        _norm.NONE, None, grad, None, grad_residual=grad, branch=branch, gamma=gamma,
+    _, dbranch, dgamma, _, _ = norm_triton.backward(
+        norm_op.NONE, None, grad, None, grad_residual=grad, branch=branch, gamma=gamma,
         drop_scale=drop_scale, x_wanted=False, branch_dtype=branch_dtype,
     )  # fmt: skip
     return dbranch, dgamma
@@ -26,4 +27,4 @@ def variants(arch: Arch) -> list[Variant]:
         "forward": {"x", "branch", "gamma", "drop", "residual"},
         "backward": {"grad_residual", "branch", "gamma", "drop", "dbranch", "dgamma"},
     }
-    return _norm_triton.variants(arch, _norm.NONE, present)
+    return norm_triton.variants(arch, norm_op.NONE, present)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.ops import _norm
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.layer_norm.api import autocast_out_dtype, check
 from vitfast.ops.rms_norm import native, reference
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.gpu import lazy
 from vitfast.runtime.library import define, needs_grad
+from vitfast.runtime.triton import lazy
 
 
 def rms_norm(
@@ -46,7 +46,7 @@ def rms_norm(
 
 def _reference_forward(x, weight, eps, out_dtype, save_stats):
     y = reference.rms_norm(x, weight, eps, out_dtype=out_dtype).contiguous()
-    return y, _norm.reference_stats(_norm.RMS, x, eps) if save_stats else _norm.absent(x)
+    return y, norm_op.reference_stats(norm_op.RMS, x, eps) if save_stats else norm_op.absent(x)
 
 
 def _reference_backward(grad, x, weight, eps, stats):
@@ -56,7 +56,7 @@ def _reference_backward(grad, x, weight, eps, stats):
 
 
 def _triton_reasons(x, weight, eps, out_dtype, save_stats):
-    return _norm.triton_reasons(x, weight, out_dtype=out_dtype)
+    return norm_op.triton_reasons(x, weight, out_dtype=out_dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -75,7 +75,7 @@ def _forward(x, weight, eps, out_dtype, save_stats, backend):
 
 
 def _fake(x, weight, eps, out_dtype, save_stats, backend):
-    return _norm.fake(x, out_dtype, save_stats)
+    return norm_op.fake(x, out_dtype, save_stats)
 
 
 def _backward(grad, x, weight, eps, stats, backend):
@@ -86,7 +86,7 @@ def _backward(grad, x, weight, eps, stats, backend):
 
 
 def _backward_fake(grad, x, weight, eps, stats, backend):
-    return _norm.backward_fake(x, weight)
+    return norm_op.backward_fake(x, weight)
 
 
 def _setup_context(ctx, inputs, output):
@@ -98,7 +98,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _):
     x, weight, stats = ctx.saved_tensors
     dx, dweight = _BACKWARD_OP(grad, x, weight, ctx.eps, stats, ctx.backend)
-    return dx, *_norm.present((weight, dweight)), None, None, None, None
+    return dx, *norm_op.present((weight, dweight)), None, None, None, None
 
 
 _BACKWARD_OP = define(

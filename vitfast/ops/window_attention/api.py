@@ -7,9 +7,9 @@ import math
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
-from vitfast.ops.autodiff import gradients
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.window_attention import native, reference
-from vitfast.runtime import checks, gpu
+from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
 
@@ -163,7 +163,7 @@ def _reference_backward(
 
 
 def _triton_reasons(qkv, window, shift, table, pad, logit_scale, scale, roll_first, *_):
-    why = gpu.reasons(qkv, table, pad, logit_scale, dots=True)
+    why = triton.reasons(qkv, table, pad, logit_scale, dots=True)
     if roll_first and any(by > size for by, size in zip(shift, qkv.shape[1:3], strict=True)):
         why.append("the shift goes round the map more than once")
     if qkv.shape[-1] > 256:
@@ -177,7 +177,7 @@ DISPATCHER = Dispatcher(
     "window_attention",
     [
         native.BACKEND,
-        gpu.lazy("vitfast.ops.window_attention.triton", _triton_reasons),
+        triton.lazy("vitfast.ops.window_attention.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
     ],
 )

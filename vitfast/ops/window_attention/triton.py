@@ -17,8 +17,8 @@ from vitfast.ops.window_attention import native
 from vitfast.ops.window_attention import triton_kernels as kernels
 from vitfast.ops.window_attention import triton_large as large
 from vitfast.ops.window_attention.reference import LARGEST_SCALE
-from vitfast.runtime.gpu import NAMES, guard, precision
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import NAMES, guard, precision
 
 _PROGRAMS = 2048
 """From so many programs on, each gets several windows."""

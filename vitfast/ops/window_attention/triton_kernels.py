@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.window_attention.reference import LARGEST_SCALE, MASKED
-from vitfast.runtime.gpu import COUNTS
+from vitfast.runtime.triton import COUNTS
 
 LOG2E = tl.constexpr(1.4426950408889634)
 HIDDEN = tl.constexpr(MASKED * 1.4426950408889634)

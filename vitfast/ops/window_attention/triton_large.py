@@ -27,7 +27,7 @@ from vitfast.ops.window_attention.triton_kernels import (
     tokens,
     units,
 )
-from vitfast.runtime.gpu import COUNTS
+from vitfast.runtime.triton import COUNTS
 
 
 @triton.jit

@@ -5,8 +5,8 @@ the nearest one; and from the kernel's heuristic where there is no table. A tabl
 whose kernels `vitfast check --trust` has seen to be right on such hardware; on a device without
 that, they run only when asked for by name.
 
-A table is a JSON file, `<architecture>.json`: the package's own in `vitfast/runtime/launches`, and
-this user's in `launches` of the user's cache folder, which `vitfast check --trust` and `vitfast
+A table is a JSON file, `<architecture>.json`: the package's own in `vitfast/runtime/launch_tables`,
+and this user's in `launches` of the user's cache folder, which `vitfast check --trust` and `vitfast
 tune` write. The user's counts for as long as what it was measured with is installed.
 """
 
@@ -29,7 +29,7 @@ import torch
 from vitfast import __version__
 from vitfast.settings import cache_folder, logger
 
-LAUNCHES = Path(__file__).parent / "launches"
+LAUNCHES = Path(__file__).parent / "launch_tables"
 _KERNELS = Path(__file__).parents[1] / "ops"
 _SHARED = {
     "sm_75": 65_536, "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448,

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.runtime import gpu, native
+from vitfast.runtime import native, triton
 from vitfast.runtime.native import DTYPE_CODES
 
 LAYER, RMS, NONE = 0, 1, 2
@@ -52,7 +52,7 @@ def triton_reasons(
     channels: int | None = None,
 ) -> list[str]:
     """Why the Triton kernels cannot take these tensors; empty when they can."""
-    why = gpu.reasons(x, *others)
+    why = triton.reasons(x, *others)
     if not why and out_dtype == torch.bfloat16 and x.device.type == "cpu":
         why.append("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
     channels = channels or x.shape[-1]

@@ -17,10 +17,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops import _norm
-from vitfast.ops._norm import LAYER, NONE, RMS
-from vitfast.runtime.gpu import COUNTS, NAMES, guard
-from vitfast.runtime.tuning import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.norm import NONE
+from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
+from vitfast.runtime.triton import COUNTS, NAMES, guard
 
 _PROGRAMS = 512
 """Most programs of a backward: several a multiprocessor of the largest GPUs."""
@@ -240,26 +240,26 @@ def forward(
     base: torch.Tensor | None = None, normed_scale: torch.Tensor | None = None,
     merge: bool = False,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """As `vitfast.ops._norm.forward`."""
+    """As `vitfast.ops.common.norm.forward`."""
     residual = normed = stats = None
-    shape = _norm.merged_shape(x) if merge else x.shape
+    shape = norm_op.merged_shape(x) if merge else x.shape
     if branch is not None or kind == NONE:
-        dtype = out_dtype or x.dtype if branch is None else _norm.residual_dtype(x, branch, gamma)
+        dtype = out_dtype or x.dtype if branch is None else norm_op.residual_dtype(x, branch, gamma)
         residual = x.new_empty(shape, dtype=dtype)
     if kind != NONE:
         dtype = out_dtype or (x if residual is None else residual).dtype
         normed = x.new_empty(shape, dtype=dtype)
         if save_stats:
-            stats = _norm.fake_stats(normed, True, x.dtype)
+            stats = norm_op.fake_stats(normed, True, x.dtype)
     if x.numel() == 0:
         return residual, normed, stats
     c = shape[-1]
     b = shape[0] if x.ndim > 1 else 1
     nc = math.prod(shape) // b
-    x = _norm.dense_map(x) if merge else _norm.dense(x)
-    branch, base = _norm.dense(branch), _norm.dense(base)
+    x = norm_op.dense_map(x) if merge else norm_op.dense(x)
+    branch, base = norm_op.dense(branch), norm_op.dense(base)
     gamma, weight, bias, drop_scale, normed_scale = map(
-        _norm.vector, (gamma, weight, bias, drop_scale, normed_scale)
+        norm_op.vector, (gamma, weight, bias, drop_scale, normed_scale)
     )
     rows = b * nc // c
     launch = _launch(x, "forward", c)
@@ -284,11 +284,11 @@ def backward(
     x_wanted: bool = True, branch_dtype: torch.dtype | None = None,
     normed_scale: torch.Tensor | None = None, merge: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """As `vitfast.ops._norm.backward`."""
+    """As `vitfast.ops.common.norm.backward`."""
     if grad_normed is None:
         kind = NONE
-    shape = _norm.merged_shape(residual) if merge else residual.shape
-    absent = _norm.absent(residual)
+    shape = norm_op.merged_shape(residual) if merge else residual.shape
+    absent = norm_op.absent(residual)
     scale = branch if gamma is None else gamma
     dx = residual.new_empty(residual.shape, dtype=x_dtype or residual.dtype) if x_wanted else None
     dbranch = None if branch_dtype is None else residual.new_empty(shape, dtype=branch_dtype)
@@ -308,12 +308,12 @@ def backward(
         residual.new_empty((programs, c), dtype=wide) if v is not None and wanted else None
         for v, wanted in zip(vectors, (True, normed, normed), strict=True)
     ]
-    grad_normed, grad_residual = _norm.dense(grad_normed), _norm.dense(grad_residual)
-    source = (_norm.dense_map if merge else _norm.dense)(residual) if normed else None
+    grad_normed, grad_residual = norm_op.dense(grad_normed), norm_op.dense(grad_residual)
+    source = (norm_op.dense_map if merge else norm_op.dense)(residual) if normed else None
     stats = stats if normed and stats is not None and stats.numel() else None
-    branch = _norm.dense(branch)
+    branch = norm_op.dense(branch)
     gamma_, weight_, drop_scale, normed_scale = map(
-        _norm.vector, (gamma, weight, drop_scale, normed_scale)
+        norm_op.vector, (gamma, weight, drop_scale, normed_scale)
     )
     outer, inner, side = _map_steps(source) if merge else (*_steps(source, nc, c), 0)
     with guard(residual):
@@ -375,6 +375,3 @@ def variants(
                 name = f"{which}-c{c}-{NAMES[dtype]}"
                 found.append(Variant(name, kernel, signature, constants, launch))
     return found
-
-
-__all__ = ["LAYER", "NONE", "RMS", "backward", "forward", "variants"]

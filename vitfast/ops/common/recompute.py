@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.ops import _norm
+from vitfast.ops.common import norm as norm_op
 from vitfast.ops.layer_norm import api as layer_norm
 from vitfast.ops.rms_norm import api as rms_norm
 from vitfast.runtime import checks
@@ -32,7 +32,7 @@ def check(op: str, x: torch.Tensor, normed: Normed | None) -> None:
     if normed is None:
         return
     checks.check_shape(op, "normed.source", normed.source, tuple(x.shape))
-    if normed.kind not in _norm.KINDS:
+    if normed.kind not in norm_op.KINDS:
         raise InputValueError(f"{op}: normed.kind must be 'layer' or 'rms', got {normed.kind!r}")
 
 

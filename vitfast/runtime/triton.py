@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.tuning import arch_of, choice_of, has_run
+from vitfast.runtime.launches import arch_of, choice_of, has_run
 from vitfast.settings import settings
 
 NAMES = {

@@ -8,9 +8,10 @@ import sys
 import pytest
 import torch
 
-from vitfast.runtime import gpu, tuning
+from vitfast.runtime import launches
+from vitfast.runtime import triton as triton_runtime
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.tuning import Arch, Launch, choice_of, launch_of
+from vitfast.runtime.launches import Arch, Launch, choice_of, launch_of
 from vitfast.settings import cache_folder
 
 HEURISTIC = Launch({"BLOCK": 1}, 1, 1)
@@ -39,12 +40,12 @@ def device(tmp_path, monkeypatch):
             }
         )
     )
-    monkeypatch.setattr(tuning, "LAUNCHES", tmp_path)
+    monkeypatch.setattr(launches, "LAUNCHES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for cached in (tuning.table, tuning._launch_of, tuning._choice_of):
+    for cached in (launches.table, launches._launch_of, launches._choice_of):
         cached.cache_clear()
     yield Arch("sm_90")
-    for cached in (tuning.table, tuning._launch_of, tuning._choice_of):
+    for cached in (launches.table, launches._launch_of, launches._choice_of):
         cached.cache_clear()
 
 
@@ -99,9 +100,9 @@ def test_architectures(name, warp, dot):
 )
 def test_only_what_records_show_is_picked_unasked(device, monkeypatch, op, n, why):
     """Right by a record; and where a vendor's kernel may be faster, measured to be the fastest."""
-    monkeypatch.setattr(gpu, "arch_of", lambda where: device)
+    monkeypatch.setattr(triton_runtime, "arch_of", lambda where: device)
     measured = op in ("linear_act", "patch_embed", "attention")
-    triton = gpu.lazy(
+    triton = triton_runtime.lazy(
         f"vitfast.ops.{op}.triton", lambda x: [],
         key=(lambda x: {"n": x.numel()}) if measured else None,
     )  # fmt: skip
@@ -116,50 +117,50 @@ def test_measurements_are_kept_in_the_user_s_folder(device, tmp_path):
     """Not in the package, which may be another user's; its own table is where they begin."""
     packaged = {path: path.read_text() for path in tmp_path.iterdir()}
     new = Arch("sm_100")
-    assert not tuning.has_run("add_norm", new)
-    path = tuning.write_table(new, verified=["add_norm"])
+    assert not launches.has_run("add_norm", new)
+    path = launches.write_table(new, verified=["add_norm"])
     assert path == tmp_path / "cache/vitfast/launches/sm_100.json"
-    assert tuning.has_run("add_norm", new) and not tuning.has_run("add_norm", device)
-    tuning.write_table(device, kernels={"vendor": [{"key": {"n": 64}, "choice": "cudnn"}]})
+    assert launches.has_run("add_norm", new) and not launches.has_run("add_norm", device)
+    launches.write_table(device, kernels={"vendor": [{"key": {"n": 64}, "choice": "cudnn"}]})
     assert choice_of("vendor", device, {"n": 70}) == "cudnn"
-    assert tuning.has_run("layer_norm", device)
+    assert launches.has_run("layer_norm", device)
     assert launch_of("k", device, {"n": 64, "dtype": "float16"}, None).blocks["BLOCK"] == 16
-    tuning.write_table(device, verified=["linear_act"])  # the rest has been seen to be wrong here
-    assert not tuning.has_run("layer_norm", device) and tuning.has_run("linear_act", device)
+    launches.write_table(device, verified=["linear_act"])  # the rest has been seen to be wrong here
+    assert not launches.has_run("layer_norm", device) and launches.has_run("linear_act", device)
     assert packaged == {path: path.read_text() for path in tmp_path.glob("*.json")}
 
 
 @pytest.mark.parametrize("part", ["vitfast", "torch", "triton", "kernels"])
 def test_measurements_of_other_versions_are_left_out(device, part, caplog):
-    path = tuning.write_table(device, verified=["add_norm"])
+    path = launches.write_table(device, verified=["add_norm"])
     found = json.loads(path.read_text())
     assert list(found["made_with"]) == ["vitfast", "torch", "triton", "kernels"]
     found["made_with"][part] = "0"
     path.write_text(json.dumps(found))
-    tuning.table.cache_clear()
-    assert tuning.has_run("layer_norm", device) and not tuning.has_run("add_norm", device)
+    launches.table.cache_clear()
+    assert launches.has_run("layer_norm", device) and not launches.has_run("add_norm", device)
     assert f"another version of: {part};" in caplog.text
-    tuning.write_table(device, verified=["add_norm"])
-    assert tuning.has_run("add_norm", device)
+    launches.write_table(device, verified=["add_norm"])
+    assert launches.has_run("add_norm", device)
 
 
 def test_the_sources_of_the_kernels_and_our_table_count(device, tmp_path, monkeypatch):
     (tmp_path / "ops/op").mkdir(parents=True)
     source = tmp_path / "ops/op/triton_kernels.py"
-    monkeypatch.setattr(tuning, "_KERNELS", tmp_path / "ops")
+    monkeypatch.setattr(launches, "_KERNELS", tmp_path / "ops")
     for path in (source, tmp_path / "sm_90.json"):
-        tuning.write_table(device, verified=["add_norm"])
-        assert tuning.has_run("add_norm", device)
+        launches.write_table(device, verified=["add_norm"])
+        assert launches.has_run("add_norm", device)
         with path.open("a") as file:
             file.write(" ")
-        tuning.table.cache_clear()
-        assert not tuning.has_run("add_norm", device)
+        launches.table.cache_clear()
+        assert not launches.has_run("add_norm", device)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "7"])
 def test_a_file_that_cannot_be_read_is_left_out(device, text, caplog):
-    tuning.path_of(device).write_text(text)
-    assert tuning.has_run("layer_norm", device)
+    launches.path_of(device).write_text(text)
+    assert launches.has_run("layer_norm", device)
     assert "cannot be read" in caplog.text
 
 

@@ -1,0 +1,1 @@
+"""What two ops or more share: norms, products, recomputation and reference gradients."""
