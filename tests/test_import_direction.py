@@ -19,6 +19,7 @@ RANK = {
     "settings": 1,
     "runtime": 2,
     "ops": 3,
+    "plans": 2.5,
     "testing": 4,
     "layers": 4,
     "families": 5,
@@ -28,7 +29,17 @@ RANK = {
 }
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
-    "torch": ("runtime/", "ops/", "testing/", "layers/", "families/", "swap.py", "bench/", "cli/"),
+    "torch": (
+        "runtime/",
+        "ops/",
+        "plans.py",
+        "testing/",
+        "layers/",
+        "families/",
+        "swap.py",
+        "bench/",
+        "cli/",
+    ),
     "timm": ("layers/", "families/", "swap.py", "bench/", "cli/"),
     "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),

@@ -24,15 +24,9 @@ from vitfast import layers
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
 from vitfast.layers import Layer, _memo, _position
-from vitfast.layers._guard import (
-    Unfit,
-    Unsupported,
-    called,
-    forget_own_forward,
-    planned,
-    tensors,
-)
+from vitfast.layers._guard import called, forget_own_forward, planned
 from vitfast.ops._weight_cache import CACHE, clear_weight_cache
+from vitfast.plans import Unfit, Unsupported, tensors_in
 from vitfast.runtime import native, triton
 from vitfast.settings import logger
 
@@ -266,7 +260,7 @@ def _swapped(
     """The entry of a module with this `_plan`; `fused` as for `_decide`."""
     note = ""
     if not isinstance(plan, Unfit):
-        fused.update(id(t) for t in tensors((plan,)))
+        fused.update(id(t) for t in tensors_in((plan,)))
         note = "; ".join(called(plan))
     elif any(type(p).__name__ == "DTensor" for p in module.parameters()):
         note = "fused where its sharded weights are gathered for its forward, as by fully_shard"

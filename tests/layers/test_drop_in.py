@@ -19,8 +19,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from vitfast.layers import _block
-from vitfast.layers._guard import DropRate
 from vitfast.ops import add_norm
+from vitfast.plans import DropRate
 from vitfast.swap import restore, swap
 
 C, HEADS, N = 48, 3, 10

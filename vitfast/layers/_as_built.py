@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitfast.layers._guard import Unfit
+from vitfast.plans import Unfit
 
 _Evidence = tuple[torch.Tensor, int, tuple]  # a buffer, its version and what it was compared for
 _SEEN: weakref.WeakKeyDictionary[nn.Module, dict[str, _Evidence]] = weakref.WeakKeyDictionary()

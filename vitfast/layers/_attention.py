@@ -7,65 +7,25 @@ each has a plan function that fills an `Attention`, and `attend` does the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _as_built, _guard, _norm
-from vitfast.layers._guard import Called, Children, Linear, Unfit, Unsupported
-from vitfast.layers._norm import Norm
+from vitfast.layers._guard import Children
 from vitfast.ops.common.recompute import Normed
-
-
-class Attention(NamedTuple):
-    """What an attention module holds.
-
-    qkv: one packed projection [3 A, C], or three [A, C]; they and proj may be `Called` where there
-    are no windows. q_norm, k_norm: norms over the head dim.
-    prefix, rope_half: how a rotary embedding is applied. norm: over A, before proj. kv_groups: how
-    many heads of q share one of k and v (grouped-query attention). head_first: whether a packed
-    projection is [heads, 3, D, C] rather than [3, heads, D, C]. table, logit_scale: as
-    `ops.window_attention` takes them.
-    """
-
-    heads: int
-    qkv: tuple[Any, ...]  # of Linear or Called, as proj
-    proj: Any
-    q_norm: Norm | None = None
-    k_norm: Norm | None = None
-    norm: Norm | None = None
-    prefix: int = 0
-    rope_half: bool = False
-    kv_groups: int = 1
-    head_first: bool = False
-    table: torch.Tensor | None = None
-    logit_scale: torch.Tensor | None = None
-
-    def padding(self, windows: Windows) -> torch.Tensor | None:
-        """q, k and v of a zero token, [3, heads, D], where the map does not end with a window."""
-        bias = self.qkv[0].bias
-        if bias is None or not windows.padded:
-            return None
-        return split_packed(bias.view(1, -1), self)[0]
-
-
-class Windows(NamedTuple):
-    """That tokens are the rows of a map, and see only those of their window.
-
-    size: rows and columns of the map; window, shift, grid: as `ops.window_attention` takes them.
-    """
-
-    size: tuple[int, int]
-    window: tuple[int, int]
-    shift: tuple[int, int] = (0, 0)
-    grid: bool = False
-
-    @property
-    def padded(self) -> bool:
-        return any(s % w for s, w in zip(self.size, self.window, strict=True))
-
+from vitfast.plans import (
+    Attention,
+    Called,
+    Linear,
+    Unfit,
+    Unsupported,
+    Windows,
+    prologue,
+    split_heads,
+)
 
 PLANS: dict[type[nn.Module], Callable[[nn.Module], Attention]] = {}
 """The plan function of each attention class, timm's and the drop-in."""
@@ -223,39 +183,3 @@ def project(x: torch.Tensor, layer: Linear | Called, normed: Normed | None = Non
     if isinstance(layer, Called):
         return layer.module(x)  # type: ignore[no-any-return]
     return ops.linear_act(x, *layer, normed=normed)
-
-
-def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:
-    """The packed [B, N, 3 A] as [B, N, 3, H, D]; or q, k and v [B, N, A] each as [B, N, H, D]."""
-    if len(projected) == 1:
-        return [split_packed(projected[0], plan)]
-    dim = projected[0].shape[-1] // plan.heads
-    split = [t.unflatten(-1, (t.shape[-1] // dim, dim)) for t in projected]
-    if plan.kv_groups > 1:
-        split[1:] = [t.repeat_interleave(plan.kv_groups, 2) for t in split[1:]]
-    return split
-
-
-def split_packed(projected: torch.Tensor, plan: Attention) -> torch.Tensor:
-    """A packed [..., 3 A] as [..., 3, H, D]."""
-    dim = projected.shape[-1] // (3 * plan.heads)
-    if plan.head_first:
-        return projected.unflatten(-1, (plan.heads, 3, dim)).transpose(-3, -2)
-    return projected.unflatten(-1, (3, plan.heads, dim))
-
-
-def prologue(plan: Attention, rope: torch.Tensor | None) -> dict[str, Any]:
-    """The arguments of `ops.attention` for q/k norm and rotary embedding."""
-    given: dict[str, Any] = {}
-    if plan.q_norm is not None and plan.k_norm is not None:
-        given |= dict(
-            qk_norm=plan.q_norm.kind,
-            q_norm_weight=plan.q_norm.weight,
-            q_norm_bias=plan.q_norm.bias,
-            k_norm_weight=plan.k_norm.weight,
-            k_norm_bias=plan.k_norm.bias,
-            qk_norm_eps=plan.q_norm.eps,
-        )
-    if rope is not None:
-        given |= dict(rope=rope, rope_prefix=plan.prefix, rope_half=plan.rope_half)
-    return given

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vitfast.layers import _memo, _subclass
-from vitfast.layers._guard import Unfit, called, planned
+from vitfast.layers._guard import called, planned
+from vitfast.plans import Unfit
 
 
 class Layer:

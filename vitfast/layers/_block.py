@@ -14,68 +14,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _attention, _guard, _inference, _memo, _mlp, _norm, layer_scale
-from vitfast.layers._attention import Attention
-from vitfast.layers._guard import Called, Children, DropRate
-from vitfast.layers._mlp import Mlp
-from vitfast.layers._norm import Norm
+from vitfast.layers._guard import Children
 from vitfast.ops.common.recompute import Normed
+from vitfast.plans import Attention, Called, DropRate, Mlp, Norm, TransformerBlock, tensors_in
 from vitfast.runtime.library import autocast_dtype
-
-
-class Block(NamedTuple):
-    """What a block holds. gamma: LayerScale [C] or None; None where the norms come last.
-
-    A half that cannot be read is called as timm would call it: `attn` or `mlp` says why, and the
-    rest of the half is None.
-    """
-
-    norm1: Norm
-    attn: Any  # Attention or Called
-    gamma1: torch.Tensor | None
-    drop1: DropRate | None
-    norm2: Norm
-    mlp: Any  # Mlp or Called
-    gamma2: torch.Tensor | None
-    drop2: DropRate | None
-    norms_last: bool = False
-
-    @property
-    def attn_is_called(self) -> bool:
-        return type(self.attn) is Called
-
 
 Maps = tuple[tuple[int, int] | None, tuple[int, int] | None]
 """By half: rows and columns of the map that timm's forward computes it on; None: on tokens."""
 
 
-def with_layer_scale(module: nn.Module) -> Block:
+def with_layer_scale(module: nn.Module) -> TransformerBlock:
     """A block whose LayerScale are modules `ls1` and `ls2` (ViT, RelPos)."""
     return _plan(module, lambda i: layer_scale.child(module._modules, f"ls{i}"))
 
 
-def with_gammas(module: nn.Module) -> Block:
+def with_gammas(module: nn.Module) -> TransformerBlock:
     """A block whose LayerScale are parameters `gamma_1` and `gamma_2`, one or both (EVA, BEiT)."""
     return _plan(module, lambda i: _guard.optional_parameter(module, f"gamma_{i}"))
 
 
-def without_layer_scale(module: nn.Module) -> Block:
+def without_layer_scale(module: nn.Module) -> TransformerBlock:
     """A block without LayerScale (Swin)."""
     return _plan(module, lambda i: None)
 
 
-def with_norms_last(module: nn.Module) -> Block:
+def with_norms_last(module: nn.Module) -> TransformerBlock:
     """A block whose norms come after attention and MLP (Swin V2)."""
     return without_layer_scale(module)._replace(norms_last=True)
 
 
-def _plan(module: nn.Module, gamma: Callable[[int], torch.Tensor | None]) -> Block:
+def _plan(module: nn.Module, gamma: Callable[[int], torch.Tensor | None]) -> TransformerBlock:
     """Both halves, as far as they can be read.
 
     Raises:
@@ -97,7 +72,7 @@ def _plan(module: nn.Module, gamma: Callable[[int], torch.Tensor | None]) -> Blo
         (None, found, None, None) if type(found) is Called else found
         for found in _guard.parts(*reads)
     )
-    return Block(*first, *second)
+    return TransformerBlock(*first, *second)
 
 
 def _attention_and_width(children: Children) -> tuple[Attention, int]:
@@ -112,7 +87,7 @@ def _mlp_and_width(children: Children) -> tuple[Mlp, int]:
 
 def run(
     x: torch.Tensor,
-    block: Block,
+    block: TransformerBlock,
     module: nn.Module,
     attend: Callable[[torch.Tensor], torch.Tensor],
     maps: Maps = (None, None),
@@ -161,7 +136,7 @@ def _call_half(
 
 
 def run_mlp(
-    x: torch.Tensor, block: Block, module: nn.Module, size: tuple[int, int] | None = None
+    x: torch.Tensor, block: TransformerBlock, module: nn.Module, size: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """The second half of the block on x [B, N, C], read or called. size: of the map in timm."""
     # What was called before may have given a tensor of any class.
@@ -180,7 +155,7 @@ def run_mlp(
     return add(x, branch, block.gamma2, block.drop2)
 
 
-def attention_half(x: torch.Tensor, block: Block, **attention: Any) -> torch.Tensor:
+def attention_half(x: torch.Tensor, block: TransformerBlock, **attention: Any) -> torch.Tensor:
     """The first half of the block alone, as `run`."""
     out = None
     if not _needs_ops(x, block, attention):
@@ -193,7 +168,7 @@ def attention_half(x: torch.Tensor, block: Block, **attention: Any) -> torch.Ten
     return add(x, branch, block.gamma1, block.drop1)
 
 
-def _attend(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
+def _attend(x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any]) -> torch.Tensor:
     """attn(norm1(x)), or attn(x) where the norms come last."""
     if block.norms_last:
         return _attention.attend(x, block.attn, **attention)
@@ -205,12 +180,12 @@ def _attend(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.T
     )
 
 
-def _needs_ops(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> bool:
+def _needs_ops(x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any]) -> bool:
     """Whether this call is traced, or recorded by autograd, or drops paths."""
     if torch.compiler.is_compiling() or block.drop1 is not None or block.drop2 is not None:
         return True
     return torch.is_grad_enabled() and any(
-        t.requires_grad for t in _guard.tensors((x, block, *attention.values()))
+        t.requires_grad for t in tensors_in((x, block, *attention.values()))
     )
 
 
@@ -218,10 +193,12 @@ def records(x: torch.Tensor, plan: Any) -> bool:
     """Whether autograd records this call for x or the plan's tensors, or its `drop` drops paths."""
     if plan.drop is not None:
         return True
-    return torch.is_grad_enabled() and _guard.records_grad(*_guard.tensors((x, plan)))
+    return torch.is_grad_enabled() and _guard.records_grad(*tensors_in((x, plan)))
 
 
-def _differentiable(x: torch.Tensor, block: Block, attention: dict[str, Any]) -> torch.Tensor:
+def _differentiable(
+    x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any]
+) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     branch = _attend(x, block, attention)
     if block.norms_last:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,24 +11,21 @@ from torch import nn
 
 from vitfast.layers import _block, _conv, _fits, _group_norm, _guard, _memo
 from vitfast.layers._conv import Call
-from vitfast.layers._group_norm import GroupNorm
-from vitfast.layers._guard import DropRate
-from vitfast.ops._onednn_conv import Conv, Pads, Ready
+from vitfast.ops._onednn_conv import Ready
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.group_norm_act import native as group_norm_op
+from vitfast.plans import (
+    Bottleneck,
+    Conv,
+    ConvNorm,
+    DropRate,
+    GroupNorm,
+    Pads,
+    PreActBottleneck,
+    Unfit,
+    Unsupported,
+)
 from vitfast.runtime import native
-
-Step = tuple[Conv, GroupNorm]
-
-
-class Bottleneck(NamedTuple):
-    """Three convolutions, each with its norm after it ("none" the last's activation), the
-    shortcut's where it has one of DownsampleConv, or any module for it."""
-
-    steps: tuple[Step, Step, Step]
-    shortcut: Step | None
-    downsample: nn.Module | None
-    drop_path: DropRate | None
 
 
 def plan(module: Any) -> Bottleneck:
@@ -40,7 +37,7 @@ def plan(module: Any) -> Bottleneck:
         for i, act in zip((1, 2, 3), acts, strict=True)
     )
     if _guard.activation(children, "act3") != "relu":
-        raise _guard.Unsupported("its activation is not ReLU")
+        raise Unsupported("its activation is not ReLU")
     downsample = children.get("downsample")
     return Bottleneck(
         steps,  # type: ignore[arg-type]
@@ -50,14 +47,14 @@ def plan(module: Any) -> Bottleneck:
     )
 
 
-def _shortcut(downsample: nn.Module | None) -> Step | None:
+def _shortcut(downsample: nn.Module | None) -> ConvNorm | None:
     if type(downsample) is not resnetv2.DownsampleConv:
         return None
     try:
         _guard.check_bare(downsample, "downsample")
         children = downsample._modules
         return _conv.child(children, "conv"), _group_norm.child(children, "norm", "none")
-    except _guard.Unfit:
+    except Unfit:
         return None
 
 
@@ -194,14 +191,6 @@ def normalise(
         out,
     )
     return whole
-
-
-class PreActBottleneck(NamedTuple):
-    """Three norms with activation, each with the convolution after it."""
-
-    steps: tuple[Step, Step, Step]
-    downsample: nn.Module | None
-    drop_path: DropRate | None
 
 
 def plan_preact(module: Any) -> PreActBottleneck:

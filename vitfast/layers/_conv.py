@@ -10,9 +10,10 @@ from timm import layers as timm_layers
 from torch import nn
 
 from vitfast.layers import _as_built, _guard
-from vitfast.layers._guard import Children, Unfit, Unsupported
+from vitfast.layers._guard import Children
 from vitfast.ops import _onednn_conv
-from vitfast.ops._onednn_conv import Conv, Ready
+from vitfast.ops._onednn_conv import Ready
+from vitfast.plans import Conv, Unfit, Unsupported
 from vitfast.runtime.library import autocast_dtype
 
 _LOWERED = (torch.float32, torch.bfloat16)

@@ -6,7 +6,7 @@ x + drop_path(gamma * fc2(grn(act(fc1(norm(conv(x)))))))
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,25 +22,9 @@ from vitfast.layers import (
     _norm,
     _originals,
 )
-from vitfast.layers._guard import Called, Children, DropRate, Linear, Unfit, Unsupported
-from vitfast.layers._norm import Norm
+from vitfast.layers._guard import Children
+from vitfast.plans import Called, ConvNeXtBlock, DropRate, Linear, Norm, Unfit, Unsupported
 from vitfast.runtime.library import autocast_dtype
-
-
-class ConvNeXt(NamedTuple):
-    """What a block holds. conv: weight [C, 1, k, k'] and bias [C]; gamma [C] or None.
-
-    norm: a function of [B, H, W, C] where vitfast has no such norm. conv: `Called` where it or the
-    norm cannot be read, and both are called as timm would call them. mlp: the same of mlp, gamma
-    and drop.
-    """
-
-    conv: Any  # Linear or Called
-    norm: Norm | Callable[[torch.Tensor], torch.Tensor] | None
-    mlp: Any  # Mlp or Called
-    gamma: torch.Tensor | None
-    drop: DropRate | None
-
 
 Head = tuple[Any, Norm | Callable[[torch.Tensor], torch.Tensor] | None]
 """conv and norm of a block."""
@@ -48,7 +32,7 @@ Tail = tuple[Any, torch.Tensor | None, DropRate | None]
 """mlp, gamma and drop of a block."""
 
 
-def plan(read_head: Callable[[], Head], read_tail: Callable[[], Tail]) -> ConvNeXt:
+def plan(read_head: Callable[[], Head], read_tail: Callable[[], Tail]) -> ConvNeXtBlock:
     """A block of what both read; what one cannot read is to be called.
 
     Raises:
@@ -63,7 +47,7 @@ def plan(read_head: Callable[[], Head], read_tail: Callable[[], Tail]) -> ConvNe
     tail, why_tail = _attempt(checked_tail)
     if head is None and tail is None:
         raise Unfit(why_head)
-    return ConvNeXt(
+    return ConvNeXtBlock(
         *(head or (Called(why_head), None)),
         *(tail or (Called(why_tail), None, None)),
     )
@@ -116,7 +100,9 @@ def child(read: Callable[[Children, str], Any], children: Children, name: str) -
         raise Unfit(str(reason)) from None
 
 
-def run(x: torch.Tensor, block: ConvNeXt, module: Any, over_nchw: bool = False) -> torch.Tensor:
+def run(
+    x: torch.Tensor, block: ConvNeXtBlock, module: Any, over_nchw: bool = False
+) -> torch.Tensor:
     """The block on x [B, C, H, W] of any strides; the result is channels-last.
 
     Args:
@@ -142,7 +128,7 @@ def run(x: torch.Tensor, block: ConvNeXt, module: Any, over_nchw: bool = False) 
     return out.permute(0, 3, 1, 2)
 
 
-def run_branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
+def run_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """fc2(act(fc1(norm(conv(x))))) alone, as `run`; it may have another width than x."""
     rows = x.permute(0, 2, 3, 1)
     out = None
@@ -153,7 +139,7 @@ def run_branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
     return out.permute(0, 3, 1, 2)
 
 
-def _differentiable(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
+def _differentiable(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     return _block.add(x, _branch(x, block), block.gamma, block.drop)
 
@@ -180,11 +166,11 @@ def _call_tail(x: torch.Tensor, y: torch.Tensor, module: Any, over_nchw: bool) -
     return children["drop_path"](y) + x  # type: ignore[no-any-return]
 
 
-def _branch(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
+def _branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     return _mlp.apply(_normed(x, block), block.mlp)
 
 
-def _normed(x: torch.Tensor, block: ConvNeXt) -> torch.Tensor:
+def _normed(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """norm(conv(x)), by the differentiable ops."""
     norm = block.norm
     if isinstance(norm, Norm):

@@ -10,17 +10,27 @@ import torch
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm.native import WIDEST
 from vitfast.ops.window_attention.native import MOST_TOKENS
+from vitfast.plans import (
+    Attention,
+    ConvNeXtBlock,
+    Linear,
+    Mlp,
+    MlpResidual,
+    Norm,
+    TransformerBlock,
+    Windows,
+)
 from vitfast.runtime import native
 from vitfast.settings import settings
 
 if TYPE_CHECKING:
-    from vitfast.layers._attention import Attention, Windows
-    from vitfast.layers._block import Block
-    from vitfast.layers._convnext import ConvNeXt
-    from vitfast.layers._guard import Linear
-    from vitfast.layers._mlp import Mlp
-    from vitfast.layers._norm import Norm
-    from vitfast.layers._tail import Tail
+    pass
+    pass
+    pass
+    pass
+    pass
+    pass
+    pass
 
 MOST_HEAD_DIM = 256
 """The attention kernel's limit."""
@@ -28,7 +38,7 @@ _DTYPES = frozenset(norm_op.DTYPES)
 
 
 def stream_dtype(
-    x: torch.Tensor, plan: Block, operand: torch.dtype, half: str
+    x: torch.Tensor, plan: TransformerBlock, operand: torch.dtype, half: str
 ) -> torch.dtype | None:
     """The dtype of x + gamma * branch; None where LayerScale changes it on the way."""
     gammas = {"attention": (plan.gamma1,), "mlp": (plan.gamma2,)}
@@ -47,7 +57,7 @@ def on_cpu(x: torch.Tensor, lower: torch.dtype | None) -> bool:
 
 def block(
     x: torch.Tensor,
-    plan: Block,
+    plan: TransformerBlock,
     lower: torch.dtype | None,
     windows: Windows | None,
     half: str,
@@ -108,7 +118,7 @@ def _norm(norm: Norm | None, size: int) -> bool:
 
 def terms(
     x: torch.Tensor,
-    plan: Block,
+    plan: TransformerBlock,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     rope: torch.Tensor | None,
@@ -138,12 +148,12 @@ def tensor(t: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dty
     return t.shape == shape and t.dtype in dtypes and t.is_cpu
 
 
-def convnext(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool:
+def convnext(x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None) -> bool:
     """As `block`, for a map x [B, H, W, C]."""
     return convolved(x, plan, lower) and len(plan.mlp.fc2.weight) == x.shape[3]
 
 
-def convolved(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> bool:
+def convolved(x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None) -> bool:
     """As `convnext`, of a block whose result may have another width."""
     if x.ndim != 4 or not on_cpu(x, lower):
         return False
@@ -174,7 +184,7 @@ def depthwise(layer: Linear, channels: int, dtypes: Collection[torch.dtype]) -> 
     )
 
 
-def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail, lower: torch.dtype | None) -> bool:
+def tail(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual, lower: torch.dtype | None) -> bool:
     """As `convnext`, for a map y beside x."""
     if x.ndim != 4 or x.shape != y.shape or not (on_cpu(x, lower) and on_cpu(y, lower)):
         return False

@@ -8,7 +8,7 @@ module between them is called as it is.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm import layers as timm_layers
@@ -18,23 +18,12 @@ from torch import nn
 
 from vitfast.layers import _conv, _guard
 from vitfast.layers._conv import Call
-from vitfast.layers._guard import Unfit
-from vitfast.ops._onednn_conv import BatchNorm, Conv, Ready
+from vitfast.ops._onednn_conv import Ready
+from vitfast.plans import BatchNorm, BatchNormBottleneck, Conv, StemStep, Unfit
 
 _CHAINS = {nn.Sequential, _features.FeatureListNet, hybrid.ConvStem, timm_layers.ConvNormAct}
 _NORMS = {nn.BatchNorm2d, timm_layers.BatchNormAct2d}
 _ACTS = ("none", "relu", "gelu")
-
-
-class Bottleneck(NamedTuple):
-    """Three convolutions with their norms, and what the shortcut runs through before its own."""
-
-    convs: tuple[Conv, Conv, Conv]
-    before: tuple[nn.Module, ...]
-    shortcut: Conv | None
-
-
-Step = Conv | Bottleneck | nn.Module
 
 
 def features(backbone: Any, x: torch.Tensor) -> torch.Tensor | None:
@@ -71,7 +60,7 @@ def _flat(module: Any) -> Iterator[Any]:
         yield module
 
 
-def _steps(modules: list[Any]) -> Iterator[Step]:
+def _steps(modules: list[Any]) -> Iterator[StemStep]:
     rest = modules
     while rest:
         if type(rest[0]) is nn.Conv2d:
@@ -114,7 +103,7 @@ def _norm(module: Any) -> BatchNorm:
     return BatchNorm(weight, bias, mean, var, module.eps)
 
 
-def _bottleneck(module: Any) -> Bottleneck:
+def _bottleneck(module: Any) -> BatchNormBottleneck:
     children = module._modules
     others = (children.get(name) for name in ("se", "drop_block", "aa"))
     if [part for child in others if child is not None for part in _flat(child)]:
@@ -134,16 +123,16 @@ def _bottleneck(module: Any) -> Bottleneck:
     before, shortcut = (), None
     if children.get("downsample") is not None:
         steps = list(_steps(list(_flat(children["downsample"]))))
-        if not steps or type(steps[-1]) is not Conv or Bottleneck in map(type, steps):
+        if not steps or type(steps[-1]) is not Conv or BatchNormBottleneck in map(type, steps):
             raise Unfit("its shortcuts do not end in a convolution")
         *before, shortcut = steps
-    return Bottleneck(tuple(convs), tuple(before), shortcut)  # type: ignore[arg-type]
+    return BatchNormBottleneck(tuple(convs), tuple(before), shortcut)  # type: ignore[arg-type]
 
 
-def _run(x: torch.Tensor, step: Step, call: Call) -> torch.Tensor:
+def _run(x: torch.Tensor, step: StemStep, call: Call) -> torch.Tensor:
     if isinstance(step, Conv):
         return _ready(x, step, call)(x.to(call.dtype))
-    if not isinstance(step, Bottleneck):
+    if not isinstance(step, BatchNormBottleneck):
         return step(x)
     y = shortcut = x.to(call.dtype)
     if step.shortcut is not None:

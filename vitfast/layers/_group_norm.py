@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm import layers as timm_layers
@@ -10,20 +10,11 @@ from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _guard
-from vitfast.layers._guard import Children, Unfit, Unsupported
+from vitfast.layers._guard import Children
+from vitfast.plans import GroupNorm, Unfit, Unsupported
 
 KINDS: set[type] = {timm_layers.GroupNormAct, timm_layers.GroupNorm1Act}
 """The norms known by exact class; the drop-ins add themselves."""
-
-
-class GroupNorm(NamedTuple):
-    """groups; weight and bias [C] or None; act "none" or "relu"."""
-
-    groups: int
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    eps: float
-    act: str
 
 
 def plan(module: Any) -> GroupNorm:

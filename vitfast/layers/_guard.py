@@ -13,7 +13,7 @@ changed since it last did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from timm.layers import DropPath, activations
@@ -23,6 +23,7 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
 from vitfast.layers import _originals
+from vitfast.plans import Called, DropRate, Linear, Unfit, Unsupported
 from vitfast.runtime import native
 from vitfast.runtime.native import is_readable
 from vitfast.settings import settings
@@ -30,42 +31,6 @@ from vitfast.settings import settings
 PLAIN = (torch.Tensor, nn.Parameter)
 Children = dict[str, Any]  # a module's `_modules`
 Plan = TypeVar("Plan")
-
-
-class Unfit(Exception):
-    """This call has to run timm's forward; the message says why."""
-
-    def __str__(self) -> str:  # torch.compile of torch 2.11 knows no method written in C here
-        return self.args[0]  # type: ignore[no-any-return]
-
-
-class Unsupported(Unfit):
-    """As Unfit, by an option that the module was built with: no call of it can run fused."""
-
-
-class Linear(NamedTuple):
-    """weight [out, in] ([out, in, 1, 1] of a convolution) and bias [out]."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-class Called(NamedTuple):
-    """In a plan's place for something that is called as timm calls it instead of read; why.
-
-    module: what to call. None in the plan of a block, which outlives its call and must not keep a
-    child alive that may hold the block itself.
-    """
-
-    why: str
-    module: Any = None
-
-
-class DropRate(NamedTuple):
-    """An active stochastic depth."""
-
-    keep: float
-    scale_by_keep: bool
 
 
 def may_fuse(x: object, *others: object) -> bool:
@@ -159,15 +124,6 @@ def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:
     check_unhidden(module, "it")
     _check_original(module)
     return plan(module)
-
-
-def tensors(values: tuple) -> Iterator[torch.Tensor]:
-    """Those among some values, and in the tuples among them, such as plans."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, tuple):
-            yield from tensors(value)
 
 
 def records_grad(*tensors: torch.Tensor | None) -> bool:

@@ -12,22 +12,31 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vitfast.layers import _attention, _fits, _memo, _rows
+from vitfast.layers import _fits, _memo, _rows
 from vitfast.ops._weight_cache import CACHE
 from vitfast.ops.attention import native as attention_op
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.window_attention import native as window_op
+from vitfast.plans import (
+    Attention,
+    Norm,
+    TransformerBlock,
+    Windows,
+    prologue,
+    split_heads,
+    split_packed,
+)
 from vitfast.runtime import native
 
 if TYPE_CHECKING:
-    from vitfast.layers._attention import Attention, Windows
-    from vitfast.layers._block import Block
-    from vitfast.layers._norm import Norm
+    pass
+    pass
+    pass
 
 
 def block(
     x: torch.Tensor,
-    plan: Block,
+    plan: TransformerBlock,
     *,
     mask: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
@@ -76,7 +85,7 @@ def _whole(
     batch, tokens, channels = x.shape
     rows = x.reshape(-1, channels)
     qkv = [t.unflatten(0, (batch, tokens)) for t in steps.project(rows)]
-    attended = _attend(_attention.split_heads(qkv, plan.attn), plan, mask, bias, rope, is_causal)
+    attended = _attend(split_heads(qkv, plan.attn), plan, mask, bias, rope, is_causal)
     del qkv  # as large as three maps
     out = native.empty(rows.shape, steps.stream)
     steps.finish(rows, attended.view(len(rows), -1), out)
@@ -85,7 +94,7 @@ def _whole(
 
 def _steps(
     x: torch.Tensor,
-    plan: Block,
+    plan: TransformerBlock,
     lower: torch.dtype | None,
     windows: Windows | None,
     half: str,
@@ -99,7 +108,7 @@ def _steps(
 
 def _attend(
     qkv: list[torch.Tensor],
-    plan: Block,
+    plan: TransformerBlock,
     mask: torch.Tensor | None,
     bias: torch.Tensor | None,
     rope: torch.Tensor | None,
@@ -115,7 +124,7 @@ def _attend(
         bias=bias,
         is_causal=is_causal,
         out=torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        **_attention.prologue(plan.attn, rope),
+        **prologue(plan.attn, rope),
     )
 
 
@@ -139,7 +148,7 @@ def _windowed(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
         qkv = qkv.view(len(rows) if stripe is None else 1, -1, wide, 3 * width)
         attended = native.empty((*qkv.shape[:3], *heads), qkv.dtype)
         window_op.run(
-            _attention.split_packed(qkv, attn), attended, (high, wide), window, shift, steps.terms,
+            split_packed(qkv, attn), attended, (high, wide), window, shift, steps.terms,
             grid=grid, stripe=stripe,
         )  # fmt: skip
         del qkv
@@ -205,7 +214,7 @@ class _Steps:
 
     def __init__(
         self,
-        plan: Block,
+        plan: TransformerBlock,
         rows: int,
         operand: torch.dtype,
         stream: torch.dtype,

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from vitfast.layers import _fits, _inference_maps, _memo, _rows
+from vitfast.plans import ConvNeXtBlock, MlpResidual
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
-    from vitfast.layers._convnext import ConvNeXt
+    pass
     from vitfast.layers._rows import Halves
-    from vitfast.layers._tail import Tail
+
+    pass
 
 
-def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
+def convolved(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
     """mlp(norm(conv(x))) [B, H, W, C'] of a map x [B, H, W, C]; None where it is for the ops."""
     steps = _memo.recall(_convolved_steps, _rows.count(x), x, plan)
     if steps is None:
@@ -35,7 +37,7 @@ def convolved(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
 
 
 def _convolved_steps(
-    x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None
+    x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None
 ) -> tuple[torch.dtype, Halves] | None:
     if plan.mlp.grn is not None or not _fits.convolved(x, plan, lower):
         return None
@@ -43,7 +45,7 @@ def _convolved_steps(
     return operand, _rows.mlp(plan.mlp, _rows.count(x), operand)
 
 
-def tail(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor | None:
+def tail(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> torch.Tensor | None:
     """x + gamma * mlp(y), of maps [B, H, W, C]; None where it is for the public ops."""
     lower = autocast_dtype(x.device)
     if not _fits.tail(x, y, plan, lower):

@@ -13,19 +13,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from vitfast.layers import _fits, _memo, _rows
-from vitfast.layers._guard import Linear
-from vitfast.layers._norm import Grn, Norm
 from vitfast.layers._rows import Halves, Layer
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.grn import native as grn_op
 from vitfast.ops.patch_embed import native as patch_op
+from vitfast.plans import ConvNeXtBlock, Grn, Linear, Norm, Patches, PatchMerging
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 if TYPE_CHECKING:
-    from vitfast.layers._convnext import ConvNeXt
-    from vitfast.layers.sequential import Patches
+    pass
+    pass
 
 _CONVOLVED_BYTES = 4 << 20
 """Of a convolution's results at a time: each stripe of lines reads those around it again."""
@@ -34,15 +33,7 @@ _LEAST_ROWS = 512
 """Of an MLP's hidden tensor at a time, and rows at least."""
 
 
-class Merge(NamedTuple):
-    """Swin's downsampling: reduction(norm(patches)), or the norm last."""
-
-    reduction: Linear
-    norm: Norm
-    norm_last: bool
-
-
-def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
+def merge(x: torch.Tensor, plan: PatchMerging) -> torch.Tensor | None:
     """2x2 patches of a map x [B, H, W, C] reduced; None where it is for the public ops."""
     return _memo.call(_merge, _merge_steps, _rows.count(x) // 4, x, plan)
 
@@ -50,12 +41,14 @@ def merge(x: torch.Tensor, plan: Merge) -> torch.Tensor | None:
 class _Reduction(NamedTuple):
     """A downsampling ready to run, its products in dtype `operand`."""
 
-    plan: Merge | Patches
+    plan: PatchMerging | Patches
     operand: torch.dtype
     linear: Layer
 
 
-def _merge_steps(x: torch.Tensor, plan: Merge, lower: torch.dtype | None) -> _Reduction | None:
+def _merge_steps(
+    x: torch.Tensor, plan: PatchMerging, lower: torch.dtype | None
+) -> _Reduction | None:
     operand = lower or x.dtype
     if not _fits.on_cpu(x, lower):
         return None
@@ -171,7 +164,7 @@ def _downsample(steps: _Reduction, x: torch.Tensor) -> torch.Tensor:
     return out.view(batch, -1, width)
 
 
-def convnext(x: torch.Tensor, plan: ConvNeXt) -> torch.Tensor | None:
+def convnext(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
     """ConvNeXt's block on a map x [B, H, W, C], some lines or images at a time.
 
     None where it is for the public ops.
@@ -203,7 +196,9 @@ def _convnext(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _convnext_steps(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) -> _Steps | None:
+def _convnext_steps(
+    x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None
+) -> _Steps | None:
     if not _fits.convnext(x, plan, lower):
         return None
     operand = lower or x.dtype
@@ -215,7 +210,7 @@ def _convnext_steps(x: torch.Tensor, plan: ConvNeXt, lower: torch.dtype | None) 
 class _Steps(NamedTuple):
     """A block ready to run. dtype: of the result."""
 
-    plan: ConvNeXt
+    plan: ConvNeXtBlock
     operand: torch.dtype
     dtype: torch.dtype
     halves: Halves
@@ -225,7 +220,7 @@ Piece = tuple[slice, torch.Tensor]
 
 
 def convolved(
-    x: torch.Tensor, plan: ConvNeXt, operand: torch.dtype
+    x: torch.Tensor, plan: ConvNeXtBlock, operand: torch.dtype
 ) -> Iterator[tuple[int, Iterator[Piece]]]:
     """norm(conv(x)) of contiguous maps, by group of images: how many, and their pieces.
 
@@ -244,7 +239,7 @@ def convolved(
 
 def _pieces(
     x: torch.Tensor,
-    plan: ConvNeXt,
+    plan: ConvNeXtBlock,
     operand: torch.dtype,
     images: slice,
     stripes: list[tuple[int, int]],

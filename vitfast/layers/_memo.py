@@ -19,6 +19,7 @@ from torch import nn
 from vitfast.layers import _guard, _originals
 from vitfast.layers._guard import Plan
 from vitfast.ops import _weight_cache
+from vitfast.plans import Unfit, tensors_in
 from vitfast.runtime import native, tape
 from vitfast.runtime.library import autocast_dtype
 from vitfast.runtime.tape import Tape
@@ -85,7 +86,7 @@ class _Memo:
         self.vain += 1
         if sources is None or plan is None or not sources.can_tell:
             return
-        tensors = tuple(_guard.tensors((plan,)))
+        tensors = tuple(tensors_in((plan,)))
         if all(id(t) in sources.own for t in tensors):
             self.found = _Found(module, plan, sources, tensors)
 
@@ -183,7 +184,7 @@ def ready(
     sources = _Sources(module) if memo is None or memo.may_learn() else None
     try:
         plan = _guard.planned(find, module)
-    except _guard.Unfit:
+    except Unfit:
         if memo is not None:
             memo.found = None
         return None

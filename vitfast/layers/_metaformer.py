@@ -14,62 +14,26 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitfast.layers import _attention, _fits, _memo, _rows
-from vitfast.layers._attention import Attention
-from vitfast.layers._group_norm import GroupNorm
-from vitfast.layers._guard import DropRate, Linear
-from vitfast.layers._mlp import Mlp
-from vitfast.layers._norm import Norm
+from vitfast.layers import _fits, _memo, _rows
 from vitfast.ops.attention import native as attention_op
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.group_norm_act import native as group_norm_op
+from vitfast.plans import (
+    Attention,
+    GroupNorm,
+    MetaFormerBlock,
+    MetaFormerHalf,
+    Norm,
+    Pooling,
+    SepConv,
+    StarReLU,
+    split_packed,
+)
 from vitfast.runtime import native
 
 
-class Star(NamedTuple):
-    """StarReLU after its ReLU: scale * a^2 + bias, [1] each."""
-
-    scale: torch.Tensor
-    bias: torch.Tensor
-
-
-class SepConv(NamedTuple):
-    """fc2(conv(act(fc1))). conv: weight [M, 1, k, k'] and bias [M]."""
-
-    fc1: Linear
-    act: str
-    star: Star | None
-    conv: Linear
-    fc2: Linear
-
-
-class Pool(NamedTuple):
-    """module: of a map [B, C, H, W], without parameters; its result has its input's dtype."""
-
-    module: Callable[[torch.Tensor], torch.Tensor]
-
-
-class Half(NamedTuple):
-    """What a branch has around it. gamma, scale: [C] or None; factors of the branch and of x."""
-
-    norm: Norm | GroupNorm
-    gamma: torch.Tensor | None
-    scale: torch.Tensor | None
-
-
-class Block(NamedTuple):
-    """What a block holds. star: of the MLP's activation."""
-
-    first: Half
-    mixer: SepConv | Pool | Attention
-    second: Half
-    mlp: Mlp
-    star: Star | None
-    drop: DropRate | None
-
-
-def run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
+def run(x: torch.Tensor, plan: MetaFormerBlock) -> torch.Tensor | None:
     """The block on x [B, H, W, C] or, if it attends, [B, N, C]; None where it is for timm.
 
     The result has the dtype that the residual stream has in timm.
@@ -80,18 +44,18 @@ def run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
 class _Steps(NamedTuple):
     """A block ready to run. dtypes: of the MLP's products, of its input and of the result."""
 
-    plan: Block
+    plan: MetaFormerBlock
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     mix: Callable[[torch.Tensor, torch.Tensor], None]
     halves: _rows.Halves
 
 
-def _steps(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> _Steps | None:
+def _steps(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> _Steps | None:
     if not _fit(x, plan, lower):
         return None
     operand = lower or x.dtype
     rows = _rows.count(x)
-    mixed = x.dtype if isinstance(plan.mixer, Pool) else operand
+    mixed = x.dtype if isinstance(plan.mixer, Pooling) else operand
     between = _stream(x.dtype, plan.first, mixed)
     return _Steps(
         plan,
@@ -112,7 +76,7 @@ def _run(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _fit(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> bool:
+def _fit(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked."""
     if not _fits.on_cpu(x, lower):
         return False
@@ -143,7 +107,7 @@ def _fit(x: torch.Tensor, plan: Block, lower: torch.dtype | None) -> bool:
     )
 
 
-def _stream(x: torch.dtype, half: Half, branch: torch.dtype) -> torch.dtype:
+def _stream(x: torch.dtype, half: MetaFormerHalf, branch: torch.dtype) -> torch.dtype:
     """The dtype of scale * x + gamma * branch."""
     found = torch.promote_types(x, branch)
     for factor in (half.gamma, half.scale):
@@ -152,10 +116,10 @@ def _stream(x: torch.dtype, half: Half, branch: torch.dtype) -> torch.dtype:
 
 
 def _mixer(
-    mixer: SepConv | Pool | Attention, half: Half, rows: int, operand: torch.dtype
+    mixer: SepConv | Pooling | Attention, half: MetaFormerHalf, rows: int, operand: torch.dtype
 ) -> Callable[[torch.Tensor, torch.Tensor], None]:
     """What writes scale1 * x + gamma1 * mixer(norm1(x)) of some of the images to a tensor."""
-    if isinstance(mixer, Pool):
+    if isinstance(mixer, Pooling):
 
         def pool(x: torch.Tensor, out: torch.Tensor) -> None:
             normed = _normalised(x, half.norm, x.dtype)
@@ -201,7 +165,7 @@ def _attended(
 
     def run(x: torch.Tensor) -> torch.Tensor:
         packed = project(x.view(-1, x.shape[2])).view(*x.shape[:2], -1)
-        q, k, v = _attention.split_packed(packed, mixer).unbind(2)
+        q, k, v = split_packed(packed, mixer).unbind(2)
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         attention_op.forward_direct(q, k, v, scale=q.shape[-1] ** -0.5, out=out)
         return out.view(len(packed) * packed.shape[1], -1)
@@ -210,7 +174,11 @@ def _attended(
 
 
 def _add_mlp(
-    x: torch.Tensor, plan: Block, halves: _rows.Halves, operand: torch.dtype, out: torch.Tensor
+    x: torch.Tensor,
+    plan: MetaFormerBlock,
+    halves: _rows.Halves,
+    operand: torch.dtype,
+    out: torch.Tensor,
 ) -> None:
     """scale2 * x + gamma2 * mlp(norm2(x)) into `out`, which may be x."""
     half = plan.second
@@ -224,7 +192,11 @@ def _add_mlp(
 
 
 def _add_result(
-    x: torch.Tensor, step: _rows.Layer | _rows.Halves, inner: Any, half: Half, out: torch.Tensor
+    x: torch.Tensor,
+    step: _rows.Layer | _rows.Halves,
+    inner: Any,
+    half: MetaFormerHalf,
+    out: torch.Tensor,
 ) -> None:
     """scale * x + gamma * step(inner) into `out`, which may be x."""
     if half.scale is None:
@@ -233,7 +205,7 @@ def _add_result(
         _add(x, step(inner), half, out)
 
 
-def _add(x: torch.Tensor, branch: torch.Tensor, half: Half, out: torch.Tensor) -> None:
+def _add(x: torch.Tensor, branch: torch.Tensor, half: MetaFormerHalf, out: torch.Tensor) -> None:
     if half.scale is None:
         _rows.add(x, branch, half.gamma, out)
     else:
@@ -251,7 +223,7 @@ def _normalised(x: torch.Tensor, norm: Norm | GroupNorm, dtype: torch.dtype) -> 
     return out
 
 
-def _starred(hidden: torch.Tensor, star: Star | None) -> torch.Tensor:
+def _starred(hidden: torch.Tensor, star: StarReLU | None) -> torch.Tensor:
     """In place, in one rounding; `hidden` has been through a ReLU."""
     if star is None:
         return hidden

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -12,30 +11,9 @@ from torch import nn
 from vitfast import ops
 from vitfast.layers import _guard, _norm
 from vitfast.layers._attention import project
-from vitfast.layers._guard import Called, Children, Unfit, Unsupported
-from vitfast.layers._norm import Grn, Norm
+from vitfast.layers._guard import Children
 from vitfast.ops.common.recompute import Normed
-
-
-class Mlp(NamedTuple):
-    """What an MLP module holds: fc2(norm(h)), with h one of
-
-    act(fc1(x)); gate None
-    act(gate(x)) * fc1(x); two projections (SwiGLU)
-    act(first half) * second half of fc1(x), or the halves the other way round (GluMlp)
-
-    fc1, gate, fc2: Linear, or Called where the module's own forward asked.
-    """
-
-    fc1: Any
-    act: str
-    fc2: Any
-    norm: Norm | None
-    gate: Any = None
-    packed: str | None = None  # which half of a packed fc1 goes through act: "first" or "last"
-    grn: Grn | None = None  # instead of the norm
-    act_module: nn.Module | None = None  # where a projection before it is called
-
+from vitfast.plans import Called, Mlp, Unfit, Unsupported
 
 PLANS: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
 """The plan function of each MLP class, timm's and the drop-in."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm import layers as timm_layers
@@ -11,7 +11,8 @@ from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _as_built, _guard
-from vitfast.layers._guard import Children, Unfit, Unsupported
+from vitfast.layers._guard import Children
+from vitfast.plans import Grn, Norm, Unsupported
 
 KINDS = {
     nn.LayerNorm: "layer",
@@ -22,29 +23,6 @@ KINDS = {
 KINDS_2D = {timm_layers.LayerNorm2d: "layer", timm_layers.RmsNorm2d: "rms"}
 """Those over the channels of NCHW."""
 GRN: set[type[nn.Module]] = {GlobalResponseNorm}
-
-
-class Norm(NamedTuple):
-    """kind "layer" or "rms"; weight and bias [C] or None; width: C."""
-
-    kind: str
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    eps: float
-    width: int
-
-    def check_width(self, width: int) -> None:
-        """That it norms vectors of this width, which without a weight nothing else would tell."""
-        if self.width != width:
-            raise Unfit(f"a norm over {self.width} channels of {width}")
-
-
-class Grn(NamedTuple):
-    """The weight and bias [C] of a global response norm."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-    eps: float
 
 
 def plan(module: Any) -> Norm:

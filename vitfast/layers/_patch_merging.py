@@ -9,22 +9,22 @@ from torch import nn
 
 from vitfast import ops
 from vitfast.layers import _block, _guard, _inference_maps, _memo, _norm
-from vitfast.layers._inference_maps import Merge
+from vitfast.plans import PatchMerging
 
 
-def norm_first(module: nn.Module) -> Merge:
+def norm_first(module: nn.Module) -> PatchMerging:
     """How timm's `PatchMerging` of Swin computes."""
     children = module._modules
-    return Merge(_guard.linear(children, "reduction"), _norm.child(children, "norm"), False)
+    return PatchMerging(_guard.linear(children, "reduction"), _norm.child(children, "norm"), False)
 
 
-def norm_last(module: nn.Module) -> Merge:
+def norm_last(module: nn.Module) -> PatchMerging:
     """How timm's `PatchMerging` of Swin V2 computes."""
     return norm_first(module)._replace(norm_last=True)
 
 
 def run(
-    module: nn.Module, x: torch.Tensor, plan: Callable[[nn.Module], Merge]
+    module: nn.Module, x: torch.Tensor, plan: Callable[[nn.Module], PatchMerging]
 ) -> torch.Tensor | None:
     """The layer on a map x [B, H, W, C]; None where it is for timm's forward."""
     merge = _memo.ready(plan, module, x)

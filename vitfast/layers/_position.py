@@ -18,8 +18,8 @@ from timm import layers as timm_layers
 from torch import nn
 
 from vitfast.layers import _as_built, _guard, _mlp
-from vitfast.layers._guard import Linear, Unfit, Unsupported
 from vitfast.ops import _weight_cache
+from vitfast.plans import Linear, Unfit, Unsupported
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 

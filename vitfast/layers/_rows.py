@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vitfast.layers._norm import Norm
 from vitfast.ops import _onednn
 from vitfast.ops.common import gemm
 from vitfast.ops.common import norm as norm_op
+from vitfast.plans import Linear, Mlp, Norm
 
 if TYPE_CHECKING:
-    from vitfast.layers._guard import Linear
-    from vitfast.layers._mlp import Mlp
+    pass
+    pass
 
 CHUNK_ROWS = 1024
 WHOLE_ROWS = 2048

@@ -11,9 +11,9 @@ from timm.models import resnetv2
 from torch import nn
 
 from vitfast.layers import _bottleneck, _conv, _folded, _group_norm, _guard
-from vitfast.layers._guard import Unfit
 from vitfast.ops._onednn_conv import same_pads
 from vitfast.ops.common import norm as norm_op
+from vitfast.plans import Unfit
 
 
 def features(backbone: Any, x: torch.Tensor) -> Any:

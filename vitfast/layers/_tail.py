@@ -5,24 +5,13 @@ x + drop_path(gamma * mlp(y))
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from vitfast.layers import _block, _guard, _inference_branch, _mlp
-from vitfast.layers._guard import DropRate
-from vitfast.layers._mlp import Mlp
+from vitfast.plans import MlpResidual
 
 
-class Tail(NamedTuple):
-    """What such a block holds. gamma [C] or None."""
-
-    mlp: Mlp
-    gamma: torch.Tensor | None
-    drop: DropRate | None
-
-
-def run(x: torch.Tensor, y: torch.Tensor, plan: Tail) -> torch.Tensor:
+def run(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> torch.Tensor:
     """The tail on maps x and y [B, C, H, W] of any strides; the result is channels-last."""
     base, inner = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
     out = None

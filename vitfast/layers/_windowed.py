@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from vitfast.layers import _as_built, _attention, _block, _guard, _memo
-from vitfast.layers._attention import Attention, Windows
-from vitfast.layers._block import Block
+from vitfast.plans import Attention, TransformerBlock, Windows
 
 
 def attend(
@@ -23,13 +22,13 @@ def attend(
     return _attention.attend(x, planned, windows=Windows(window, window))
 
 
-def norms_first(module: Any) -> Block:
+def norms_first(module: Any) -> TransformerBlock:
     """How a Swin block computes."""
     check_windows(module)
     return _block.without_layer_scale(module)
 
 
-def norms_last(module: Any) -> Block:
+def norms_last(module: Any) -> TransformerBlock:
     """How a Swin V2 block computes."""
     check_windows(module)
     return _block.with_norms_last(module)
@@ -57,7 +56,7 @@ def _told(module: Any) -> tuple[int, int]:
 
 
 def run_block(
-    module: Any, x: torch.Tensor, plan: Callable[[Any], Block], attend: str = "_attn"
+    module: Any, x: torch.Tensor, plan: Callable[[Any], TransformerBlock], attend: str = "_attn"
 ) -> torch.Tensor | None:
     """The block on a map x [B, H, W, C]; None where it is for timm's forward.
 

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from timm import layers as timm_layers
 
+from vitfast import plans
 from vitfast.layers import _as_built, _attention, _guard
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Called
+from vitfast.plans import Called
 
 
-def plan_attention(module: Any) -> _attention.Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's `Attention` computes."""
     return _attention.common(module, (_guard.layer(module._modules, "qkv"),))
 
 
-def plan_attention_rope(module: Any) -> _attention.Attention:
+def plan_attention_rope(module: Any) -> plans.Attention:
     """How timm's `AttentionRope` computes."""
     children = module._modules
     names = ("qkv",) if children.get("qkv") is not None else ("q_proj", "k_proj", "v_proj")

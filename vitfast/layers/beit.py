@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from timm.models import beit
 
+from vitfast import plans
 from vitfast.layers import _attention, _block, _guard, _memo
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Unfit
+from vitfast.plans import Unfit
 
 
-def plan_attention(module: Any) -> _attention.Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How BEiT's `Attention` computes.
 
     With `qkv_bias_separate` timm adds the bias after the product, which here is one step.
@@ -24,7 +25,7 @@ def plan_attention(module: Any) -> _attention.Attention:
     return _attention.check_width(_attention.common(module, (_attention.packed(module),)))
 
 
-def plan_block(module: Any) -> _block.Block:
+def plan_block(module: Any) -> plans.TransformerBlock:
     """How BEiT's `Block` computes."""
     if (module.gamma_1 is None) != (module.gamma_2 is None):
         raise Unfit("it has one of gamma_1 and gamma_2")

@@ -9,14 +9,14 @@ from timm import layers as timm_layers
 from timm.models import convnext
 from torch import nn
 
+from vitfast import plans
 from vitfast.layers import _convnext, _guard, _memo, _mlp
 from vitfast.layers._base import Layer
-from vitfast.layers._convnext import ConvNeXt
-from vitfast.layers._guard import Children, Unsupported
-from vitfast.layers._norm import Norm
+from vitfast.layers._guard import Children
+from vitfast.plans import Unsupported
 
 
-def plan_block(module: nn.Module) -> ConvNeXt:
+def plan_block(module: nn.Module) -> plans.ConvNeXtBlock:
     """How timm's `ConvNeXtBlock` computes, with linear layers or 1x1 convolutions."""
     children = module._modules
     if type(children["shortcut"]) is not nn.Identity:
@@ -37,7 +37,7 @@ def plan_block(module: nn.Module) -> ConvNeXt:
 
 def _plan_norm(
     module: nn.Module, children: Children, over_nchw: bool
-) -> Norm | Callable[[torch.Tensor], torch.Tensor]:
+) -> plans.Norm | Callable[[torch.Tensor], torch.Tensor]:
     if type(module) is timm_layers.SimpleNorm:
         return module
     if type(module) is timm_layers.SimpleNorm2d:

@@ -7,20 +7,19 @@ from typing import Any
 import torch
 from timm.models import davit
 
+from vitfast import plans
 from vitfast.layers import _attention, _block, _guard, _memo, _windowed
-from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
-from vitfast.layers._block import Block
-from vitfast.layers._guard import Unsupported
+from vitfast.plans import Unsupported
 
 
-def plan_attention(module: Any) -> Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's DaViT `WindowAttention` computes, fused by timm or not."""
     qkv, proj = _attention.projections(module, module.num_heads, module.fused_attn)
-    return Attention(heads=module.num_heads, qkv=(qkv,), proj=proj)
+    return plans.Attention(heads=module.num_heads, qkv=(qkv,), proj=proj)
 
 
-def plan_block(module: Any) -> Block:
+def plan_block(module: Any) -> plans.TransformerBlock:
     """How timm's `SpatialBlock` computes, its convolutions aside."""
     if module.mlp is None:
         raise Unsupported("it has no MLP")
@@ -54,7 +53,7 @@ class SpatialBlock(Layer, davit.SpatialBlock):
         if plan is None or x.ndim != 4:
             return super().forward(x)
         size = (x.shape[2], x.shape[3])
-        windows = Windows(size, tuple(self.window_size))
+        windows = plans.Windows(size, tuple(self.window_size))
         tokens = self.cpe1(x).flatten(2).transpose(1, 2)
         tokens = _block.attention_half(tokens, plan, windows=windows)
         x = self.cpe2(tokens.transpose(1, 2).unflatten(2, size))

@@ -6,13 +6,13 @@ import torch
 from timm.models import edgenext
 from torch import nn
 
+from vitfast import plans
 from vitfast.layers import _convnext, _guard, _memo, _mlp
 from vitfast.layers._base import Layer
-from vitfast.layers._convnext import ConvNeXt
-from vitfast.layers._guard import Unsupported
+from vitfast.plans import Unsupported
 
 
-def plan_block(module: nn.Module) -> ConvNeXt:
+def plan_block(module: nn.Module) -> plans.ConvNeXtBlock:
     """How timm's `ConvBlock` computes: ConvNeXt's block, with other kernels."""
     children = module._modules
     if module.shortcut_after_dw:

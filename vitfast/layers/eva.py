@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from timm.models import eva
 
+from vitfast import plans
 from vitfast.layers import _attention, _block, _guard, _memo
-from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
 
 
-def plan_attention(module: Any) -> Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's `EvaAttention` computes.
 
     With `qkv_bias_separate` timm adds the bias after the product, which here is one step.

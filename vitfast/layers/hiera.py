@@ -7,23 +7,22 @@ from typing import Any
 import torch
 from timm.models import hiera
 
+from vitfast import plans
 from vitfast.layers import _as_built, _attention, _block, _guard
-from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
-from vitfast.layers._block import Block
-from vitfast.layers._guard import Unfit, Unsupported
+from vitfast.plans import Unfit, Unsupported
 
 
-def plan_attention(module: Any) -> Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's `MaskUnitAttention` computes, fused by timm or not."""
     if module.q_stride != 1:
         raise Unsupported("its queries are pooled")
     qkv, proj = _attention.projections(module, module.heads, module.fused_attn)
     _as_built.expect(module, dim_out=qkv.weight.shape[0] // 3)
-    return Attention(heads=module.heads, qkv=(qkv,), proj=proj)
+    return plans.Attention(heads=module.heads, qkv=(qkv,), proj=proj)
 
 
-def plan_block(module: Any) -> Block:
+def plan_block(module: Any) -> plans.TransformerBlock:
     """How timm's `HieraBlock` computes."""
     if module.do_expand:
         raise Unsupported("it widens its input")
@@ -32,7 +31,7 @@ def plan_block(module: Any) -> Block:
     return _block.with_layer_scale(module)
 
 
-def _windows(attn: Any, x: torch.Tensor) -> Windows | None:
+def _windows(attn: Any, x: torch.Tensor) -> plans.Windows | None:
     """Its mask units, whose tokens lie as far apart as there are units; None for all tokens."""
     if not attn.use_mask_unit_attn:
         return None
@@ -40,10 +39,12 @@ def _windows(attn: Any, x: torch.Tensor) -> Windows | None:
     units = tokens // attn.window_size
     if units == 0 or tokens % units:
         raise Unfit("its mask units do not divide the tokens")
-    return Windows((tokens, 1), (tokens // units, 1), grid=True)
+    return plans.Windows((tokens, 1), (tokens // units, 1), grid=True)
 
 
-def _of_input(plan: Block, attn: Any, x: torch.Tensor) -> tuple[Block, Windows | None]:
+def _of_input(
+    plan: plans.TransformerBlock, attn: Any, x: torch.Tensor
+) -> tuple[plans.TransformerBlock, plans.Windows | None]:
     return plan, None if plan.attn_is_called else _windows(attn, x)
 
 

@@ -10,14 +10,14 @@ from timm import layers as timm_layers
 from timm.layers import Format
 from torch import nn
 
-from vitfast import ops
+from vitfast import ops, plans
 from vitfast.layers import _conv, _guard, _stem
 from vitfast.layers._base import Layer
-from vitfast.layers.patch_embed import Projection, plan_projection
-from vitfast.ops._onednn_conv import Conv
+from vitfast.layers.patch_embed import plan_projection
+from vitfast.plans import Unfit
 
 
-def plan_stem(module: Any) -> Projection | None:
+def plan_stem(module: Any) -> plans.Projection | None:
     """The projection of what the backbone gives; None for none."""
     children = module._modules
     if type(children["proj"]) is nn.Identity:
@@ -26,12 +26,12 @@ def plan_stem(module: Any) -> Projection | None:
     return plan_projection(module)
 
 
-def _project(x: torch.Tensor, plan: Projection) -> torch.Tensor:
+def _project(x: torch.Tensor, plan: plans.Projection) -> torch.Tensor:
     """A map [B, C, H, W], a multiple of the patch, to tokens [B, N, C']."""
     weight, bias = plan
     size = weight.shape[2], weight.shape[3]
     if _conv.channels_last(x) and x.numel() > 0:
-        conv = Conv(weight, bias, size, (0, 0), (1, 1), 1, None, False)
+        conv = plans.Conv(weight, bias, size, (0, 0), (1, 1), 1, None, False)
         call = _conv.direct(x)
         packed = _conv.ready(call, conv, x.shape[1]) if call is not None else None
         if call is not None and packed is not None:
@@ -55,7 +55,7 @@ class HybridEmbed(Layer, timm_layers.HybridEmbed):
             return super().forward(x)
         try:
             plan = _guard.planned(plan_stem, self)
-        except _guard.Unfit:
+        except Unfit:
             return super().forward(x)
         x = _stem.features(self.backbone, x)
         if isinstance(x, (list, tuple)):

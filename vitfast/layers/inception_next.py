@@ -6,18 +6,18 @@ import torch
 from timm.models import inception_next
 from torch import nn
 
+from vitfast import plans
 from vitfast.layers import _block, _guard, _memo, _mlp, _tail
 from vitfast.layers._base import Layer
-from vitfast.layers._tail import Tail
 from vitfast.layers.mlp import plan_conv_mlp
 
 
-def plan_block(module: nn.Module) -> Tail:
+def plan_block(module: nn.Module) -> plans.MlpResidual:
     """How timm's `MetaNeXtBlock` computes after its mixer and norm, which are timm's."""
     children = module._modules
     mlp = _mlp.pointwise(children, "mlp")
     gamma = _guard.optional_parameter(module, "gamma")
-    return Tail(
+    return plans.MlpResidual(
         mlp=mlp,
         gamma=_guard.vector(gamma, len(mlp.fc2.weight), "gamma"),
         drop=_guard.drop_path(children, "drop_path"),

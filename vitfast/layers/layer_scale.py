@@ -8,7 +8,8 @@ from torch import nn
 
 from vitfast.layers import _guard
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Children, Unfit
+from vitfast.layers._guard import Children
+from vitfast.plans import Unfit
 
 
 class LayerScale(Layer, timm_layers.LayerScale):

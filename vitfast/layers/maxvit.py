@@ -8,6 +8,7 @@ import torch
 from timm.models import maxxvit
 from torch import nn
 
+from vitfast import plans
 from vitfast.layers import (
     _attention,
     _block,
@@ -18,13 +19,11 @@ from vitfast.layers import (
     _position,
     layer_scale,
 )
-from vitfast.layers._attention import Attention, Windows
 from vitfast.layers._base import Layer
-from vitfast.layers._convnext import ConvNeXt
-from vitfast.layers._guard import Unsupported
+from vitfast.plans import Unsupported
 
 
-def plan_attention(module: Any) -> Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's `AttentionCl` computes, fused by timm or not."""
     children = module._modules
     # Fused, timm looks at the mode of the attention, not at that of its dropout.
@@ -32,7 +31,7 @@ def plan_attention(module: Any) -> Attention:
     _guard.check_no_dropout(children, "attn_drop", mode)
     _guard.check_no_dropout(children, "proj_drop")
     qkv, proj = _attention.projections(module, module.num_heads, module.fused_attn)
-    return Attention(
+    return plans.Attention(
         heads=module.num_heads,
         qkv=(qkv,),
         proj=proj,
@@ -57,7 +56,7 @@ class AttentionCl(Layer, maxxvit.AttentionCl):
         if plan is None or x.ndim != 4 or not _takes(self, tuple(x.shape[1:3])):
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         window = (x.shape[1], x.shape[2])
-        out = _attention.attend(x.flatten(1, 2), plan, windows=Windows(window, window))
+        out = _attention.attend(x.flatten(1, 2), plan, windows=plans.Windows(window, window))
         return out.unflatten(1, window)
 
 
@@ -77,14 +76,14 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
         size = (x.shape[1], x.shape[2])
         if size[0] % window[0] or size[1] % window[1]:
             return super().forward(x)
-        windows = Windows(size, window, grid=not self.partition_block)
+        windows = plans.Windows(size, window, grid=not self.partition_block)
         out = _block.run(
             x.flatten(1, 2), plan, self, self._partition_attn, maps=(size, size), windows=windows
         )
         return out.unflatten(1, size)
 
 
-def plan_convnext(module: Any) -> ConvNeXt:
+def plan_convnext(module: Any) -> plans.ConvNeXtBlock:
     """How timm's `ConvNeXtBlock` of this file computes, with linear layers or 1x1 convolutions."""
     children = module._modules
     for name in ("shortcut", "down"):

@@ -9,6 +9,7 @@ from timm import layers as timm_layers
 from timm.models import metaformer
 from torch import nn
 
+from vitfast import plans
 from vitfast.layers import (
     _as_built,
     _attention,
@@ -21,14 +22,10 @@ from vitfast.layers import (
     _mlp,
     _norm,
 )
-from vitfast.layers._attention import Attention as AttentionPlan
 from vitfast.layers._base import Layer
-from vitfast.layers._group_norm import GroupNorm
-from vitfast.layers._guard import Children, Unsupported
-from vitfast.layers._metaformer import Block, Half, Pool, SepConv, Star
-from vitfast.layers._norm import Norm
+from vitfast.layers._guard import Children
 from vitfast.layers.mlp import plan_pointwise
-from vitfast.ops._onednn_conv import Conv
+from vitfast.plans import Unfit, Unsupported
 
 _ONE_GROUP = {timm_layers.GroupNorm1, metaformer.GroupNorm1NoBias}
 
@@ -36,8 +33,8 @@ _ONE_GROUP = {timm_layers.GroupNorm1, metaformer.GroupNorm1NoBias}
 class Downsample(NamedTuple):
     """A norm over channels, or none, and a convolution."""
 
-    norm: Norm | None
-    conv: Conv
+    norm: plans.Norm | None
+    conv: plans.Conv
 
 
 def plan_downsampling(module: nn.Module) -> Downsample:
@@ -52,13 +49,13 @@ def plan_downsampling(module: nn.Module) -> Downsample:
     return Downsample(None if plain else _norm.child_2d(children, "norm"), found)
 
 
-def plan_attention(module: Any) -> AttentionPlan:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's `Attention` of MetaFormer computes."""
     plan = _attention.common(module, (_guard.layer(module._modules, "qkv"),))
     return _attention.check_width(plan)
 
 
-def plan_block(module: nn.Module) -> Block:
+def plan_block(module: nn.Module) -> plans.MetaFormerBlock:
     """How timm's `MetaFormerBlock` computes, on channels last."""
     children = module._modules
     attends = type(children["token_mixer"]) in _attention.PLANS
@@ -67,7 +64,7 @@ def plan_block(module: nn.Module) -> Block:
         raise Unsupported(f"MLP {type(children['mlp']).__name__} is not implemented")
     _guard.check_bare(children["mlp"], "mlp")
     drops = [_guard.drop_path(children, f"drop_path{i}") for i in (1, 2)]
-    return Block(
+    return plans.MetaFormerBlock(
         first=_plan_half(children, "1", attends),
         mixer=_plan_mixer(children),
         second=_plan_half(children, "2", attends),
@@ -77,24 +74,24 @@ def plan_block(module: nn.Module) -> Block:
     )
 
 
-def _plan_half(children: Children, number: str, attends: bool) -> Half:
+def _plan_half(children: Children, number: str, attends: bool) -> plans.MetaFormerHalf:
     name = f"norm{number}"
-    norm: Norm | GroupNorm
+    norm: plans.Norm | plans.GroupNorm
     if type(children[name]) in _ONE_GROUP and not attends:
         norm = _plan_group_norm(children, name)
     else:
         norm = (_norm.child if attends else _norm.child_2d)(children, name)
     factors = (_plan_scale(children, f"{kind}_scale{number}", attends) for kind in ("layer", "res"))
-    return Half(norm, *factors)
+    return plans.MetaFormerHalf(norm, *factors)
 
 
-def _plan_group_norm(children: Children, name: str) -> GroupNorm:
+def _plan_group_norm(children: Children, name: str) -> plans.GroupNorm:
     module = children[name]
     _guard.check_bare(module, name)
     if module._fast_norm:
         raise Unsupported("fast norm was switched on when it was built")
     weight, bias = (_guard.tensor(module, n) for n in ("weight", "bias"))
-    return GroupNorm(module.num_groups, weight, bias, module.eps, "none")
+    return plans.GroupNorm(module.num_groups, weight, bias, module.eps, "none")
 
 
 def _plan_scale(children: Children, name: str, attends: bool) -> torch.Tensor | None:
@@ -103,19 +100,19 @@ def _plan_scale(children: Children, name: str, attends: bool) -> torch.Tensor | 
     if type(module) is nn.Identity:
         return None
     if type(module) is not metaformer.Scale:
-        raise _guard.Unfit(f"{name} is a {type(module).__name__}, not timm's Scale")
+        raise Unfit(f"{name} is a {type(module).__name__}, not timm's Scale")
     scale = _guard.tensor(module, "scale")
     if scale is None:
-        raise _guard.Unfit(f"{name} has no scale")
+        raise Unfit(f"{name} has no scale")
     channels = tuple(scale.shape)
     _as_built.expect(module, shape=channels if attends else (*channels, 1, 1))
     return scale
 
 
-def _plan_mixer(children: Children) -> SepConv | Pool | AttentionPlan:
+def _plan_mixer(children: Children) -> plans.SepConv | plans.Pooling | plans.Attention:
     module = children["token_mixer"]
     if type(module) is metaformer.Pooling and type(module.pool) is nn.AvgPool2d:
-        return Pool(module)
+        return plans.Pooling(module)
     if type(module) is not metaformer.SepConv:
         return _attention.child(children, "token_mixer")
     _guard.check_bare(module, "token_mixer")
@@ -123,7 +120,7 @@ def _plan_mixer(children: Children) -> SepConv | Pool | AttentionPlan:
     act, star = _activation(inner, "act1")
     if _guard.activation(inner, "act2") != "none":
         raise Unsupported("an activation after the depthwise convolution is not implemented")
-    return SepConv(
+    return plans.SepConv(
         fc1=_guard.linear(inner, "pwconv1", pointwise=True),
         act=act,
         star=star,
@@ -132,7 +129,7 @@ def _plan_mixer(children: Children) -> SepConv | Pool | AttentionPlan:
     )
 
 
-def _activation(children: Children, name: str) -> tuple[str, Star | None]:
+def _activation(children: Children, name: str) -> tuple[str, plans.StarReLU | None]:
     """The name of an activation, and what comes after it in a StarReLU."""
     module = children.get(name)
     if type(module) is not metaformer.StarReLU:
@@ -140,8 +137,8 @@ def _activation(children: Children, name: str) -> tuple[str, Star | None]:
     _guard.check_bare(module, name)
     act = _guard.activation(module._modules, "relu")
     if act != "relu":
-        raise _guard.Unfit(f"the relu of a StarReLU is {act}")
-    return act, Star(_guard.tensor(module, "scale"), _guard.tensor(module, "bias"))
+        raise Unfit(f"the relu of a StarReLU is {act}")
+    return act, plans.StarReLU(_guard.tensor(module, "scale"), _guard.tensor(module, "bias"))
 
 
 class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
@@ -162,8 +159,8 @@ class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
         return super().forward(x) if out is None else out
 
 
-def _run(x: torch.Tensor, plan: Block) -> torch.Tensor | None:
-    if isinstance(plan.mixer, AttentionPlan):
+def _run(x: torch.Tensor, plan: plans.MetaFormerBlock) -> torch.Tensor | None:
+    if isinstance(plan.mixer, plans.Attention):
         return _metaformer.run(x, plan) if x.ndim == 3 else None
     if x.ndim != 4:
         return None

@@ -6,29 +6,30 @@ import torch
 from timm import layers as timm_layers
 from torch import nn
 
+from vitfast import plans
 from vitfast.layers import _as_built, _guard, _mlp, _norm
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Unsupported
+from vitfast.plans import Unsupported
 
 
-def plan_mlp(module: nn.Module) -> _mlp.Mlp:
+def plan_mlp(module: nn.Module) -> plans.Mlp:
     """How timm's `Mlp` computes."""
     return _mlp.common(module, "fc1")
 
 
-def plan_pointwise(module: nn.Module) -> _mlp.Mlp:
+def plan_pointwise(module: nn.Module) -> plans.Mlp:
     """As `plan_mlp`, where the caller's channels come last, and linears may be convolutions."""
     return _mlp.common(module, "fc1", pointwise=True)
 
 
-def plan_grn_mlp(module: nn.Module) -> _mlp.Mlp:
+def plan_grn_mlp(module: nn.Module) -> plans.Mlp:
     """How timm's `GlobalResponseNormMlp` computes, on channels last."""
     plan = plan_pointwise(module)
     channel_dim = -1 if plan.fc1.weight.ndim == 2 else 1
     return plan._replace(grn=_norm.grn_child(module._modules, "grn", channel_dim))
 
 
-def plan_conv_mlp(module: nn.Module) -> _mlp.Mlp:
+def plan_conv_mlp(module: nn.Module) -> plans.Mlp:
     """How timm's `ConvMlp` computes, on channels last."""
     children = module._modules
     if type(children["norm"]) is not nn.Identity:
@@ -36,7 +37,7 @@ def plan_conv_mlp(module: nn.Module) -> _mlp.Mlp:
     _guard.check_bare(children["norm"], "norm")
     act = _guard.activation(children, "act")
     _guard.check_no_dropout(children, "drop")
-    return _mlp.Mlp(
+    return plans.Mlp(
         fc1=_guard.linear(children, "fc1", pointwise=True),
         act=act,
         fc2=_guard.linear(children, "fc2", pointwise=True),
@@ -44,14 +45,14 @@ def plan_conv_mlp(module: nn.Module) -> _mlp.Mlp:
     )
 
 
-def plan_glu_mlp(module: nn.Module) -> _mlp.Mlp:
+def plan_glu_mlp(module: nn.Module) -> plans.Mlp:
     """How timm's `GluMlp` computes: both halves from one projection."""
     _as_built.expect(module, chunk_dim=-1)
     packed = "last" if module.gate_last else "first"
     return _mlp.common(module, "fc1")._replace(packed=packed)
 
 
-def plan_swiglu(module: nn.Module) -> _mlp.Mlp:
+def plan_swiglu(module: nn.Module) -> plans.Mlp:
     """How timm's `SwiGLU` computes: gate and value from a projection each."""
     plan = _mlp.common(module, "fc1_x")
     return _mlp.with_act(plan._replace(gate=_guard.layer(module._modules, "fc1_g")), module)

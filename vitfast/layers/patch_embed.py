@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from timm import layers as timm_layers
 from timm.layers import Format
 from torch import nn
 
-from vitfast import ops
+from vitfast import ops, plans
 from vitfast.layers import _guard, _inference_maps, _norm
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Unfit, Unsupported
+from vitfast.plans import Unfit, Unsupported
 
 
-class Projection(NamedTuple):
-    """weight [C, Cin, P, P'] and bias [C] of a convolution without overlap."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-
-
-def plan_projection(module: nn.Module, name: str = "proj") -> Projection:
+def plan_projection(module: nn.Module, name: str = "proj") -> plans.Projection:
     """What a child holds that must be a convolution of disjoint patches."""
     proj = module._modules[name]
     if type(proj) is not nn.Conv2d:
@@ -32,7 +23,7 @@ def plan_projection(module: nn.Module, name: str = "proj") -> Projection:
     plain = proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
     if not plain or proj.stride != proj.kernel_size:
         raise Unsupported("its convolution is not one of disjoint patches")
-    return Projection(_guard.tensor(proj, "weight"), _guard.tensor(proj, "bias"))
+    return plans.Projection(_guard.tensor(proj, "weight"), _guard.tensor(proj, "bias"))
 
 
 class PatchEmbed(Layer, timm_layers.PatchEmbed):
@@ -70,7 +61,7 @@ class PatchEmbed(Layer, timm_layers.PatchEmbed):
         return self.dynamic_img_pad or height % rows == 0 == width % columns
 
 
-def _normed(module: PatchEmbed, x: torch.Tensor, plan: Projection) -> torch.Tensor | None:
+def _normed(module: PatchEmbed, x: torch.Tensor, plan: plans.Projection) -> torch.Tensor | None:
     """Patches and their norm as one, in inference on the CPU; elsewhere None."""
     if torch.compiler.is_compiling() or x.numel() == 0:
         return None

@@ -6,14 +6,13 @@ import torch
 from timm.models import rdnet
 from torch import nn
 
+from vitfast import plans
 from vitfast.layers import _convnext, _guard, _memo, _norm
 from vitfast.layers._base import Layer
-from vitfast.layers._convnext import ConvNeXt
-from vitfast.layers._guard import Unsupported
-from vitfast.layers._mlp import Mlp
+from vitfast.plans import Unsupported
 
 
-def plan_block(module: nn.Module) -> ConvNeXt:
+def plan_block(module: nn.Module) -> plans.ConvNeXtBlock:
     """How timm's `Block`, and `BlockESE` but for its last layer, computes."""
     layers = module._modules["layers"]
     order = "012345" if isinstance(module, rdnet.BlockESE) else "01234"
@@ -21,10 +20,10 @@ def plan_block(module: nn.Module) -> ConvNeXt:
         raise Unsupported("its layers are in another order")
     _guard.check_bare(layers, "layers")
     children = layers._modules
-    return ConvNeXt(
+    return plans.ConvNeXtBlock(
         conv=_convnext.depthwise(children, "0"),
         norm=_norm.child_2d(children, "1"),
-        mlp=Mlp(
+        mlp=plans.Mlp(
             fc1=_guard.linear(children, "2", pointwise=True),
             act=_guard.activation(children, "3"),
             fc2=_guard.linear(children, "4", pointwise=True),

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from timm.models import vision_transformer_relpos as relpos
 
+from vitfast import plans
 from vitfast.layers import _attention, _block, _guard, _memo
 from vitfast.layers._base import Layer
 
 
-def plan_attention(module: Any) -> _attention.Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's `RelPosAttention` computes."""
     return _attention.common(module, (_guard.layer(module._modules, "qkv"),))
 

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import nn
 
-from vitfast import ops
+from vitfast import ops, plans
 from vitfast.layers import _block, _guard, _inference_maps, _memo, _norm, patch_embed
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Unsupported
-from vitfast.layers._norm import Norm
-from vitfast.layers.patch_embed import Projection
+from vitfast.plans import Unsupported
 from vitfast.runtime.library import autocast_dtype
 
 
-class Patches(NamedTuple):
-    """A convolution of disjoint patches and a norm over channels."""
-
-    projection: Projection
-    norm: Norm
-    norm_first: bool
-
-
-def plan_patches(module: nn.Module) -> Patches:
+def plan_patches(module: nn.Module) -> plans.Patches:
     """Which of a Sequential's two modules is the convolution, and which the norm."""
     children = module._modules
     kinds = [type(child) for child in children.values()]
@@ -34,7 +22,7 @@ def plan_patches(module: nn.Module) -> Patches:
     norm, conv = children if norm_first else reversed(children)
     if children[conv].kernel_size == (1, 1):
         raise Unsupported("its convolution is a linear layer")
-    return Patches(
+    return plans.Patches(
         patch_embed.plan_projection(module, conv), _norm.child_2d(children, norm), norm_first
     )
 
@@ -63,9 +51,9 @@ class Sequential(Layer, nn.Sequential):
         return tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
 
 
-def _fused(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
+def _fused(x: torch.Tensor, plan: plans.Patches) -> torch.Tensor | None:
     """In inference on the CPU; elsewhere None."""
-    if torch.compiler.is_compiling() or _guard.records_grad(*_guard.tensors((x, plan))):
+    if torch.compiler.is_compiling() or _guard.records_grad(*plans.tensors_in((x, plan))):
         return None
     if plan.norm_first:
         return _inference_maps.downsample(x.permute(0, 2, 3, 1), plan)
@@ -75,7 +63,7 @@ def _fused(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
     return _inference_maps.embed(x, *plan.projection, plan.norm)
 
 
-def _differentiable(x: torch.Tensor, plan: Patches) -> torch.Tensor:
+def _differentiable(x: torch.Tensor, plan: plans.Patches) -> torch.Tensor:
     if not plan.norm_first:
         tokens = ops.patch_embed(x, *plan.projection)
         return _norm.apply(tokens, plan.norm, _norm.dtype_2d(tokens.dtype, plan.norm))

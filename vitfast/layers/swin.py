@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from timm.models import swin_transformer
 
+from vitfast import plans
 from vitfast.layers import _as_built, _attention, _guard, _patch_merging, _position, _windowed
-from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Unfit
+from vitfast.plans import Unfit
 
 
-def plan_attention(module: Any) -> Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's Swin `WindowAttention` computes, fused by timm or not."""
     children = module._modules
     _guard.check_no_dropout(children, "attn_drop")
@@ -25,7 +25,7 @@ def plan_attention(module: Any) -> Attention:
     table = _guard.tensor(module, "relative_position_bias_table")
     if table is None:
         raise Unfit("it has no relative_position_bias_table")
-    return Attention(heads=module.num_heads, qkv=(qkv,), proj=proj, table=table)
+    return plans.Attention(heads=module.num_heads, qkv=(qkv,), proj=proj, table=table)
 
 
 class WindowAttention(Layer, swin_transformer.WindowAttention):

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from timm.models import swin_transformer_v2
 
+from vitfast import plans
 from vitfast.layers import _attention, _guard, _patch_merging, _position, _windowed
-from vitfast.layers._attention import Attention
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Unfit
+from vitfast.plans import Unfit
 
 
-def plan_attention(module: Any) -> Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's Swin V2 `WindowAttention` computes."""
     children = module._modules
     _guard.check_no_dropout(children, "attn_drop")
@@ -24,7 +24,7 @@ def plan_attention(module: Any) -> Attention:
         raise Unfit(f"logit_scale has shape {tuple(logit_scale.shape)}")
     _attention.check_softmax(children)
     _position.check_index(module, tuple(module.window_size))
-    return Attention(
+    return plans.Attention(
         heads=module.num_heads,
         qkv=(qkv._replace(bias=_attention.packed_bias(module)),),
         proj=proj,

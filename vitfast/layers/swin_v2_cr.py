@@ -7,21 +7,13 @@ from typing import Any
 import torch
 from timm.models import swin_transformer_v2_cr
 
-from vitfast.layers import (
-    _as_built,
-    _attention,
-    _guard,
-    _mlp,
-    _patch_merging,
-    _position,
-    _windowed,
-)
-from vitfast.layers._attention import Attention
+from vitfast import plans
+from vitfast.layers import _as_built, _attention, _guard, _mlp, _patch_merging, _position, _windowed
 from vitfast.layers._base import Layer
-from vitfast.layers._guard import Unfit
+from vitfast.plans import Unfit
 
 
-def plan_attention(module: Any) -> Attention:
+def plan_attention(module: Any) -> plans.Attention:
     """How timm's `WindowMultiHeadAttention` computes.
 
     While the MLP of its position biases drops (1 in 8 by default in training) these differ from one
@@ -42,7 +34,7 @@ def plan_attention(module: Any) -> Attention:
         lambda found: _coordinates(found, window)[_position.index(window).flatten()],
         window,
     )
-    return Attention(
+    return plans.Attention(
         heads=module.num_heads,
         qkv=(qkv,),
         proj=proj,

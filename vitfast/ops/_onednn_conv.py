@@ -19,44 +19,11 @@ import torch.nn.functional as F
 from vitfast.ops import _onednn, _weight_cache
 from vitfast.ops.common import gemm
 from vitfast.ops.layer_norm.api import layer_norm
+from vitfast.plans import BatchNorm, Conv, Pads
 from vitfast.runtime import native
 from vitfast.settings import settings
 
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-class BatchNorm(NamedTuple):
-    """(y - mean) / sqrt(var + eps) * weight + bias, each [O] or for these two None."""
-
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
-    mean: torch.Tensor
-    var: torch.Tensor
-    eps: float
-
-
-class Conv(NamedTuple):
-    """weight [O, C / groups, H, W] and bias [O] of a convolution of maps, and its options.
-
-    eps: of the weight's standardisation; None without one. same: padding as TensorFlow has it, by
-    the size of the input, besides `padding`. norm and act: what comes after it ("none", "relu" or
-    "gelu"); a weight is not both standardised and normed.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    eps: float | None
-    same: bool
-    norm: BatchNorm | None = None
-    act: str = "none"
-
-
-Pads = tuple[int, int, int, int]
-"""Left, right, top, bottom, as `torch.nn.functional.pad` takes them."""
 
 
 def pads(conv: Conv, height: int, width: int) -> Pads:
