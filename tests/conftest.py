@@ -22,6 +22,8 @@ with contextlib.suppress(ImportError):
 import pytest
 import torch
 
+from vitfast.engine.products import onednn
+from vitfast.engine.products import weights as weights_cache
 from vitfast.runtime import native
 from vitfast.settings import settings
 
@@ -98,3 +100,17 @@ def fork_while_held() -> Callable[[Any, Callable[[], object]], None]:
         assert os.waitpid(child, 0)[1] == 0
 
     return check
+
+
+@pytest.fixture
+def needs_onednn() -> None:
+    if onednn._missing():
+        pytest.skip("; ".join(onednn._missing()))
+
+
+@pytest.fixture
+def empty_cache() -> Iterator[None]:
+    """No weight is kept from another test, nor for one."""
+    weights_cache.clear_weight_cache()
+    yield
+    weights_cache.clear_weight_cache()

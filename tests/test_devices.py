@@ -11,7 +11,7 @@ import timm
 import torch
 
 import vitfast
-from vitfast.ops._weight_cache import clear_weight_cache
+from vitfast.engine.products.weights import clear_weight_cache
 from vitfast.swap import swap
 
 PACKAGE = Path(vitfast.__file__).parent

@@ -19,26 +19,20 @@ RANK = {
     "settings": 1,
     "runtime": 2,
     "ops": 3,
-    "plans": 2.5,
     "testing": 4,
-    "layers": 4,
-    "families": 5,
-    "swap": 6,
-    "bench": 7,
-    "cli": 8,
+    "plans": 4,
+    "engine": 5,
+    "layers": 7,
+    "families": 8,
+    "swap": 9,
+    "bench": 10,
+    "cli": 12,
 }
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
     "torch": (
-        "runtime/",
-        "ops/",
-        "plans.py",
-        "testing/",
-        "layers/",
-        "families/",
-        "swap.py",
-        "bench/",
-        "cli/",
+        "runtime/", "ops/", "plans.py", "testing/", "engine/", "layers/", "families/", "swap.py",
+        "bench/", "cli/",
     ),
     "timm": ("layers/", "families/", "swap.py", "bench/", "cli/"),
     "triton": ("runtime/", "ops/", "testing/"),
@@ -47,7 +41,7 @@ HOMES = {
     "einops": ("ops/", "testing/"),
     "pytest": (),
     "pybind11": (),
-}
+}  # fmt: skip
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:

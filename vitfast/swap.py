@@ -21,11 +21,13 @@ import timm
 from torch import nn
 
 from vitfast import layers
+from vitfast.engine import memo
+from vitfast.engine.eligibility import planned
+from vitfast.engine.products.weights import CACHE, clear_weight_cache
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
-from vitfast.layers import Layer, _memo, _position
-from vitfast.layers._guard import called, forget_own_forward, planned
-from vitfast.ops._weight_cache import CACHE, clear_weight_cache
+from vitfast.layers import Layer, _position
+from vitfast.layers._guard import called, forget_own_forward
 from vitfast.plans import Unfit, Unsupported, tensors_in
 from vitfast.runtime import native, triton
 from vitfast.settings import logger
@@ -195,7 +197,7 @@ def restore(model: Model) -> Model:
         if kind in _layers():
             forget_own_forward(module)
             module.__class__ = _with_class(type(module), kind.timm_class)
-            _memo.forget(module)
+            memo.forget(module)
     clear_weight_cache()
     return model
 
@@ -209,7 +211,7 @@ def refresh(model: nn.Module) -> None:
         InputTypeError: the model is no torch.nn.Module.
     """
     for module in _unwrapped(model).modules():
-        _memo.forget(module)
+        memo.forget(module)
         _position.forget(module)
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None:

@@ -13,8 +13,10 @@ import timm
 import torch
 from torch import nn
 
+from vitfast.engine import convnext as engine
+from vitfast.engine import eligibility
+from vitfast.engine import rows as by_rows
 from vitfast.families import layer_table
-from vitfast.layers import _guard, _inference_maps, _rows
 from vitfast.swap import swap
 from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
@@ -258,7 +260,7 @@ def one_graph(monkeypatch: pytest.MonkeyPatch) -> Callable[[nn.Module, torch.Ten
             return graph
 
         torch._dynamo.reset()
-        monkeypatch.setattr(_guard, "_METHODS", {})
+        monkeypatch.setattr(eligibility, "_METHODS", {})
         with torch.no_grad():
             got = torch.compile(module, fullgraph=True, backend=backend)(x)
             torch.testing.assert_close(got, module(x), rtol=1e-4, atol=1e-5)
@@ -288,11 +290,11 @@ def hook_calls() -> Callable[[nn.Module, torch.Tensor, str], int]:
 @pytest.fixture
 def narrow_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few rows at a time, so that small maps go through convolution and MLP in several parts."""
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
-    monkeypatch.setattr(_inference_maps, "_CONVOLVED_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_HIDDEN_BYTES", 0)
-    monkeypatch.setattr(_inference_maps, "_LEAST_ROWS", 50)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(engine, "_CONVOLVED_BYTES", 0)
+    monkeypatch.setattr(engine, "_HIDDEN_BYTES", 0)
+    monkeypatch.setattr(engine, "_LEAST_ROWS", 50)
 
 
 @pytest.fixture(name="lively")

@@ -9,7 +9,7 @@ import torch
 from timm.models import convnext
 
 from vitfast import layers, swap
-from vitfast.layers import _rows
+from vitfast.engine import rows as by_rows
 
 C = 24
 BLOCKS = {
@@ -112,8 +112,8 @@ PATCHES = {
 @pytest.mark.parametrize("shape", [(2, 3, 13, 18), (3, 3, 40, 56)], ids=str)
 @pytest.mark.parametrize("name", PATCHES)
 def test_patches(parity, lively, monkeypatch, name, shape, layout, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 60)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 100)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 60)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 100)
     module = lively(torch.nn.Sequential(*PATCHES[name]()))
     x = torch.randn(shape).to(memory_format=layout)
     found = parity(module, x, autocast=autocast)

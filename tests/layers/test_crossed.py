@@ -19,8 +19,8 @@ from timm.models import eva
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from vitfast.layers import _memo
-from vitfast.ops import _weight_cache
+from vitfast.engine import memo
+from vitfast.engine.products import weights as weights_cache
 from vitfast.swap import swap
 
 _SPEC = importlib.util.spec_from_file_location("sweep", Path(__file__).with_name("test_sweep.py"))
@@ -306,15 +306,15 @@ def test_an_edit_that_pytorch_counts_is_seen_wherever_it_is():
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [31, 32, 33])
 def test_no_packing_is_kept_for_many_rows(monkeypatch, rows):
-    monkeypatch.setattr(_weight_cache, "CACHE_ROWS", 32)
-    monkeypatch.setattr(_weight_cache, "CACHE_ELEMENTS", 0)
-    _weight_cache.clear_weight_cache()
+    monkeypatch.setattr(weights_cache, "CACHE_ROWS", 32)
+    monkeypatch.setattr(weights_cache, "CACHE_ELEMENTS", 0)
+    weights_cache.clear_weight_cache()
     module = swapped(Block(C, 2, qkv_bias=True).eval())
     x = torch.randn(1, rows, C)
     for _ in range(3):
         module(x)
-    kept = filter(None, (ref() for ref in list(_memo._FOUND.values())))
+    kept = filter(None, (ref() for ref in list(memo._FOUND.values())))
     made = [found for found in kept if any(t is module.norm1.weight for t in found.tensors)]
     assert len(made) == 1
-    assert (len(_weight_cache.CACHE) > 0) == (rows < 32)
+    assert (len(weights_cache.CACHE) > 0) == (rows < 32)
     assert bool(made[0].made) == (rows < 32)

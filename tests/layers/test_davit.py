@@ -10,7 +10,7 @@ import torch
 from timm.models import davit
 
 from vitfast import layers, swap
-from vitfast.layers import _rows
+from vitfast.engine import rows as by_rows
 
 C, HEADS = 32, 2
 BLOCKS = {
@@ -48,8 +48,8 @@ def test_block_dtypes(parity, lively, dtype):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [(28, 15), (29, 17), (22, 40)], ids=str)
 def test_stripes(parity, lively, monkeypatch, size, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 300)
     module = lively(block("plain")).eval()
     parity(module, torch.randn(2, C, *size), autocast=autocast, backward=False)
 

@@ -14,7 +14,7 @@ from timm.models import vision_transformer_hybrid as hybrid
 from torch import nn
 
 from vitfast import swap
-from vitfast.ops import _onednn
+from vitfast.engine.products import onednn
 
 lowered = pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 
@@ -130,7 +130,7 @@ def test_bfloat16_weights(embed, folded):
     exact = theirs(image_ := image())
     x = image_.bfloat16()
     # Without bfloat16 in oneDNN PyTorch's convolutions and norms run.
-    got = folded(ours.bfloat16(), x) if _onednn._bfloat16() else ours.bfloat16()(x)
+    got = folded(ours.bfloat16(), x) if onednn._bfloat16() else ours.bfloat16()(x)
     base = theirs.bfloat16()(x)
     error, limit = ((t - exact).norm() for t in (got, base))
     assert got.dtype == torch.bfloat16 and error < 1.5 * limit

@@ -10,7 +10,7 @@ import torch
 from timm.models import hiera
 
 from vitfast import layers, swap
-from vitfast.layers import _rows
+from vitfast.engine import rows as by_rows
 
 C, HEADS = 32, 2
 BLOCKS = {
@@ -41,8 +41,8 @@ def test_block_dtypes(parity, lively, dtype):
 
 @pytest.mark.parametrize("tokens", [400, 1008])
 def test_stripes(parity, lively, monkeypatch, tokens):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 300)
     parity(lively(block("units")).eval(), torch.randn(2, tokens, C), backward=False)
 
 

@@ -13,7 +13,8 @@ from timm.models import resnetv2
 from torch import nn
 
 from vitfast import layers, restore, swap
-from vitfast.ops import _onednn_conv, _weight_cache
+from vitfast.engine.products import conv as conv_product
+from vitfast.engine.products import weights as weights_cache
 
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 formats = pytest.mark.parametrize("memory_format", [LAST, FIRST], ids=["last", "first"])
@@ -197,13 +198,13 @@ def test_a_hook_on_a_part_runs(lively, name):
 def standardised(monkeypatch):
     """How often a weight was standardised."""
     count = []
-    sound = _onednn_conv.standardised
+    sound = conv_product.standardised
 
     def counted(*args):
         count.append(1)
         return sound(*args)
 
-    monkeypatch.setattr(_onednn_conv, "standardised", counted)
+    monkeypatch.setattr(conv_product, "standardised", counted)
     return count
 
 
@@ -254,12 +255,12 @@ def test_a_changed_weight_counts_at_once(lively, name, change, memory_format):
 def test_restore_forgets_the_weights(needs_native, lively):
     module = lively(conv("same"))
     swap(module)
-    _weight_cache.clear_weight_cache()
+    weights_cache.clear_weight_cache()
     with torch.no_grad():
         module(image(16))
-    assert len(_weight_cache.CACHE) == 1
+    assert len(weights_cache.CACHE) == 1
     restore(module)
-    assert len(_weight_cache.CACHE) == 0
+    assert len(weights_cache.CACHE) == 0
 
 
 # ---- the embedding, and models -------------------------------------------------------------------

@@ -11,7 +11,7 @@ from timm.models import inception_next
 from torch import nn
 
 from vitfast import layers, swap
-from vitfast.layers import _rows
+from vitfast.engine import rows as by_rows
 
 C = 24
 BLOCKS = {
@@ -90,8 +90,8 @@ def test_sizes_and_layouts(parity, lively, size, layout):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", [(3, C, 20, 20), (9, C, 9, 9)], ids=str)
 def test_chunks(parity, lively, monkeypatch, shape, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 300)
     parity(lively(block("plain")).eval(), torch.randn(shape), backward=False, autocast=autocast)
 
 

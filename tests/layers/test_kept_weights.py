@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import vitfast
-from vitfast.ops import _weight_cache
+from vitfast.engine.products import weights as weights_cache
 from vitfast.settings import settings
 
 pytestmark = pytest.mark.usefixtures("needs_native")
@@ -35,9 +35,9 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
 def defaults(monkeypatch):
     for name in ("weights", "memory"):
         monkeypatch.setattr(settings, name, getattr(settings, name))
-    _weight_cache.clear_weight_cache()
+    weights_cache.clear_weight_cache()
     yield
-    _weight_cache.clear_weight_cache()
+    weights_cache.clear_weight_cache()
 
 
 @pytest.fixture(params=MODELS)
@@ -108,7 +108,7 @@ def test_memory_low_keeps_nothing_and_computes_the_same(warm):
         settings.memory = "low"
         for _ in range(4):
             torch.testing.assert_close(ours(x), want, rtol=0, atol=0)
-        assert len(_weight_cache.CACHE) == 0
+        assert len(weights_cache.CACHE) == 0
         weight.mul_(2)
     assert is_current(ours, x)
     settings.memory = "speed"
@@ -118,12 +118,12 @@ def test_memory_low_keeps_nothing_and_computes_the_same(warm):
 
 def test_memory_low_lets_go_what_was_kept(warm):
     ours, x, _ = warm
-    kept = _weight_cache.CACHE.bytes
+    kept = weights_cache.CACHE.bytes
     assert kept > 0
     settings.memory = "low"
     with torch.no_grad():
         ours(x)
-    assert _weight_cache.CACHE.bytes == 0
+    assert weights_cache.CACHE.bytes == 0
 
 
 def test_refresh_takes_any_module():

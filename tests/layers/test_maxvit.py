@@ -11,7 +11,8 @@ import torch
 from timm.models import maxxvit
 
 from vitfast import layers, restore, swap
-from vitfast.layers import _position, _rows
+from vitfast.engine import rows as by_rows
+from vitfast.layers import _position
 
 C, DIM = 32, 16
 CONFIGS = {
@@ -66,8 +67,8 @@ def test_block_dtypes(parity, lively, kind, name, dtype):
 @pytest.mark.parametrize("chunk", [50, 130, 300])
 @pytest.mark.parametrize("size", [(28, 15), (20, 24), (24, 18)], ids=str)
 def test_stripes(parity, lively, monkeypatch, kind, size, chunk, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", chunk)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 300)
     module = lively(block(kind, "bias")).eval()
     parity(module, image(size=size), autocast=autocast, backward=False)
 

@@ -21,8 +21,8 @@ from timm.models.swin_transformer import PatchMerging, SwinTransformerBlock
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from vitfast.layers import _memo
-from vitfast.ops import _weight_cache
+from vitfast.engine import memo as engine_memo
+from vitfast.engine.products import weights as weights_cache
 from vitfast.runtime import native
 from vitfast.settings import settings
 from vitfast.swap import swap
@@ -89,7 +89,7 @@ def by_timm(module, x):
 
 
 def memos(module):
-    return list(module.__dict__.get(_memo._NAME, {}).values())
+    return list(module.__dict__.get(engine_memo._NAME, {}).values())
 
 
 def tapes(module):
@@ -349,7 +349,7 @@ def test_more_kinds_of_input_than_are_kept():
     for _ in range(3):
         for x, expected in zip(inputs, first, strict=True):
             torch.testing.assert_close(call(module, x, 3), expected, rtol=0, atol=0)
-    assert len(made_by(module)) == _memo._MOST_KINDS
+    assert len(made_by(module)) == engine_memo._MOST_KINDS
 
 
 def test_strided_inputs_after_a_tape(warm):
@@ -397,12 +397,12 @@ def test_no_packing_outlives_the_cache(warm, monkeypatch):
     module, x = warm
     expected = call(module, x)
     assert tapes(module)
-    _weight_cache.clear_weight_cache()
+    weights_cache.clear_weight_cache()
     assert not made_by(module)
     torch.testing.assert_close(call(module, x, 3), expected, rtol=0, atol=0)
-    monkeypatch.setattr(_weight_cache.CACHE, "most_bytes", 1)
+    monkeypatch.setattr(weights_cache.CACHE, "most_bytes", 1)
     packed = torch.nn.Linear(C, C).weight
-    _weight_cache.CACHE.get(packed, torch.float32, "test", lambda w, dtype: ())
+    weights_cache.CACHE.get(packed, torch.float32, "test", lambda w, dtype: ())
     assert not made_by(module)
 
 
@@ -418,7 +418,7 @@ def test_a_module_that_always_changes_goes_without():
     module.eval()
     swap(module)
     expected = call(module, x)
-    for _ in range(3 * _memo._MOST_VAIN):
+    for _ in range(3 * engine_memo._MOST_VAIN):
         module.mlp.calls = object()
         torch.testing.assert_close(call(module, x), expected, rtol=0, atol=0)
     (memo,) = memos(module)
@@ -499,15 +499,15 @@ def test_a_new_kind_of_input_is_not_served_what_was_packed_before_an_edit():
 
 def test_a_weight_written_while_it_is_packed_is_not_kept(monkeypatch):
     module, x = wide_vit()
-    made = _memo._Made
+    made = engine_memo._Made
 
     def written_meanwhile(value):
         with torch.no_grad():
             module.mlp.fc2.weight.mul_(2)
-        monkeypatch.setattr(_memo, "_Made", made)
+        monkeypatch.setattr(engine_memo, "_Made", made)
         return made(value)
 
-    monkeypatch.setattr(_memo, "_Made", written_meanwhile)
+    monkeypatch.setattr(engine_memo, "_Made", written_meanwhile)
     call(module, x)
     assert (call(module, x, 4) - by_timm(module, x)).abs().max() < 1e-4
 

@@ -18,9 +18,10 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 import vitfast
-from vitfast.layers import _memo
-from vitfast.ops import _weight_cache
-from vitfast.runtime import native, tape
+from vitfast.engine import memo
+from vitfast.engine.products import weights as weights_cache
+from vitfast.engine.replay import Replay
+from vitfast.runtime import native
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
@@ -29,9 +30,9 @@ C = 48
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    _weight_cache.clear_weight_cache()
+    weights_cache.clear_weight_cache()
     yield
-    _weight_cache.clear_weight_cache()
+    weights_cache.clear_weight_cache()
 
 
 def vit():
@@ -59,7 +60,7 @@ def by_timm(module, x):
 
 
 def made_by(module):
-    memos = module.__dict__.get(_memo._NAME, {}).values()
+    memos = module.__dict__.get(memo._NAME, {}).values()
     return [made for memo in memos if memo.found for made in memo.found.made.values()]
 
 
@@ -140,18 +141,18 @@ def test_a_model_that_a_block_of_it_refers_to_is_freed(owner):
     OWNERS[owner](model)
     call(model, x, 4)
     assert made_by(model[0])
-    ref, packed = weakref.ref(model), len(_weight_cache.CACHE)
+    ref, packed = weakref.ref(model), len(weights_cache.CACHE)
     assert packed or native.isa() == "baseline"
     del model
     gc.collect()
     assert ref() is None
-    assert len(_weight_cache.CACHE) == 0
+    assert len(weights_cache.CACHE) == 0
 
 
 def test_a_model_dies_at_once_without_the_collector():
     model, x = warm()
     storage = weakref.ref(model[0].mlp.fc1.weight.untyped_storage())
-    plans = len(_memo._FOUND)
+    plans = len(memo._FOUND)
     gc.collect()
     gc.disable()
     try:
@@ -159,7 +160,7 @@ def test_a_model_dies_at_once_without_the_collector():
         assert storage() is None
     finally:
         gc.enable()
-    assert len(_memo._FOUND) < plans and len(_weight_cache.CACHE) == 0
+    assert len(memo._FOUND) < plans and len(weights_cache.CACHE) == 0
 
 
 def to_meta(model):
@@ -186,7 +187,7 @@ def test_nothing_outlives_weights_that_move(move):
     weights = [weakref.ref(p.untyped_storage()) for p in model.parameters()]
     packed = [
         weakref.ref(t.untyped_storage())
-        for entry in _weight_cache.CACHE._entries.values()
+        for entry in weights_cache.CACHE._entries.values()
         for t in ([*entry.packed] if isinstance(entry.packed, tuple) else [entry.packed])
         if isinstance(t, torch.Tensor) and t.layout is torch.strided
     ]
@@ -197,7 +198,7 @@ def test_nothing_outlives_weights_that_move(move):
         assert not any(ref() is not None for ref in (*weights, *packed))
     finally:
         gc.enable()
-    assert not made_by(model[0]) and len(_weight_cache.CACHE) == 0
+    assert not made_by(model[0]) and len(weights_cache.CACHE) == 0
 
 
 @pytest.fixture
@@ -230,7 +231,7 @@ def test_threads_that_meet_a_fresh_model_leave_nothing(impatient):
         del model
         gc.collect()
         assert not [ref for ref in storages if ref() is not None]
-        assert len(_weight_cache.CACHE) == 0
+        assert len(weights_cache.CACHE) == 0
 
 
 def test_a_pickle_needs_no_memo():
@@ -254,20 +255,20 @@ def test_another_thread_may_meet_a_new_kind_of_input_at_any_time():
 
     def traced(frame, event, arg):
         nonlocal left
-        if frame.f_code is not _memo._Found.make.__code__:
+        if frame.f_code is not memo._Found.make.__code__:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
             left -= 1
             if left == 0:
-                found.made["theirs"] = _memo._Made(None)
+                found.made["theirs"] = memo._Made(None)
         return traced
 
     while left <= 0:
         steps += 1
         left = steps
-        found = _memo._Found(module, (), None, ())
-        for n in range(_memo._MOST_KINDS):
+        found = memo._Found(module, (), None, ())
+        for n in range(memo._MOST_KINDS):
             found.make(n, lambda: None)
         before = sys.gettrace()
         sys.settrace(traced)
@@ -275,7 +276,7 @@ def test_another_thread_may_meet_a_new_kind_of_input_at_any_time():
             assert found.make("ours", lambda: 5).value == 5
         finally:
             sys.settrace(before)
-        assert "ours" in found.made and len(found.made) <= _memo._MOST_KINDS + 1
+        assert "ours" in found.made and len(found.made) <= memo._MOST_KINDS + 1
     assert steps > 50
 
 
@@ -334,7 +335,7 @@ def test_a_tape_reads_no_storage_that_was_given_up(monkeypatch):
     module, x = warm()
     expected = call(module, x)
     weight = module[0].norm1.weight
-    run, gone = tape.Tape.__call__, []
+    run, gone = Replay.__call__, []
 
     def assigned(self, *inputs):
         if not gone:
@@ -343,7 +344,7 @@ def test_a_tape_reads_no_storage_that_was_given_up(monkeypatch):
             gone.append(gone[0]() is not None)
         return run(self, *inputs)
 
-    monkeypatch.setattr(tape.Tape, "__call__", assigned)
+    monkeypatch.setattr(Replay, "__call__", assigned)
     torch.testing.assert_close(call(module, x), expected, rtol=0, atol=0)
     assert gone[1]
     assert gone[0]() is None

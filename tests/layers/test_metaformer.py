@@ -12,7 +12,8 @@ from timm.models import metaformer
 from torch import nn
 
 from vitfast import layers, swap
-from vitfast.layers import _metaformer, _rows
+from vitfast.engine import metaformer as engine
+from vitfast.engine import rows as by_rows
 
 C = 32
 CONVOLVES = dict(token_mixer=metaformer.SepConv, norm_layer=metaformer.LayerNorm2dNoBias)
@@ -101,8 +102,8 @@ def test_tokens_of_any_strides(parity, lively):
 @pytest.mark.parametrize("size", [(20, 20), (9, 9)], ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_chunks(parity, lively, monkeypatch, name, size, autocast):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 130)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 130)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 300)
     parity(lively(block(name)).eval(), image(name, 7, *size), backward=False, autocast=autocast)
 
 
@@ -121,7 +122,7 @@ def test_a_wrong_star_is_found(parity, lively, monkeypatch, name, part):
         bias = 0 if part == "bias" else star.bias
         return scale * (hidden if part == "square" else hidden**2) + bias
 
-    monkeypatch.setattr(_metaformer, "_starred", wrong)
+    monkeypatch.setattr(engine, "_starred", wrong)
     with pytest.raises(AssertionError, match="output"):
         parity(lively(block(name)).eval(), image(name), backward=False)
 
@@ -137,9 +138,9 @@ def test_a_wrong_star_is_found(parity, lively, monkeypatch, name, part):
 )
 def test_a_lost_factor_is_found(parity, lively, monkeypatch, name, factor):
     module = lively(block(name)).eval()
-    run = _metaformer.run
+    run = engine.run
     monkeypatch.setattr(
-        _metaformer,
+        engine,
         "run",
         lambda x, plan: run(x, plan._replace(second=plan.second._replace(**{factor: None}))),
     )

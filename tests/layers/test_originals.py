@@ -18,9 +18,9 @@ from timm.models import convnext, swin_transformer, vision_transformer
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from vitfast.engine import originals
+from vitfast.engine.eligibility import may_fuse
 from vitfast.families import layer_table
-from vitfast.layers import _originals
-from vitfast.layers._guard import may_fuse
 from vitfast.swap import swap
 
 C = 24
@@ -218,13 +218,13 @@ def test_torch_device_as_a_context_changes_nothing(timm_forbidden):
 def test_nothing_is_taken_for_replaced():
     """Of all that drop-ins stand for, and of what is in their models."""
     for kind, layer in layer_table().items():
-        assert not _originals.replaced(kind)
-        assert not _originals.replaced(layer)
+        assert not originals.replaced(kind)
+        assert not originals.replaced(layer)
 
 
 def test_a_class_made_on_the_way_is_not_kept_alive():
     kind = type("Linear", (nn.Linear,), {})
-    _originals.replaced(kind)
-    _originals.calls(frozenset((kind, nn.GELU)))
-    kept = [k for k in _originals._CALLS if k is kind or (isinstance(k, frozenset) and kind in k)]
+    originals.replaced(kind)
+    originals.calls(frozenset((kind, nn.GELU)))
+    kept = [k for k in originals._CALLS if k is kind or (isinstance(k, frozenset) and kind in k)]
     assert not kept

@@ -11,7 +11,7 @@ from timm.models import beit, eva, vision_transformer_relpos
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from vitfast.layers import _inference_maps
+from vitfast.engine import patches as engine
 from vitfast.ops.patch_embed import native as patch_embed
 from vitfast.runtime import native
 from vitfast.swap import swap
@@ -331,10 +331,8 @@ def test_patches_are_normalised_a_stretch_at_a_time(
 ):
     monkeypatch.setattr(patch_embed, "_STRETCH_BYTES", 64 * 48 * 4)
     calls = []
-    embed = _inference_maps.embed
-    monkeypatch.setattr(
-        _inference_maps, "embed", lambda *args: calls.append(embed(*args)) or calls[-1]
-    )
+    embed = engine.embed
+    monkeypatch.setattr(engine, "embed", lambda *args: calls.append(embed(*args)) or calls[-1])
     made = tl.PatchEmbed(60, 4, embed_dim=C, norm_layer=norm, output_fmt=layout)
     parity(lively(made), torch.randn(3, 3, 60, 60), autocast=autocast)
     assert {call.shape for call in calls} == {(3, 225, C)}

@@ -13,7 +13,8 @@ from timm.models import swin_transformer_v2 as v2
 from timm.models import swin_transformer_v2_cr as cr
 
 from vitfast import layers, restore, swap
-from vitfast.layers import _position, _rows
+from vitfast.engine import rows as by_rows
+from vitfast.layers import _position
 
 C, HEADS = 32, 2
 BLOCKS = {
@@ -99,8 +100,8 @@ def test_block_dtypes(parity, lively, dtype, version):
 @pytest.mark.parametrize("size", [(28, 15), (29, 17), (22, 17), (24, 17)], ids=str)
 def test_stripes(parity, lively, monkeypatch, size, chunk, autocast, version):
     """A map of several chunks; the last stripe wraps around its end, or lies wholly past it."""
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", chunk)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 300)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", chunk)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 300)
     module = block("shifted", version, input_resolution=size)
     parity(lively(module).eval(), torch.randn(2, *size, C), autocast=autocast, backward=False)
 
@@ -164,8 +165,8 @@ def test_maps_of_fewer_rows_or_columns_than_the_shift(parity, lively, version, s
 
 @pytest.mark.parametrize("size", [(2, 40), (1, 40), (40, 2)], ids=str)
 def test_stripes_of_fewer_rows_than_the_shift(parity, lively, monkeypatch, size):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 30)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 30)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 30)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 30)
     module = block("shifted", always_partition=True, dynamic_mask=True)
     parity(lively(module).eval(), torch.randn(2, *size, C), backward=False)
 
@@ -242,8 +243,8 @@ def test_merging_dtypes(parity, lively, version, dtype):
 @both
 @pytest.mark.parametrize("size", [(30, 12), (13, 15)], ids=str)
 def test_merging_in_chunks(parity, lively, monkeypatch, version, size):
-    monkeypatch.setattr(_rows, "CHUNK_ROWS", 20)
-    monkeypatch.setattr(_rows, "WHOLE_ROWS", 30)
+    monkeypatch.setattr(by_rows, "CHUNK_ROWS", 20)
+    monkeypatch.setattr(by_rows, "WHOLE_ROWS", 30)
     parity(lively(MERGING[version](16)).eval(), torch.randn(3, *size, 16), backward=False)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import vitfast.ops
-from vitfast.ops import _onednn, _weight_cache
 from vitfast.ops.spec import OpSpec, Sample
 from vitfast.testing.cases import Case
 from vitfast.testing.inputs import generator_of
@@ -68,17 +67,3 @@ def case(request: pytest.FixtureRequest) -> Iterator[Case]:
     case = Case(request.param.spec, request.param.sample, request.param.dtype)
     yield case
     vars(case).clear()
-
-
-@pytest.fixture
-def needs_onednn() -> None:
-    if _onednn._missing():
-        pytest.skip("; ".join(_onednn._missing()))
-
-
-@pytest.fixture
-def empty_cache() -> Iterator[None]:
-    """No weight is kept from another test, nor for one."""
-    _weight_cache.clear_weight_cache()
-    yield
-    _weight_cache.clear_weight_cache()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
 
+from vitfast.engine.products.linear import apply_gemm, prepare_gemm, run_gemm
 from vitfast.ops import linear_act
 from vitfast.ops.common import gemm
 from vitfast.ops.linear_act import vendor
@@ -216,18 +217,18 @@ def test_gradients_over_more_rows_than_are_packed_at_once(dtype):
 def test_apply_adds_the_scaled_branch_to_the_residual(dtype):
     x, weight, bias = make(2, 30, 40, dtype=dtype), make(50, 40, dtype=dtype), make(50)
     gamma, stream = make(50, seed=1), make(2, 30, 50, seed=2)
-    layer = gemm.prepare(weight, bias, 60, dtype)
-    got = gemm.apply(layer, x, "gelu", residual=stream, gamma=gamma)
+    layer = prepare_gemm(weight, bias, 60, dtype)
+    got = apply_gemm(layer, x, "gelu", residual=stream, gamma=gamma)
     z = F.linear(x.double(), weight.double(), bias.double())
     want = stream.double() + gamma.double() * F.gelu(z)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-4)
     # In place, a chunk of rows after the other, out of and into parts of larger tensors.
-    gemm.apply(layer, x[:, :13], "gelu", residual=stream[:, :13], gamma=gamma, out=stream[:, :13])
-    gemm.apply(layer, x[:, 13:], "gelu", residual=stream[:, 13:], gamma=gamma, out=stream[:, 13:])
+    apply_gemm(layer, x[:, :13], "gelu", residual=stream[:, :13], gamma=gamma, out=stream[:, :13])
+    apply_gemm(layer, x[:, 13:], "gelu", residual=stream[:, 13:], gamma=gamma, out=stream[:, 13:])
     assert torch.equal(stream, got)
-    assert gemm.apply(layer, x, residual=stream, out_dtype=torch.bfloat16).dtype == torch.bfloat16
-    assert gemm.apply(layer, x).dtype == dtype
+    assert apply_gemm(layer, x, residual=stream, out_dtype=torch.bfloat16).dtype == torch.bfloat16
+    assert apply_gemm(layer, x).dtype == dtype
 
 
 @pytest.mark.parametrize("how", ["by_setting", "disabled", "float64"])
@@ -244,14 +245,14 @@ def test_where_the_kernel_may_not_run_the_op_does(how, monkeypatch):
         raise AssertionError("the native kernel ran")
 
     monkeypatch.setattr(gemm, "product", never)
-    got = gemm.linear(x, weight, bias, "silu", residual=stream, gamma=gamma)
+    got = run_gemm(x, weight, bias, "silu", residual=stream, gamma=gamma)
     assert torch.equal(got, stream + gamma * F.silu(F.linear(x, weight, bias)))
 
 
 @each_dtype
 def test_empty_inputs(dtype):
     weight = make(6, 4, dtype=dtype)
-    assert gemm.linear(make(0, 4, dtype=dtype), weight).shape == (0, 6)
+    assert run_gemm(make(0, 4, dtype=dtype), weight).shape == (0, 6)
     assert linear_act(make(3, 0, 4, dtype=dtype), weight).shape == (3, 0, 6)
     assert linear_act(make(3, 4, dtype=dtype), weight[:0]).shape == (3, 0)
     none = linear_act(make(3, 0, dtype=dtype), make(5, 0, dtype=dtype), make(5, dtype=dtype))
@@ -281,7 +282,7 @@ def step(p):
 
 
 @pytest.mark.parametrize("edit", EDITS)
-@pytest.mark.parametrize("run", [gemm.linear, linear_act], ids=["direct", "op"])
+@pytest.mark.parametrize("run", [run_gemm, linear_act], ids=["direct", "op"])
 def test_every_edit_of_a_weight_is_seen(edit, run):
     p, x = torch.nn.Parameter(make(24, 40)), make(9, 40, seed=1)
     for change in (lambda p: None, EDITS[edit], lambda p: None):
@@ -296,7 +297,7 @@ def test_modules_that_change_are_seen():
 
     def current(model, x):
         with torch.no_grad():
-            got = gemm.linear(x, model.weight, model.bias)
+            got = run_gemm(x, model.weight, model.bias)
             want = F.linear(x, model.weight, model.bias)
             torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
 
@@ -313,7 +314,7 @@ def test_modules_that_change_are_seen():
         current(frozen, x)
     for seed in range(20):  # one freed, another at its address
         weight = make(24, 40, seed=seed)
-        torch.testing.assert_close(gemm.linear(x, weight), F.linear(x, weight))
+        torch.testing.assert_close(run_gemm(x, weight), F.linear(x, weight))
         del weight
         gc.collect()
 

@@ -12,7 +12,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vitfast.layers import _guard
+from vitfast.engine.eligibility import is_unwatched, may_fuse
 from vitfast.runtime import native
 from vitfast.settings import settings
 
@@ -164,18 +164,18 @@ WATCHED = {
 @pytest.mark.parametrize("kind", WATCHED)
 def test_whoever_watches(kind):
     x = torch.randn(2, 3)
-    assert _guard.is_unwatched(x, None, x)
+    assert is_unwatched(x, None, x)
     handle = WATCHED[kind]()
     try:
-        assert not _guard.is_unwatched(x)
+        assert not is_unwatched(x)
     finally:
         handle.remove()
-    assert _guard.is_unwatched(x)
+    assert is_unwatched(x)
 
 
 def test_transforms_and_traces_watch(monkeypatch):
     def asked(x):
-        seen.append(_guard.is_unwatched(torch.ones(2)))
+        seen.append(is_unwatched(torch.ones(2)))
         return x * 1
 
     seen = []
@@ -183,15 +183,15 @@ def test_transforms_and_traces_watch(monkeypatch):
     torch.jit.trace(asked, torch.ones(2), check_trace=False)
     assert seen == [False, False]
     monkeypatch.setattr(settings, "disable", True)
-    assert not _guard.is_unwatched(torch.ones(2))
+    assert not is_unwatched(torch.ones(2))
 
 
 def test_hooks_in_a_dictionary_of_another():
     """Whoever replaces the dictionary itself is asked about, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn_module, "_global_forward_hooks", {})
-        assert not _guard.is_unwatched(torch.ones(2))
-    assert _guard.is_unwatched(torch.ones(2))
+        assert not is_unwatched(torch.ones(2))
+    assert is_unwatched(torch.ones(2))
 
 
 NUMBERS = (
@@ -217,13 +217,13 @@ MAYBE = {
 @pytest.mark.parametrize("dtype", NUMBERS, ids=str)
 def test_plain_inputs(dtype):
     x = torch.ones(2, 3, dtype=dtype)
-    assert _guard.is_unwatched(x, x.t(), x[1:], torch.nn.Parameter(x, requires_grad=False))
+    assert is_unwatched(x, x.t(), x[1:], torch.nn.Parameter(x, requires_grad=False))
 
 
 @pytest.mark.parametrize("kind", MAYBE)
 def test_other_inputs(kind):
     """Where may_fuse asks further, and what it says then."""
     x = MAYBE[kind]()
-    assert not _guard.is_unwatched(x)
-    assert not _guard.is_unwatched(torch.ones(2), x)
-    assert _guard.may_fuse(x) == (kind == "meta")
+    assert not is_unwatched(x)
+    assert not is_unwatched(torch.ones(2), x)
+    assert may_fuse(x) == (kind == "meta")

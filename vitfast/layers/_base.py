@@ -8,8 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vitfast.layers import _memo, _subclass
-from vitfast.layers._guard import called, planned
+from vitfast.engine import memo
+from vitfast.engine.eligibility import planned
+from vitfast.layers import _subclass
+from vitfast.layers._guard import called
 from vitfast.plans import Unfit
 
 
@@ -60,11 +62,11 @@ class Layer:
         return _subclass.run_plain(self.forward, kind, args, kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        _memo.forget(self)  # type: ignore[arg-type]
+        memo.forget(self)  # type: ignore[arg-type]
         return super()._apply(*args, **kwargs)  # type: ignore[misc]
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        _memo.forget(self)  # type: ignore[arg-type]
+        memo.forget(self)  # type: ignore[arg-type]
         super()._load_from_state_dict(*args, **kwargs)  # type: ignore[misc]
 
     def __prepare_scriptable__(self) -> Layer:
@@ -78,6 +80,6 @@ class Layer:
             "classes; call vitfast.swap(model) again to use them afterwards",
             stacklevel=2,
         )
-        _memo.forget(self)  # type: ignore[arg-type]
+        memo.forget(self)  # type: ignore[arg-type]
         self.__class__ = self.timm_class  # type: ignore[assignment]
         return self

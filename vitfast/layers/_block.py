@@ -20,10 +20,13 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _attention, _guard, _inference, _memo, _mlp, _norm, layer_scale
+from vitfast.engine import memo
+from vitfast.engine import transformer as engine
+from vitfast.engine.eligibility import PLAIN, needs_ops
+from vitfast.layers import _attention, _guard, _mlp, _norm, layer_scale
 from vitfast.layers._guard import Children
 from vitfast.ops.common.recompute import Normed
-from vitfast.plans import Attention, Called, DropRate, Mlp, Norm, TransformerBlock, tensors_in
+from vitfast.plans import Attention, Called, DropRate, Mlp, Norm, TransformerBlock
 from vitfast.runtime.library import autocast_dtype
 
 Maps = tuple[tuple[int, int] | None, tuple[int, int] | None]
@@ -102,13 +105,13 @@ def run(
     if type(block.attn) is Called:
         x = _call_half(x, module, 1, attend, block.norms_last, maps[0])
         # A hook there may have changed what is still to come.
-        second = _memo.ready(type(module).plan, module, x) or block._replace(mlp=Called(""))
+        second = memo.recall_plan(type(module).plan, module, x) or block._replace(mlp=Called(""))
         return run_mlp(x, second, module, maps[1])
     if type(block.mlp) is Called:
         return run_mlp(attention_half(x, block, **attention), block, module, maps[1])
     out = None
-    if not _needs_ops(x, block, attention):
-        out = _inference.block(x, block, **attention)
+    if not needs_ops(x, block, attention):
+        out = engine.block(x, block, **attention)
     return _differentiable(x, block, attention) if out is None else out
 
 
@@ -140,12 +143,12 @@ def run_mlp(
 ) -> torch.Tensor:
     """The second half of the block on x [B, N, C], read or called. size: of the map in timm."""
     # What was called before may have given a tensor of any class.
-    if type(block.mlp) is Called or type(x) not in _guard.PLAIN:
+    if type(block.mlp) is Called or type(x) not in PLAIN:
         mlp = module._modules["mlp"]
         return _call_half(x, module, 2, mlp, block.norms_last, size)  # type: ignore[arg-type]
     out = None
-    if not _needs_ops(x, block, {}):
-        out = _inference.block(x, block, half="mlp")
+    if not needs_ops(x, block, {}):
+        out = engine.block(x, block, half="mlp")
     if out is not None:
         return out
     if block.norms_last:
@@ -158,8 +161,8 @@ def run_mlp(
 def attention_half(x: torch.Tensor, block: TransformerBlock, **attention: Any) -> torch.Tensor:
     """The first half of the block alone, as `run`."""
     out = None
-    if not _needs_ops(x, block, attention):
-        out = _inference.block(x, block, half="attention", **attention)
+    if not needs_ops(x, block, attention):
+        out = engine.block(x, block, half="attention", **attention)
     if out is not None:
         return out
     branch = _attend(x, block, attention)
@@ -178,22 +181,6 @@ def _attend(x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any])
         normed=_normed(x, block.norm1),
         **attention,
     )
-
-
-def _needs_ops(x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any]) -> bool:
-    """Whether this call is traced, or recorded by autograd, or drops paths."""
-    if torch.compiler.is_compiling() or block.drop1 is not None or block.drop2 is not None:
-        return True
-    return torch.is_grad_enabled() and any(
-        t.requires_grad for t in tensors_in((x, block, *attention.values()))
-    )
-
-
-def records(x: torch.Tensor, plan: Any) -> bool:
-    """Whether autograd records this call for x or the plan's tensors, or its `drop` drops paths."""
-    if plan.drop is not None:
-        return True
-    return torch.is_grad_enabled() and _guard.records_grad(*tensors_in((x, plan)))
 
 
 def _differentiable(

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm import layers as timm_layers
 from torch import nn
 
+from vitfast.engine.eligibility import records_grad
+from vitfast.engine.products import conv as conv_product
 from vitfast.layers import _as_built, _guard
 from vitfast.layers._guard import Children
-from vitfast.ops import _onednn_conv
-from vitfast.ops._onednn_conv import Ready
 from vitfast.plans import Conv, Unfit, Unsupported
-from vitfast.runtime.library import autocast_dtype
 
-_LOWERED = (torch.float32, torch.bfloat16)
 KINDS: set[type] = {timm_layers.StdConv2d, timm_layers.StdConv2dSame}
 """The convolutions known by exact class; the drop-ins add themselves."""
 
@@ -61,70 +59,30 @@ def child(children: Children, name: str) -> Conv:
     return plan(module)
 
 
-class Call(NamedTuple):
-    """What a call has in common for all its convolutions."""
-
-    dtype: torch.dtype  # that they compute in
-    given: tuple[torch.dtype, ...]  # that weights may have
-    records: bool  # whether autograd is on
-    pixels: int  # of its map
-
-
-def direct(x: torch.Tensor) -> Call | None:
-    """For maps like x on oneDNN in inference; None where torch's convolutions are to run."""
-    records = torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or not x.is_cpu or (records and x.requires_grad):
-        return None
-    lower = autocast_dtype(x.device)
-    dtype = lower or x.dtype
-    if x.dtype == torch.float64 or not _onednn_conv.available(dtype):
-        return None
-    pixels = x.numel() // max(x.shape[1], 1)
-    return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), records, pixels)
-
-
-def ready(call: Call, conv: Conv, channels: int, adds: bool = False) -> Ready | None:
-    """The convolution of so many channels on oneDNN, or None where torch is to run it."""
-    if call.records and _guard.records_grad(*conv[:2]):
-        return None
-    if not _onednn_conv.fits(conv, channels, call.given):
-        return None
-    return _onednn_conv.prepare(conv, call.dtype, call.pixels, adds)
-
-
-def covers(x: torch.Tensor, conv: Conv) -> bool:
-    """Whether there is anything to convolve."""
-    left, right, top, bottom = _onednn_conv.pads(conv, *x.shape[2:])
-    reach = [(n - 1) * d for n, d in zip(conv.weight.shape[2:], conv.dilation, strict=True)]
-    high, wide = x.shape[2] + top + bottom, x.shape[3] + left + right
-    return x.numel() > 0 and high > reach[0] and wide > reach[1]
-
-
 def apply(x: torch.Tensor, conv: Conv) -> torch.Tensor:
     """The convolution of a map x [B, C, H, W]; the result has x's memory format."""
-    last = x.ndim == 4 and channels_last(x)
-    call = direct(x) if last and conv.weight.ndim == 4 and covers(x, conv) else None
+    last = x.ndim == 4 and conv_product.channels_last(x)
+    call = (
+        conv_product.direct(x)
+        if last and conv.weight.ndim == 4 and conv_product.covers(x, conv)
+        else None
+    )
     if call is not None:
-        packed = ready(call, conv, x.shape[1])
+        packed = conv_product.prepare_fitting(call, conv, x.shape[1])
         if packed is not None:
             return packed(x.to(call.dtype))
     weight = conv.weight
     if conv.eps is None:
         pass
-    elif torch.compiler.is_compiling() or last or _guard.records_grad(x, *conv[:2]):
-        weight = _onednn_conv.standardised(weight, conv.eps, last)
+    elif torch.compiler.is_compiling() or last or records_grad(x, *conv[:2]):
+        weight = conv_product.standardised(weight, conv.eps, last)
     else:
-        weight = _onednn_conv.plain_weight(conv)
+        weight = conv_product.plain_weight(conv)
     padding = conv.padding
     if conv.same:
-        left, right, top, bottom = found = _onednn_conv.pads(conv, *x.shape[-2:])
+        left, right, top, bottom = found = conv_product.pads(conv, *x.shape[-2:])
         if left == right and top == bottom:
             padding = (top, left)
         else:
             x, padding = F.pad(x, found), (0, 0)
     return F.conv2d(x, weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
-
-
-def channels_last(x: torch.Tensor) -> bool:
-    """Whether torch takes this map for a channels-last one."""
-    return x.stride(1) == 1 and not x.is_contiguous()

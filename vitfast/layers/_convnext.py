@@ -12,16 +12,10 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import (
-    _block,
-    _guard,
-    _inference_branch,
-    _inference_maps,
-    _memo,
-    _mlp,
-    _norm,
-    _originals,
-)
+from vitfast.engine import convnext as engine
+from vitfast.engine import memo, originals
+from vitfast.engine.eligibility import records
+from vitfast.layers import _block, _guard, _mlp, _norm
 from vitfast.layers._guard import Children
 from vitfast.plans import Called, ConvNeXtBlock, DropRate, Linear, Norm, Unfit, Unsupported
 from vitfast.runtime.library import autocast_dtype
@@ -95,7 +89,7 @@ def child(read: Callable[[Children, str], Any], children: Children, name: str) -
     try:
         return read(children, name)
     except Unsupported as reason:
-        if _originals.is_known(type(children[name])):
+        if originals.is_known(type(children[name])):
             raise
         raise Unfit(str(reason)) from None
 
@@ -114,15 +108,15 @@ def run(
     if type(block.conv) is Called:
         y = _call_head(x, module, over_nchw)
         # A hook there may have changed what is still to come, and given any tensor.
-        fresh = _memo.ready(type(module).plan, module, x, y)
+        fresh = memo.recall_plan(type(module).plan, module, x, y)
         if fresh is None or type(fresh.mlp) is Called or y.shape != rows.shape:
             return _call_tail(x, y, module, over_nchw)
         branch = _mlp.apply(y, fresh.mlp)
         return _block.add(rows, branch, fresh.gamma, fresh.drop).permute(0, 3, 1, 2)
     out = None
     fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
-    if fits and not _block.records(rows, block):
-        out = _inference_maps.convnext(rows, block)
+    if fits and not records(rows, block):
+        out = engine.block(rows, block)
     if out is None:
         out = _differentiable(rows, block)
     return out.permute(0, 3, 1, 2)
@@ -132,8 +126,8 @@ def run_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """fc2(act(fc1(norm(conv(x))))) alone, as `run`; it may have another width than x."""
     rows = x.permute(0, 2, 3, 1)
     out = None
-    if not (torch.compiler.is_compiling() or _block.records(rows, block)):
-        out = _inference_branch.convolved(rows, block)
+    if not (torch.compiler.is_compiling() or records(rows, block)):
+        out = engine.branch(rows, block)
     if out is None:
         out = _branch(rows, block)
     return out.permute(0, 3, 1, 2)

@@ -16,9 +16,9 @@ from timm.models import _features, resnet
 from timm.models import vision_transformer_hybrid as hybrid
 from torch import nn
 
+from vitfast.engine import resnet as engine
+from vitfast.engine.products import conv as conv_product
 from vitfast.layers import _conv, _guard
-from vitfast.layers._conv import Call
-from vitfast.ops._onednn_conv import Ready
 from vitfast.plans import BatchNorm, BatchNormBottleneck, Conv, StemStep, Unfit
 
 _CHAINS = {nn.Sequential, _features.FeatureListNet, hybrid.ConvStem, timm_layers.ConvNormAct}
@@ -31,7 +31,7 @@ def features(backbone: Any, x: torch.Tensor) -> torch.Tensor | None:
 
     None where it is for the modules themselves.
     """
-    call = _conv.direct(x)
+    call = conv_product.direct(x)
     if call is None or x.numel() == 0 or type(backbone) not in _CHAINS:
         return None
     if type(backbone) is _features.FeatureListNet and not (
@@ -44,7 +44,7 @@ def features(backbone: Any, x: torch.Tensor) -> torch.Tensor | None:
         if not any(type(step) is Conv for step in steps):
             return None
         for step in steps:
-            x = _run(x, step, call)
+            x = engine.run_step(x, step, call)
     except Unfit:
         return None
     return x
@@ -127,35 +127,3 @@ def _bottleneck(module: Any) -> BatchNormBottleneck:
             raise Unfit("its shortcuts do not end in a convolution")
         *before, shortcut = steps
     return BatchNormBottleneck(tuple(convs), tuple(before), shortcut)  # type: ignore[arg-type]
-
-
-def _run(x: torch.Tensor, step: StemStep, call: Call) -> torch.Tensor:
-    if isinstance(step, Conv):
-        return _ready(x, step, call)(x.to(call.dtype))
-    if not isinstance(step, BatchNormBottleneck):
-        return step(x)
-    y = shortcut = x.to(call.dtype)
-    if step.shortcut is not None:
-        for module in step.before:
-            shortcut = _run(shortcut, module, call)
-        shortcut = _run(shortcut, step.shortcut, call)
-    for conv in step.convs[:2]:
-        y = _run(y, conv, call)
-    ready = _ready(y, step.convs[2], call, adds=True)
-    if shortcut.shape != (len(y), len(step.convs[2].weight), *y.shape[2:]):
-        raise Unfit("its shortcut has another shape")
-    return ready.add_relu(y, shortcut)
-
-
-def _ready(x: torch.Tensor, conv: Conv, call: Call, adds: bool = False) -> Ready:
-    """The convolution, packed for maps like x."""
-    norm = conv.norm
-    if norm is not None and call.records and _guard.records_grad(norm.weight, norm.bias):
-        raise Unfit("autograd records its norm")
-    ready = None
-    if x.ndim == 4 and _conv.covers(x, conv):
-        pixels = x.numel() // x.shape[1]
-        ready = _conv.ready(call._replace(pixels=pixels), conv, x.shape[1], adds)
-    if ready is None:
-        raise Unfit("a convolution is for PyTorch")
-    return ready

@@ -13,154 +13,24 @@ changed since it last did.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from timm.layers import DropPath, activations
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
-from torch.nn.modules.module import _has_any_global_hook
 
-from vitfast.layers import _originals
+from vitfast.engine.eligibility import (
+    CALLERS,
+    PLAIN,
+    check_original,
+    check_unhidden,
+    is_own_method,
+    methods,
+)
 from vitfast.plans import Called, DropRate, Linear, Unfit, Unsupported
-from vitfast.runtime import native
 from vitfast.runtime.native import is_readable
-from vitfast.settings import settings
 
-PLAIN = (torch.Tensor, nn.Parameter)
 Children = dict[str, Any]  # a module's `_modules`
-Plan = TypeVar("Plan")
-
-
-def may_fuse(x: object, *others: object) -> bool:
-    """Whether a layer may leave timm's forward for these inputs, whatever its children are.
-
-    No for FX proxies, fake tensors and other subclasses; for tracing, scripting and export, which
-    want torch's own ops; under functorch transforms and forward-mode AD, whose rules the ops do not
-    have; under a dispatch mode (a FLOP counter, say) or a function mode, which should see what timm
-    would do; with a global module hook, which wants to see every child called; for tensors that
-    are not to be read by their address; and with `settings.disable`.
-    """
-    if not torch.compiler.is_compiling() and is_unwatched(x, *others):
-        return True
-    if type(x) not in PLAIN or settings.disable or _has_any_global_hook():
-        return False
-    if _originals.is_watched():
-        return False
-    for other in others:
-        if other is not None and type(other) not in PLAIN:
-            return False
-    if torch.compiler.is_compiling():
-        # The function of the same name is always true in what torch 2.11 compiles.
-        return not torch.compiler._is_exporting_flag
-    for t in (x, *others):
-        if t is not None and not is_readable(t):  # type: ignore[arg-type]
-            return False
-    return not (
-        torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-def _unwatched() -> Callable[..., bool]:
-    """A function of inputs that gives True only where `may_fuse` does, False without the extension.
-
-    It looks at everything at once: one question after the other from Python takes three times as
-    long where a model's weights have just passed through the caches.
-    """
-    extension = native.extension()
-    if extension is None:
-        return lambda *inputs: False
-    kinds = (
-        "backward_pre_hooks", "backward_hooks", "forward_pre_hooks", "forward_hooks",
-        "forward_hooks_always_called", "forward_hooks_with_kwargs",
-    )  # fmt: skip
-    hooks = {name: getattr(nn_module, name) for name in (f"_global_{kind}" for kind in kinds)}
-    questions = (
-        torch._C._is_tracing, torch._C._len_torch_function_stack,
-        torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack,
-    )  # fmt: skip
-    values = (
-        (vars(settings), "disable", False),
-        (vars(forward_ad), "_current_level", -1),
-        *((vars(nn_module), name, found) for name, found in hooks.items()),
-    )
-    return extension.unwatched(  # type: ignore[no-any-return]
-        PLAIN, torch.Tensor.is_neg, questions, tuple(hooks.values()), values
-    )
-
-
-is_unwatched = _unwatched()
-"""is_unwatched(x, *others): True where `may_fuse` surely is; False says nothing."""
-
-
-def ready(
-    plan: Callable[[nn.Module], Plan], module: nn.Module, x: object, *others: object
-) -> Plan | None:
-    """plan(module), or None where this call of the module has to run timm's forward."""
-    if not may_fuse(x, *others):
-        return None
-    try:
-        return planned(plan, module)
-    except Unfit:
-        return None
-
-
-def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:
-    """plan(module), of a module that is called in its own forward.
-
-    Raises:
-        Unfit: as the plan does, and where something else stands where timm's forward of the module
-            calls a method or function.
-    """
-    state = module.__dict__
-    for name in methods(type(module)):
-        # A replaced forward is what called this one.
-        if name in state and name != "forward" and not is_own_method(module, name):
-            raise Unfit(f"its {name} is replaced")
-    check_unhidden(module, "it")
-    _check_original(module)
-    return plan(module)
-
-
-def records_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will record an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-_CALLERS = ("_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
-"""What `__call__` runs, where an instance has its own; `nn.Module.compile` sets the last."""
-_METHODS: dict[type, tuple[str, ...]] = {}
-_UNCALLED = {"extra_repr", "init_weights", "reset_parameters", "init_non_persistent_buffers"}
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def methods(kind: type[nn.Module]) -> tuple[str, ...]:
-    """The methods of a module class that its forward may call, and forward itself."""
-    found = _METHODS.get(kind)
-    if found is None:
-        added = kind.__mro__[: kind.__mro__.index(nn.Module)]
-        names = {n for base in added for n, value in vars(base).items() if callable(value)}
-        found = tuple(n for n in sorted(names - _UNCALLED) if not n.startswith("__"))
-        _METHODS[kind] = found = ("forward", *(n for n in found if n != "forward"))
-    return found
-
-
-def is_own_method(module: nn.Module, name: str) -> bool:
-    """Whether a method in the instance's dictionary is but that of its class.
-
-    accelerate leaves such a forward where its hook was removed. A drop-in computes what the class
-    does that it stands in for, whose forward the instance may still hold.
-    """
-    found = module.__dict__[name]
-    function = getattr(found, "__func__", None)
-    if function is None or found.__self__ is not module:
-        return False
-    kinds = (type(module), getattr(type(module), "timm_class", None))
-    return any(function is getattr(kind, name, None) for kind in kinds)
 
 
 def forget_own_forward(module: nn.Module) -> None:
@@ -182,26 +52,11 @@ def check_bare(module: nn.Module, name: str) -> None:
     for method in methods(type(module)):
         if method in state and not is_own_method(module, method):
             raise Unfit(f"{name} has a replaced {method}")
-    for call in _CALLERS:
+    for call in CALLERS:
         if call in state:
             raise Unfit(f"{name} is called by something else")
     check_unhidden(module, name)
-    _check_original(module)
-
-
-def check_unhidden(module: nn.Module, name: str) -> None:
-    """That no attribute of the instance hides a child or parameter of the same name."""
-    state = module.__dict__
-    for held in (state["_parameters"], state["_modules"], state["_buffers"]):
-        for own in held:
-            if own in state:
-                raise Unfit(f"{name} has an attribute that hides its {own}")
-
-
-def _check_original(module: nn.Module) -> None:
-    replaced = _originals.replaced(type(module))
-    if replaced:
-        raise Unfit(f"{replaced} was replaced")
+    check_original(module)
 
 
 def tensor(module: nn.Module, name: str) -> Any:

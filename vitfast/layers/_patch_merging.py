@@ -8,7 +8,10 @@ import torch
 from torch import nn
 
 from vitfast import ops
-from vitfast.layers import _block, _guard, _inference_maps, _memo, _norm
+from vitfast.engine import memo
+from vitfast.engine import patches as engine
+from vitfast.engine.eligibility import records_grad
+from vitfast.layers import _block, _guard, _norm
 from vitfast.plans import PatchMerging
 
 
@@ -27,13 +30,13 @@ def run(
     module: nn.Module, x: torch.Tensor, plan: Callable[[nn.Module], PatchMerging]
 ) -> torch.Tensor | None:
     """The layer on a map x [B, H, W, C]; None where it is for timm's forward."""
-    merge = _memo.ready(plan, module, x)
+    merge = memo.recall_plan(plan, module, x)
     if merge is None or x.ndim != 4:
         return None
-    if not torch.compiler.is_compiling() and not _guard.records_grad(
+    if not torch.compiler.is_compiling() and not records_grad(
         x, *merge.reduction, merge.norm.weight, merge.norm.bias
     ):
-        out = _inference_maps.merge(x, merge)
+        out = engine.merge(x, merge)
         if out is not None:
             return out
     norm = merge.norm

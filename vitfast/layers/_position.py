@@ -17,8 +17,9 @@ import torch
 from timm import layers as timm_layers
 from torch import nn
 
+from vitfast.engine.eligibility import records_grad
+from vitfast.engine.products import weights as weights_cache
 from vitfast.layers import _as_built, _guard, _mlp
-from vitfast.ops import _weight_cache
 from vitfast.plans import Linear, Unfit, Unsupported
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
@@ -122,7 +123,7 @@ def _kept(
         and kept[1].same(tensors)
     ):
         return kept[2]
-    state = _weight_cache.state(tensors)
+    state = weights_cache.state(tensors)
     # The module is called, whatever became of it: hooks and replaced layers count.
     found = compute()
     _KEPT[mlp] = (form, *how), state, found
@@ -143,7 +144,7 @@ def _inputs(
         return None
     weights = (t for pair in linears for t in pair if t is not None)
     tensors = (coordinates.view(-1, 2), *weights)
-    if _guard.records_grad(*tensors) or any(t.dtype == torch.float64 for t in tensors):
+    if records_grad(*tensors) or any(t.dtype == torch.float64 for t in tensors):
         return None
     return act, autocast_dtype(coordinates.device), tensors
 

@@ -10,8 +10,10 @@ from timm.layers.pool2d_same import MaxPool2dSame
 from timm.models import resnetv2
 from torch import nn
 
-from vitfast.layers import _bottleneck, _conv, _folded, _group_norm, _guard
-from vitfast.ops._onednn_conv import same_pads
+from vitfast.engine import resnet as engine
+from vitfast.engine.products import conv as conv_product
+from vitfast.engine.products.conv import same_pads
+from vitfast.layers import _conv, _folded, _group_norm, _guard
 from vitfast.ops.common import norm as norm_op
 from vitfast.plans import Unfit
 
@@ -34,7 +36,7 @@ def features(backbone: Any, x: torch.Tensor) -> Any:
 def _pooled(x: torch.Tensor, stem: Any) -> torch.Tensor | None:
     """pool(norm(conv(x))) where the norm ends in ReLU: zeros around its result are as good as the
     -inf that timm pads it with for the pooling. None where it takes the modules."""
-    call = _conv.direct(x)
+    call = conv_product.direct(x)
     if call is None or x.numel() == 0 or x.dtype not in norm_op.DTYPES:
         return None
     if type(stem) is not nn.Sequential or list(stem._modules) != ["conv", "norm", "pool"]:
@@ -46,10 +48,10 @@ def _pooled(x: torch.Tensor, stem: Any) -> torch.Tensor | None:
     _guard.check_bare(pool, "pool")
     if type(pool) is not MaxPool2dSame or pool.dilation != (1, 1) or pool.ceil_mode:
         return None
-    ready = _bottleneck.fitting(call, conv, norm, x.shape[1]) if conv.same else None
+    ready = engine.fitting(call, conv, norm, x.shape[1]) if conv.same else None
     if ready is None:
         return None
     y = ready(x.to(call.dtype))
     room = same_pads(y.shape[2:], pool.kernel_size, pool.stride, pool.dilation)
-    y = _bottleneck.normalise(y, norm, room if any(room) else None)
+    y = engine.normalise(y, norm, room if any(room) else None)
     return F.max_pool2d(y, pool.kernel_size, pool.stride)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vitfast.layers._guard import PLAIN
+from vitfast.engine.eligibility import PLAIN
 from vitfast.settings import settings
 
 _DEFAULT = torch.Tensor.__torch_function__.__func__  # type: ignore[attr-defined]

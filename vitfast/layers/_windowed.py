@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
-from vitfast.layers import _as_built, _attention, _block, _guard, _memo
+from vitfast.engine import memo
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _as_built, _attention, _block
 from vitfast.plans import Attention, TransformerBlock, Windows
 
 
@@ -15,7 +17,7 @@ def attend(
     module: Any, x: torch.Tensor, mask: torch.Tensor | None, plan: Callable[[Any], Attention]
 ) -> torch.Tensor | None:
     """Attention of windows x [windows, N, C]; None where it is for timm's forward."""
-    planned = _guard.ready(plan, module, x) if mask is None else None
+    planned = plan_call(plan, module, x) if mask is None else None
     window = tuple(module.window_size)
     if planned is None or x.ndim != 3 or x.shape[1] != window[0] * window[1]:
         return None
@@ -62,7 +64,7 @@ def run_block(
 
     attend: the name of timm's method for the attention of a map.
     """
-    planned = _memo.ready(plan, module, x)
+    planned = memo.recall_plan(plan, module, x)
     if planned is None or x.ndim != 4:
         return None
     size = (x.shape[1], x.shape[2])

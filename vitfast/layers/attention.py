@@ -8,6 +8,7 @@ import torch
 from timm import layers as timm_layers
 
 from vitfast import plans
+from vitfast.engine.eligibility import plan_call
 from vitfast.layers import _as_built, _attention, _guard
 from vitfast.layers._base import Layer
 from vitfast.plans import Called
@@ -50,7 +51,7 @@ class Attention(Layer, timm_layers.Attention):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = _guard.ready(plan_attention, self, x, attn_mask)
+        plan = plan_call(plan_attention, self, x, attn_mask)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return _attention.attend(x, plan, mask=attn_mask, is_causal=is_causal)
@@ -69,7 +70,7 @@ class AttentionRope(Layer, timm_layers.AttentionRope):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = _guard.ready(plan_attention_rope, self, x, attn_mask, rope)
+        plan = plan_call(plan_attention_rope, self, x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return _attention.attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)

@@ -8,7 +8,9 @@ import torch
 from timm.models import beit
 
 from vitfast import plans
-from vitfast.layers import _attention, _block, _guard, _memo
+from vitfast.engine import memo
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _attention, _block, _guard
 from vitfast.layers._base import Layer
 from vitfast.plans import Unfit
 
@@ -54,7 +56,7 @@ class Attention(Layer, beit.Attention):
     def forward(
         self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        plan = _guard.ready(plan_attention, self, x, shared_rel_pos_bias)
+        plan = plan_call(plan_attention, self, x, shared_rel_pos_bias)
         if plan is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         return _attention.attend(x, plan, **position_bias(self, shared_rel_pos_bias))
@@ -69,7 +71,7 @@ class Block(Layer, beit.Block):
     def forward(
         self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        plan = _memo.ready(plan_block, self, x, shared_rel_pos_bias)
+        plan = memo.recall_plan(plan_block, self, x, shared_rel_pos_bias)
         if plan is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         return _block.run(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from timm.models import vision_transformer
 
-from vitfast.layers import _block, _memo
+from vitfast.engine import memo
+from vitfast.layers import _block
 from vitfast.layers._base import Layer
 
 
@@ -21,7 +22,7 @@ class Block(Layer, vision_transformer.Block):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = _memo.ready(_block.with_layer_scale, self, x, attn_mask)
+        plan = memo.recall_plan(_block.with_layer_scale, self, x, attn_mask)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return _block.run(

@@ -10,7 +10,8 @@ from timm.models import convnext
 from torch import nn
 
 from vitfast import plans
-from vitfast.layers import _convnext, _guard, _memo, _mlp
+from vitfast.engine import memo
+from vitfast.layers import _convnext, _guard, _mlp
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Children
 from vitfast.plans import Unsupported
@@ -52,7 +53,7 @@ class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_block, self, x)
+        plan = memo.recall_plan(plan_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return _convnext.run(x, plan, self, self.use_conv_mlp)

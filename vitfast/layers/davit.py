@@ -8,7 +8,8 @@ import torch
 from timm.models import davit
 
 from vitfast import plans
-from vitfast.layers import _attention, _block, _guard, _memo, _windowed
+from vitfast.engine import memo
+from vitfast.layers import _attention, _block, _guard, _windowed
 from vitfast.layers._base import Layer
 from vitfast.plans import Unsupported
 
@@ -49,7 +50,7 @@ class SpatialBlock(Layer, davit.SpatialBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_block, self, x)
+        plan = memo.recall_plan(plan_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         size = (x.shape[2], x.shape[3])

@@ -7,7 +7,8 @@ from timm.models import edgenext
 from torch import nn
 
 from vitfast import plans
-from vitfast.layers import _convnext, _guard, _memo, _mlp
+from vitfast.engine import memo
+from vitfast.layers import _convnext, _guard, _mlp
 from vitfast.layers._base import Layer
 from vitfast.plans import Unsupported
 
@@ -37,5 +38,5 @@ class ConvBlock(Layer, edgenext.ConvBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_block, self, x)
+        plan = memo.recall_plan(plan_block, self, x)
         return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan, self)

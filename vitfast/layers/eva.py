@@ -8,7 +8,9 @@ import torch
 from timm.models import eva
 
 from vitfast import plans
-from vitfast.layers import _attention, _block, _guard, _memo
+from vitfast.engine import memo
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _attention, _block, _guard
 from vitfast.layers._base import Layer
 
 
@@ -42,7 +44,7 @@ class EvaAttention(Layer, eva.EvaAttention):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = _guard.ready(plan_attention, self, x, attn_mask, rope)
+        plan = plan_call(plan_attention, self, x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return _attention.attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
@@ -61,7 +63,7 @@ class EvaBlock(Layer, eva.EvaBlock):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = _memo.ready(_block.with_gammas, self, x, attn_mask, rope)
+        plan = memo.recall_plan(_block.with_gammas, self, x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return _block.run(

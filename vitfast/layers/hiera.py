@@ -8,7 +8,8 @@ import torch
 from timm.models import hiera
 
 from vitfast import plans
-from vitfast.layers import _as_built, _attention, _block, _guard
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _as_built, _attention, _block
 from vitfast.layers._base import Layer
 from vitfast.plans import Unfit, Unsupported
 
@@ -55,7 +56,7 @@ class MaskUnitAttention(Layer, hiera.MaskUnitAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        planned = _guard.ready(lambda m: (plan_attention(m), _windows(m, x)), self, x)
+        planned = plan_call(lambda m: (plan_attention(m), _windows(m, x)), self, x)
         if planned is None:
             return super().forward(x)
         plan, windows = planned
@@ -69,7 +70,7 @@ class HieraBlock(Layer, hiera.HieraBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        planned = _guard.ready(lambda m: _of_input(plan_block(m), m.attn, x), self, x)
+        planned = plan_call(lambda m: _of_input(plan_block(m), m.attn, x), self, x)
         if planned is None:
             return super().forward(x)
         plan, windows = planned

@@ -11,7 +11,9 @@ from timm.layers import Format
 from torch import nn
 
 from vitfast import ops, plans
-from vitfast.layers import _conv, _guard, _stem
+from vitfast.engine.eligibility import may_fuse, planned
+from vitfast.engine.products import conv as conv_product
+from vitfast.layers import _guard, _stem
 from vitfast.layers._base import Layer
 from vitfast.layers.patch_embed import plan_projection
 from vitfast.plans import Unfit
@@ -30,10 +32,10 @@ def _project(x: torch.Tensor, plan: plans.Projection) -> torch.Tensor:
     """A map [B, C, H, W], a multiple of the patch, to tokens [B, N, C']."""
     weight, bias = plan
     size = weight.shape[2], weight.shape[3]
-    if _conv.channels_last(x) and x.numel() > 0:
+    if conv_product.channels_last(x) and x.numel() > 0:
         conv = plans.Conv(weight, bias, size, (0, 0), (1, 1), 1, None, False)
-        call = _conv.direct(x)
-        packed = _conv.ready(call, conv, x.shape[1]) if call is not None else None
+        call = conv_product.direct(x)
+        packed = conv_product.prepare_fitting(call, conv, x.shape[1]) if call is not None else None
         if call is not None and packed is not None:
             return packed(x.to(call.dtype)).permute(0, 2, 3, 1).flatten(1, 2)
     if size == (1, 1):
@@ -51,10 +53,10 @@ class HybridEmbed(Layer, timm_layers.HybridEmbed):
     plan = staticmethod(plan_stem)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not _guard.may_fuse(x) or x.ndim != 4:
+        if not may_fuse(x) or x.ndim != 4:
             return super().forward(x)
         try:
-            plan = _guard.planned(plan_stem, self)
+            plan = planned(plan_stem, self)
         except Unfit:
             return super().forward(x)
         x = _stem.features(self.backbone, x)

@@ -7,7 +7,9 @@ from timm.models import inception_next
 from torch import nn
 
 from vitfast import plans
-from vitfast.layers import _block, _guard, _memo, _mlp, _tail
+from vitfast.engine import memo
+from vitfast.engine.eligibility import records
+from vitfast.layers import _guard, _mlp, _tail
 from vitfast.layers._base import Layer
 from vitfast.layers.mlp import plan_conv_mlp
 
@@ -35,8 +37,8 @@ class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_block, self, x)
-        if plan is None or x.ndim != 4 or _block.records(x, plan):
+        plan = memo.recall_plan(plan_block, self, x)
+        if plan is None or x.ndim != 4 or records(x, plan):
             return super().forward(x)
         return _tail.run(x, self.norm(self.token_mixer(x)), plan)
 

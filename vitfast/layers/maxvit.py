@@ -9,16 +9,9 @@ from timm.models import maxxvit
 from torch import nn
 
 from vitfast import plans
-from vitfast.layers import (
-    _attention,
-    _block,
-    _convnext,
-    _guard,
-    _memo,
-    _mlp,
-    _position,
-    layer_scale,
-)
+from vitfast.engine import memo
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _attention, _block, _convnext, _guard, _mlp, _position, layer_scale
 from vitfast.layers._base import Layer
 from vitfast.plans import Unsupported
 
@@ -52,7 +45,7 @@ class AttentionCl(Layer, maxxvit.AttentionCl):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = _guard.ready(plan_attention, self, x) if shared_rel_pos is None else None
+        plan = plan_call(plan_attention, self, x) if shared_rel_pos is None else None
         if plan is None or x.ndim != 4 or not _takes(self, tuple(x.shape[1:3])):
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         window = (x.shape[1], x.shape[2])
@@ -67,7 +60,7 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
     plan = staticmethod(_block.with_layer_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(_block.with_layer_scale, self, x)
+        plan = memo.recall_plan(_block.with_layer_scale, self, x)
         window = tuple(self.partition_size)
         if plan is None or x.ndim != 4:
             return super().forward(x)
@@ -111,7 +104,7 @@ class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
     plan = staticmethod(plan_convnext)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_convnext, self, x)
+        plan = memo.recall_plan(plan_convnext, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return _convnext.run(x, plan, self, self.use_conv_mlp)

@@ -10,18 +10,10 @@ from timm.models import metaformer
 from torch import nn
 
 from vitfast import plans
-from vitfast.layers import (
-    _as_built,
-    _attention,
-    _block,
-    _conv,
-    _convnext,
-    _guard,
-    _memo,
-    _metaformer,
-    _mlp,
-    _norm,
-)
+from vitfast.engine import memo
+from vitfast.engine import metaformer as engine
+from vitfast.engine.eligibility import plan_call, records
+from vitfast.layers import _as_built, _attention, _block, _conv, _convnext, _guard, _mlp, _norm
 from vitfast.layers._base import Layer
 from vitfast.layers._guard import Children
 from vitfast.layers.mlp import plan_pointwise
@@ -153,18 +145,18 @@ class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = None
         if not torch.compiler.is_compiling():
-            plan = _memo.ready(plan_block, self, x)
-            if plan is not None and not _block.records(x, plan):
+            plan = memo.recall_plan(plan_block, self, x)
+            if plan is not None and not records(x, plan):
                 out = _run(x, plan)
         return super().forward(x) if out is None else out
 
 
 def _run(x: torch.Tensor, plan: plans.MetaFormerBlock) -> torch.Tensor | None:
     if isinstance(plan.mixer, plans.Attention):
-        return _metaformer.run(x, plan) if x.ndim == 3 else None
+        return engine.run(x, plan) if x.ndim == 3 else None
     if x.ndim != 4:
         return None
-    out = _metaformer.run(x.permute(0, 2, 3, 1), plan)
+    out = engine.run(x.permute(0, 2, 3, 1), plan)
     return None if out is None else out.permute(0, 3, 1, 2)
 
 
@@ -174,7 +166,7 @@ class Downsampling(Layer, metaformer.Downsampling):
     plan = staticmethod(plan_downsampling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_downsampling, self, x)
+        plan = plan_call(plan_downsampling, self, x)
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         if plan.norm is not None:
@@ -190,7 +182,7 @@ class Attention(Layer, metaformer.Attention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_attention, self, x)
+        plan = plan_call(plan_attention, self, x)
         return super().forward(x) if plan is None else _attention.attend(x, plan)
 
 
@@ -200,7 +192,7 @@ class LayerNormNoBias(Layer, metaformer.LayerNormNoBias):
     plan = staticmethod(_norm.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan, self, x)
+        plan = plan_call(_norm.plan, self, x)
         return super().forward(x) if plan is None else _norm.apply(x, plan)
 
 
@@ -210,7 +202,7 @@ class LayerNorm2dNoBias(Layer, metaformer.LayerNorm2dNoBias):
     plan = staticmethod(_norm.plan_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan_2d, self, x)
+        plan = plan_call(_norm.plan_2d, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return _norm.apply(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)

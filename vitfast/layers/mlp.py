@@ -7,6 +7,7 @@ from timm import layers as timm_layers
 from torch import nn
 
 from vitfast import plans
+from vitfast.engine.eligibility import plan_call
 from vitfast.layers import _as_built, _guard, _mlp, _norm
 from vitfast.layers._base import Layer
 from vitfast.plans import Unsupported
@@ -64,7 +65,7 @@ class Mlp(Layer, timm_layers.Mlp):
     plan = staticmethod(plan_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_mlp, self, x)
+        plan = plan_call(plan_mlp, self, x)
         return super().forward(x) if plan is None else _mlp.apply(x, plan)
 
 
@@ -74,7 +75,7 @@ class GlobalResponseNormMlp(Layer, timm_layers.GlobalResponseNormMlp):
     plan = staticmethod(plan_grn_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_grn_mlp, self, x)
+        plan = plan_call(plan_grn_mlp, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         if plan.fc1.weight.ndim == 2:
@@ -88,7 +89,7 @@ class GluMlp(Layer, timm_layers.GluMlp):
     plan = staticmethod(plan_glu_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_glu_mlp, self, x)
+        plan = plan_call(plan_glu_mlp, self, x)
         return super().forward(x) if plan is None else _mlp.apply(x, plan)
 
 
@@ -98,7 +99,7 @@ class SwiGLU(Layer, timm_layers.SwiGLU):
     plan = staticmethod(plan_swiglu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_swiglu, self, x)
+        plan = plan_call(plan_swiglu, self, x)
         return super().forward(x) if plan is None else _mlp.apply(x, plan)
 
 

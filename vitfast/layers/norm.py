@@ -7,7 +7,8 @@ from timm import layers as timm_layers
 from timm.layers import grn
 
 from vitfast import ops
-from vitfast.layers import _guard, _norm
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _norm
 from vitfast.layers._base import Layer
 
 
@@ -17,7 +18,7 @@ class LayerNorm(Layer, timm_layers.LayerNorm):
     plan = staticmethod(_norm.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan, self, x)
+        plan = plan_call(_norm.plan, self, x)
         return super().forward(x) if plan is None else _norm.apply(x, plan)
 
 
@@ -27,7 +28,7 @@ class RmsNorm(Layer, timm_layers.RmsNorm):
     plan = staticmethod(_norm.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan, self, x)
+        plan = plan_call(_norm.plan, self, x)
         return super().forward(x) if plan is None else _norm.apply(x, plan)
 
 
@@ -37,7 +38,7 @@ class LayerNorm2d(Layer, timm_layers.LayerNorm2d):
     plan = staticmethod(_norm.plan_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan_2d, self, x)
+        plan = plan_call(_norm.plan_2d, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return _norm.apply(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
@@ -52,7 +53,7 @@ class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
     plan = staticmethod(_norm.plan_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan_2d, self, x)
+        plan = plan_call(_norm.plan_2d, self, x)
         if plan is None or x.ndim != 4 or not x.permute(0, 2, 3, 1).is_contiguous():
             return super().forward(x)
         dtype = _norm.dtype_2d(x.dtype, plan)
@@ -65,7 +66,7 @@ class GlobalResponseNorm(Layer, grn.GlobalResponseNorm):
     plan = staticmethod(_norm.plan_grn)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan_grn, self, x)
+        plan = plan_call(_norm.plan_grn, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         if self.channel_dim == -1:

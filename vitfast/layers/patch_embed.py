@@ -9,7 +9,9 @@ from timm.layers import Format
 from torch import nn
 
 from vitfast import ops, plans
-from vitfast.layers import _guard, _inference_maps, _norm
+from vitfast.engine import patches as engine
+from vitfast.engine.eligibility import plan_call, records_grad
+from vitfast.layers import _guard, _norm
 from vitfast.layers._base import Layer
 from vitfast.plans import Unfit, Unsupported
 
@@ -32,7 +34,7 @@ class PatchEmbed(Layer, timm_layers.PatchEmbed):
     plan = staticmethod(plan_projection)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(plan_projection, self, x)
+        plan = plan_call(plan_projection, self, x)
         if plan is None or not self._accepts(x):
             return super().forward(x)
         height, width = plan.weight.shape[-2:]
@@ -65,7 +67,7 @@ def _normed(module: PatchEmbed, x: torch.Tensor, plan: plans.Projection) -> torc
     """Patches and their norm as one, in inference on the CPU; elsewhere None."""
     if torch.compiler.is_compiling() or x.numel() == 0:
         return None
-    norm = _guard.ready(lambda m: _norm.optional_child(m._modules, "norm"), module, x)
-    if norm is None or _guard.records_grad(x, *plan, norm.weight, norm.bias):
+    norm = plan_call(lambda m: _norm.optional_child(m._modules, "norm"), module, x)
+    if norm is None or records_grad(x, *plan, norm.weight, norm.bias):
         return None
-    return _inference_maps.embed(x, *plan, norm)
+    return engine.embed(x, *plan, norm)

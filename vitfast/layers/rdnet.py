@@ -7,7 +7,8 @@ from timm.models import rdnet
 from torch import nn
 
 from vitfast import plans
-from vitfast.layers import _convnext, _guard, _memo, _norm
+from vitfast.engine import memo
+from vitfast.layers import _convnext, _guard, _norm
 from vitfast.layers._base import Layer
 from vitfast.plans import Unsupported
 
@@ -41,7 +42,7 @@ class Block(Layer, rdnet.Block):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_block, self, x)
+        plan = memo.recall_plan(plan_block, self, x)
         return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run_branch(x, plan)
 
 
@@ -52,7 +53,7 @@ class BlockESE(Layer, rdnet.BlockESE):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_block, self, x)
+        plan = memo.recall_plan(plan_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return self.layers[5](_convnext.run_branch(x, plan))

@@ -8,7 +8,9 @@ import torch
 from timm.models import vision_transformer_relpos as relpos
 
 from vitfast import plans
-from vitfast.layers import _attention, _block, _guard, _memo
+from vitfast.engine import memo
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _attention, _block, _guard
 from vitfast.layers._base import Layer
 
 
@@ -30,7 +32,7 @@ class RelPosAttention(Layer, relpos.RelPosAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = _guard.ready(plan_attention, self, x, shared_rel_pos)
+        plan = plan_call(plan_attention, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         return _attention.attend(x, plan, **position_bias(self, shared_rel_pos))
@@ -43,7 +45,7 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
     plan = staticmethod(_block.with_layer_scale)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = _memo.ready(_block.with_layer_scale, self, x, shared_rel_pos)
+        plan = memo.recall_plan(_block.with_layer_scale, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         return _block.run(

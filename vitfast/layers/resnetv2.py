@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from timm.models import resnetv2
 
-from vitfast.layers import _bottleneck, _guard, _memo
+from vitfast.engine import memo
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _bottleneck
 from vitfast.layers._base import Layer
 
 
@@ -15,7 +17,7 @@ class Bottleneck(Layer, resnetv2.Bottleneck):
     plan = staticmethod(_bottleneck.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(_bottleneck.plan, self, x)
+        plan = memo.recall_plan(_bottleneck.plan, self, x)
         return super().forward(x) if plan is None else _bottleneck.apply(x, plan)
 
 
@@ -25,5 +27,5 @@ class PreActBottleneck(Layer, resnetv2.PreActBottleneck):
     plan = staticmethod(_bottleneck.plan_preact)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_bottleneck.plan_preact, self, x)
+        plan = plan_call(_bottleneck.plan_preact, self, x)
         return super().forward(x) if plan is None else _bottleneck.apply_preact(x, plan)

@@ -6,7 +6,10 @@ import torch
 from torch import nn
 
 from vitfast import ops, plans
-from vitfast.layers import _block, _guard, _inference_maps, _memo, _norm, patch_embed
+from vitfast.engine import memo
+from vitfast.engine import patches as engine
+from vitfast.engine.eligibility import records_grad
+from vitfast.layers import _block, _norm, patch_embed
 from vitfast.layers._base import Layer
 from vitfast.plans import Unsupported
 from vitfast.runtime.library import autocast_dtype
@@ -37,7 +40,7 @@ class Sequential(Layer, nn.Sequential):
     plan = staticmethod(plan_patches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _memo.ready(plan_patches, self, x)
+        plan = memo.recall_plan(plan_patches, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         height, width = plan.projection.weight.shape[2:]
@@ -53,14 +56,14 @@ class Sequential(Layer, nn.Sequential):
 
 def _fused(x: torch.Tensor, plan: plans.Patches) -> torch.Tensor | None:
     """In inference on the CPU; elsewhere None."""
-    if torch.compiler.is_compiling() or _guard.records_grad(*plans.tensors_in((x, plan))):
+    if torch.compiler.is_compiling() or records_grad(*plans.tensors_in((x, plan))):
         return None
     if plan.norm_first:
-        return _inference_maps.downsample(x.permute(0, 2, 3, 1), plan)
+        return engine.downsample(x.permute(0, 2, 3, 1), plan)
     operand = autocast_dtype(x.device) or x.dtype
     if _norm.dtype_2d(operand, plan.norm) not in (None, operand):
         return None
-    return _inference_maps.embed(x, *plan.projection, plan.norm)
+    return engine.embed(x, *plan.projection, plan.norm)
 
 
 def _differentiable(x: torch.Tensor, plan: plans.Patches) -> torch.Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from timm import layers as timm_layers
 
-from vitfast.layers import _conv, _group_norm, _guard
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _conv, _group_norm
 from vitfast.layers._base import Layer
 
 
@@ -15,7 +16,7 @@ class StdConv2d(Layer, timm_layers.StdConv2d):
     plan = staticmethod(_conv.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_conv.plan, self, x)
+        plan = plan_call(_conv.plan, self, x)
         return super().forward(x) if plan is None else _conv.apply(x, plan)
 
 
@@ -25,7 +26,7 @@ class StdConv2dSame(Layer, timm_layers.StdConv2dSame):
     plan = staticmethod(_conv.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_conv.plan, self, x)
+        plan = plan_call(_conv.plan, self, x)
         return super().forward(x) if plan is None else _conv.apply(x, plan)
 
 
@@ -35,7 +36,7 @@ class GroupNormAct(Layer, timm_layers.GroupNormAct):
     plan = staticmethod(_group_norm.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_group_norm.plan, self, x)
+        plan = plan_call(_group_norm.plan, self, x)
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         return _group_norm.apply(x, plan)
@@ -47,7 +48,7 @@ class GroupNorm1Act(Layer, timm_layers.GroupNorm1Act):
     plan = staticmethod(_group_norm.plan)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_group_norm.plan, self, x)
+        plan = plan_call(_group_norm.plan, self, x)
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         return _group_norm.apply(x, plan)

@@ -6,7 +6,8 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
-from vitfast.layers import _guard, _norm
+from vitfast.engine.eligibility import plan_call
+from vitfast.layers import _norm
 from vitfast.layers._base import Layer
 
 
@@ -20,7 +21,7 @@ class LayerNorm(Layer, nn.LayerNorm):
     plan = staticmethod(_norm.plan)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        plan = _guard.ready(_norm.plan, self, input)
+        plan = plan_call(_norm.plan, self, input)
         return super().forward(input) if plan is None else _norm.apply(input, plan)
 
 

@@ -15,11 +15,8 @@ from typing import NamedTuple
 
 import torch
 
-from vitfast.ops._onednn import EXACT_WIDTH, columns
-from vitfast.ops._weight_cache import CACHE, worth_keeping
 from vitfast.runtime import native
 from vitfast.runtime.native import DTYPE_CODES
-from vitfast.settings import settings
 
 ACTS = {
     "none": 0,
@@ -32,7 +29,6 @@ ACTS = {
 }
 """The numbers of `Act` in csrc/cpu/activation_kinds.h."""
 DTYPES = (torch.float32, torch.bfloat16)
-_FEW_ROWS = 1000
 _PACKED_ROWS = 512
 """From so many rows on, B is put in order once, beforehand, instead of by every block of rows."""
 
@@ -114,36 +110,6 @@ def matrix(
     return found._replace(packed=in_order(found)) if rows >= _PACKED_ROWS else found
 
 
-def kept(
-    weight: torch.Tensor,
-    dtype: torch.dtype,
-    gate: str = "",
-    channels_last: bool = False,
-) -> Matrix:
-    """B as of `matrix`, in order and kept for as long as its weight stays what it is.
-
-    Args:
-        weight: plain, [N, K] or dense with more dimensions after N.
-        channels_last: it is [N, C, H, W], of rows [H, W, C].
-    """
-
-    def pack(weight: torch.Tensor, dtype: torch.dtype) -> Matrix:
-        rows = _channels_last(weight) if channels_last else weight.detach()
-        return of_packed(weight, dtype, in_order(matrix((rows,), dtype, 0, gate=gate)), gate)
-
-    return CACHE.get(weight, dtype, ("in order", native.isa(), gate, channels_last), pack)
-
-
-def of_packed(
-    weight: torch.Tensor, dtype: torch.dtype, packed: torch.Tensor, gate: str = ""
-) -> Matrix:
-    """B of a weight [N, ...] whose elements are `in_order`."""
-    n, k = weight.shape[0] // (2 if gate else 1), columns(weight)
-    address = weight.data_ptr()  # not read any more
-    b = (address, address if gate else 0, DTYPE_CODES[weight.dtype], n, k, k, 1)
-    return Matrix(b, packed, n, k, dtype, ())
-
-
 def in_order(b: Matrix) -> torch.Tensor:
     """The elements of B as products read them with this instruction set."""
     module, code = native.native(), DTYPE_CODES[b.dtype]
@@ -152,178 +118,6 @@ def in_order(b: Matrix) -> torch.Tensor:
     )
     module.gemm_pack(b.native, code, packed.data_ptr(), native.threads())
     return packed
-
-
-class Linear(NamedTuple):
-    """A linear layer ready to run; without a matrix, through the op."""
-
-    matrix: Matrix | None
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    gate: str
-    gate_weight: torch.Tensor | None
-    gate_bias: torch.Tensor | None
-
-    @property
-    def width(self) -> int:
-        return self.weight.shape[0] // 2 if self.gate else self.weight.shape[0]
-
-
-def is_faster(rows: int, weight: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether products of so many rows in all take less time here than on oneDNN, weights in order.
-
-    Its blocks fit few rows badly: it takes up to 1.5 times as long. In float32 it has to sum many
-    columns in pieces.
-    """
-    if dtype == torch.bfloat16 and (HAS_TILES or native.reasons() or native.isa() != _PAIRS):
-        return False
-    return rows < _FEW_ROWS or (dtype == torch.float32 and columns(weight) > EXACT_WIDTH)
-
-
-def prepare(
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    rows: int,
-    dtype: torch.dtype,
-    *,
-    gate: str | None = None,
-    gate_weight: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-    keep: bool = False,
-    channels_last: bool = False,
-) -> Linear:
-    """A layer for products with `rows` rows in all, in this dtype. Not to be kept between calls.
-
-    Args:
-        weight, bias, gate, gate_weight, gate_bias: as for `vitfast.ops.linear_act`; float32
-            weights serve bfloat16 products.
-        keep: the weight's order, unless the gate's weight is another one.
-        channels_last: it is [N, C, H, W], of rows [H, W, C].
-    """
-    fits = (
-        settings.backend in ("auto", "cpu")
-        and not (HAS_TILES and dtype == torch.bfloat16)
-        and dtype in DTYPES
-        and weight.numel() > 0
-        and not native.reasons()
-        and _is_read(weight)
-        and _is_read(bias)
-        and _is_read(gate_weight)
-        and _is_read(gate_bias)
-    )
-    gate = gate or ""
-    keep = keep and gate_weight is None and _is_plain(weight) and worth_keeping(weight, rows)
-    b = None
-    if fits and keep:
-        b = kept(weight, dtype, gate, channels_last)
-    else:
-        if channels_last:
-            weight = _channels_last(weight)
-        if fits:
-            weights = (weight,) if gate_weight is None else (gate_weight, weight)
-            CACHE.note(*weights)
-            b = matrix(weights, dtype, rows, gate=gate)
-    return Linear(b, weight, bias, gate, gate_weight, gate_bias)
-
-
-def _is_read(t: torch.Tensor | None) -> bool:
-    """As no `reasons`, without the words: inference asks for every layer."""
-    return t is None or (t.is_cpu and t.dtype in DTYPES)
-
-
-def _channels_last(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().permute(0, 2, 3, 1).flatten(1)
-
-
-def _is_plain(weight: torch.Tensor) -> bool:
-    plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    return plain and (weight.ndim == 2 or weight.is_contiguous())
-
-
-def linear(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    act: str = "none",
-    *,
-    residual: torch.Tensor | None = None,
-    gamma: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    out: torch.Tensor | None = None,
-    gate: str | None = None,
-    gate_weight: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """residual + gamma * act(x W^T + bias), without autograd; see `apply`."""
-    layer = prepare(
-        weight,
-        bias,
-        x.numel() // weight.shape[1] if weight.shape[1] else 0,
-        x.dtype,
-        gate=gate,
-        gate_weight=gate_weight,
-        gate_bias=gate_bias,
-    )
-    return apply(layer, x, act, residual=residual, gamma=gamma, out_dtype=out_dtype, out=out)
-
-
-def apply(
-    layer: Linear,
-    x: torch.Tensor,
-    act: str = "none",
-    *,
-    residual: torch.Tensor | None = None,
-    gamma: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """residual + gamma * act(x W^T + bias), in one pass over memory.
-
-    Args:
-        x: [..., K], dtype of the layer, any strides.
-        residual: [..., N], float32 or bfloat16.
-        gamma: [N], float32 or bfloat16.
-        out_dtype: by default the residual's, or x's.
-        out: [..., N] to write to, with contiguous rows; may be the residual itself.
-    """
-    if out is None:
-        dtype = out_dtype or (x if residual is None else residual).dtype
-        out = native.empty((*x.shape[:-1], layer.width), dtype)
-    if layer.matrix is None or not x.numel():
-        return out.copy_(_through_op(layer, x, act, residual, gamma))
-    product(
-        layer.matrix,
-        x,
-        out,
-        biases(layer.bias, layer.gate, layer.gate_weight, layer.gate_bias),
-        act,
-        gamma=gamma,
-        residual=residual,
-    )
-    return out
-
-
-def _through_op(
-    layer: Linear,
-    x: torch.Tensor,
-    act: str,
-    residual: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-) -> torch.Tensor:
-    y = torch.ops.vitfast.linear_act(
-        *(x, None, None, None, 1e-6, ""),  # x is not said to be a norm of anything
-        layer.weight,
-        layer.bias,
-        layer.gate_weight,
-        layer.gate_bias,
-        act,
-        layer.gate,
-        False,
-        "auto",
-    )[0]
-    if gamma is not None:
-        y = y * gamma
-    return y if residual is None else residual + y
 
 
 def product(

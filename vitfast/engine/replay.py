@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from vitfast.runtime import native
 
 _ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
-_ON_TAPE, _REACH = 1 << 62, 1 << 44
+_IN_BUFFER, _REACH = 1 << 62, 1 << 44
 """As in csrc/bindings.cpp: how a tape tells a buffer from memory that stays where it is."""
 _LEAST_ADDRESS = 1 << 32
 """No size or stride that comes here is as large; where memory begins below, there are no tapes."""
@@ -31,7 +31,7 @@ Call = tuple[str, tuple[Any, ...]]
 Interval = tuple[int, int]
 
 
-class Tape:
+class Replay:
     """The calls of a function of contiguous tensors. What they read besides has to stay."""
 
     def __init__(self, calls: Any, shape: torch.Size, dtype: torch.dtype) -> None:
@@ -47,7 +47,7 @@ class Tape:
 
 def record(
     function: Callable[..., torch.Tensor | None], *inputs: torch.Tensor
-) -> tuple[torch.Tensor | None, Tape | None]:
+) -> tuple[torch.Tensor | None, Replay | None]:
     """function(*inputs), and its tape; None where it computes by other means than kernels."""
     if is_recording() or not all(t.is_contiguous() for t in inputs):
         return function(*inputs), None
@@ -67,7 +67,7 @@ def record(
             _pop_mode()
     if out is None or recorder.strange or watch.computes:
         return out, None
-    return out, _tape(inputs, out, watch.allocated, recorder.calls)
+    return out, _replay(inputs, out, watch.allocated, recorder.calls)
 
 
 def is_recording() -> bool:
@@ -126,12 +126,12 @@ def _interval(t: torch.Tensor) -> Interval:
     return t.data_ptr(), t.data_ptr() + t.numel() * t.itemsize
 
 
-def _tape(
+def _replay(
     inputs: Sequence[torch.Tensor],
     out: torch.Tensor,
     allocated: Sequence[torch.Tensor],
     calls: Sequence[Call],
-) -> Tape | None:
+) -> Replay | None:
     room = [_interval(t) for t in allocated if t.numel()]
     result = _interval(out)
     if result not in room or not out.is_contiguous():
@@ -152,7 +152,7 @@ def _tape(
             for i, (begin, end) in enumerate(buffers):
                 if begin <= value < end:
                     users[i].append(call)
-                    return _ON_TAPE + i * _REACH + value - begin
+                    return _IN_BUFFER + i * _REACH + value - begin
         return value
 
     written = [(name, moved(args, i)) for i, (name, args) in enumerate(calls)]
@@ -161,7 +161,7 @@ def _tape(
     tape = native.native().Tape(total, offsets)
     for name, args in written:
         getattr(tape, name)(*args)
-    return Tape(tape, out.shape, out.dtype)
+    return Replay(tape, out.shape, out.dtype)
 
 
 def _lay_out(sizes: Sequence[int], users: Sequence[Sequence[int]]) -> tuple[list[int], int]:

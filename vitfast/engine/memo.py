@@ -16,13 +16,13 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from vitfast.layers import _guard, _originals
-from vitfast.layers._guard import Plan
-from vitfast.ops import _weight_cache
+from vitfast.engine import originals
+from vitfast.engine.eligibility import Plan, is_unwatched, may_fuse, plan_call, planned
+from vitfast.engine.products import weights
+from vitfast.engine.replay import Replay, is_recording, record
 from vitfast.plans import Unfit, tensors_in
-from vitfast.runtime import native, tape
+from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
-from vitfast.runtime.tape import Tape
 from vitfast.settings import settings
 
 _MOST_KINDS = 8
@@ -39,7 +39,7 @@ class _Sources:
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        calls = _originals.calls(frozenset(map(type, modules)))
+        calls = originals.calls(frozenset(map(type, modules)))
         self.state = native.native().ModuleState(modules, calls.names)
         buffers = [t for m in modules for t in m._buffers.values() if t is not None]
         self.own = {id(t) for m in modules for t in m._parameters.values()} | set(map(id, buffers))
@@ -106,14 +106,14 @@ class _Found:
     def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
         watchable = all(map(_is_watchable, self.tensors))
         # Before anything is read: another thread may write to a tensor while this one packs it.
-        before = _weight_cache.state(self.tensors) if watchable else None
-        with _weight_cache.CACHE.noting() as noted:
+        before = weights.state(self.tensors) if watchable else None
+        with weights.CACHE.noting() as noted:
             made = _Made(make())
         tensors = tuple({id(t): t for t in (*self.tensors, *noted)}.values())
         if watchable and all(map(_is_watchable, tensors)):
             made.tensors = tensors
-            made.state = _weight_cache.state(tensors, {id(t) for t in noted})
-            if not _weight_cache.same(before, self.tensors, fully=True):
+            made.state = weights.state(tensors, {id(t) for t in noted})
+            if not weights.same(before, self.tensors, fully=True):
                 return made
             kinds = list(self.made)  # at once: other threads add to it, too
             for oldest in kinds[: max(0, len(kinds) - _MOST_KINDS + 1)]:
@@ -130,11 +130,11 @@ class _Found:
     def complain(self, edited: torch.Tensor) -> None:
         """Warn of an edit that was found late, and forget all that was made before it."""
         self.made.clear()
-        _weight_cache.CACHE.forget(edited)
+        weights.CACHE.forget(edited)
         module = self.module()
         names = [] if module is None else [n for n, p in module.named_parameters() if p is edited]
         what = f"{type(module).__name__}.{names[0]}" if names else "a weight"
-        _weight_cache.warn_edited(what)
+        weights.warn_edited(what)
 
 
 class _Made:
@@ -145,7 +145,7 @@ class _Made:
         self.tensors: tuple[torch.Tensor, ...] = ()
         self.state: Any = None  # that of the tensors
         self.has_run = self.was_recorded = False
-        self.tape: Tape | None = None
+        self.tape: Replay | None = None
         # The tensors' storages, for whose elements nobody looks any more (`settings.weights`).
         self.frozen: tuple[torch.UntypedStorage, ...] | None = None
 
@@ -153,7 +153,7 @@ class _Made:
 _FOUND: dict[int, weakref.ref[_Found]] = {}  # by the id of its plan
 
 
-def ready(
+def recall_plan(
     find: Callable[[Any], Plan], module: nn.Module, x: object, *others: object
 ) -> Plan | None:
     """As `_guard.ready`, with the plan found before while the module and its children are the same.
@@ -161,14 +161,14 @@ def ready(
     For plan functions that look at nothing else.
     """
     if torch.compiler.is_compiling() or native.reasons():
-        return _guard.ready(find, module, x, *others)
+        return plan_call(find, module, x, *others)
     memos = module.__dict__.get(_NAME)
     memo = None if memos is None else memos.get(find)
     found = None if memo is None else memo.found
     held = () if found is None else found.tensors
     # Whoever assigns to a weight's `data` may leave there what no kernel can read.
-    fits = _guard.is_unwatched(x, *others, *held)
-    if not fits and not _guard.may_fuse(x, *others):
+    fits = is_unwatched(x, *others, *held)
+    if not fits and not may_fuse(x, *others):
         return None
     if (
         memo is not None
@@ -183,7 +183,7 @@ def ready(
         module.__dict__[_NAME] = memos
     sources = _Sources(module) if memo is None or memo.may_learn() else None
     try:
-        plan = _guard.planned(find, module)
+        plan = planned(find, module)
     except Unfit:
         if memo is not None:
             memo.found = None
@@ -229,9 +229,9 @@ def call(
     if all(t.is_contiguous() for t in inputs):
         if made.tape is not None and storages is not None:
             return made.tape(*inputs)  # on the addresses of what `storages` keeps
-        if made.has_run and not made.was_recorded and not tape.is_recording():
+        if made.has_run and not made.was_recorded and not is_recording():
             made.was_recorded = True
-            out, made.tape = tape.record(partial(run, made.value), *inputs)
+            out, made.tape = record(partial(run, made.value), *inputs)
             return out
     made.has_run = True
     return run(made.value, *inputs)
@@ -257,7 +257,7 @@ def _find(
     if (
         found is None
         or found.plan is not plan
-        or rows >= _weight_cache.CACHE_ROWS  # packings that are not to be kept
+        or rows >= weights.CACHE_ROWS  # packings that are not to be kept
         or torch.is_grad_enabled()
         or not all(t.is_cpu for t in (x, *besides))
     ):
@@ -270,7 +270,7 @@ def _find(
         frozen = settings.weights == "frozen"
         if frozen and made.frozen is not None:
             return made, made.frozen
-        storages = _weight_cache.storages(made.state, made.tensors)
+        storages = weights.storages(made.state, made.tensors)
         if storages is not None:
             made.frozen = storages if frozen else None
             return made, storages
@@ -281,7 +281,7 @@ def _find(
 
 def _is_watchable(t: torch.Tensor) -> bool:
     plain = t.is_cpu and t.itemsize in (2, 4) and native.is_readable(t)
-    return plain and (t.ndim < 3 or _weight_cache.is_dense(t))
+    return plain and (t.ndim < 3 or weights.is_dense(t))
 
 
 def _drop_found(plan: int, dead: weakref.ref[_Found]) -> None:
@@ -302,4 +302,4 @@ def _forget_made() -> None:
         _drop_made(ref, None)
 
 
-_weight_cache.CACHE.when_crowded.append(_forget_made)
+weights.CACHE.when_crowded.append(_forget_made)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitfast.ops._weight_cache import CACHE, worth_keeping
+from vitfast.engine.products.weights import CACHE, worth_keeping
 from vitfast.runtime import native
 from vitfast.settings import settings
 

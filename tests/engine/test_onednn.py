@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _onednn
+from vitfast.engine.products import onednn
 
 pytestmark = pytest.mark.usefixtures("needs_native", "needs_onednn", "empty_cache")
 
 
 def run(weight, x, bias=None, act="none"):
     with torch.no_grad():
-        return _onednn.prepare(weight, bias, len(x), x.dtype, act)(x)
+        return onednn.prepare(weight, bias, len(x), x.dtype, act)(x)
 
 
 def layer(n=24, k=40, dtype=torch.float32):
@@ -46,7 +46,7 @@ def test_activations(act, dtype):
 
 def test_reasons_name_what_oneDNN_lacks():
     weight = torch.randn(8, 8)
-    assert not _onednn.reasons(weight, None, torch.float32, "gelu")
-    assert "quick_gelu" in _onednn.reasons(weight, None, torch.float32, "quick_gelu")[0]
-    assert "pieces" in _onednn.reasons(torch.randn(8, 2000), None, torch.float32, "gelu")[0]
-    assert _onednn.reasons(weight.double(), None, torch.float64, "none")
+    assert not onednn.reasons(weight, None, torch.float32, "gelu")
+    assert "quick_gelu" in onednn.reasons(weight, None, torch.float32, "quick_gelu")[0]
+    assert "pieces" in onednn.reasons(torch.randn(8, 2000), None, torch.float32, "gelu")[0]
+    assert onednn.reasons(weight.double(), None, torch.float64, "none")

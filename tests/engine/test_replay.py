@@ -11,8 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vitfast.engine import replay
+from vitfast.engine.replay import __file__, _lay_out, is_recording, record
 from vitfast.ops.common import norm as norm_op
-from vitfast.runtime import native, tape
+from vitfast.runtime import native
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
@@ -24,12 +26,12 @@ def twice_normed(x):
 
 def test_a_tape_gives_the_same_for_other_inputs():
     x = torch.randn(5, 33)
-    out, taped = tape.record(twice_normed, x)
+    out, taped = record(twice_normed, x)
     torch.testing.assert_close(out, twice_normed(x), rtol=0, atol=0)
     for other in (torch.randn(5, 33), torch.full((5, 33), float("inf"))):
         found = taped(other)
         torch.testing.assert_close(found, twice_normed(other), rtol=0, atol=0, equal_nan=True)
-    assert not tape.is_recording()
+    assert not is_recording()
 
 
 def test_weights_are_read_where_they_lie():
@@ -38,7 +40,7 @@ def test_weights_are_read_where_they_lie():
     def run(x):
         return norm_op.forward(norm_op.KINDS["layer"], x, weight=weight)[1]
 
-    _, taped = tape.record(run, x)
+    _, taped = record(run, x)
     weight.mul_(3)
     torch.testing.assert_close(taped(x), run(x), rtol=0, atol=0)
 
@@ -58,22 +60,22 @@ COMPUTING = {
 def test_what_is_not_only_kernels_is_not_taped(function):
     x = torch.randn(5, 33)
     with torch.no_grad():
-        out, taped = tape.record(COMPUTING[function], x)
+        out, taped = record(COMPUTING[function], x)
         assert taped is None
         torch.testing.assert_close(out, COMPUTING[function](x), rtol=0, atol=0)
 
 
 def test_addresses_that_could_be_sizes_are_not_taped(monkeypatch):
     x = torch.randn(5, 33)
-    monkeypatch.setattr(tape, "_LEAST_ADDRESS", x.data_ptr() + 1)
-    assert tape.record(twice_normed, x)[1] is None
+    monkeypatch.setattr(replay, "_LEAST_ADDRESS", x.data_ptr() + 1)
+    assert record(twice_normed, x)[1] is None
 
 
 def test_an_error_leaves_nothing_behind():
     with pytest.raises(ZeroDivisionError):
-        tape.record(lambda x: 1 / 0, torch.zeros(2, 3))
-    assert not tape.is_recording()
-    assert tape.record(twice_normed, torch.randn(2, 3))[1] is not None
+        record(lambda x: 1 / 0, torch.zeros(2, 3))
+    assert not is_recording()
+    assert record(twice_normed, torch.randn(2, 3))[1] is not None
 
 
 def test_other_threads_are_not_recorded():
@@ -85,7 +87,7 @@ def test_other_threads_are_not_recorded():
         worker.join()
         return twice_normed(x)
 
-    _, taped = tape.record(run, x)
+    _, taped = record(run, x)
     torch.testing.assert_close(others[0], twice_normed(x * 2) + 1, rtol=0, atol=0)
     torch.testing.assert_close(taped(x), twice_normed(x), rtol=0, atol=0)
     assert len(others) == 1
@@ -95,10 +97,10 @@ def test_a_recording_within_a_recording_is_none():
     inner = []
 
     def run(x):
-        inner.append(tape.record(twice_normed, x)[1])
+        inner.append(record(twice_normed, x)[1])
         return twice_normed(x)
 
-    assert tape.record(run, torch.randn(2, 3))[1] is not None
+    assert record(run, torch.randn(2, 3))[1] is not None
     assert inner == [None]
 
 
@@ -113,7 +115,7 @@ def test_two_threads_record_at_once():
             meet.wait()
             return out
 
-        found[i] = tape.record(run, torch.full((2, 3), float(i)))[1]
+        found[i] = record(run, torch.full((2, 3), float(i)))[1]
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for worker in workers:
@@ -132,7 +134,7 @@ def test_an_interrupt_anywhere_leaves_nothing_behind():
 
     def traced(frame, event, arg):
         nonlocal left
-        if frame.f_code.co_filename != tape.__file__:
+        if frame.f_code.co_filename != __file__:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode" and threading.current_thread() is threading.main_thread():
@@ -147,17 +149,17 @@ def test_an_interrupt_anywhere_leaves_nothing_behind():
         before = sys.gettrace()
         sys.settrace(traced)
         try:
-            tape.record(lambda x: x, x)
+            record(lambda x: x, x)
         except KeyboardInterrupt:
             pass
         finally:
             sys.settrace(before)
-        assert not tape.is_recording() and not torch._C._len_torch_dispatch_stack()
+        assert not is_recording() and not torch._C._len_torch_dispatch_stack()
         assert native.native() is native._load()[0]
         if left > 0:
             break
     assert steps > 50
-    assert tape.record(twice_normed, x)[1] is not None
+    assert record(twice_normed, x)[1] is not None
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -170,12 +172,12 @@ def test_a_child_forked_while_a_thread_records_is_not_recording():
         forked.wait(20)
         return x
 
-    worker = threading.Thread(target=tape.record, args=(run, torch.randn(2, 3)))
+    worker = threading.Thread(target=record, args=(run, torch.randn(2, 3)))
     worker.start()
     assert records.wait(20)
     child = os.fork()
     if child == 0:
-        taped = tape.record(twice_normed, torch.randn(2, 3))[1]
+        taped = record(twice_normed, torch.randn(2, 3))[1]
         os._exit(0 if taped is not None and native.native() is native._load()[0] else 1)
     forked.set()
     worker.join()
@@ -189,7 +191,7 @@ uses = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(sorted)
 def test_buffers_in_use_at_the_same_time_do_not_overlap(buffers):
     sizes = [size for size, _ in buffers]
     users = [calls for _, calls in buffers]
-    offsets, total = tape._lay_out(sizes, users)
+    offsets, total = _lay_out(sizes, users)
     spans = [range(o, o + s) for o, s in zip(offsets, sizes, strict=True)]
     assert all(offset % 64 == 0 for offset in offsets)
     for i, calls in enumerate(users):

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitfast.layers import _fits, _memo, _rows
+from vitfast.engine import checks, memo
+from vitfast.engine import rows as by_rows
+from vitfast.engine.products.linear import PreparedLinear, PreparedMlp, prepare_linear, prepare_mlp
 from vitfast.ops.attention import native as attention_op
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
@@ -38,7 +40,7 @@ def run(x: torch.Tensor, plan: MetaFormerBlock) -> torch.Tensor | None:
 
     The result has the dtype that the residual stream has in timm.
     """
-    return _memo.call(_run, _steps, _rows.count(x), x, plan)
+    return memo.call(_run, _steps, by_rows.count(x), x, plan)
 
 
 class _Steps(NamedTuple):
@@ -47,28 +49,28 @@ class _Steps(NamedTuple):
     plan: MetaFormerBlock
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     mix: Callable[[torch.Tensor, torch.Tensor], None]
-    halves: _rows.Halves
+    halves: PreparedMlp
 
 
 def _steps(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> _Steps | None:
     if not _fit(x, plan, lower):
         return None
     operand = lower or x.dtype
-    rows = _rows.count(x)
+    rows = by_rows.count(x)
     mixed = x.dtype if isinstance(plan.mixer, Pooling) else operand
     between = _stream(x.dtype, plan.first, mixed)
     return _Steps(
         plan,
         (operand, between, _stream(between, plan.second, operand)),
         _mixer(plan.mixer, plan.first, rows, operand),
-        _rows.mlp(plan.mlp, rows, operand),
+        prepare_mlp(plan.mlp, rows, operand),
     )
 
 
 def _run(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     plan, (operand, between, dtype), mix, halves = steps
     out = native.empty(x.shape, dtype)
-    images = max(1, _rows.WHOLE_ROWS // x[0, ..., 0].numel())
+    images = max(1, by_rows.WHOLE_ROWS // x[0, ..., 0].numel())
     for part, result in zip(x.contiguous().split(images), out.split(images), strict=True):
         middle = result if dtype == between else native.empty(part.shape, between)
         mix(part, middle)
@@ -78,7 +80,7 @@ def _run(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
 
 def _fit(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked."""
-    if not _fits.on_cpu(x, lower):
+    if not checks.on_cpu(x, lower):
         return False
     channels, mixer, mlp = x.shape[-1], plan.mixer, plan.mlp
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
@@ -89,18 +91,18 @@ def _fit(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> b
         width = len(mixer.fc1.weight)
         linears += [(mixer.fc1, width, channels), (mixer.fc2, channels, width)]
         stars.append(mixer.star)
-        if not _fits.depthwise(mixer.conv, width, dtypes):
+        if not checks.depthwise(mixer.conv, width, dtypes):
             return False
     elif isinstance(mixer, Attention):
         linears += [(mixer.qkv[0], 3 * channels, channels), (mixer.proj, channels, channels)]
-        if channels % mixer.heads or channels // mixer.heads > _fits.MOST_HEAD_DIM:
+        if channels % mixer.heads or channels // mixer.heads > checks.MOST_HEAD_DIM:
             return False
     return (
         mlp.norm is None
-        and all(_fits.linear(*one, dtypes) for one in linears)
-        and all(_fits.vector(t, 1) for star in stars if star is not None for t in star)
+        and all(checks.linear(*one, dtypes) for one in linears)
+        and all(checks.vector(t, 1) for star in stars if star is not None for t in star)
         and all(
-            _fits.vector(t, channels)
+            checks.vector(t, channels)
             for half in (plan.first, plan.second)
             for t in (half.norm.weight, half.norm.bias, half.gamma, half.scale)
         )
@@ -132,12 +134,12 @@ def _mixer(
         inner, last = _separable(mixer, rows, operand), mixer.fc2
     else:
         inner, last = _attended(mixer, rows, operand), mixer.proj
-    layer = _rows.linear(last, rows, operand)
+    layer = prepare_linear(last, rows, operand)
 
     def mix(x: torch.Tensor, out: torch.Tensor) -> None:
         mixed = inner(_normalised(x, half.norm, operand))
         base, result = (t.view(-1, t.shape[-1]) for t in (x, out))
-        for before, part, after in _rows.in_chunks(base, mixed, result):
+        for before, part, after in by_rows.in_chunks(base, mixed, result):
             _add_result(before, layer, part, half, after)
 
     return mix
@@ -147,7 +149,7 @@ def _separable(
     mixer: SepConv, rows: int, operand: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """The rows that the last product takes, of maps [B, H, W, C]."""
-    fc1 = _rows.linear(mixer.fc1, rows, operand, mixer.act)
+    fc1 = prepare_linear(mixer.fc1, rows, operand, mixer.act)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         hidden = _starred(fc1(x.view(-1, x.shape[3])), mixer.star)
@@ -161,7 +163,7 @@ def _attended(
     mixer: Attention, rows: int, operand: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """As `_separable`, of tokens [B, N, C]."""
-    project = _rows.linear(mixer.qkv[0], rows, operand)
+    project = prepare_linear(mixer.qkv[0], rows, operand)
 
     def run(x: torch.Tensor) -> torch.Tensor:
         packed = project(x.view(-1, x.shape[2])).view(*x.shape[:2], -1)
@@ -176,7 +178,7 @@ def _attended(
 def _add_mlp(
     x: torch.Tensor,
     plan: MetaFormerBlock,
-    halves: _rows.Halves,
+    halves: PreparedMlp,
     operand: torch.dtype,
     out: torch.Tensor,
 ) -> None:
@@ -185,7 +187,7 @@ def _add_mlp(
     over_image = isinstance(half.norm, GroupNorm)  # so before any of x is written over
     ready = _normalised(x, half.norm, operand) if over_image else x
     rows = (t.view(-1, t.shape[-1]) for t in (x, ready, out))
-    for base, part, result in _rows.in_chunks(*rows):
+    for base, part, result in by_rows.in_chunks(*rows):
         normed = part if over_image else _normalised(part, half.norm, operand)
         hidden = [_starred(piece, plan.star) for piece in halves.hidden(normed)]
         _add_result(base, halves, hidden, half, result)
@@ -193,7 +195,7 @@ def _add_mlp(
 
 def _add_result(
     x: torch.Tensor,
-    step: _rows.Layer | _rows.Halves,
+    step: PreparedLinear | PreparedMlp,
     inner: Any,
     half: MetaFormerHalf,
     out: torch.Tensor,
@@ -207,16 +209,16 @@ def _add_result(
 
 def _add(x: torch.Tensor, branch: torch.Tensor, half: MetaFormerHalf, out: torch.Tensor) -> None:
     if half.scale is None:
-        _rows.add(x, branch, half.gamma, out)
+        by_rows.add(x, branch, half.gamma, out)
     else:
         branch = branch if half.gamma is None else branch * half.gamma
-        _rows.add(branch, x, half.scale, out)
+        by_rows.add(branch, x, half.scale, out)
 
 
 def _normalised(x: torch.Tensor, norm: Norm | GroupNorm, dtype: torch.dtype) -> torch.Tensor:
     out = native.empty(x.shape, dtype)
     if isinstance(norm, Norm):
-        return _rows.normalise(x, norm, out)
+        return by_rows.normalise(x, norm, out)
     maps, results = x.permute(0, 3, 1, 2), out.permute(0, 3, 1, 2)
     weight, bias = norm_op.vector(norm.weight), norm_op.vector(norm.bias)
     group_norm_op.run(maps, norm.groups, weight, bias, norm.eps, None, False, results)

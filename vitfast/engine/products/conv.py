@@ -16,11 +16,15 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _onednn, _weight_cache
+from vitfast.engine.eligibility import records_grad
+from vitfast.engine.products import onednn
+from vitfast.engine.products import weights as weights_cache
+from vitfast.engine.products.linear import GemmLinear, apply_gemm, is_gemm_faster, matrix_of_packed
 from vitfast.ops.common import gemm
 from vitfast.ops.layer_norm.api import layer_norm
 from vitfast.plans import BatchNorm, Conv, Pads
 from vitfast.runtime import native
+from vitfast.runtime.library import autocast_dtype
 from vitfast.settings import settings
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -67,9 +71,9 @@ def available(dtype: torch.dtype) -> bool:
 
 @functools.cache
 def _missing(dtype: torch.dtype) -> bool:
-    if _onednn._missing() or not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+    if onednn._missing() or not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
         return True
-    return dtype not in _DTYPES or (dtype == torch.bfloat16 and not _onednn._bfloat16())
+    return dtype not in _DTYPES or (dtype == torch.bfloat16 and not onednn._bfloat16())
 
 
 def fits(conv: Conv, channels: int, dtypes: Collection[torch.dtype]) -> bool:
@@ -82,7 +86,7 @@ def fits(conv: Conv, channels: int, dtypes: Collection[torch.dtype]) -> bool:
         and weight.shape[1] * conv.groups == channels
         and weight.dtype in dtypes
         and (bias is None or (bias.is_cpu and bias.dtype in dtypes))
-        and _weight_cache.is_dense(weight)
+        and weights_cache.is_dense(weight)
     )
 
 
@@ -105,7 +109,7 @@ class Ready(NamedTuple):
     pieces: tuple[torch.Tensor, ...]
     bias: torch.Tensor | None
     linear: Callable[[torch.Tensor], torch.Tensor] | None
-    own: gemm.Linear | None = None  # the same on our own kernel
+    own: GemmLinear | None = None  # the same on our own kernel
 
     def room(self, height: int, width: int) -> Pads | None:
         """What an input of this size has to be padded with before it comes here; None: nothing."""
@@ -132,7 +136,7 @@ class Ready(NamedTuple):
         act, after = _fused(conv.act)
         y = torch.ops.mkldnn._convolution_pointwise.default(
             x, self.pieces[0], self.bias, padding, conv.stride, conv.dilation, conv.groups,
-            *_onednn.ATTRIBUTES[act],
+            *onednn.ATTRIBUTES[act],
         )  # fmt: skip
         return y.relu_() if after else y
 
@@ -150,7 +154,7 @@ class Ready(NamedTuple):
         if self.own is None or not residual.is_contiguous(memory_format=torch.channels_last):
             return self(x).add_(residual).relu_()
         rows, others = (t.permute(0, 2, 3, 1) for t in (x, residual))
-        out = gemm.apply(self.own, rows, residual=others)
+        out = apply_gemm(self.own, rows, residual=others)
         return out.relu_().permute(0, 3, 1, 2)
 
 
@@ -162,7 +166,7 @@ def _fused(act: str) -> tuple[str, bool]:
 def prepare(conv: Conv, dtype: torch.dtype, rows: int, adds: bool = False) -> Ready:
     """A convolution of inputs of this dtype and about so many pixels, that `available` and `fits`
     allow. adds: for `Ready.add_relu`."""
-    _onednn._settle_allocator()
+    onednn._settle_allocator()
     if _of_patches(conv):
         return _prepare_linear(conv, dtype, rows, adds)
     form = (conv.eps, conv.stride, conv.dilation, conv.groups)
@@ -173,16 +177,16 @@ def prepare(conv: Conv, dtype: torch.dtype, rows: int, adds: bool = False) -> Re
 def _prepare_linear(conv: Conv, dtype: torch.dtype, rows: int, adds: bool) -> Ready:
     weight = conv.weight
     adds = adds and conv.stride == (1, 1)
-    if gemm.is_faster(1 if adds else rows, weight, dtype):
+    if is_gemm_faster(1 if adds else rows, weight, dtype):
         form = ("in order", native.isa(), conv.eps)
         (b,), bias = _kept(conv, dtype, form, partial(_pack_in_order, conv))
-        own = gemm.Linear(b, weight, bias, "", None, None)
-        run = partial(gemm.apply, own, act=conv.act)
+        own = GemmLinear(b, weight, bias, "", None, None)
+        run = partial(apply_gemm, own, act=conv.act)
         return Ready(conv, (), bias, run, own if adds else None)
     pieces, bias = _kept(conv, dtype, ("linear", conv.eps), partial(_pack_linear, conv))
-    step = _onednn._step(_onednn.columns(weight), dtype)
+    step = onednn._step(onednn.columns(weight), dtype)
     act, after = _fused(conv.act)
-    run = _onednn.Linear(pieces, step, bias, act, weight.shape[0])
+    run = onednn.Linear(pieces, step, bias, act, weight.shape[0])
     return Ready(conv, (), bias, (lambda x: run(x).relu_()) if after else run)
 
 
@@ -196,14 +200,14 @@ def _kept(
     bias, norm = conv.bias, conv.norm
     if norm is None:
         if bias is not None and bias.dtype != dtype:
-            bias = _onednn.rounded(bias, dtype)
-        return _weight_cache.CACHE.get(conv.weight, dtype, form, pack), bias
+            bias = onednn.rounded(bias, dtype)
+        return weights_cache.CACHE.get(conv.weight, dtype, form, pack), bias
 
     def both(weight: torch.Tensor, dtype: torch.dtype) -> tuple[Any, ...]:
         return *pack(weight, dtype), _folded_bias(conv, norm).to(dtype)
 
     form, others = (*form, norm.eps), (bias, *norm[:4])
-    *pieces, bias = _weight_cache.CACHE.get(conv.weight, dtype, form, both, others)
+    *pieces, bias = weights_cache.CACHE.get(conv.weight, dtype, form, both, others)
     return tuple(pieces), bias
 
 
@@ -227,14 +231,14 @@ def plain_weight(conv: Conv) -> torch.Tensor:
         not weight.is_cpu
         or weight.itemsize > 4
         or native.reasons()
-        or not _weight_cache.is_dense(weight)
+        or not weights_cache.is_dense(weight)
     ):
         return standardised(weight, conv.eps, False)
 
     def pack(weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         return (_standard(conv, weight, dtype).contiguous(),)
 
-    return _weight_cache.CACHE.get(weight, weight.dtype, ("contiguous", conv.eps), pack)[0]
+    return weights_cache.CACHE.get(weight, weight.dtype, ("contiguous", conv.eps), pack)[0]
 
 
 def _standard(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -253,11 +257,11 @@ def _matrix(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tenso
 
 def _pack_in_order(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[gemm.Matrix]:
     packed = gemm.in_order(gemm.matrix((_matrix(conv, weight, dtype),), dtype, 0))
-    return (gemm.of_packed(weight, dtype, packed),)
+    return (matrix_of_packed(weight, dtype, packed),)
 
 
 def _pack_linear(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    return _onednn._pack(_matrix(conv, weight, dtype), dtype)
+    return onednn._pack(_matrix(conv, weight, dtype), dtype)
 
 
 def _pack(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -267,3 +271,50 @@ def _pack(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.T
         weight, [0, 0], conv.stride, conv.dilation, conv.groups, []
     )
     return (packed,)
+
+
+_LOWERED = (torch.float32, torch.bfloat16)
+
+
+class Call(NamedTuple):
+    """What a call has in common for all its convolutions."""
+
+    dtype: torch.dtype  # that they compute in
+    given: tuple[torch.dtype, ...]  # that weights may have
+    records: bool  # whether autograd is on
+    pixels: int  # of its map
+
+
+def direct(x: torch.Tensor) -> Call | None:
+    """For maps like x on oneDNN in inference; None where torch's convolutions are to run."""
+    records = torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or not x.is_cpu or (records and x.requires_grad):
+        return None
+    lower = autocast_dtype(x.device)
+    dtype = lower or x.dtype
+    if x.dtype == torch.float64 or not available(dtype):
+        return None
+    pixels = x.numel() // max(x.shape[1], 1)
+    return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), records, pixels)
+
+
+def prepare_fitting(call: Call, conv: Conv, channels: int, adds: bool = False) -> Ready | None:
+    """The convolution of so many channels on oneDNN, or None where torch is to run it."""
+    if call.records and records_grad(*conv[:2]):
+        return None
+    if not fits(conv, channels, call.given):
+        return None
+    return prepare(conv, call.dtype, call.pixels, adds)
+
+
+def covers(x: torch.Tensor, conv: Conv) -> bool:
+    """Whether there is anything to convolve."""
+    left, right, top, bottom = pads(conv, *x.shape[2:])
+    reach = [(n - 1) * d for n, d in zip(conv.weight.shape[2:], conv.dilation, strict=True)]
+    high, wide = x.shape[2] + top + bottom, x.shape[3] + left + right
+    return x.numel() > 0 and high > reach[0] and wide > reach[1]
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    """Whether torch takes this map for a channels-last one."""
+    return x.stride(1) == 1 and not x.is_contiguous()

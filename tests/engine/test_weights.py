@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vitfast.ops import _onednn, _weight_cache
-from vitfast.ops.common import gemm
+from vitfast.engine.products import onednn
+from vitfast.engine.products import weights as weights_cache
+from vitfast.engine.products.linear import apply_gemm, prepare_gemm
 from vitfast.runtime import native
 from vitfast.settings import settings
 
@@ -20,12 +21,12 @@ pytestmark = pytest.mark.usefixtures("needs_native", "needs_onednn", "empty_cach
 
 def on_onednn(weight, x):
     with torch.no_grad():
-        return _onednn.prepare(weight, None, len(x), x.dtype)(x)
+        return onednn.prepare(weight, None, len(x), x.dtype)(x)
 
 
 def on_our_own(weight, x):
     with torch.no_grad():
-        return gemm.apply(gemm.prepare(weight, None, len(x), x.dtype, keep=True), x)
+        return apply_gemm(prepare_gemm(weight, None, len(x), x.dtype, keep=True), x)
 
 
 @pytest.fixture(params=[on_onednn, on_our_own])
@@ -51,19 +52,19 @@ def layer(n=24, k=40, dtype=torch.float32):
 
 def packed(cache, weight):
     """As `prepare` asks for the packing of a linear layer."""
-    return cache.get(weight, torch.float32, _onednn._pack.__name__, _onednn._pack)
+    return cache.get(weight, torch.float32, onednn._pack.__name__, onednn._pack)
 
 
 def test_a_packing_is_used_again_unless_it_is_large_beside_many_rows(run):
     weight, x = layer()
-    first = packed(_weight_cache.CACHE, weight)
-    assert packed(_weight_cache.CACHE, weight)[0] is first[0]
-    _weight_cache.clear_weight_cache()
-    many = torch.randn(_weight_cache.CACHE_ROWS, 40)
-    run(torch.randn(_weight_cache.CACHE_ELEMENTS // 40 + 1, 40), many)
-    assert len(_weight_cache.CACHE) == 0
+    first = packed(weights_cache.CACHE, weight)
+    assert packed(weights_cache.CACHE, weight)[0] is first[0]
+    weights_cache.clear_weight_cache()
+    many = torch.randn(weights_cache.CACHE_ROWS, 40)
+    run(torch.randn(weights_cache.CACHE_ELEMENTS // 40 + 1, 40), many)
+    assert len(weights_cache.CACHE) == 0
     run(weight, many)
-    assert len(_weight_cache.CACHE) == 1
+    assert len(weights_cache.CACHE) == 1
 
 
 EDITS = {
@@ -133,14 +134,14 @@ def test_one_element_of_a_weight_of_inference_mode_is_seen_at_once(is_current):
 @pytest.mark.parametrize("stride", [(400, 1), (1, 300), (2, 600)])
 def test_the_whole_content_of_any_layout_is_looked_at(stride):
     weight = torch.randn(180_000).as_strided((256, 250), stride)
-    found = _weight_cache.state((weight,))
-    assert all(_weight_cache.same(found, (weight,)) for _ in range(64))
+    found = weights_cache.state((weight,))
+    assert all(weights_cache.same(found, (weight,)) for _ in range(64))
     for i, j in ((0, 1), (255, 248), (17, 200)):
         weight.data.numpy()[i, j] += 1
-        assert not _weight_cache.same(found, (weight,), fully=True)
-        assert not all(_weight_cache.same(found, (weight,)) for _ in range(32))
+        assert not weights_cache.same(found, (weight,), fully=True)
+        assert not all(weights_cache.same(found, (weight,)) for _ in range(32))
         weight.data.numpy()[i, j] -= 1
-        found = _weight_cache.state((weight,))
+        found = weights_cache.state((weight,))
 
 
 def test_weights_of_inference_mode_are_seen(is_current):
@@ -157,7 +158,7 @@ def test_a_new_weight_at_an_old_address_is_seen(is_current):
         assert is_current(weight, x)
         del weight
         gc.collect()
-        assert len(_weight_cache.CACHE) == 0
+        assert len(weights_cache.CACHE) == 0
 
 
 def test_copies_have_packings_of_their_own(is_current):
@@ -171,7 +172,7 @@ def test_copies_have_packings_of_their_own(is_current):
 
 def test_float32_weights_serve_bfloat16_products(run):
     weight, x = layer()
-    why = _onednn.reasons(weight, None, torch.bfloat16, "none")
+    why = onednn.reasons(weight, None, torch.bfloat16, "none")
     if run is on_onednn and why:
         pytest.skip("; ".join(why))
     low = x.bfloat16()
@@ -183,7 +184,7 @@ def test_float32_weights_serve_bfloat16_products(run):
 
 
 def test_the_cache_is_bounded():
-    cache = _weight_cache.WeightCache(most_bytes=3 * 24 * 40 * 4)
+    cache = weights_cache.WeightCache(most_bytes=3 * 24 * 40 * 4)
     weights = [layer()[0] for _ in range(5)]
     for weight in weights:
         packed(cache, weight)
@@ -194,7 +195,7 @@ def test_the_cache_is_bounded():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_process_does_not_wait_for_a_lock_that_a_thread_held(fork_while_held):
-    fork_while_held(_weight_cache.CACHE._lock, _weight_cache.clear_weight_cache)
+    fork_while_held(weights_cache.CACHE._lock, weights_cache.clear_weight_cache)
 
 
 def test_an_instruction_set_has_an_order_of_its_own():
@@ -206,19 +207,19 @@ def test_an_instruction_set_has_an_order_of_its_own():
             torch.testing.assert_close(on_our_own(weight, x), want)
     finally:
         settings.cpu_isa = None
-    assert len(_weight_cache.CACHE) == (1 if native.isa() == "baseline" else 2)
+    assert len(weights_cache.CACHE) == (1 if native.isa() == "baseline" else 2)
 
 
 @pytest.mark.parametrize("gate", ["first", "last"])
 def test_a_packed_gate(gate):
     weight, x = layer(48, 40)
     for _ in range(2):
-        ready = gemm.prepare(weight, None, len(x), x.dtype, gate=gate, keep=True)
+        ready = prepare_gemm(weight, None, len(x), x.dtype, gate=gate, keep=True)
         first, last = F.linear(x, weight.detach()).chunk(2, -1)
         want = first.relu() * last if gate == "first" else first * last.relu()
-        torch.testing.assert_close(gemm.apply(ready, x, "relu"), want, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(apply_gemm(ready, x, "relu"), want, rtol=1e-4, atol=1e-4)
         weight.data.mul_(-1)
-    assert len(_weight_cache.CACHE) == 1
+    assert len(weights_cache.CACHE) == 1
 
 
 @pytest.mark.parametrize("keep", [True, False])
@@ -226,9 +227,9 @@ def test_a_packed_gate(gate):
 def test_rows_of_patches_have_their_channels_last(keep, memory_format):
     weight = torch.randn(24, 5, 2, 3).to(memory_format=memory_format)
     patches = torch.randn(7, 5, 2, 3)
-    ready = gemm.prepare(weight, None, 7, torch.float32, keep=keep, channels_last=True)
+    ready = prepare_gemm(weight, None, 7, torch.float32, keep=keep, channels_last=True)
     rows = patches.permute(0, 2, 3, 1).flatten(1)
-    torch.testing.assert_close(gemm.apply(ready, rows), F.conv2d(patches, weight)[:, :, 0, 0])
+    torch.testing.assert_close(apply_gemm(ready, rows), F.conv2d(patches, weight)[:, :, 0, 0])
 
 
 @pytest.mark.parametrize("dtype, k", [(torch.float32, 1024), (torch.bfloat16, 2048)])

@@ -1,0 +1,192 @@
+"""Inference on the CPU of what makes and changes maps: patches, downsampling, ConvNeXt's block.
+
+As `_inference`, some lines or images at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vitfast.engine import checks, memo
+from vitfast.engine import rows as by_rows
+from vitfast.engine.products.linear import PreparedMlp, prepare_mlp
+from vitfast.ops.common import norm as norm_op
+from vitfast.ops.dwconv_norm import native as dwconv_op
+from vitfast.ops.grn import native as grn_op
+from vitfast.plans import ConvNeXtBlock, Grn, MlpResidual
+from vitfast.runtime import native
+from vitfast.runtime.library import autocast_dtype
+
+if TYPE_CHECKING:
+    pass
+    pass
+
+_CONVOLVED_BYTES = 4 << 20
+"""Of a convolution's results at a time: each stripe of lines reads those around it again."""
+_HIDDEN_BYTES = 3 << 20
+_LEAST_ROWS = 512
+"""Of an MLP's hidden tensor at a time, and rows at least."""
+
+
+def block(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
+    """ConvNeXt's block on a map x [B, H, W, C], some lines or images at a time.
+
+    None where it is for the public ops.
+    """
+    return memo.call(_run, _prepare, by_rows.count(x), x, plan)
+
+
+def _run(steps: _PreparedBlock, x: torch.Tensor) -> torch.Tensor:
+    plan, operand, dtype, halves = steps
+    x = x.contiguous()
+    out = native.empty(x.shape, dtype)
+    rows_in, rows_out = (t.view(-1, t.shape[3]) for t in (x, out))
+    mlp = plan.mlp
+
+    def finish(rows: slice, hidden: Sequence[torch.Tensor]) -> None:
+        before, after = by_rows.part(rows_in, rows), by_rows.part(rows_out, rows)
+        halves.add_to(before, plan.gamma, hidden, after)
+
+    for images, pieces in _convolved(x, plan, operand):
+        if mlp.grn is None:
+            for rows, normed in pieces:
+                finish(rows, halves.hidden(normed))
+            continue
+        hiddens = [(rows, halves.hidden(normed)) for rows, normed in pieces]
+        scales = _responses([hidden for _, hidden in hiddens], images, mlp.grn)
+        for rows, hidden in hiddens:
+            _respond(hidden, scales, mlp.grn.bias)
+            finish(rows, hidden)
+    return out
+
+
+def _prepare(
+    x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None
+) -> _PreparedBlock | None:
+    if not checks.convnext(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
+    halves = prepare_mlp(plan.mlp, by_rows.count(x), operand)
+    return _PreparedBlock(plan, operand, torch.promote_types(x.dtype, scaled), halves)
+
+
+class _PreparedBlock(NamedTuple):
+    """A block ready to run. dtype: of the result."""
+
+    plan: ConvNeXtBlock
+    operand: torch.dtype
+    dtype: torch.dtype
+    halves: PreparedMlp
+
+
+Piece = tuple[slice, torch.Tensor]
+
+
+def _convolved(
+    x: torch.Tensor, plan: ConvNeXtBlock, operand: torch.dtype
+) -> Iterator[tuple[int, Iterator[Piece]]]:
+    """norm(conv(x)) of contiguous maps, by group of images: how many, and their pieces.
+
+    A piece is some of the B * H * W rows and what they are. It holds all of every image if it holds
+    several images' and there is a global response norm.
+    """
+    batch, high, wide, channels = x.shape
+    at_once = max(_CONVOLVED_BYTES // (channels * operand.itemsize), by_rows.CHUNK_ROWS)
+    most = max(_HIDDEN_BYTES // (len(plan.mlp.fc1.weight) * operand.itemsize), _LEAST_ROWS)
+    for images, stripes in by_rows.stripes(batch, high, wide, at_once):
+        count = images.stop - images.start
+        whole = plan.mlp.grn is not None and count > 1
+        step = count * high * wide if whole else most
+        yield count, _pieces(x, plan, operand, images, stripes, step)
+
+
+def _pieces(
+    x: torch.Tensor,
+    plan: ConvNeXtBlock,
+    operand: torch.dtype,
+    images: slice,
+    stripes: list[tuple[int, int]],
+    most: int,
+) -> Iterator[Piece]:
+    norm = plan.norm
+    _, high, wide, channels = x.shape
+    for first, last in stripes:
+        normed = dwconv_op.run(
+            by_rows.part(x, images), *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind,
+            dtype=operand, out_dtype=operand, rows=(first, last),
+        ).view(-1, channels)  # fmt: skip
+        start = (images.start * high + first) * wide
+        count = normed.shape[0]
+        for i in range(0, count, most):
+            last = min(i + most, count)
+            yield slice(start + i, start + last), by_rows.part(normed, slice(i, last))
+
+
+def _responses(hiddens: list[Sequence[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
+    """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
+    widths = [piece.shape[1] for piece in hiddens[0]]
+    sums = torch.empty((images, sum(widths)), dtype=torch.float64, device="cpu")
+    for i, hidden in enumerate(hiddens):
+        for piece, totals in zip(hidden, sums.split(widths, 1), strict=True):
+            for one, total in zip(piece.chunk(images), totals, strict=True):
+                grn_op.accumulate(one, total, adds=i > 0)
+    return grn_op.scale_of(sums, grn.weight, grn.eps)
+
+
+def _respond(hidden: Sequence[torch.Tensor], scales: torch.Tensor, bias: torch.Tensor) -> None:
+    """bias + scale * hidden in place, by image and piece of columns."""
+    widths = [piece.shape[1] for piece in hidden]
+    columns = scales.split(widths, 1), bias.float().split(widths)
+    for piece, factors, shift in zip(hidden, *columns, strict=True):
+        for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
+            base = shift.expand(one.shape)
+            out = one if one.dtype == base.dtype else None
+            terms = dict(branch=one, gamma=factor, residual_out=out)
+            wide, _, _ = norm_op.forward(norm_op.NONE, base, **terms)
+            if out is None:
+                norm_op.forward(norm_op.NONE, wide, residual_out=one)
+
+
+def branch(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
+    """mlp(norm(conv(x))) [B, H, W, C'] of a map x [B, H, W, C]; None where it is for the ops."""
+    steps = memo.recall(_prepare_branch, by_rows.count(x), x, plan)
+    if steps is None:
+        return None
+    operand, halves = steps
+    x = x.contiguous()
+    out = native.empty((*x.shape[:3], len(plan.mlp.fc2.weight)), operand)
+    rows_out = out.view(-1, out.shape[3])
+    for _, pieces in _convolved(x, plan, operand):
+        for rows, normed in pieces:
+            rows_out[rows] = halves(halves.hidden(normed))
+    return out
+
+
+def _prepare_branch(
+    x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None
+) -> tuple[torch.dtype, PreparedMlp] | None:
+    if plan.mlp.grn is not None or not checks.convolved(x, plan, lower):
+        return None
+    operand = lower or x.dtype
+    return operand, prepare_mlp(plan.mlp, by_rows.count(x), operand)
+
+
+def mlp_residual(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> torch.Tensor | None:
+    """x + gamma * mlp(y), of maps [B, H, W, C]; None where it is for the public ops."""
+    lower = autocast_dtype(x.device)
+    if not checks.tail(x, y, plan, lower):
+        return None
+    operand, channels = lower or x.dtype, x.shape[3]
+    scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
+    out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
+    base, inner = (t.contiguous().view(-1, channels) for t in (x, y))
+    halves = prepare_mlp(plan.mlp, len(base), operand)
+    results = out.view(base.shape)
+    for before, rows, after in by_rows.in_chunks(base, inner, results):
+        hidden = halves.hidden(rows.to(operand))
+        halves.add_to(before, plan.gamma, hidden, after)
+    return out

@@ -1,0 +1,1 @@
+"""Linear layers and convolutions with their weights packed and kept between calls."""
