@@ -22,6 +22,7 @@ RANK = {
     "testing": 4,
     "plans": 4,
     "engine": 5,
+    "blocks": 6,
     "layers": 7,
     "families": 8,
     "swap": 9,
@@ -31,8 +32,8 @@ RANK = {
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
     "torch": (
-        "runtime/", "ops/", "plans.py", "testing/", "engine/", "layers/", "families/", "swap.py",
-        "bench/", "cli/",
+        "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
+        "swap.py", "bench/", "cli/",
     ),
     "timm": ("layers/", "families/", "swap.py", "bench/", "cli/"),
     "triton": ("runtime/", "ops/", "testing/"),

@@ -26,8 +26,9 @@ from vitfast.engine.eligibility import planned
 from vitfast.engine.products.weights import CACHE, clear_weight_cache
 from vitfast.errors import InputTypeError, InputValueError, SwapError
 from vitfast.families import Gap, gap_table, layer_table
-from vitfast.layers import Layer, _position
-from vitfast.layers._guard import called, forget_own_forward
+from vitfast.layers import Layer
+from vitfast.layers.reading.children import describe_called, forget_own_forward
+from vitfast.layers.reading.position import forget_tables
 from vitfast.plans import Unfit, Unsupported, tensors_in
 from vitfast.runtime import native, triton
 from vitfast.settings import logger
@@ -212,7 +213,7 @@ def refresh(model: nn.Module) -> None:
     """
     for module in _unwrapped(model).modules():
         memo.forget(module)
-        _position.forget(module)
+        forget_tables(module)
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None:
                 CACHE.forget(t)
@@ -263,7 +264,7 @@ def _swapped(
     note = ""
     if not isinstance(plan, Unfit):
         fused.update(id(t) for t in tensors_in((plan,)))
-        note = "; ".join(called(plan))
+        note = "; ".join(describe_called(plan))
     elif any(type(p).__name__ == "DTensor" for p in module.parameters()):
         note = "fused where its sharded weights are gathered for its forward, as by fully_shard"
     else:

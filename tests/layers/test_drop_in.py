@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from vitfast.layers import _block
+from vitfast.blocks.parts import drop_scale
 from vitfast.ops import add_norm
 from vitfast.plans import DropRate
 from vitfast.swap import restore, swap
@@ -235,7 +235,7 @@ def test_drop_factors_are_timms_to_the_bit(dtype):
         torch.manual_seed(0)
         expected = timm_layers.drop_path(branch, 1 - keep, training=True)[:, 0, 0]
         torch.manual_seed(0)
-        factors = _block.drop_scale(branch, None, DropRate(1 - (1 - keep), True))
+        factors = drop_scale(branch, None, DropRate(1 - (1 - keep), True))
         assert torch.equal(factors, expected) and factors.dtype == dtype
 
 

@@ -12,7 +12,7 @@ from timm.models import maxxvit
 
 from vitfast import layers, restore, swap
 from vitfast.engine import rows as by_rows
-from vitfast.layers import _position
+from vitfast.layers.reading.position import _KEPT
 
 C, DIM = 32, 16
 CONFIGS = {
@@ -175,14 +175,14 @@ def test_positions_are_kept_without_autograd_only(lively):
     module = lively(block("block", "mlp")).eval()
     swap(module)
     gc.collect()
-    _position._KEPT.clear()
+    _KEPT.clear()
     with torch.no_grad():
         first = module.plan(module).attn.table
         assert module.plan(module).attn.table is first
     assert module.plan(module).attn.table.requires_grad
     del module
     gc.collect()
-    assert not _position._KEPT
+    assert not _KEPT
 
 
 def test_positions_by_the_mode_of_swin(lively):

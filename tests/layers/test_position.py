@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 
-from vitfast.layers import _position
+from vitfast.layers.reading.position import _KEPT, swin_v2_table
 from vitfast.runtime import native
 from vitfast.swap import swap
 
@@ -33,10 +33,10 @@ def test_a_bias_kept_in_inference_mode_serves_no_backward():
 @torch.no_grad()
 def test_a_forked_child_begins_with_none():
     mlp = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-    _position.table(mlp, torch.randn(1, 3, 3, 2), 2)
-    assert mlp in _position._KEPT
+    swin_v2_table(mlp, torch.randn(1, 3, 3, 2), 2)
+    assert mlp in _KEPT
     child = os.fork()
     if child == 0:
-        os._exit(len(_position._KEPT))
+        os._exit(len(_KEPT))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert mlp in _position._KEPT
+    assert mlp in _KEPT

@@ -11,7 +11,7 @@ from timm.models import rdnet
 from torch import nn
 
 from vitfast import layers, swap
-from vitfast.layers import _convnext
+from vitfast.blocks import convnext
 
 C, HIDDEN, WIDTH = 24, 72, 40
 kinds = pytest.mark.parametrize("kind", ["Block", "BlockESE"])
@@ -57,7 +57,7 @@ def test_stripes(parity, lively, narrow_stripes, shape, sizes, autocast):
 def test_inference_leaves_the_ops(lively, monkeypatch, kind):
     module = lively(block(kind))
     swap(module)
-    monkeypatch.setattr(_convnext, "_branch", None)
+    monkeypatch.setattr(convnext, "_branch", None)
     with torch.no_grad():
         module(torch.randn(2, C, 8, 8))
         with pytest.raises(TypeError, match="NoneType"):

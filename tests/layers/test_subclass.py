@@ -12,7 +12,7 @@ from torch import nn
 
 import vitfast
 from vitfast import ops
-from vitfast.layers import _subclass
+from vitfast.layers import subclass
 
 MODELS = {
     "vit": ("vit_tiny_patch16_224", dict(img_size=32, patch_size=8, depth=2, num_classes=5), 32),
@@ -115,7 +115,7 @@ def test_a_subclass_without_rules_trains(pair):
 
 def test_one_with_rules_sees_what_timm_does_and_is_told_once(pair):
     theirs, ours, x = pair
-    _subclass.is_plain.cache_clear()
+    subclass.is_plain.cache_clear()
     with torch.no_grad():
         Ruled.seen.clear()
         want = theirs(x.as_subclass(Ruled))
@@ -135,7 +135,7 @@ def test_one_with_rules_sees_what_timm_does_and_is_told_once(pair):
 def test_which_have_rules(kind, plain):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert _subclass.is_plain(kind) is plain
+        assert subclass.is_plain(kind) is plain
 
 
 def test_two_subclasses_at_once_are_torch_s_business():

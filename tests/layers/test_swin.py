@@ -14,7 +14,7 @@ from timm.models import swin_transformer_v2_cr as cr
 
 from vitfast import layers, restore, swap
 from vitfast.engine import rows as by_rows
-from vitfast.layers import _position
+from vitfast.layers.reading.position import _KEPT
 
 C, HEADS = 32, 2
 BLOCKS = {
@@ -287,7 +287,7 @@ def test_positions_are_kept_without_autograd_only(lively):
     assert module.plan(module).attn.table.requires_grad
     del module
     gc.collect()
-    assert not _position._KEPT
+    assert not _KEPT
 
 
 @both

@@ -5,8 +5,8 @@ can also be built directly, and given to timm's own factories (`block_fn=vitfast
 What a layer cannot do fused runs timm's forward.
 """
 
-from vitfast.layers._base import Layer
 from vitfast.layers.attention import Attention, AttentionRope
+from vitfast.layers.base import Layer
 from vitfast.layers.beit import Attention as BeitAttention
 from vitfast.layers.beit import Block as BeitBlock
 from vitfast.layers.block import Block

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from timm.models import vision_transformer
 
+from vitfast.blocks.transformer import run_transformer_block
 from vitfast.engine import memo
-from vitfast.layers import _block
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.block import plan_with_layer_scale
 
 
 class Block(Layer, vision_transformer.Block):
     """`timm.models.vision_transformer.Block` with fused norms, residuals and activations."""
 
     role = "block"
-    plan = staticmethod(_block.with_layer_scale)
+    plan = staticmethod(plan_with_layer_scale)
 
     def forward(
         self,
@@ -22,10 +23,10 @@ class Block(Layer, vision_transformer.Block):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = memo.recall_plan(_block.with_layer_scale, self, x, attn_mask)
+        plan = memo.recall_plan(plan_with_layer_scale, self, x, attn_mask)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
-        return _block.run(
+        return run_transformer_block(
             x,
             plan,
             self,

@@ -10,10 +10,17 @@ from timm.models import convnext
 from torch import nn
 
 from vitfast import plans
+from vitfast.blocks.convnext import run_convnext_block
 from vitfast.engine import memo
-from vitfast.layers import _convnext, _guard, _mlp
-from vitfast.layers._base import Layer
-from vitfast.layers._guard import Children
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.block import plan_convnext, read_depthwise, read_norm_after_conv
+from vitfast.layers.reading.children import (
+    Children,
+    check_bare,
+    read_drop_path,
+    read_optional_parameter,
+)
+from vitfast.layers.reading.mlp import read_pointwise_mlp
 from vitfast.plans import Unsupported
 
 
@@ -22,16 +29,16 @@ def plan_block(module: nn.Module) -> plans.ConvNeXtBlock:
     children = module._modules
     if type(children["shortcut"]) is not nn.Identity:
         raise Unsupported("its shortcut pools or widens")
-    _guard.check_bare(children["shortcut"], "shortcut")
-    return _convnext.plan(
+    check_bare(children["shortcut"], "shortcut")
+    return plan_convnext(
         lambda: (
-            _convnext.depthwise(children, "conv_dw"),
+            read_depthwise(children, "conv_dw"),
             _plan_norm(children["norm"], children, module.use_conv_mlp),
         ),
         lambda: (
-            _mlp.pointwise(children, "mlp"),
-            _guard.optional_parameter(module, "gamma"),
-            _guard.drop_path(children, "drop_path"),
+            read_pointwise_mlp(children, "mlp"),
+            read_optional_parameter(module, "gamma"),
+            read_drop_path(children, "drop_path"),
         ),
     )
 
@@ -43,7 +50,7 @@ def _plan_norm(
         return module
     if type(module) is timm_layers.SimpleNorm2d:
         return lambda x: module(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-    return _convnext.norm(children, over_nchw)
+    return read_norm_after_conv(children, over_nchw)
 
 
 class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):
@@ -56,4 +63,4 @@ class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):
         plan = memo.recall_plan(plan_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
-        return _convnext.run(x, plan, self, self.use_conv_mlp)
+        return run_convnext_block(x, plan, self, self.use_conv_mlp)

@@ -8,15 +8,19 @@ import torch
 from timm.models import davit
 
 from vitfast import plans
+from vitfast.blocks.transformer import run_attention_half, run_mlp_half
 from vitfast.engine import memo
-from vitfast.layers import _attention, _block, _guard, _windowed
-from vitfast.layers._base import Layer
+from vitfast.layers import windowed
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
+from vitfast.layers.reading.block import plan_without_layer_scale
+from vitfast.layers.reading.children import check_read
 from vitfast.plans import Unsupported
 
 
 def plan_attention(module: Any) -> plans.Attention:
     """How timm's DaViT `WindowAttention` computes, fused by timm or not."""
-    qkv, proj = _attention.projections(module, module.num_heads, module.fused_attn)
+    qkv, proj = projections(module, module.num_heads, module.fused_attn)
     return plans.Attention(heads=module.num_heads, qkv=(qkv,), proj=proj)
 
 
@@ -24,8 +28,8 @@ def plan_block(module: Any) -> plans.TransformerBlock:
     """How timm's `SpatialBlock` computes, its convolutions aside."""
     if module.mlp is None:
         raise Unsupported("it has no MLP")
-    plan = _block.without_layer_scale(module)
-    _guard.check_read(plan.attn)  # timm has no method that attends to a map
+    plan = plan_without_layer_scale(module)
+    check_read(plan.attn)  # timm has no method that attends to a map
     return plan
 
 
@@ -36,7 +40,7 @@ class WindowAttention(Layer, davit.WindowAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _windowed.attend(self, x, None, plan_attention)
+        out = windowed.attend_windows(self, x, None, plan_attention)
         return super().forward(x) if out is None else out
 
 
@@ -56,13 +60,13 @@ class SpatialBlock(Layer, davit.SpatialBlock):
         size = (x.shape[2], x.shape[3])
         windows = plans.Windows(size, tuple(self.window_size))
         tokens = self.cpe1(x).flatten(2).transpose(1, 2)
-        tokens = _block.attention_half(tokens, plan, windows=windows)
+        tokens = run_attention_half(tokens, plan, windows=windows)
         x = self.cpe2(tokens.transpose(1, 2).unflatten(2, size))
-        tokens = _block.run_mlp(x.flatten(2).transpose(1, 2), plan, self)
+        tokens = run_mlp_half(x.flatten(2).transpose(1, 2), plan, self)
         return tokens.transpose(1, 2).unflatten(2, size)
 
 
-_attention.PLANS |= {
+ATTENTION_PLANS |= {
     davit.WindowAttention: plan_attention,
     WindowAttention: plan_attention,
 }

@@ -7,9 +7,17 @@ from timm.models import edgenext
 from torch import nn
 
 from vitfast import plans
+from vitfast.blocks.convnext import run_convnext_block
 from vitfast.engine import memo
-from vitfast.layers import _convnext, _guard, _mlp
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.block import (
+    plan_convnext,
+    read_depthwise,
+    read_known,
+    read_norm_after_conv,
+)
+from vitfast.layers.reading.children import read_drop_path, read_optional_parameter
+from vitfast.layers.reading.mlp import read_mlp
 from vitfast.plans import Unsupported
 
 
@@ -18,15 +26,15 @@ def plan_block(module: nn.Module) -> plans.ConvNeXtBlock:
     children = module._modules
     if module.shortcut_after_dw:
         raise Unsupported("its shortcut leaves after the convolution, which strides or widens")
-    return _convnext.plan(
+    return plan_convnext(
         lambda: (
-            _convnext.depthwise(children, "conv_dw"),
-            _convnext.norm(children),
+            read_depthwise(children, "conv_dw"),
+            read_norm_after_conv(children),
         ),
         lambda: (
-            _convnext.child(_mlp.child, children, "mlp"),
-            _guard.optional_parameter(module, "gamma"),
-            _guard.drop_path(children, "drop_path"),
+            read_known(read_mlp, children, "mlp"),
+            read_optional_parameter(module, "gamma"),
+            read_drop_path(children, "drop_path"),
         ),
     )
 
@@ -39,4 +47,6 @@ class ConvBlock(Layer, edgenext.ConvBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = memo.recall_plan(plan_block, self, x)
-        return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run(x, plan, self)
+        return (
+            super().forward(x) if plan is None or x.ndim != 4 else run_convnext_block(x, plan, self)
+        )

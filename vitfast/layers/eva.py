@@ -8,10 +8,19 @@ import torch
 from timm.models import eva
 
 from vitfast import plans
+from vitfast.blocks.parts import attend
+from vitfast.blocks.transformer import run_transformer_block
 from vitfast.engine import memo
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _attention, _block, _guard
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.attention import (
+    ATTENTION_PLANS,
+    check_attention_width,
+    plan_common_attention,
+    read_packed_qkv,
+)
+from vitfast.layers.reading.block import plan_with_gammas
+from vitfast.layers.reading.children import read_or_call_linear
 
 
 def plan_attention(module: Any) -> plans.Attention:
@@ -21,12 +30,12 @@ def plan_attention(module: Any) -> plans.Attention:
     """
     children = module._modules
     if children.get("qkv") is not None:
-        plan = _attention.common(module, (_attention.packed(module),))
+        plan = plan_common_attention(module, (read_packed_qkv(module),))
     else:
-        plan = _attention.common(
-            module, tuple(_guard.layer(children, n) for n in ("q_proj", "k_proj", "v_proj"))
+        plan = plan_common_attention(
+            module, tuple(read_or_call_linear(children, n) for n in ("q_proj", "k_proj", "v_proj"))
         )
-    return _attention.check_width(plan)._replace(
+    return check_attention_width(plan)._replace(
         prefix=module.num_prefix_tokens, rope_half=getattr(module, "rotate_half", False)
     )
 
@@ -47,14 +56,14 @@ class EvaAttention(Layer, eva.EvaAttention):
         plan = plan_call(plan_attention, self, x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        return _attention.attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
+        return attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
 
 
 class EvaBlock(Layer, eva.EvaBlock):
     """`timm.models.eva.EvaBlock` with fused norms, residuals and activations."""
 
     role = "block"
-    plan = staticmethod(_block.with_gammas)
+    plan = staticmethod(plan_with_gammas)
 
     def forward(
         self,
@@ -63,10 +72,10 @@ class EvaBlock(Layer, eva.EvaBlock):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = memo.recall_plan(_block.with_gammas, self, x, attn_mask, rope)
+        plan = memo.recall_plan(plan_with_gammas, self, x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
-        return _block.run(
+        return run_transformer_block(
             x,
             plan,
             self,
@@ -77,4 +86,4 @@ class EvaBlock(Layer, eva.EvaBlock):
         )
 
 
-_attention.PLANS |= {eva.EvaAttention: plan_attention, EvaAttention: plan_attention}
+ATTENTION_PLANS |= {eva.EvaAttention: plan_attention, EvaAttention: plan_attention}

@@ -8,9 +8,13 @@ import torch
 from timm.models import hiera
 
 from vitfast import plans
+from vitfast.blocks.parts import attend
+from vitfast.blocks.transformer import run_transformer_block
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _as_built, _attention, _block
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.as_built import expect_attributes
+from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
+from vitfast.layers.reading.block import plan_with_layer_scale
 from vitfast.plans import Unfit, Unsupported
 
 
@@ -18,8 +22,8 @@ def plan_attention(module: Any) -> plans.Attention:
     """How timm's `MaskUnitAttention` computes, fused by timm or not."""
     if module.q_stride != 1:
         raise Unsupported("its queries are pooled")
-    qkv, proj = _attention.projections(module, module.heads, module.fused_attn)
-    _as_built.expect(module, dim_out=qkv.weight.shape[0] // 3)
+    qkv, proj = projections(module, module.heads, module.fused_attn)
+    expect_attributes(module, dim_out=qkv.weight.shape[0] // 3)
     return plans.Attention(heads=module.heads, qkv=(qkv,), proj=proj)
 
 
@@ -29,7 +33,7 @@ def plan_block(module: Any) -> plans.TransformerBlock:
         raise Unsupported("it widens its input")
     if getattr(module.attn, "q_stride", 1) != 1:
         raise Unsupported("its queries are pooled")
-    return _block.with_layer_scale(module)
+    return plan_with_layer_scale(module)
 
 
 def _windows(attn: Any, x: torch.Tensor) -> plans.Windows | None:
@@ -60,7 +64,7 @@ class MaskUnitAttention(Layer, hiera.MaskUnitAttention):
         if planned is None:
             return super().forward(x)
         plan, windows = planned
-        return _attention.attend(x, plan, windows=windows)
+        return attend(x, plan, windows=windows)
 
 
 class HieraBlock(Layer, hiera.HieraBlock):
@@ -74,10 +78,10 @@ class HieraBlock(Layer, hiera.HieraBlock):
         if planned is None:
             return super().forward(x)
         plan, windows = planned
-        return _block.run(x, plan, self, self.attn, windows=windows)
+        return run_transformer_block(x, plan, self, self.attn, windows=windows)
 
 
-_attention.PLANS |= {
+ATTENTION_PLANS |= {
     hiera.MaskUnitAttention: plan_attention,
     MaskUnitAttention: plan_attention,
 }

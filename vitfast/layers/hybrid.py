@@ -13,9 +13,10 @@ from torch import nn
 from vitfast import ops, plans
 from vitfast.engine.eligibility import may_fuse, planned
 from vitfast.engine.products import conv as conv_product
-from vitfast.layers import _guard, _stem
-from vitfast.layers._base import Layer
-from vitfast.layers.patch_embed import plan_projection
+from vitfast.layers import stem
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.children import check_bare
+from vitfast.layers.reading.conv import plan_projection
 from vitfast.plans import Unfit
 
 
@@ -23,7 +24,7 @@ def plan_stem(module: Any) -> plans.Projection | None:
     """The projection of what the backbone gives; None for none."""
     children = module._modules
     if type(children["proj"]) is nn.Identity:
-        _guard.check_bare(children["proj"], "proj")
+        check_bare(children["proj"], "proj")
         return None
     return plan_projection(module)
 
@@ -59,7 +60,7 @@ class HybridEmbed(Layer, timm_layers.HybridEmbed):
             plan = planned(plan_stem, self)
         except Unfit:
             return super().forward(x)
-        x = _stem.features(self.backbone, x)
+        x = stem.features(self.backbone, x)
         if isinstance(x, (list, tuple)):
             x = x[-1]
         height, width = (1, 1) if plan is None else plan.weight.shape[-2:]

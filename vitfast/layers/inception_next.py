@@ -7,22 +7,24 @@ from timm.models import inception_next
 from torch import nn
 
 from vitfast import plans
+from vitfast.blocks.mlp_residual import run_mlp_residual
 from vitfast.engine import memo
 from vitfast.engine.eligibility import records
-from vitfast.layers import _guard, _mlp, _tail
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
 from vitfast.layers.mlp import plan_conv_mlp
+from vitfast.layers.reading.children import expect_vector, read_drop_path, read_optional_parameter
+from vitfast.layers.reading.mlp import POINTWISE_MLP_PLANS, read_pointwise_mlp
 
 
 def plan_block(module: nn.Module) -> plans.MlpResidual:
     """How timm's `MetaNeXtBlock` computes after its mixer and norm, which are timm's."""
     children = module._modules
-    mlp = _mlp.pointwise(children, "mlp")
-    gamma = _guard.optional_parameter(module, "gamma")
+    mlp = read_pointwise_mlp(children, "mlp")
+    gamma = read_optional_parameter(module, "gamma")
     return plans.MlpResidual(
         mlp=mlp,
-        gamma=_guard.vector(gamma, len(mlp.fc2.weight), "gamma"),
-        drop=_guard.drop_path(children, "drop_path"),
+        gamma=expect_vector(gamma, len(mlp.fc2.weight), "gamma"),
+        drop=read_drop_path(children, "drop_path"),
     )
 
 
@@ -40,7 +42,7 @@ class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
         plan = memo.recall_plan(plan_block, self, x)
         if plan is None or x.ndim != 4 or records(x, plan):
             return super().forward(x)
-        return _tail.run(x, self.norm(self.token_mixer(x)), plan)
+        return run_mlp_residual(x, self.norm(self.token_mixer(x)), plan)
 
 
-_mlp.POINTWISE[inception_next.ConvMlp] = plan_conv_mlp
+POINTWISE_MLP_PLANS[inception_next.ConvMlp] = plan_conv_mlp

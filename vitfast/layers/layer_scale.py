@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from timm import layers as timm_layers
-from torch import nn
 
-from vitfast.layers import _guard
-from vitfast.layers._base import Layer
-from vitfast.layers._guard import Children
-from vitfast.plans import Unfit
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.children import LAYER_SCALES
 
 
 class LayerScale(Layer, timm_layers.LayerScale):
@@ -19,20 +15,4 @@ class LayerScale(Layer, timm_layers.LayerScale):
     """
 
 
-def child(children: Children, name: str, *, nchw: bool = False) -> torch.Tensor | None:
-    """gamma [C] of a LayerScale child (LayerScale2d, if `nchw`); None for an nn.Identity."""
-    module = children[name]
-    _guard.check_bare(module, name)
-    if type(module) is nn.Identity:
-        return None
-    if type(module) not in ((timm_layers.LayerScale2d,) if nchw else KINDS):
-        raise Unfit(f"{name} is a {type(module).__name__}, not timm's LayerScale")
-    if module.inplace:
-        raise Unfit(f"{name} works in place")
-    gamma = _guard.tensor(module, "gamma")
-    if gamma is None:
-        raise Unfit(f"{name} has no gamma")
-    return gamma
-
-
-KINDS = (timm_layers.LayerScale, LayerScale)
+LAYER_SCALES.add(LayerScale)

@@ -9,10 +9,27 @@ from timm.models import maxxvit
 from torch import nn
 
 from vitfast import plans
+from vitfast.blocks.convnext import run_convnext_block
+from vitfast.blocks.parts import attend
+from vitfast.blocks.transformer import run_transformer_block
 from vitfast.engine import memo
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _attention, _block, _convnext, _guard, _mlp, _position, layer_scale
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
+from vitfast.layers.reading.block import (
+    plan_convnext,
+    plan_with_layer_scale,
+    read_depthwise,
+    read_norm_after_conv,
+)
+from vitfast.layers.reading.children import (
+    check_bare,
+    check_no_dropout,
+    read_drop_path,
+    read_layer_scale,
+)
+from vitfast.layers.reading.mlp import read_pointwise_mlp
+from vitfast.layers.reading.position import read_relative_bias
 from vitfast.plans import Unsupported
 
 
@@ -21,15 +38,15 @@ def plan_attention(module: Any) -> plans.Attention:
     children = module._modules
     # Fused, timm looks at the mode of the attention, not at that of its dropout.
     mode = module.training if module.fused_attn else None
-    _guard.check_no_dropout(children, "attn_drop", mode)
-    _guard.check_no_dropout(children, "proj_drop")
-    qkv, proj = _attention.projections(module, module.num_heads, module.fused_attn)
+    check_no_dropout(children, "attn_drop", mode)
+    check_no_dropout(children, "proj_drop")
+    qkv, proj = projections(module, module.num_heads, module.fused_attn)
     return plans.Attention(
         heads=module.num_heads,
         qkv=(qkv,),
         proj=proj,
         head_first=module.head_first,
-        table=_position.relative(module.rel_pos),
+        table=read_relative_bias(module.rel_pos),
     )
 
 
@@ -49,7 +66,7 @@ class AttentionCl(Layer, maxxvit.AttentionCl):
         if plan is None or x.ndim != 4 or not _takes(self, tuple(x.shape[1:3])):
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         window = (x.shape[1], x.shape[2])
-        out = _attention.attend(x.flatten(1, 2), plan, windows=plans.Windows(window, window))
+        out = attend(x.flatten(1, 2), plan, windows=plans.Windows(window, window))
         return out.unflatten(1, window)
 
 
@@ -57,10 +74,10 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
     """`timm.models.maxxvit.PartitionAttentionCl`: its windows or grid as index arithmetic."""
 
     role = "block"
-    plan = staticmethod(_block.with_layer_scale)
+    plan = staticmethod(plan_with_layer_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(_block.with_layer_scale, self, x)
+        plan = memo.recall_plan(plan_with_layer_scale, self, x)
         window = tuple(self.partition_size)
         if plan is None or x.ndim != 4:
             return super().forward(x)
@@ -70,29 +87,29 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
         if size[0] % window[0] or size[1] % window[1]:
             return super().forward(x)
         windows = plans.Windows(size, window, grid=not self.partition_block)
-        out = _block.run(
+        out = run_transformer_block(
             x.flatten(1, 2), plan, self, self._partition_attn, maps=(size, size), windows=windows
         )
         return out.unflatten(1, size)
 
 
-def plan_convnext(module: Any) -> plans.ConvNeXtBlock:
+def plan_convnext_block(module: Any) -> plans.ConvNeXtBlock:
     """How timm's `ConvNeXtBlock` of this file computes, with linear layers or 1x1 convolutions."""
     children = module._modules
     for name in ("shortcut", "down"):
         if type(children[name]) is not nn.Identity:
             raise Unsupported(f"its {name} pools or widens")
-        _guard.check_bare(children[name], name)
+        check_bare(children[name], name)
     nchw = module.use_conv_mlp
-    return _convnext.plan(
+    return plan_convnext(
         lambda: (
-            _convnext.depthwise(children, "conv_dw"),
-            _convnext.norm(children, nchw),
+            read_depthwise(children, "conv_dw"),
+            read_norm_after_conv(children, nchw),
         ),
         lambda: (
-            _mlp.pointwise(children, "mlp"),
-            layer_scale.child(children, "ls", nchw=nchw),
-            _guard.drop_path(children, "drop_path"),
+            read_pointwise_mlp(children, "mlp"),
+            read_layer_scale(children, "ls", nchw=nchw),
+            read_drop_path(children, "drop_path"),
         ),
     )
 
@@ -101,13 +118,13 @@ class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
     """`timm.models.maxxvit.ConvNeXtBlock`, where it neither strides nor widens."""
 
     role = "block"
-    plan = staticmethod(plan_convnext)
+    plan = staticmethod(plan_convnext_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_convnext, self, x)
+        plan = memo.recall_plan(plan_convnext_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
-        return _convnext.run(x, plan, self, self.use_conv_mlp)
+        return run_convnext_block(x, plan, self, self.use_conv_mlp)
 
 
-_attention.PLANS |= {maxxvit.AttentionCl: plan_attention, AttentionCl: plan_attention}
+ATTENTION_PLANS |= {maxxvit.AttentionCl: plan_attention, AttentionCl: plan_attention}

@@ -7,27 +7,42 @@ from timm import layers as timm_layers
 from torch import nn
 
 from vitfast import plans
+from vitfast.blocks.parts import apply_mlp
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _as_built, _guard, _mlp, _norm
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.as_built import expect_attributes
+from vitfast.layers.reading.children import (
+    check_bare,
+    check_no_dropout,
+    read_activation,
+    read_linear,
+    read_or_call_linear,
+)
+from vitfast.layers.reading.mlp import (
+    MLP_PLANS,
+    POINTWISE_MLP_PLANS,
+    plan_common_mlp,
+    with_act_module,
+)
+from vitfast.layers.reading.norm import read_grn
 from vitfast.plans import Unsupported
 
 
 def plan_mlp(module: nn.Module) -> plans.Mlp:
     """How timm's `Mlp` computes."""
-    return _mlp.common(module, "fc1")
+    return plan_common_mlp(module, "fc1")
 
 
 def plan_pointwise(module: nn.Module) -> plans.Mlp:
     """As `plan_mlp`, where the caller's channels come last, and linears may be convolutions."""
-    return _mlp.common(module, "fc1", pointwise=True)
+    return plan_common_mlp(module, "fc1", pointwise=True)
 
 
 def plan_grn_mlp(module: nn.Module) -> plans.Mlp:
     """How timm's `GlobalResponseNormMlp` computes, on channels last."""
     plan = plan_pointwise(module)
     channel_dim = -1 if plan.fc1.weight.ndim == 2 else 1
-    return plan._replace(grn=_norm.grn_child(module._modules, "grn", channel_dim))
+    return plan._replace(grn=read_grn(module._modules, "grn", channel_dim))
 
 
 def plan_conv_mlp(module: nn.Module) -> plans.Mlp:
@@ -35,28 +50,30 @@ def plan_conv_mlp(module: nn.Module) -> plans.Mlp:
     children = module._modules
     if type(children["norm"]) is not nn.Identity:
         raise Unsupported("its MLP has a norm before the activation")
-    _guard.check_bare(children["norm"], "norm")
-    act = _guard.activation(children, "act")
-    _guard.check_no_dropout(children, "drop")
+    check_bare(children["norm"], "norm")
+    act = read_activation(children, "act")
+    check_no_dropout(children, "drop")
     return plans.Mlp(
-        fc1=_guard.linear(children, "fc1", pointwise=True),
+        fc1=read_linear(children, "fc1", pointwise=True),
         act=act,
-        fc2=_guard.linear(children, "fc2", pointwise=True),
+        fc2=read_linear(children, "fc2", pointwise=True),
         norm=None,
     )
 
 
 def plan_glu_mlp(module: nn.Module) -> plans.Mlp:
     """How timm's `GluMlp` computes: both halves from one projection."""
-    _as_built.expect(module, chunk_dim=-1)
+    expect_attributes(module, chunk_dim=-1)
     packed = "last" if module.gate_last else "first"
-    return _mlp.common(module, "fc1")._replace(packed=packed)
+    return plan_common_mlp(module, "fc1")._replace(packed=packed)
 
 
 def plan_swiglu(module: nn.Module) -> plans.Mlp:
     """How timm's `SwiGLU` computes: gate and value from a projection each."""
-    plan = _mlp.common(module, "fc1_x")
-    return _mlp.with_act(plan._replace(gate=_guard.layer(module._modules, "fc1_g")), module)
+    plan = plan_common_mlp(module, "fc1_x")
+    return with_act_module(
+        plan._replace(gate=read_or_call_linear(module._modules, "fc1_g")), module
+    )
 
 
 class Mlp(Layer, timm_layers.Mlp):
@@ -66,7 +83,7 @@ class Mlp(Layer, timm_layers.Mlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = plan_call(plan_mlp, self, x)
-        return super().forward(x) if plan is None else _mlp.apply(x, plan)
+        return super().forward(x) if plan is None else apply_mlp(x, plan)
 
 
 class GlobalResponseNormMlp(Layer, timm_layers.GlobalResponseNormMlp):
@@ -79,8 +96,8 @@ class GlobalResponseNormMlp(Layer, timm_layers.GlobalResponseNormMlp):
         if plan is None or x.ndim != 4:
             return super().forward(x)
         if plan.fc1.weight.ndim == 2:
-            return _mlp.apply(x, plan)
-        return _mlp.apply(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
+            return apply_mlp(x, plan)
+        return apply_mlp(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
 
 
 class GluMlp(Layer, timm_layers.GluMlp):
@@ -90,7 +107,7 @@ class GluMlp(Layer, timm_layers.GluMlp):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = plan_call(plan_glu_mlp, self, x)
-        return super().forward(x) if plan is None else _mlp.apply(x, plan)
+        return super().forward(x) if plan is None else apply_mlp(x, plan)
 
 
 class SwiGLU(Layer, timm_layers.SwiGLU):
@@ -100,10 +117,10 @@ class SwiGLU(Layer, timm_layers.SwiGLU):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = plan_call(plan_swiglu, self, x)
-        return super().forward(x) if plan is None else _mlp.apply(x, plan)
+        return super().forward(x) if plan is None else apply_mlp(x, plan)
 
 
-_mlp.PLANS |= {
+MLP_PLANS |= {
     timm_layers.Mlp: plan_mlp,
     Mlp: plan_mlp,
     timm_layers.GluMlp: plan_glu_mlp,
@@ -111,7 +128,7 @@ _mlp.PLANS |= {
     timm_layers.SwiGLU: plan_swiglu,
     SwiGLU: plan_swiglu,
 }
-_mlp.POINTWISE |= {
+POINTWISE_MLP_PLANS |= {
     timm_layers.Mlp: plan_pointwise,
     Mlp: plan_pointwise,
     timm_layers.ConvMlp: plan_conv_mlp,

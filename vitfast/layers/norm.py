@@ -7,41 +7,42 @@ from timm import layers as timm_layers
 from timm.layers import grn
 
 from vitfast import ops
+from vitfast.blocks.parts import apply_norm, norm_2d_dtype
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _norm
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.norm import GRNS, NORMS, NORMS_2D, plan_grn, plan_norm, plan_norm_2d
 
 
 class LayerNorm(Layer, timm_layers.LayerNorm):
     """`timm.layers.LayerNorm` on `vitfast.ops.layer_norm`."""
 
-    plan = staticmethod(_norm.plan)
+    plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(_norm.plan, self, x)
-        return super().forward(x) if plan is None else _norm.apply(x, plan)
+        plan = plan_call(plan_norm, self, x)
+        return super().forward(x) if plan is None else apply_norm(x, plan)
 
 
 class RmsNorm(Layer, timm_layers.RmsNorm):
     """`timm.layers.RmsNorm` on `vitfast.ops.rms_norm`."""
 
-    plan = staticmethod(_norm.plan)
+    plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(_norm.plan, self, x)
-        return super().forward(x) if plan is None else _norm.apply(x, plan)
+        plan = plan_call(plan_norm, self, x)
+        return super().forward(x) if plan is None else apply_norm(x, plan)
 
 
 class LayerNorm2d(Layer, timm_layers.LayerNorm2d):
     """`timm.layers.LayerNorm2d` on `vitfast.ops.layer_norm`; channels-last out, as timm's."""
 
-    plan = staticmethod(_norm.plan_2d)
+    plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(_norm.plan_2d, self, x)
+        plan = plan_call(plan_norm_2d, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
-        return _norm.apply(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
+        return apply_norm(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
 
 
 class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
@@ -50,23 +51,23 @@ class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
     timm's result lies as its input does: other maps are left to it.
     """
 
-    plan = staticmethod(_norm.plan_2d)
+    plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(_norm.plan_2d, self, x)
+        plan = plan_call(plan_norm_2d, self, x)
         if plan is None or x.ndim != 4 or not x.permute(0, 2, 3, 1).is_contiguous():
             return super().forward(x)
-        dtype = _norm.dtype_2d(x.dtype, plan)
-        return _norm.apply(x.permute(0, 2, 3, 1), plan, dtype).permute(0, 3, 1, 2)
+        dtype = norm_2d_dtype(x.dtype, plan)
+        return apply_norm(x.permute(0, 2, 3, 1), plan, dtype).permute(0, 3, 1, 2)
 
 
 class GlobalResponseNorm(Layer, grn.GlobalResponseNorm):
     """`timm.layers.grn.GlobalResponseNorm` on `vitfast.ops.grn`."""
 
-    plan = staticmethod(_norm.plan_grn)
+    plan = staticmethod(plan_grn)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(_norm.plan_grn, self, x)
+        plan = plan_call(plan_grn, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         if self.channel_dim == -1:
@@ -74,6 +75,6 @@ class GlobalResponseNorm(Layer, grn.GlobalResponseNorm):
         return ops.grn(x.permute(0, 2, 3, 1), *plan).permute(0, 3, 1, 2)
 
 
-_norm.KINDS |= {LayerNorm: "layer", RmsNorm: "rms"}
-_norm.KINDS_2D |= {LayerNorm2d: "layer", RmsNorm2d: "rms"}
-_norm.GRN.add(GlobalResponseNorm)
+NORMS |= {LayerNorm: "layer", RmsNorm: "rms"}
+NORMS_2D |= {LayerNorm2d: "layer", RmsNorm2d: "rms"}
+GRNS.add(GlobalResponseNorm)

@@ -6,26 +6,13 @@ import torch
 import torch.nn.functional as F
 from timm import layers as timm_layers
 from timm.layers import Format
-from torch import nn
 
 from vitfast import ops, plans
 from vitfast.engine import patches as engine
 from vitfast.engine.eligibility import plan_call, records_grad
-from vitfast.layers import _guard, _norm
-from vitfast.layers._base import Layer
-from vitfast.plans import Unfit, Unsupported
-
-
-def plan_projection(module: nn.Module, name: str = "proj") -> plans.Projection:
-    """What a child holds that must be a convolution of disjoint patches."""
-    proj = module._modules[name]
-    if type(proj) is not nn.Conv2d:
-        raise Unfit(f"{name} is a {type(proj).__name__}, not torch.nn.Conv2d")
-    _guard.check_bare(proj, name)
-    plain = proj.padding == (0, 0) and proj.dilation == (1, 1) and proj.groups == 1
-    if not plain or proj.stride != proj.kernel_size:
-        raise Unsupported("its convolution is not one of disjoint patches")
-    return plans.Projection(_guard.tensor(proj, "weight"), _guard.tensor(proj, "bias"))
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.conv import plan_projection
+from vitfast.layers.reading.norm import read_optional_norm
 
 
 class PatchEmbed(Layer, timm_layers.PatchEmbed):
@@ -67,7 +54,7 @@ def _normed(module: PatchEmbed, x: torch.Tensor, plan: plans.Projection) -> torc
     """Patches and their norm as one, in inference on the CPU; elsewhere None."""
     if torch.compiler.is_compiling() or x.numel() == 0:
         return None
-    norm = plan_call(lambda m: _norm.optional_child(m._modules, "norm"), module, x)
+    norm = plan_call(lambda m: read_optional_norm(m._modules, "norm"), module, x)
     if norm is None or records_grad(x, *plan, norm.weight, norm.bias):
         return None
     return engine.embed(x, *plan, norm)

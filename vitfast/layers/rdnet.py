@@ -7,9 +7,12 @@ from timm.models import rdnet
 from torch import nn
 
 from vitfast import plans
+from vitfast.blocks.convnext import run_convnext_branch
 from vitfast.engine import memo
-from vitfast.layers import _convnext, _guard, _norm
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.block import read_depthwise
+from vitfast.layers.reading.children import check_bare, read_activation, read_linear
+from vitfast.layers.reading.norm import read_norm_2d
 from vitfast.plans import Unsupported
 
 
@@ -19,15 +22,15 @@ def plan_block(module: nn.Module) -> plans.ConvNeXtBlock:
     order = "012345" if isinstance(module, rdnet.BlockESE) else "01234"
     if type(layers) is not nn.Sequential or list(layers._modules) != list(order):
         raise Unsupported("its layers are in another order")
-    _guard.check_bare(layers, "layers")
+    check_bare(layers, "layers")
     children = layers._modules
     return plans.ConvNeXtBlock(
-        conv=_convnext.depthwise(children, "0"),
-        norm=_norm.child_2d(children, "1"),
+        conv=read_depthwise(children, "0"),
+        norm=read_norm_2d(children, "1"),
         mlp=plans.Mlp(
-            fc1=_guard.linear(children, "2", pointwise=True),
-            act=_guard.activation(children, "3"),
-            fc2=_guard.linear(children, "4", pointwise=True),
+            fc1=read_linear(children, "2", pointwise=True),
+            act=read_activation(children, "3"),
+            fc2=read_linear(children, "4", pointwise=True),
             norm=None,
         ),
         gamma=None,
@@ -43,7 +46,7 @@ class Block(Layer, rdnet.Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = memo.recall_plan(plan_block, self, x)
-        return super().forward(x) if plan is None or x.ndim != 4 else _convnext.run_branch(x, plan)
+        return super().forward(x) if plan is None or x.ndim != 4 else run_convnext_branch(x, plan)
 
 
 class BlockESE(Layer, rdnet.BlockESE):
@@ -56,4 +59,4 @@ class BlockESE(Layer, rdnet.BlockESE):
         plan = memo.recall_plan(plan_block, self, x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
-        return self.layers[5](_convnext.run_branch(x, plan))
+        return self.layers[5](run_convnext_branch(x, plan))

@@ -8,21 +8,25 @@ import torch
 from timm.models import vision_transformer_relpos as relpos
 
 from vitfast import plans
+from vitfast.blocks.parts import attend
+from vitfast.blocks.transformer import run_transformer_block
 from vitfast.engine import memo
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _attention, _block, _guard
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.attention import ATTENTION_PLANS, dense_bias, plan_common_attention
+from vitfast.layers.reading.block import plan_with_layer_scale
+from vitfast.layers.reading.children import read_or_call_linear
 
 
 def plan_attention(module: Any) -> plans.Attention:
     """How timm's `RelPosAttention` computes."""
-    return _attention.common(module, (_guard.layer(module._modules, "qkv"),))
+    return plan_common_attention(module, (read_or_call_linear(module._modules, "qkv"),))
 
 
 def position_bias(module: Any, shared: torch.Tensor | None) -> dict[str, Any]:
     """The bias of `RelPosAttention`, as an argument of `attend`; its own wins, as in timm."""
     bias = shared if module.rel_pos is None else module.rel_pos.get_bias()
-    return _attention.dense_bias(bias, module.num_heads)
+    return dense_bias(bias, module.num_heads)
 
 
 class RelPosAttention(Layer, relpos.RelPosAttention):
@@ -35,20 +39,20 @@ class RelPosAttention(Layer, relpos.RelPosAttention):
         plan = plan_call(plan_attention, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
-        return _attention.attend(x, plan, **position_bias(self, shared_rel_pos))
+        return attend(x, plan, **position_bias(self, shared_rel_pos))
 
 
 class RelPosBlock(Layer, relpos.RelPosBlock):
     """`timm.models.vision_transformer_relpos.RelPosBlock`, norms and residuals fused."""
 
     role = "block"
-    plan = staticmethod(_block.with_layer_scale)
+    plan = staticmethod(plan_with_layer_scale)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = memo.recall_plan(_block.with_layer_scale, self, x, shared_rel_pos)
+        plan = memo.recall_plan(plan_with_layer_scale, self, x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
-        return _block.run(
+        return run_transformer_block(
             x,
             plan,
             self,
@@ -57,4 +61,4 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
         )
 
 
-_attention.PLANS |= {relpos.RelPosAttention: plan_attention, RelPosAttention: plan_attention}
+ATTENTION_PLANS |= {relpos.RelPosAttention: plan_attention, RelPosAttention: plan_attention}

@@ -5,27 +5,28 @@ from __future__ import annotations
 import torch
 from timm.models import resnetv2
 
+from vitfast.blocks.bottleneck import run_bottleneck, run_preact_bottleneck
 from vitfast.engine import memo
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _bottleneck
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.bottleneck import plan_bottleneck, plan_preact_bottleneck
 
 
 class Bottleneck(Layer, resnetv2.Bottleneck):
     """`timm.models.resnetv2.Bottleneck`, each norm with its activation in one pass."""
 
-    plan = staticmethod(_bottleneck.plan)
+    plan = staticmethod(plan_bottleneck)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(_bottleneck.plan, self, x)
-        return super().forward(x) if plan is None else _bottleneck.apply(x, plan)
+        plan = memo.recall_plan(plan_bottleneck, self, x)
+        return super().forward(x) if plan is None else run_bottleneck(x, plan)
 
 
 class PreActBottleneck(Layer, resnetv2.PreActBottleneck):
     """`timm.models.resnetv2.PreActBottleneck`, each norm with its activation in one pass."""
 
-    plan = staticmethod(_bottleneck.plan_preact)
+    plan = staticmethod(plan_preact_bottleneck)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(_bottleneck.plan_preact, self, x)
-        return super().forward(x) if plan is None else _bottleneck.apply_preact(x, plan)
+        plan = plan_call(plan_preact_bottleneck, self, x)
+        return super().forward(x) if plan is None else run_preact_bottleneck(x, plan)

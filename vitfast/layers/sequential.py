@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from vitfast import ops, plans
+from vitfast import plans
+from vitfast.blocks.patches import _differentiable, _fused
 from vitfast.engine import memo
-from vitfast.engine import patches as engine
-from vitfast.engine.eligibility import records_grad
-from vitfast.layers import _block, _norm, patch_embed
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.conv import plan_projection
+from vitfast.layers.reading.norm import read_norm_2d
 from vitfast.plans import Unsupported
-from vitfast.runtime.library import autocast_dtype
 
 
 def plan_patches(module: nn.Module) -> plans.Patches:
@@ -25,9 +24,7 @@ def plan_patches(module: nn.Module) -> plans.Patches:
     norm, conv = children if norm_first else reversed(children)
     if children[conv].kernel_size == (1, 1):
         raise Unsupported("its convolution is a linear layer")
-    return plans.Patches(
-        patch_embed.plan_projection(module, conv), _norm.child_2d(children, norm), norm_first
-    )
+    return plans.Patches(plan_projection(module, conv), read_norm_2d(children, norm), norm_first)
 
 
 class Sequential(Layer, nn.Sequential):
@@ -52,23 +49,3 @@ class Sequential(Layer, nn.Sequential):
         if tokens is None:
             tokens = _differentiable(x, plan)
         return tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
-
-
-def _fused(x: torch.Tensor, plan: plans.Patches) -> torch.Tensor | None:
-    """In inference on the CPU; elsewhere None."""
-    if torch.compiler.is_compiling() or records_grad(*plans.tensors_in((x, plan))):
-        return None
-    if plan.norm_first:
-        return engine.downsample(x.permute(0, 2, 3, 1), plan)
-    operand = autocast_dtype(x.device) or x.dtype
-    if _norm.dtype_2d(operand, plan.norm) not in (None, operand):
-        return None
-    return engine.embed(x, *plan.projection, plan.norm)
-
-
-def _differentiable(x: torch.Tensor, plan: plans.Patches) -> torch.Tensor:
-    if not plan.norm_first:
-        tokens = ops.patch_embed(x, *plan.projection)
-        return _norm.apply(tokens, plan.norm, _norm.dtype_2d(tokens.dtype, plan.norm))
-    normed = _norm.apply(x.permute(0, 2, 3, 1), plan.norm, _block.operand_dtype(x))
-    return ops.patch_embed(normed.permute(0, 3, 1, 2), *plan.projection)

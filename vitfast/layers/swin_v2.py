@@ -8,27 +8,37 @@ import torch
 from timm.models import swin_transformer_v2
 
 from vitfast import plans
-from vitfast.layers import _attention, _guard, _patch_merging, _position, _windowed
-from vitfast.layers._base import Layer
+from vitfast.blocks.patch_merging import run_patch_merging
+from vitfast.layers import windowed
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.attention import (
+    ATTENTION_PLANS,
+    check_softmax,
+    projections,
+    read_packed_bias,
+)
+from vitfast.layers.reading.block import plan_patch_merging_norm_last
+from vitfast.layers.reading.children import check_no_dropout, read_parameter
+from vitfast.layers.reading.position import check_position_index, swin_v2_table
 from vitfast.plans import Unfit
 
 
 def plan_attention(module: Any) -> plans.Attention:
     """How timm's Swin V2 `WindowAttention` computes."""
     children = module._modules
-    _guard.check_no_dropout(children, "attn_drop")
-    _guard.check_no_dropout(children, "proj_drop")
-    qkv, proj = _attention.projections(module, module.num_heads, True)
-    logit_scale = _guard.tensor(module, "logit_scale")
+    check_no_dropout(children, "attn_drop")
+    check_no_dropout(children, "proj_drop")
+    qkv, proj = projections(module, module.num_heads, True)
+    logit_scale = read_parameter(module, "logit_scale")
     if logit_scale.shape != (module.num_heads, 1, 1):
         raise Unfit(f"logit_scale has shape {tuple(logit_scale.shape)}")
-    _attention.check_softmax(children)
-    _position.check_index(module, tuple(module.window_size))
+    check_softmax(children)
+    check_position_index(module, tuple(module.window_size))
     return plans.Attention(
         heads=module.num_heads,
-        qkv=(qkv._replace(bias=_attention.packed_bias(module)),),
+        qkv=(qkv._replace(bias=read_packed_bias(module)),),
         proj=proj,
-        table=_position.table(module.cpb_mlp, module.relative_coords_table, module.num_heads),
+        table=swin_v2_table(module.cpb_mlp, module.relative_coords_table, module.num_heads),
         logit_scale=logit_scale.flatten(),
     )
 
@@ -40,7 +50,7 @@ class WindowAttention(Layer, swin_transformer_v2.WindowAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        out = _windowed.attend(self, x, mask, plan_attention)
+        out = windowed.attend_windows(self, x, mask, plan_attention)
         return super().forward(x, mask=mask) if out is None else out
 
 
@@ -48,24 +58,24 @@ class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
     """`timm.models.swin_transformer_v2.SwinTransformerV2Block`, as `SwinTransformerBlock`."""
 
     role = "block"
-    plan = staticmethod(_windowed.norms_last)
+    plan = staticmethod(windowed.plan_norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _windowed.run_block(self, x, _windowed.norms_last)
+        out = windowed.run_windowed_block(self, x, windowed.plan_norms_last)
         return super().forward(x) if out is None else out
 
 
 class PatchMerging(Layer, swin_transformer_v2.PatchMerging):
     """`timm.models.swin_transformer_v2.PatchMerging` on `vitfast.ops.patch_merge`."""
 
-    plan = staticmethod(_patch_merging.norm_last)
+    plan = staticmethod(plan_patch_merging_norm_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _patch_merging.run(self, x, _patch_merging.norm_last)
+        out = run_patch_merging(self, x, plan_patch_merging_norm_last)
         return super().forward(x) if out is None else out
 
 
-_attention.PLANS |= {
+ATTENTION_PLANS |= {
     swin_transformer_v2.WindowAttention: plan_attention,
     WindowAttention: plan_attention,
 }

@@ -8,8 +8,15 @@ import torch
 from timm.models import swin_transformer_v2_cr
 
 from vitfast import plans
-from vitfast.layers import _as_built, _attention, _guard, _mlp, _patch_merging, _position, _windowed
-from vitfast.layers._base import Layer
+from vitfast.blocks.patch_merging import run_patch_merging
+from vitfast.layers import windowed
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.as_built import expect_buffer
+from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
+from vitfast.layers.reading.block import plan_patch_merging
+from vitfast.layers.reading.children import check_no_dropout, expect_vector, read_parameter
+from vitfast.layers.reading.mlp import read_mlp
+from vitfast.layers.reading.position import position_index
 from vitfast.plans import Unfit
 
 
@@ -20,18 +27,18 @@ def plan_attention(module: Any) -> plans.Attention:
     pair of tokens to the next of the same relative position: that is for timm.
     """
     children = module._modules
-    _guard.check_no_dropout(children, "attn_drop")
-    _guard.check_no_dropout(children, "proj_drop")
-    _mlp.child(children, "meta_mlp")
-    qkv, proj = _attention.projections(module, module.num_heads, True)
-    window, logit_scale = tuple(module.window_size), _guard.tensor(module, "logit_scale")
+    check_no_dropout(children, "attn_drop")
+    check_no_dropout(children, "proj_drop")
+    read_mlp(children, "meta_mlp")
+    qkv, proj = projections(module, module.num_heads, True)
+    window, logit_scale = tuple(module.window_size), read_parameter(module, "logit_scale")
     if logit_scale is None:
         raise Unfit("it has no logit_scale")
-    _guard.vector(logit_scale, module.num_heads, "logit_scale")
-    _as_built.expect_buffer(
+    expect_vector(logit_scale, module.num_heads, "logit_scale")
+    expect_buffer(
         module,
         "relative_coordinates_log",
-        lambda found: _coordinates(found, window)[_position.index(window).flatten()],
+        lambda found: _coordinates(found, window)[position_index(window).flatten()],
         window,
     )
     return plans.Attention(
@@ -58,7 +65,7 @@ class WindowMultiHeadAttention(Layer, swin_transformer_v2_cr.WindowMultiHeadAtte
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        out = _windowed.attend(self, x, mask, plan_attention)
+        out = windowed.attend_windows(self, x, mask, plan_attention)
         return super().forward(x, mask=mask) if out is None else out
 
 
@@ -66,24 +73,24 @@ class SwinTransformerV2CrBlock(Layer, swin_transformer_v2_cr.SwinTransformerV2Cr
     """`timm.models.swin_transformer_v2_cr.SwinTransformerV2CrBlock`, as Swin V2's."""
 
     role = "block"
-    plan = staticmethod(_windowed.norms_last)
+    plan = staticmethod(windowed.plan_norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _windowed.run_block(self, x, _windowed.norms_last, "_shifted_window_attn")
+        out = windowed.run_windowed_block(self, x, windowed.plan_norms_last, "_shifted_window_attn")
         return super().forward(x) if out is None else self.norm3(out)
 
 
 class PatchMerging(Layer, swin_transformer_v2_cr.PatchMerging):
     """`timm.models.swin_transformer_v2_cr.PatchMerging`, as Swin's."""
 
-    plan = staticmethod(_patch_merging.norm_first)
+    plan = staticmethod(plan_patch_merging)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = _patch_merging.run(self, x, _patch_merging.norm_first)
+        out = run_patch_merging(self, x, plan_patch_merging)
         return super().forward(x) if out is None else out
 
 
-_attention.PLANS |= {
+ATTENTION_PLANS |= {
     swin_transformer_v2_cr.WindowMultiHeadAttention: plan_attention,
     WindowMultiHeadAttention: plan_attention,
 }

@@ -6,9 +6,10 @@ import torch
 from timm.layers import register_notrace_module
 from torch import nn
 
+from vitfast.blocks.parts import apply_norm
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _norm
-from vitfast.layers._base import Layer
+from vitfast.layers.base import Layer
+from vitfast.layers.reading.norm import NORMS, plan_norm
 
 
 @register_notrace_module
@@ -18,11 +19,11 @@ class LayerNorm(Layer, nn.LayerNorm):
     A leaf for FX, as torch's own modules are, so that node names stay what they were.
     """
 
-    plan = staticmethod(_norm.plan)
+    plan = staticmethod(plan_norm)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(_norm.plan, self, input)
-        return super().forward(input) if plan is None else _norm.apply(input, plan)
+        plan = plan_call(plan_norm, self, input)
+        return super().forward(input) if plan is None else apply_norm(input, plan)
 
 
-_norm.KINDS[LayerNorm] = "layer"
+NORMS[LayerNorm] = "layer"

@@ -10,8 +10,8 @@ from torch import nn
 
 from vitfast.engine import memo
 from vitfast.engine.eligibility import planned
-from vitfast.layers import _subclass
-from vitfast.layers._guard import called
+from vitfast.layers import subclass
+from vitfast.layers.reading.children import describe_called
 from vitfast.plans import Unfit
 
 
@@ -50,16 +50,16 @@ class Layer:
         theirs = super().forward  # type: ignore[misc]
         if torch.compiler.is_compiling():
             return theirs(*args, **kwargs)
-        kind = _subclass.kind_of((*args, *kwargs.values()))
+        kind = subclass.kind_of((*args, *kwargs.values()))
         if kind is None:
             return theirs(*args, **kwargs)
         try:
             plan = planned(self.plan, self)  # type: ignore[arg-type]
         except Unfit:
             return theirs(*args, **kwargs)
-        if list(called(plan)):  # which is to see the subclass, as in timm
+        if list(describe_called(plan)):  # which is to see the subclass, as in timm
             return theirs(*args, **kwargs)
-        return _subclass.run_plain(self.forward, kind, args, kwargs)
+        return subclass.run_plain(self.forward, kind, args, kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         memo.forget(self)  # type: ignore[arg-type]

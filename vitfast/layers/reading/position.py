@@ -19,7 +19,15 @@ from torch import nn
 
 from vitfast.engine.eligibility import records_grad
 from vitfast.engine.products import weights as weights_cache
-from vitfast.layers import _as_built, _guard, _mlp
+from vitfast.layers.reading.as_built import expect_attributes, expect_buffer
+from vitfast.layers.reading.children import (
+    check_bare,
+    check_readable,
+    read_activation,
+    read_linear,
+    read_parameter,
+)
+from vitfast.layers.reading.mlp import MLP_PLANS, check_mlp_read
 from vitfast.plans import Linear, Unfit, Unsupported
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
@@ -30,15 +38,18 @@ if hasattr(os, "register_at_fork"):  # what tells changes may count on threads t
     os.register_at_fork(after_in_child=_KEPT.clear)
 
 
-def index(window: tuple[int, int]) -> torch.Tensor:
+def position_index(window: tuple[int, int]) -> torch.Tensor:
     """Which relative position each pair of a window's tokens has, int64 [h w, h w]."""
     return timm_layers.gen_relative_position_index(window)
 
 
-def check_index(module: nn.Module, window: tuple[int, int]) -> None:
+def check_position_index(module: nn.Module, window: tuple[int, int]) -> None:
     """That a module reads its table as `ops.window_attention` does."""
-    _as_built.expect_buffer(
-        module, "relative_position_index", lambda found: index(window).view(found.shape), window
+    expect_buffer(
+        module,
+        "relative_position_index",
+        lambda found: position_index(window).view(found.shape),
+        window,
     )
 
 
@@ -50,39 +61,39 @@ def _check_lookup(module: nn.Module, name: str, length: int) -> None:
         distances = places - places[:, None] + length - 1
         return nn.functional.one_hot(distances, 2 * length - 1)
 
-    _as_built.expect_buffer(module, name, one_hot, length)
+    expect_buffer(module, name, one_hot, length)
 
 
-def table(mlp: nn.Module, coordinates: torch.Tensor, heads: int) -> torch.Tensor:
+def swin_v2_table(mlp: nn.Module, coordinates: torch.Tensor, heads: int) -> torch.Tensor:
     """Swin V2's: 16 sigmoid(mlp(coordinates)) as [positions, heads]."""
     return _kept(
         mlp, coordinates, lambda: 16 * torch.sigmoid(mlp(coordinates).view(-1, heads)), "swin"
     )
 
 
-def relative(module: Any) -> torch.Tensor | None:
+def read_relative_bias(module: Any) -> torch.Tensor | None:
     """[positions, heads] of timm's `RelPosBias`, `RelPosBiasTf` or `RelPosMlp`; None for None."""
     if module is None:
         return None
     kind = type(module)
     if kind not in (timm_layers.RelPosBias, timm_layers.RelPosBiasTf, timm_layers.RelPosMlp):
         raise Unsupported(f"position bias {kind.__name__} is not implemented")
-    _guard.check_bare(module, "rel_pos")
+    check_bare(module, "rel_pos")
     if getattr(module, "prefix_tokens", 0):
         raise Unsupported("a position bias with prefix tokens is not implemented")
     window = tuple(module.window_size)
     if kind is timm_layers.RelPosMlp:
         heads, area = module.num_heads, window[0] * window[1]
-        _as_built.expect(module, bias_shape=(area, area, heads))
-        check_index(module, window)
+        expect_attributes(module, bias_shape=(area, area, heads))
+        check_position_index(module, window)
         return _from_mlp(module)
-    found = _guard.tensor(module, "relative_position_bias_table")
+    found = read_parameter(module, "relative_position_bias_table")
     if found is None:
         raise Unfit("rel_pos has no table")
     if kind is timm_layers.RelPosBias:
         area = window[0] * window[1]
-        _as_built.expect(module, bias_shape=(area, area, found.shape[1]))
-        check_index(module, window)
+        expect_attributes(module, bias_shape=(area, area, found.shape[1]))
+        check_position_index(module, window)
     else:
         _check_lookup(module, "height_lookup", window[0])
         _check_lookup(module, "width_lookup", window[1])
@@ -91,7 +102,7 @@ def relative(module: Any) -> torch.Tensor | None:
 
 
 def _from_mlp(module: Any) -> torch.Tensor:
-    _guard.check_bare(module.bias_act, "bias_act")
+    check_bare(module.bias_act, "bias_act")
 
     def compute() -> torch.Tensor:
         found = module.bias_act(module.mlp(module.rel_coords_log).view(-1, module.num_heads))
@@ -103,7 +114,7 @@ def _from_mlp(module: Any) -> torch.Tensor:
     return _kept(module.mlp, module.rel_coords_log, compute, (act, module.bias_gain))
 
 
-def forget(mlp: nn.Module) -> None:
+def forget_tables(mlp: nn.Module) -> None:
     """Keep no table of this MLP's."""
     _KEPT.pop(mlp, None)
 
@@ -137,8 +148,8 @@ def _inputs(
     if torch.compiler.is_compiling() or not coordinates.is_cpu or native.reasons():
         return None
     try:
-        _guard.check_bare(mlp, "mlp")
-        _guard.check_readable(coordinates, "coordinates")
+        check_bare(mlp, "mlp")
+        check_readable(coordinates, "coordinates")
         act, linears = _parts(mlp)
     except (KeyError, Unfit):
         return None
@@ -155,12 +166,12 @@ def _parts(mlp: nn.Module) -> tuple[str, tuple[Linear, ...]]:
     if type(mlp) is nn.Sequential:
         if len(children) != 3:
             raise Unfit("it is no MLP")
-        first, last = (_guard.linear(children, name) for name in ("0", "2"))
-        return _guard.activation(children, "1"), (first, last)
-    plan = _mlp.PLANS.get(type(mlp))
+        first, last = (read_linear(children, name) for name in ("0", "2"))
+        return read_activation(children, "1"), (first, last)
+    plan = MLP_PLANS.get(type(mlp))
     if plan is None:
         raise Unfit("it is no MLP")
-    found = _mlp.read(plan(mlp))
+    found = check_mlp_read(plan(mlp))
     if found.norm is not None or found.gate is not None or found.packed is not None:
         raise Unfit("it has a norm or a gate")
     return found.act, (found.fc1, found.fc2)

@@ -8,25 +8,14 @@ import torch
 from torch import nn
 
 from vitfast import ops
+from vitfast.blocks.parts import apply_norm, operand_dtype
 from vitfast.engine import memo
 from vitfast.engine import patches as engine
 from vitfast.engine.eligibility import records_grad
-from vitfast.layers import _block, _guard, _norm
 from vitfast.plans import PatchMerging
 
 
-def norm_first(module: nn.Module) -> PatchMerging:
-    """How timm's `PatchMerging` of Swin computes."""
-    children = module._modules
-    return PatchMerging(_guard.linear(children, "reduction"), _norm.child(children, "norm"), False)
-
-
-def norm_last(module: nn.Module) -> PatchMerging:
-    """How timm's `PatchMerging` of Swin V2 computes."""
-    return norm_first(module)._replace(norm_last=True)
-
-
-def run(
+def run_patch_merging(
     module: nn.Module, x: torch.Tensor, plan: Callable[[nn.Module], PatchMerging]
 ) -> torch.Tensor | None:
     """The layer on a map x [B, H, W, C]; None where it is for timm's forward."""
@@ -41,8 +30,8 @@ def run(
             return out
     norm = merge.norm
     if merge.norm_last:
-        return _norm.apply(ops.linear_act(ops.patch_merge(x, norm=None), *merge.reduction), norm)
+        return apply_norm(ops.linear_act(ops.patch_merge(x, norm=None), *merge.reduction), norm)
     merged = ops.patch_merge(
-        x, norm.weight, norm.bias, norm.eps, norm=norm.kind, out_dtype=_block.operand_dtype(x)
+        x, norm.weight, norm.bias, norm.eps, norm=norm.kind, out_dtype=operand_dtype(x)
     )
     return ops.linear_act(merged, *merge.reduction)

@@ -5,96 +5,20 @@ x + drop_path(gamma * fc2(grn(act(fc1(norm(conv(x)))))))
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 
 from vitfast import ops
+from vitfast.blocks.parts import add_residual, apply_mlp
 from vitfast.engine import convnext as engine
-from vitfast.engine import memo, originals
+from vitfast.engine import memo
 from vitfast.engine.eligibility import records
-from vitfast.layers import _block, _guard, _mlp, _norm
-from vitfast.layers._guard import Children
-from vitfast.plans import Called, ConvNeXtBlock, DropRate, Linear, Norm, Unfit, Unsupported
+from vitfast.plans import Called, ConvNeXtBlock, Norm
 from vitfast.runtime.library import autocast_dtype
 
-Head = tuple[Any, Norm | Callable[[torch.Tensor], torch.Tensor] | None]
-"""conv and norm of a block."""
-Tail = tuple[Any, torch.Tensor | None, DropRate | None]
-"""mlp, gamma and drop of a block."""
 
-
-def plan(read_head: Callable[[], Head], read_tail: Callable[[], Tail]) -> ConvNeXtBlock:
-    """A block of what both read; what one cannot read is to be called.
-
-    Raises:
-        Unfit: neither can be read; Unsupported if one never can.
-    """
-
-    def checked_tail() -> Tail:
-        mlp, gamma, drop = read_tail()
-        return mlp, _guard.vector(gamma, len(mlp.fc2.weight), "layer scale"), drop
-
-    head, why_head = _attempt(read_head)
-    tail, why_tail = _attempt(checked_tail)
-    if head is None and tail is None:
-        raise Unfit(why_head)
-    return ConvNeXtBlock(
-        *(head or (Called(why_head), None)),
-        *(tail or (Called(why_tail), None, None)),
-    )
-
-
-def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
-    """What `read` gives, or None and why not."""
-    try:
-        return read(), ""
-    except Unsupported:
-        raise
-    except Unfit as reason:
-        return None, str(reason)
-
-
-def depthwise(children: Children, name: str) -> Linear:
-    """The weights of a child that must be a depthwise convolution to the same size."""
-    module = children[name]
-    if type(module) is not nn.Conv2d:
-        raise Unfit(f"{name} is a {type(module).__name__}, not torch.nn.Conv2d")
-    _guard.check_bare(module, name)
-    kernel = module.kernel_size
-    if not (
-        module.in_channels == module.out_channels == module.groups
-        and module.stride == module.dilation == (1, 1)
-        and module.padding_mode == "zeros"
-        and all(size % 2 == 1 for size in kernel)
-        and module.padding in ("same", tuple(size // 2 for size in kernel))
-    ):
-        raise Unsupported(f"{name} strides, dilates or is not depthwise")
-    return Linear(_guard.tensor(module, "weight"), _guard.tensor(module, "bias"))
-
-
-def norm(children: Children, over_nchw: bool = False) -> Any:
-    """What the child "norm" holds, of rows of channels or of NCHW; raises as `child`."""
-    return child(_norm.child_2d if over_nchw else _norm.child, children, "norm")
-
-
-def child(read: Callable[[Children, str], Any], children: Children, name: str) -> Any:
-    """What `read` reads of a child.
-
-    Raises:
-        Unfit: it cannot be read; Unsupported if it is torch's or timm's and never can.
-    """
-    try:
-        return read(children, name)
-    except Unsupported as reason:
-        if originals.is_known(type(children[name])):
-            raise
-        raise Unfit(str(reason)) from None
-
-
-def run(
+def run_convnext_block(
     x: torch.Tensor, block: ConvNeXtBlock, module: Any, over_nchw: bool = False
 ) -> torch.Tensor:
     """The block on x [B, C, H, W] of any strides; the result is channels-last.
@@ -111,8 +35,8 @@ def run(
         fresh = memo.recall_plan(type(module).plan, module, x, y)
         if fresh is None or type(fresh.mlp) is Called or y.shape != rows.shape:
             return _call_tail(x, y, module, over_nchw)
-        branch = _mlp.apply(y, fresh.mlp)
-        return _block.add(rows, branch, fresh.gamma, fresh.drop).permute(0, 3, 1, 2)
+        branch = apply_mlp(y, fresh.mlp)
+        return add_residual(rows, branch, fresh.gamma, fresh.drop).permute(0, 3, 1, 2)
     out = None
     fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
     if fits and not records(rows, block):
@@ -122,7 +46,7 @@ def run(
     return out.permute(0, 3, 1, 2)
 
 
-def run_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
+def run_convnext_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """fc2(act(fc1(norm(conv(x))))) alone, as `run`; it may have another width than x."""
     rows = x.permute(0, 2, 3, 1)
     out = None
@@ -135,7 +59,7 @@ def run_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
 
 def _differentiable(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
-    return _block.add(x, _branch(x, block), block.gamma, block.drop)
+    return add_residual(x, _branch(x, block), block.gamma, block.drop)
 
 
 def _call_head(x: torch.Tensor, module: Any, over_nchw: bool) -> torch.Tensor:
@@ -161,7 +85,7 @@ def _call_tail(x: torch.Tensor, y: torch.Tensor, module: Any, over_nchw: bool) -
 
 
 def _branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
-    return _mlp.apply(_normed(x, block), block.mlp)
+    return apply_mlp(_normed(x, block), block.mlp)
 
 
 def _normed(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import torch
 
+from vitfast.blocks.parts import add_residual, apply_mlp
 from vitfast.engine import convnext as engine
 from vitfast.engine.eligibility import records, records_grad
-from vitfast.layers import _block, _mlp
 from vitfast.plans import MlpResidual
 
 
-def run(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> torch.Tensor:
+def run_mlp_residual(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> torch.Tensor:
     """The tail on maps x and y [B, C, H, W] of any strides; the result is channels-last."""
     base, inner = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
     out = None
     if not (torch.compiler.is_compiling() or records(base, plan) or records_grad(inner)):
         out = engine.mlp_residual(base, inner, plan)
     if out is None:
-        out = _block.add(base, _mlp.apply(inner, plan.mlp), plan.gamma, plan.drop)
+        out = add_residual(base, apply_mlp(inner, plan.mlp), plan.gamma, plan.drop)
     return out.permute(0, 3, 1, 2)

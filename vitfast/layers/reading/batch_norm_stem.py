@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from timm import layers as timm_layers
 from timm.models import _features, resnet
 from timm.models import vision_transformer_hybrid as hybrid
 from torch import nn
 
-from vitfast.engine import resnet as engine
-from vitfast.engine.products import conv as conv_product
-from vitfast.layers import _conv, _guard
+from vitfast.layers.reading.children import (
+    ACTIVATIONS,
+    check_bare,
+    check_readable,
+    read_activation,
+    read_drop_path,
+    read_parameter,
+)
+from vitfast.layers.reading.conv import plan_conv
 from vitfast.plans import BatchNorm, BatchNormBottleneck, Conv, StemStep, Unfit
 
 _CHAINS = {nn.Sequential, _features.FeatureListNet, hybrid.ConvStem, timm_layers.ConvNormAct}
@@ -26,33 +31,9 @@ _NORMS = {nn.BatchNorm2d, timm_layers.BatchNormAct2d}
 _ACTS = ("none", "relu", "gelu")
 
 
-def features(backbone: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """The last map of backbone(x), for channels-last images x [B, C, H, W].
-
-    None where it is for the modules themselves.
-    """
-    call = conv_product.direct(x)
-    if call is None or x.numel() == 0 or type(backbone) not in _CHAINS:
-        return None
-    if type(backbone) is _features.FeatureListNet and not (
-        list(backbone.return_layers)[-1] == list(backbone._modules)[-1]
-        and not backbone.grad_checkpointing
-    ):
-        return None
-    try:
-        steps = list(_steps(list(_flat(backbone))))
-        if not any(type(step) is Conv for step in steps):
-            return None
-        for step in steps:
-            x = engine.run_step(x, step, call)
-    except Unfit:
-        return None
-    return x
-
-
 def _flat(module: Any) -> Iterator[Any]:
     """The modules that a chain runs one after another."""
-    _guard.check_bare(module, type(module).__name__)
+    check_bare(module, type(module).__name__)
     if type(module) in _CHAINS:
         for child in module._modules.values():
             yield from _flat(child)
@@ -83,13 +64,13 @@ def _folded(modules: list[Any]) -> tuple[Conv, int]:
         if type(module) is timm_layers.BatchNormAct2d:
             if type(module.drop) is not nn.Identity:
                 raise Unfit("its norm drops")
-            _guard.check_bare(module.drop, "drop")
-            act = _guard.activation(module._modules, "act")
-    if act == "none" and len(modules) > taken and type(modules[taken]) in _guard.ACTIVATIONS:
-        act, taken = _guard.activation({"act": modules[taken]}, "act"), taken + 1
+            check_bare(module.drop, "drop")
+            act = read_activation(module._modules, "act")
+    if act == "none" and len(modules) > taken and type(modules[taken]) in ACTIVATIONS:
+        act, taken = read_activation({"act": modules[taken]}, "act"), taken + 1
     if act not in _ACTS:
         raise Unfit(f"activation {act} is not implemented here")
-    return _conv.plan_plain(modules[0])._replace(norm=norm, act=act), taken
+    return plan_conv(modules[0])._replace(norm=norm, act=act), taken
 
 
 def _norm(module: Any) -> BatchNorm:
@@ -98,8 +79,8 @@ def _norm(module: Any) -> BatchNorm:
     if module.training or mean is None or var is None:
         raise Unfit("its norm uses the statistics of the batch")
     for t in (mean, var):
-        _guard.check_readable(t, "a statistic of its norm")
-    weight, bias = _guard.tensor(module, "weight"), _guard.tensor(module, "bias")
+        check_readable(t, "a statistic of its norm")
+    weight, bias = read_parameter(module, "weight"), read_parameter(module, "bias")
     return BatchNorm(weight, bias, mean, var, module.eps)
 
 
@@ -108,7 +89,7 @@ def _bottleneck(module: Any) -> BatchNormBottleneck:
     others = (children.get(name) for name in ("se", "drop_block", "aa"))
     if [part for child in others if child is not None for part in _flat(child)]:
         raise Unfit("its bottlenecks gate, drop or blur")
-    if children.get("drop_path") is not None and _guard.drop_path(children, "drop_path"):
+    if children.get("drop_path") is not None and read_drop_path(children, "drop_path"):
         raise Unfit("its bottlenecks drop paths")
     convs = []
     for i in (1, 2, 3):
@@ -118,7 +99,7 @@ def _bottleneck(module: Any) -> BatchNormBottleneck:
         if taken != len(flat) or type(children[f"bn{i}"]) is not nn.BatchNorm2d:
             raise Unfit("its bottlenecks are of another kind")
         convs.append(conv)
-    if _guard.activation(children, "act3") != "relu":
+    if read_activation(children, "act3") != "relu":
         raise Unfit("its bottlenecks end in another activation than ReLU")
     before, shortcut = (), None
     if children.get("downsample") is not None:

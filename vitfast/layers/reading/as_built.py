@@ -20,7 +20,7 @@ _Evidence = tuple[torch.Tensor, int, tuple]  # a buffer, its version and what it
 _SEEN: weakref.WeakKeyDictionary[nn.Module, dict[str, _Evidence]] = weakref.WeakKeyDictionary()
 
 
-def expect(module: nn.Module, **values: Any) -> None:
+def expect_attributes(module: nn.Module, **values: Any) -> None:
     """That attributes have these values, where the module has them in this version of timm."""
     for name, value in values.items():
         found = getattr(module, name, value)

@@ -7,13 +7,16 @@ from typing import Any
 
 import torch
 
+from vitfast.blocks.parts import attend
+from vitfast.blocks.transformer import run_transformer_block
 from vitfast.engine import memo
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers import _as_built, _attention, _block
+from vitfast.layers.reading.as_built import expect_attributes, expect_buffer
+from vitfast.layers.reading.block import plan_with_norms_last, plan_without_layer_scale
 from vitfast.plans import Attention, TransformerBlock, Windows
 
 
-def attend(
+def attend_windows(
     module: Any, x: torch.Tensor, mask: torch.Tensor | None, plan: Callable[[Any], Attention]
 ) -> torch.Tensor | None:
     """Attention of windows x [windows, N, C]; None where it is for timm's forward."""
@@ -21,26 +24,26 @@ def attend(
     window = tuple(module.window_size)
     if planned is None or x.ndim != 3 or x.shape[1] != window[0] * window[1]:
         return None
-    return _attention.attend(x, planned, windows=Windows(window, window))
+    return attend(x, planned, windows=Windows(window, window))
 
 
-def norms_first(module: Any) -> TransformerBlock:
+def plan_norms_first(module: Any) -> TransformerBlock:
     """How a Swin block computes."""
     check_windows(module)
-    return _block.without_layer_scale(module)
+    return plan_without_layer_scale(module)
 
 
-def norms_last(module: Any) -> TransformerBlock:
+def plan_norms_last(module: Any) -> TransformerBlock:
     """How a Swin V2 block computes."""
     check_windows(module)
-    return _block.with_norms_last(module)
+    return plan_with_norms_last(module)
 
 
 def check_windows(module: Any) -> None:
     """That a block's windows and mask are what its sizes say."""
     window, shift = tuple(module.window_size), tuple(module.shift_size)
-    _as_built.expect(module, window_area=window[0] * window[1])
-    _as_built.expect(module.attn, window_size=module.window_size)
+    expect_attributes(module, window_area=window[0] * window[1])
+    expect_attributes(module.attn, window_size=module.window_size)
     if module.dynamic_mask:
         return
     size = [-(-n // w) * w for n, w in zip(_told(module), window, strict=True)]
@@ -49,7 +52,7 @@ def check_windows(module: Any) -> None:
         # timm's own, for a map that needs no padding; nothing reads its values.
         return module.get_attn_mask(found.new_zeros(()).expand(1, *size, 1))
 
-    _as_built.expect_buffer(module, "attn_mask", mask, window, shift, tuple(size))
+    expect_buffer(module, "attn_mask", mask, window, shift, tuple(size))
 
 
 def _told(module: Any) -> tuple[int, int]:
@@ -57,7 +60,7 @@ def _told(module: Any) -> tuple[int, int]:
     return tuple(module.feat_size if hasattr(module, "feat_size") else module.input_resolution)
 
 
-def run_block(
+def run_windowed_block(
     module: Any, x: torch.Tensor, plan: Callable[[Any], TransformerBlock], attend: str = "_attn"
 ) -> torch.Tensor | None:
     """The block on a map x [B, H, W, C]; None where it is for timm's forward.
@@ -73,5 +76,7 @@ def run_block(
         return None
     windows = Windows(size, tuple(module.window_size), tuple(module.shift_size))
     call = getattr(module, attend)
-    out = _block.run(x.flatten(1, 2), planned, module, call, maps=(size, None), windows=windows)
+    out = run_transformer_block(
+        x.flatten(1, 2), planned, module, call, maps=(size, None), windows=windows
+    )
     return out.unflatten(1, size)

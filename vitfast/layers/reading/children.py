@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from timm import layers as timm_layers
 from timm.layers import DropPath, activations
 from torch import nn
 
@@ -59,7 +60,7 @@ def check_bare(module: nn.Module, name: str) -> None:
     check_original(module)
 
 
-def tensor(module: nn.Module, name: str) -> Any:
+def read_parameter(module: nn.Module, name: str) -> Any:
     """A parameter that is an ordinary tensor, or None where it was built without."""
     found = module._parameters.get(name, module)
     if found is None:
@@ -76,19 +77,19 @@ def check_readable(t: torch.Tensor, name: str) -> None:
         raise Unfit(f"{name} is no dense tensor that can be read by its address")
 
 
-def vector(t: torch.Tensor | None, width: int, name: str) -> torch.Tensor | None:
+def expect_vector(t: torch.Tensor | None, width: int, name: str) -> torch.Tensor | None:
     """A vector of this many elements, or None; timm's arithmetic takes what broadcasts, too."""
     if t is not None and t.shape != (width,):
         raise Unfit(f"{name} has shape {tuple(t.shape)} instead of ({width},)")
     return t
 
 
-def optional_parameter(module: nn.Module, name: str) -> Any:
+def read_optional_parameter(module: nn.Module, name: str) -> Any:
     """As `tensor`, for a parameter that may have been set to None before it was ever registered."""
-    return tensor(module, name) if name in module._parameters else getattr(module, name)
+    return read_parameter(module, name) if name in module._parameters else getattr(module, name)
 
 
-def linear(children: Children, name: str, *, pointwise: bool = False) -> Linear:
+def read_linear(children: Children, name: str, *, pointwise: bool = False) -> Linear:
     """The weights of a child that must be exactly an nn.Linear; `pointwise`: or a 1x1 nn.Conv2d."""
     module = children[name]
     kind = nn.Conv2d if pointwise and type(module) is nn.Conv2d else nn.Linear
@@ -101,19 +102,21 @@ def linear(children: Children, name: str, *, pointwise: bool = False) -> Linear:
     ):
         raise Unsupported(f"{name} is no linear layer over channels")
     check_bare(module, name)
-    weight = tensor(module, "weight")
+    weight = read_parameter(module, "weight")
     if weight is None:
         raise Unfit(f"{name} has no weight")
-    return Linear(weight, vector(tensor(module, "bias"), len(weight), f"bias of {name}"))
+    return Linear(
+        weight, expect_vector(read_parameter(module, "bias"), len(weight), f"bias of {name}")
+    )
 
 
-def layer(children: Children, name: str) -> Linear | Called:
+def read_or_call_linear(children: Children, name: str) -> Linear | Called:
     """As `linear`, of a child that timm's forward calls: any other kind of it can be called, too.
 
     Not where what it holds are tensors of another class, of which its result may be another.
     """
     try:
-        return linear(children, name)
+        return read_linear(children, name)
     except Unfit as reason:
         module = children[name]
         if module is None or not _holds_plain(module):
@@ -128,7 +131,7 @@ def _holds_plain(module: nn.Module) -> bool:
     )
 
 
-def parts(*reads: Callable[[], Any]) -> list[Any]:
+def read_parts(*reads: Callable[[], Any]) -> list[Any]:
     """What each of some functions reads of a block; a `Called` for one that cannot.
 
     Raises:
@@ -148,7 +151,7 @@ def parts(*reads: Callable[[], Any]) -> list[Any]:
     return found
 
 
-def called(plan: Any) -> Iterator[str]:
+def describe_called(plan: Any) -> Iterator[str]:
     """What a plan calls instead of reading it: "calls attn as timm does: qkv has hooks", say."""
     for name in getattr(plan, "_fields", ()):
         value = getattr(plan, name)
@@ -179,7 +182,7 @@ def check_no_dropout(children: Children, name: str, training: bool | None = None
     check_bare(module, name)
 
 
-def drop_path(children: Children, name: str) -> DropRate | None:
+def read_drop_path(children: Children, name: str) -> DropRate | None:
     """The stochastic depth that a child would apply now; None if none."""
     module = children[name]
     check_bare(module, name)
@@ -205,7 +208,7 @@ ACTIVATIONS = {
 }
 
 
-def activation(children: Children, name: str) -> str:
+def read_activation(children: Children, name: str) -> str:
     """The name of an activation by its class: timm's GELU has no `approximate` to look at."""
     module = children[name]
     if type(module) is nn.GELU:
@@ -216,3 +219,22 @@ def activation(children: Children, name: str) -> str:
         raise Unsupported(f"activation {type(module).__name__} is not implemented")
     check_bare(module, name)
     return found
+
+
+def read_layer_scale(children: Children, name: str, *, nchw: bool = False) -> torch.Tensor | None:
+    """gamma [C] of a LayerScale child (LayerScale2d, if `nchw`); None for an nn.Identity."""
+    module = children[name]
+    check_bare(module, name)
+    if type(module) is nn.Identity:
+        return None
+    if type(module) not in ({timm_layers.LayerScale2d} if nchw else LAYER_SCALES):
+        raise Unfit(f"{name} is a {type(module).__name__}, not timm's LayerScale")
+    if module.inplace:
+        raise Unfit(f"{name} works in place")
+    gamma = read_parameter(module, "gamma")
+    if gamma is None:
+        raise Unfit(f"{name} has no gamma")
+    return gamma
+
+
+LAYER_SCALES: set[type] = {timm_layers.LayerScale}

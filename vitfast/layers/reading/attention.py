@@ -12,58 +12,63 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitfast import ops
-from vitfast.layers import _as_built, _guard, _norm
-from vitfast.layers._guard import Children
-from vitfast.ops.common.recompute import Normed
+from vitfast.layers.reading.as_built import expect_attributes
+from vitfast.layers.reading.children import (
+    Children,
+    check_bare,
+    check_no_dropout,
+    check_read,
+    read_linear,
+    read_optional_parameter,
+    read_or_call_linear,
+    read_parameter,
+)
+from vitfast.layers.reading.norm import read_optional_norm
 from vitfast.plans import (
     Attention,
     Called,
     Linear,
     Unfit,
     Unsupported,
-    Windows,
-    prologue,
-    split_heads,
 )
 
-PLANS: dict[type[nn.Module], Callable[[nn.Module], Attention]] = {}
+ATTENTION_PLANS: dict[type[nn.Module], Callable[[nn.Module], Attention]] = {}
 """The plan function of each attention class, timm's and the drop-in."""
 
 
-def child(children: Children, name: str) -> Attention:
+def read_attention(children: Children, name: str) -> Attention:
     """What a child holds that must be a known attention module, all of whose weights are read."""
     module = children[name]
-    plan = PLANS.get(type(module))
+    plan = ATTENTION_PLANS.get(type(module))
     if plan is None:
         raise Unsupported(f"attention {type(module).__name__} is not implemented")
-    _guard.check_bare(module, name)
+    check_bare(module, name)
     found = plan(module)
-    _guard.check_read(*found.qkv, found.proj)
+    check_read(*found.qkv, found.proj)
     return found
 
 
-def common(module: Any, qkv: tuple[Linear | Called, ...]) -> Attention:
+def plan_common_attention(module: Any, qkv: tuple[Linear | Called, ...]) -> Attention:
     """The parts that all attention modules have alike."""
     children = module._modules
     if children.get("gate") is not None:
         raise Unsupported("gated attention is not implemented")
     if not module.fused_attn:
         raise Unfit("fused_attn is off")
-    _guard.check_no_dropout(children, "attn_drop", module.training)
-    _guard.check_no_dropout(children, "proj_drop")
-    q_norm, k_norm = (_norm.optional_child(children, n) for n in ("q_norm", "k_norm"))
+    check_no_dropout(children, "attn_drop", module.training)
+    check_no_dropout(children, "proj_drop")
+    q_norm, k_norm = (read_optional_norm(children, n) for n in ("q_norm", "k_norm"))
     if (q_norm and (q_norm.kind, q_norm.eps)) != (k_norm and (k_norm.kind, k_norm.eps)):
         raise Unsupported("q_norm and k_norm differ in kind or eps")
-    norm, dim = _norm.optional_child(children, "norm"), head_dim(module, module.num_heads, qkv)
-    _as_built.expect(module, head_dim=dim, attn_dim=dim * module.num_heads)
+    norm, dim = read_optional_norm(children, "norm"), head_dim(module, module.num_heads, qkv)
+    expect_attributes(module, head_dim=dim, attn_dim=dim * module.num_heads)
     for found, width in ((q_norm, dim), (k_norm, dim), (norm, dim * module.num_heads)):
         if found is not None:
             found.check_width(width)
     return Attention(
         heads=module.num_heads,
         qkv=qkv,
-        proj=_guard.layer(children, "proj"),
+        proj=read_or_call_linear(children, "proj"),
         q_norm=q_norm,
         k_norm=k_norm,
         norm=norm,
@@ -93,11 +98,11 @@ def projections(module: Any, heads: int, fused: bool) -> tuple[Linear, Linear]:
         fused: whether timm's forward runs SDPA; else it reads the module's scale and softmax.
     """
     children = module._modules
-    qkv, proj = _guard.linear(children, "qkv"), _guard.linear(children, "proj")
+    qkv, proj = read_linear(children, "qkv"), read_linear(children, "proj")
     dim = head_dim(module, heads, (qkv,))
-    _as_built.expect(module, head_dim=dim, dim_head=dim)
+    expect_attributes(module, head_dim=dim, dim_head=dim)
     if not fused:
-        _as_built.expect(module, scale=dim**-0.5)
+        expect_attributes(module, scale=dim**-0.5)
         check_softmax(children)
     return qkv, proj
 
@@ -108,10 +113,10 @@ def check_softmax(children: Children) -> None:
     if module is not None:
         if type(module) is not nn.Softmax or module.dim != -1:
             raise Unfit(f"softmax is {module}, not over the last dimension")
-        _guard.check_bare(module, "softmax")
+        check_bare(module, "softmax")
 
 
-def check_width(plan: Attention) -> Attention:
+def check_attention_width(plan: Attention) -> Attention:
     """For modules whose forward takes it that heads * head dim is the width of the input."""
     if isinstance(plan.qkv[0], Called):
         return plan  # for the reshape of its result to tell
@@ -129,57 +134,17 @@ def dense_bias(bias: torch.Tensor | None, heads: int) -> dict[str, Any]:
     return {"bias" if per_head else "mask": bias}
 
 
-def packed(module: Any) -> Linear | Called:
+def read_packed_qkv(module: Any) -> Linear | Called:
     """EVA's and BEiT's qkv. With biases of its own timm reads it, and calls it only without."""
-    bias = packed_bias(module)
+    bias = read_packed_bias(module)
     if bias is None:
-        return _guard.layer(module._modules, "qkv")
-    return _guard.linear(module._modules, "qkv")._replace(bias=bias)
+        return read_or_call_linear(module._modules, "qkv")
+    return read_linear(module._modules, "qkv")._replace(bias=bias)
 
 
-def packed_bias(module: Any) -> torch.Tensor | None:
+def read_packed_bias(module: Any) -> torch.Tensor | None:
     """The bias of EVA's and BEiT's qkv: learned for q and v, a buffer of zeros for k."""
-    q_bias = _guard.optional_parameter(module, "q_bias")
+    q_bias = read_optional_parameter(module, "q_bias")
     if q_bias is None:
         return None
-    return torch.cat((q_bias, module.k_bias, _guard.tensor(module, "v_bias")))
-
-
-def attend(
-    x: torch.Tensor,
-    plan: Attention,
-    *,
-    mask: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    rope: torch.Tensor | None = None,
-    is_causal: bool = False,
-    normed: Normed | None = None,
-    windows: Windows | None = None,
-) -> torch.Tensor:
-    """What timm's fused forward computes for x [B, N, C], by the differentiable ops.
-
-    Args:
-        windows: where attention is within windows; then without the other terms.
-        normed: how x came from the residual stream, which then is all that is saved.
-    """
-    qkv = split_heads([project(x, layer, normed) for layer in plan.qkv], plan)
-    if windows is None:
-        out = ops.attention(
-            *qkv, mask=mask, bias=bias, is_causal=is_causal, **prologue(plan, rope)
-        ).flatten(2)
-    else:
-        (packed,) = qkv
-        out = ops.window_attention(
-            packed.unflatten(1, windows.size), windows.window, windows.shift, plan.table,
-            plan.padding(windows), plan.logit_scale, grid=windows.grid,
-        ).flatten(3).flatten(1, 2)  # fmt: skip
-    if plan.norm is not None:
-        out = _norm.apply(out, plan.norm)
-    return project(out, plan.proj)
-
-
-def project(x: torch.Tensor, layer: Linear | Called, normed: Normed | None = None) -> torch.Tensor:
-    """A linear layer on x [..., C], `normed` as in `attend`."""
-    if isinstance(layer, Called):
-        return layer.module(x)  # type: ignore[no-any-return]
-    return ops.linear_act(x, *layer, normed=normed)
+    return torch.cat((q_bias, module.k_bias, read_parameter(module, "v_bias")))

@@ -1,0 +1,1 @@
+"""Blocks by their plans: each call by the engine, by the public ops, or as timm computes it."""
