@@ -2,6 +2,9 @@
 
 A function of `layers/reading` makes such a plan of a module; `blocks` and `engine` compute by it.
 They know no timm, and this file knows no kernel.
+
+What plans of blocks have in common: `drops` tells whether the call drops paths (stochastic depth),
+and `memo` is the handle of what `engine.memo` keeps for the block; None in a plan made anew.
 """
 
 from __future__ import annotations
@@ -166,6 +169,11 @@ class TransformerBlock(NamedTuple):
     gamma2: torch.Tensor | None
     drop2: DropRate | None
     norms_last: bool = False
+    memo: Any = None
+
+    @property
+    def drops(self) -> bool:
+        return self.drop1 is not None or self.drop2 is not None
 
     @property
     def attn_is_called(self) -> bool:
@@ -185,6 +193,7 @@ class Patches(NamedTuple):
     projection: Projection
     norm: Norm
     norm_first: bool
+    memo: Any = None
 
 
 class PatchMerging(NamedTuple):
@@ -193,6 +202,7 @@ class PatchMerging(NamedTuple):
     reduction: Linear
     norm: Norm
     norm_last: bool
+    memo: Any = None
 
 
 class ConvNeXtBlock(NamedTuple):
@@ -208,6 +218,11 @@ class ConvNeXtBlock(NamedTuple):
     mlp: Any  # Mlp or Called
     gamma: torch.Tensor | None
     drop: DropRate | None
+    memo: Any = None
+
+    @property
+    def drops(self) -> bool:
+        return self.drop is not None
 
 
 class MlpResidual(NamedTuple):
@@ -216,6 +231,10 @@ class MlpResidual(NamedTuple):
     mlp: Mlp
     gamma: torch.Tensor | None
     drop: DropRate | None
+
+    @property
+    def drops(self) -> bool:
+        return self.drop is not None
 
 
 class StarReLU(NamedTuple):
@@ -258,6 +277,11 @@ class MetaFormerBlock(NamedTuple):
     mlp: Mlp
     star: StarReLU | None
     drop: DropRate | None
+    memo: Any = None
+
+    @property
+    def drops(self) -> bool:
+        return self.drop is not None
 
 
 class BatchNorm(NamedTuple):
@@ -305,6 +329,11 @@ class Bottleneck(NamedTuple):
     shortcut: ConvNorm | None
     downsample: nn.Module | None
     drop_path: DropRate | None
+    memo: Any = None
+
+    @property
+    def drops(self) -> bool:
+        return self.drop_path is not None
 
 
 class PreActBottleneck(NamedTuple):

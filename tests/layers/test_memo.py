@@ -93,12 +93,12 @@ def memos(module):
 
 
 def tapes(module):
-    return [made.tape for made in made_by(module) if made.tape]
+    return [made.replay for made in made_by(module) if made.replay]
 
 
 def made_by(module):
-    found = (memo.found for memo in memos(module) if memo.found is not None)
-    return [made for one in found for made in one.made.values()]
+    kept = (memo.kept for memo in memos(module) if memo.kept is not None)
+    return [made for _, memo in kept for made in memo.prepared.values()]
 
 
 def test_the_third_call_is_a_tape_and_gives_the_same_bits(block):
@@ -422,7 +422,7 @@ def test_a_module_that_always_changes_goes_without():
         module.mlp.calls = object()
         torch.testing.assert_close(call(module, x), expected, rtol=0, atol=0)
     (memo,) = memos(module)
-    assert memo.found is None
+    assert memo.kept is None
 
 
 def test_global_hooks_and_disable(warm):
@@ -499,15 +499,15 @@ def test_a_new_kind_of_input_is_not_served_what_was_packed_before_an_edit():
 
 def test_a_weight_written_while_it_is_packed_is_not_kept(monkeypatch):
     module, x = wide_vit()
-    made = engine_memo._Made
+    made = engine_memo._Prepared
 
     def written_meanwhile(value):
         with torch.no_grad():
             module.mlp.fc2.weight.mul_(2)
-        monkeypatch.setattr(engine_memo, "_Made", made)
+        monkeypatch.setattr(engine_memo, "_Prepared", made)
         return made(value)
 
-    monkeypatch.setattr(engine_memo, "_Made", written_meanwhile)
+    monkeypatch.setattr(engine_memo, "_Prepared", written_meanwhile)
     call(module, x)
     assert (call(module, x, 4) - by_timm(module, x)).abs().max() < 1e-4
 

@@ -61,7 +61,7 @@ def by_timm(module, x):
 
 def made_by(module):
     memos = module.__dict__.get(memo._NAME, {}).values()
-    return [made for memo in memos if memo.found for made in memo.found.made.values()]
+    return [made for entry in memos if entry.kept for made in entry.kept[1].prepared.values()]
 
 
 # ---- weights that are exchanged -----------------------------------------------------------------
@@ -152,7 +152,7 @@ def test_a_model_that_a_block_of_it_refers_to_is_freed(owner):
 def test_a_model_dies_at_once_without_the_collector():
     model, x = warm()
     storage = weakref.ref(model[0].mlp.fc1.weight.untyped_storage())
-    plans = len(memo._FOUND)
+    plans = len(memo._MEMOS)
     gc.collect()
     gc.disable()
     try:
@@ -160,7 +160,7 @@ def test_a_model_dies_at_once_without_the_collector():
         assert storage() is None
     finally:
         gc.enable()
-    assert len(memo._FOUND) < plans and len(weights_cache.CACHE) == 0
+    assert len(memo._MEMOS) < plans and len(weights_cache.CACHE) == 0
 
 
 def to_meta(model):
@@ -255,28 +255,28 @@ def test_another_thread_may_meet_a_new_kind_of_input_at_any_time():
 
     def traced(frame, event, arg):
         nonlocal left
-        if frame.f_code is not memo._Found.make.__code__:
+        if frame.f_code is not memo.Memo.prepare.__code__:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
             left -= 1
             if left == 0:
-                found.made["theirs"] = memo._Made(None)
+                found.prepared["theirs"] = memo._Prepared(None)
         return traced
 
     while left <= 0:
         steps += 1
         left = steps
-        found = memo._Found(module, (), None, ())
+        found = memo.Memo(module, (), None, ())
         for n in range(memo._MOST_KINDS):
-            found.make(n, lambda: None)
+            found.prepare(n, lambda: None)
         before = sys.gettrace()
         sys.settrace(traced)
         try:
-            assert found.make("ours", lambda: 5).value == 5
+            assert found.prepare("ours", lambda: 5).value == 5
         finally:
             sys.settrace(before)
-        assert "ours" in found.made and len(found.made) <= memo._MOST_KINDS + 1
+        assert "ours" in found.prepared and len(found.prepared) <= memo._MOST_KINDS + 1
     assert steps > 50
 
 

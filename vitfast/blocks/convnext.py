@@ -13,7 +13,7 @@ from vitfast import ops
 from vitfast.blocks.parts import add_residual, apply_mlp
 from vitfast.engine import convnext as engine
 from vitfast.engine import memo
-from vitfast.engine.eligibility import records
+from vitfast.engine.eligibility import takes_engine
 from vitfast.plans import Called, ConvNeXtBlock, Norm
 from vitfast.runtime.library import autocast_dtype
 
@@ -38,8 +38,7 @@ def run_convnext_block(
         branch = apply_mlp(y, fresh.mlp)
         return add_residual(rows, branch, fresh.gamma, fresh.drop).permute(0, 3, 1, 2)
     out = None
-    fits = isinstance(block.norm, Norm) and not torch.compiler.is_compiling()
-    if fits and not records(rows, block):
+    if isinstance(block.norm, Norm) and takes_engine(rows, block):
         out = engine.block(rows, block)
     if out is None:
         out = _differentiable(rows, block)
@@ -50,7 +49,7 @@ def run_convnext_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """fc2(act(fc1(norm(conv(x))))) alone, as `run`; it may have another width than x."""
     rows = x.permute(0, 2, 3, 1)
     out = None
-    if not (torch.compiler.is_compiling() or records(rows, block)):
+    if takes_engine(rows, block):
         out = engine.branch(rows, block)
     if out is None:
         out = _branch(rows, block)

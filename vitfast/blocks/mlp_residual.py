@@ -9,7 +9,7 @@ import torch
 
 from vitfast.blocks.parts import add_residual, apply_mlp
 from vitfast.engine import convnext as engine
-from vitfast.engine.eligibility import records, records_grad
+from vitfast.engine.eligibility import takes_engine
 from vitfast.plans import MlpResidual
 
 
@@ -17,7 +17,7 @@ def run_mlp_residual(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> tor
     """The tail on maps x and y [B, C, H, W] of any strides; the result is channels-last."""
     base, inner = x.permute(0, 2, 3, 1), y.permute(0, 2, 3, 1)
     out = None
-    if not (torch.compiler.is_compiling() or records(base, plan) or records_grad(inner)):
+    if takes_engine(base, plan, inner):
         out = engine.mlp_residual(base, inner, plan)
     if out is None:
         out = add_residual(base, apply_mlp(inner, plan.mlp), plan.gamma, plan.drop)

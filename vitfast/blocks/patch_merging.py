@@ -11,7 +11,7 @@ from vitfast import ops
 from vitfast.blocks.parts import apply_norm, operand_dtype
 from vitfast.engine import memo
 from vitfast.engine import patches as engine
-from vitfast.engine.eligibility import records_grad
+from vitfast.engine.eligibility import takes_engine
 from vitfast.plans import PatchMerging
 
 
@@ -22,9 +22,7 @@ def run_patch_merging(
     merge = memo.recall_plan(plan, module, x)
     if merge is None or x.ndim != 4:
         return None
-    if not torch.compiler.is_compiling() and not records_grad(
-        x, *merge.reduction, merge.norm.weight, merge.norm.bias
-    ):
+    if takes_engine(x, merge):
         out = engine.merge(x, merge)
         if out is not None:
             return out

@@ -7,13 +7,13 @@ import torch
 from vitfast import ops, plans
 from vitfast.blocks.parts import apply_norm, norm_2d_dtype, operand_dtype
 from vitfast.engine import patches as engine
-from vitfast.engine.eligibility import records_grad
+from vitfast.engine.eligibility import takes_engine
 from vitfast.runtime.library import autocast_dtype
 
 
 def _fused(x: torch.Tensor, plan: plans.Patches) -> torch.Tensor | None:
     """In inference on the CPU; elsewhere None."""
-    if torch.compiler.is_compiling() or records_grad(*plans.tensors_in((x, plan))):
+    if not takes_engine(x, plan):
         return None
     if plan.norm_first:
         return engine.downsample(x.permute(0, 2, 3, 1), plan)

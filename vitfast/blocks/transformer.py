@@ -31,7 +31,7 @@ from vitfast.blocks.parts import (
 )
 from vitfast.engine import memo
 from vitfast.engine import transformer as engine
-from vitfast.engine.eligibility import PLAIN, needs_ops
+from vitfast.engine.eligibility import PLAIN, takes_engine
 from vitfast.plans import Called, TransformerBlock
 
 Maps = tuple[tuple[int, int] | None, tuple[int, int] | None]
@@ -60,7 +60,7 @@ def run_transformer_block(
     if type(block.mlp) is Called:
         return run_mlp_half(run_attention_half(x, block, **attention), block, module, maps[1])
     out = None
-    if not needs_ops(x, block, attention):
+    if takes_engine(x, block, *attention.values()):
         out = engine.block(x, block, **attention)
     return _differentiable(x, block, attention) if out is None else out
 
@@ -97,7 +97,7 @@ def run_mlp_half(
         mlp = module._modules["mlp"]
         return _call_half(x, module, 2, mlp, block.norms_last, size)  # type: ignore[arg-type]
     out = None
-    if not needs_ops(x, block, {}):
+    if takes_engine(x, block):
         out = engine.block(x, block, half="mlp")
     if out is not None:
         return out
@@ -111,7 +111,7 @@ def run_mlp_half(
 def run_attention_half(x: torch.Tensor, block: TransformerBlock, **attention: Any) -> torch.Tensor:
     """The first half of the block alone, as `run`."""
     out = None
-    if not needs_ops(x, block, attention):
+    if takes_engine(x, block, *attention.values()):
         out = engine.block(x, block, half="attention", **attention)
     if out is not None:
         return out

@@ -20,8 +20,6 @@ from vitfast.plans import (
     TransformerBlock,
     Windows,
 )
-from vitfast.runtime import native
-from vitfast.settings import settings
 
 if TYPE_CHECKING:
     pass
@@ -49,10 +47,9 @@ def stream_dtype(
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def on_cpu(x: torch.Tensor, lower: torch.dtype | None) -> bool:
-    if settings.backend not in ("auto", "cpu") or native.reasons():
-        return False
-    return x.is_cpu and x.numel() > 0 and {x.dtype, lower or x.dtype} <= _DTYPES
+def dtypes_fit(x: torch.Tensor, lower: torch.dtype | None) -> bool:
+    """Whether there are kernels for the elements of x, and of products in autocast's dtype."""
+    return x.numel() > 0 and {x.dtype, lower or x.dtype} <= _DTYPES
 
 
 def block(
@@ -63,7 +60,7 @@ def block(
     half: str,
 ) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked. half: as `_Steps`."""
-    if x.ndim != 3 or not on_cpu(x, lower):
+    if x.ndim != 3 or not dtypes_fit(x, lower):
         return False
     channels = x.shape[2]
     # Without autocast timm wants one dtype, and it is for the ops to complain.
@@ -155,7 +152,7 @@ def convnext(x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None) ->
 
 def convolved(x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None) -> bool:
     """As `convnext`, of a block whose result may have another width."""
-    if x.ndim != 4 or not on_cpu(x, lower):
+    if x.ndim != 4 or not dtypes_fit(x, lower):
         return False
     channels = x.shape[3]
     dtypes = norm_op.DTYPES if lower else (x.dtype,)
@@ -186,7 +183,12 @@ def depthwise(layer: Linear, channels: int, dtypes: Collection[torch.dtype]) -> 
 
 def tail(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual, lower: torch.dtype | None) -> bool:
     """As `convnext`, for a map y beside x."""
-    if x.ndim != 4 or x.shape != y.shape or not (on_cpu(x, lower) and on_cpu(y, lower)):
+    if (
+        x.ndim != 4
+        or x.shape != y.shape
+        or not y.is_cpu
+        or not (dtypes_fit(x, lower) and dtypes_fit(y, lower))
+    ):
         return False
     channels, mlp = x.shape[3], plan.mlp
     dtypes = norm_op.DTYPES if lower else (x.dtype,)

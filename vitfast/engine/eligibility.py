@@ -1,4 +1,9 @@
-"""Whether a call may leave timm's forward, and whether it may come to the engine."""
+"""Who computes a call: timm's forward, the public ops or the engine. Nothing else decides it.
+
+`plan_call`, and `memo.recall_plan` with what is remembered, tell whether the call leaves timm's
+forward; `takes_engine` then whether it goes to the engine or to the public ops. The engine may
+still hand a call back, by a result of None, whose dtypes or sizes its kernels do not take.
+"""
 
 from __future__ import annotations
 
@@ -12,27 +17,10 @@ from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
 from vitfast.engine import originals
-from vitfast.plans import TransformerBlock, Unfit, tensors_in
+from vitfast.plans import Unfit, tensors_in
 from vitfast.runtime import native
 from vitfast.runtime.native import is_readable
 from vitfast.settings import settings
-
-
-def needs_ops(x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any]) -> bool:
-    """Whether this call is traced, or recorded by autograd, or drops paths."""
-    if torch.compiler.is_compiling() or block.drop1 is not None or block.drop2 is not None:
-        return True
-    return torch.is_grad_enabled() and any(
-        t.requires_grad for t in tensors_in((x, block, *attention.values()))
-    )
-
-
-def records(x: torch.Tensor, plan: Any) -> bool:
-    """Whether autograd records this call for x or the plan's tensors, or its `drop` drops paths."""
-    if plan.drop is not None:
-        return True
-    return torch.is_grad_enabled() and records_grad(*tensors_in((x, plan)))
-
 
 PLAIN = (torch.Tensor, nn.Parameter)
 
@@ -133,9 +121,26 @@ def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:
     return plan(module)
 
 
-def records_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd will record an operation on these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def takes_engine(x: torch.Tensor, plan: Any = (), *others: Any) -> bool:
+    """Whether a call that leaves timm's forward is inference on the CPU, which the engine computes.
+
+    Not on a GPU; nor where torch.compile traces the call, autograd records it, paths are dropped
+    (stochastic depth), another backend was asked for, or there is no C++ extension.
+
+    Args:
+        x: the call's input.
+        plan, others: the plan, and tensors, None or tuples of them, that the call depends on, too.
+    """
+    if torch.compiler.is_compiling() or not x.is_cpu or getattr(plan, "drops", False):
+        return False
+    if settings.backend not in ("auto", "cpu") or native.reasons():
+        return False
+    return not records_grad(x, plan, others)
+
+
+def records_grad(*values: Any) -> bool:
+    """Whether autograd records an operation on these tensors, and those in tuples such as plans."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors_in(values))
 
 
 CALLERS = ("_call_impl", "_wrapped_call_impl", "_compiled_call_impl")

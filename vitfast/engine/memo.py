@@ -1,13 +1,16 @@
-"""What a block found out in its last calls, for as long as nothing changes that it depends on.
+"""What is remembered of a module between calls: its plan, prepared products and recorded calls.
 
 To look at a block's children, to check what they hold, to prepare its products and to call one
-kernel after the other from Python takes ten times as long as to see that all of it is as it was:
-the children's classes and what is in their dictionaries, what their forwards call, and the state of
-the tensors as `ops._weight_cache` tells it.
+kernel after the other from Python takes ten times as long as to see that all of it is as it was. So
+a module has a memo for each plan function, valid while a snapshot of it matches: the classes of its
+children and what is in their dictionaries, what their forwards call, and the state of the tensors
+as `products.weights` tells it. The plan carries the memo's handle (`plan.memo`); without one, as of
+a plan made anew or changed, everything is prepared for that call alone.
 """
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable, Hashable
 from functools import partial
@@ -26,15 +29,15 @@ from vitfast.runtime.library import autocast_dtype
 from vitfast.settings import settings
 
 _MOST_KINDS = 8
-"""Shapes and dtypes of inputs that a block is ready for at once."""
+"""Shapes and dtypes of inputs for which a memo keeps products at once."""
 _MOST_VAIN = 16
-"""How many more times than it was of use a memo is made anew before the block goes without one."""
+"""A module's plan is no longer kept after so many rebuilds in a row without a hit."""
 _NAME = "_vitfast_memos"
 """The attribute of a module that its memos are; `ModuleState` looks past it."""
 Made = TypeVar("Made")
 
 
-class _Sources:
+class _Snapshot:
     """All that a plan of a module depends on but for the weights' values, as it is now."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -48,15 +51,15 @@ class _Sources:
         self.can_tell = not any(t.is_inference() for t in buffers)
         self.buffers = [(t, t._version) for t in buffers] if self.can_tell else []
 
-    def same(self, module: nn.Module) -> bool:
+    def matches(self, module: nn.Module) -> bool:
         if not self.state.same(module):
             return False
         return not self.buffers or all(t._version == version for t, version in self.buffers)
 
 
-class _Memos(dict[Callable[[Any], Any], "_Memo"]):
-    """What plan functions found for one module. It lies among the module's own attributes: they die
-    together, even where something kept here refers back to the module. Copies start anew."""
+class _Entries(dict[Callable[[Any], Any], "_Entry"]):
+    """What is kept of one module, by plan function. It lies among the module's own attributes: they
+    die together, even where something kept here refers back to the module. Copies start anew."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -66,70 +69,87 @@ class _Memos(dict[Callable[[Any], Any], "_Memo"]):
         return dict, ()  # whoever loads it needs no vitfast
 
 
-class _Memo:
-    """What one plan function found for one module."""
+class _Entry:
+    """The plan that one plan function made of one module, and its memo; None where not kept.
+
+    The plan refers to the memo, which must not refer to it: both would outlive the module.
+    """
 
     def __init__(self) -> None:
-        self.found: _Found | None = None
+        self.kept: tuple[Any, Memo] | None = None  # in one piece, for threads
         self.vain = 0
 
     def may_learn(self) -> bool:
         return self.vain < _MOST_VAIN
 
-    def learn(self, module: nn.Module, plan: Any, sources: _Sources | None) -> None:
-        """Keep a plan, unless it holds tensors that are not the module's own, but computed.
+    def learn(self, module: nn.Module, plan: Any, snapshot: _Snapshot | None) -> Any:
+        """Keep a plan, unless it holds tensors that are not the module's own, but computed; gives
+        the plan to run with.
 
-        sources: as they were before the plan was made, so that what another thread changed
-        meanwhile shows at the next call; None to keep nothing.
+        Args:
+            snapshot: taken before the plan was made, so that what another thread changed meanwhile
+                shows at the next call; None to keep nothing.
         """
-        self.found = None
+        self.kept = None
         self.vain += 1
-        if sources is None or plan is None or not sources.can_tell:
-            return
+        if snapshot is None or plan is None or not snapshot.can_tell:
+            return plan
         tensors = tuple(tensors_in((plan,)))
-        if all(id(t) in sources.own for t in tensors):
-            self.found = _Found(module, plan, sources, tensors)
+        if any(id(t) not in snapshot.own for t in tensors):
+            return plan
+        memo = Memo(module, plan, snapshot, tensors)
+        if hasattr(plan, "memo"):
+            plan = plan._replace(memo=memo)
+        self.kept = plan, memo
+        return plan
 
 
-class _Found:
-    """A plan, the sources that it came from, its tensors and what was made from it."""
+class Memo:
+    """A plan as it was made, the snapshot it holds for, its tensors, and what was prepared of it.
+
+    prepared: by kind of input: shapes and dtypes, settings, and the functions that prepare and run.
+    """
 
     def __init__(
-        self, module: nn.Module, plan: Any, sources: _Sources, tensors: tuple[torch.Tensor, ...]
+        self, module: nn.Module, plan: Any, snapshot: _Snapshot, tensors: tuple[torch.Tensor, ...]
     ) -> None:
         self.module = weakref.ref(module)
-        self.plan, self.sources, self.tensors = plan, sources, tensors
-        self.made: dict[Hashable, _Made] = {}
+        self.plan, self.snapshot, self.tensors = plan, snapshot, tensors
+        self.prepared: dict[Hashable, _Prepared] = {}
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
-        _FOUND[id(plan)] = weakref.ref(self, partial(_drop_found, id(plan)))
+        _MEMOS.add(self)
 
-    def make(self, key: Hashable, make: Callable[[], Any]) -> _Made:
+    def is_of(self, plan: Any) -> bool:
+        """Whether a plan with this handle still is the one it was made of, not a changed copy."""
+        return all(map(operator.is_, plan[:-1], self.plan))
+
+    def prepare(self, key: Hashable, make: Callable[[], Any]) -> _Prepared:
         watchable = all(map(_is_watchable, self.tensors))
         # Before anything is read: another thread may write to a tensor while this one packs it.
         before = weights.state(self.tensors) if watchable else None
         with weights.CACHE.noting() as noted:
-            made = _Made(make())
+            prepared = _Prepared(make())
         tensors = tuple({id(t): t for t in (*self.tensors, *noted)}.values())
         if watchable and all(map(_is_watchable, tensors)):
-            made.tensors = tensors
-            made.state = weights.state(tensors, {id(t) for t in noted})
+            prepared.tensors = tensors
+            prepared.state = weights.state(tensors, {id(t) for t in noted})
             if not weights.same(before, self.tensors, fully=True):
-                return made
-            kinds = list(self.made)  # at once: other threads add to it, too
+                return prepared
+            kinds = list(self.prepared)  # at once: other threads add to it, too
             for oldest in kinds[: max(0, len(kinds) - _MOST_KINDS + 1)]:
-                self.made.pop(oldest, None)
-            self.made[key] = made
+                self.prepared.pop(oldest, None)
+            self.prepared[key] = prepared
             self._watch_storages()
-        return made
+        return prepared
 
     def _watch_storages(self) -> None:
         """Let go what was made of weights when one of them moves elsewhere."""
-        drop = partial(_drop_made, weakref.ref(self))
+        drop = partial(_drop_prepared, weakref.ref(self))
         self._storages = [weakref.ref(t.untyped_storage(), drop) for t in self.tensors]
 
     def complain(self, edited: torch.Tensor) -> None:
-        """Warn of an edit that was found late, and forget all that was made before it."""
-        self.made.clear()
+        """Warn of an edit that was found late, and forget all that was prepared before it."""
+        self.prepared.clear()
         weights.CACHE.forget(edited)
         module = self.module()
         names = [] if module is None else [n for n, p in module.named_parameters() if p is edited]
@@ -137,61 +157,59 @@ class _Found:
         weights.warn_edited(what)
 
 
-class _Made:
-    """What was made for one kind of input."""
+class _Prepared:
+    """What was prepared for one kind of input."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
         self.tensors: tuple[torch.Tensor, ...] = ()
         self.state: Any = None  # that of the tensors
         self.has_run = self.was_recorded = False
-        self.tape: Replay | None = None
+        self.replay: Replay | None = None
         # The tensors' storages, for whose elements nobody looks any more (`settings.weights`).
         self.frozen: tuple[torch.UntypedStorage, ...] | None = None
 
 
-_FOUND: dict[int, weakref.ref[_Found]] = {}  # by the id of its plan
+_MEMOS: weakref.WeakSet[Memo] = weakref.WeakSet()
+"""All there are, for the cache to let go what it has no room for."""
 
 
 def recall_plan(
-    find: Callable[[Any], Plan], module: nn.Module, x: object, *others: object
+    plan: Callable[[Any], Plan], module: nn.Module, x: object, *others: object
 ) -> Plan | None:
-    """As `_guard.ready`, with the plan found before while the module and its children are the same.
-
-    For plan functions that look at nothing else.
-    """
+    """plan(module), or None where this call has to run timm's forward, as `plan_call`; made anew
+    only where something about the module changed. For plan functions that look at nothing else."""
     if torch.compiler.is_compiling() or native.reasons():
-        return plan_call(find, module, x, *others)
-    memos = module.__dict__.get(_NAME)
-    memo = None if memos is None else memos.get(find)
-    found = None if memo is None else memo.found
-    held = () if found is None else found.tensors
+        return plan_call(plan, module, x, *others)
+    entries = module.__dict__.get(_NAME)
+    entry = None if entries is None else entries.get(plan)
+    kept = None if entry is None else entry.kept
+    held = () if kept is None else kept[1].tensors
     # Whoever assigns to a weight's `data` may leave there what no kernel can read.
     fits = is_unwatched(x, *others, *held)
     if not fits and not may_fuse(x, *others):
         return None
     if (
-        memo is not None
-        and found is not None
-        and found.sources.same(module)
+        entry is not None
+        and kept is not None
+        and kept[1].snapshot.matches(module)
         and (fits or all(map(native.is_readable, held)))
     ):
-        memo.vain = 0
-        return found.plan  # type: ignore[no-any-return]
-    if type(memos) is not _Memos or memos.module() is not module:  # that of what it is a copy of
-        memo, memos = None, _Memos(module)
-        module.__dict__[_NAME] = memos
-    sources = _Sources(module) if memo is None or memo.may_learn() else None
+        entry.vain = 0
+        return kept[0]  # type: ignore[no-any-return]
+    if type(entries) is not _Entries or entries.module() is not module:  # of what it is a copy of
+        entry, entries = None, _Entries(module)
+        module.__dict__[_NAME] = entries
+    snapshot = _Snapshot(module) if entry is None or entry.may_learn() else None
     try:
-        plan = planned(find, module)
+        made = planned(plan, module)
     except Unfit:
-        if memo is not None:
-            memo.found = None
+        if entry is not None:
+            entry.kept = None
         return None
-    if memo is None:
-        memo = memos[find] = _Memo()
-    memo.learn(module, plan, sources)
-    return plan
+    if entry is None:
+        entry = entries[plan] = _Entry()
+    return entry.learn(module, made, snapshot)  # type: ignore[no-any-return]
 
 
 def forget(module: nn.Module) -> None:
@@ -204,11 +222,11 @@ def recall(
 ) -> Made:
     """make(x, plan, autocast's dtype or None, *others), or what it gave for such an x before.
 
-    It may depend on the shape, dtype and device of x, and on the plan's tensors, which it may pack
-    for so many rows; not on what x holds nor how it lies.
+    `make` may depend on the shape, dtype and device of x, and on the plan's tensors, which it may
+    pack for so many rows; it must not read x's values or strides.
     """
-    made, _ = _find(None, make, rows, x, plan, others)
-    return made.value  # type: ignore[no-any-return]
+    prepared, _ = _find(None, make, rows, x, plan, others)
+    return prepared.value  # type: ignore[no-any-return]
 
 
 def call(
@@ -221,20 +239,21 @@ def call(
     besides: tuple[torch.Tensor, ...] = (),
 ) -> torch.Tensor | None:
     """run(recall(make, ...), x, *besides), or None where what is recalled is None; from the third
-    such call on as a tape, if it does nothing but call kernels. It depends on nothing else."""
-    made, storages = _find(run, make, rows, x, plan, others, besides)
-    if made.value is None:
+    such call on a replay of its kernels, if it does nothing but call kernels. `run` may depend on
+    nothing else."""
+    prepared, storages = _find(run, make, rows, x, plan, others, besides)
+    if prepared.value is None:
         return None
     inputs = (x, *besides)
     if all(t.is_contiguous() for t in inputs):
-        if made.tape is not None and storages is not None:
-            return made.tape(*inputs)  # on the addresses of what `storages` keeps
-        if made.has_run and not made.was_recorded and not is_recording():
-            made.was_recorded = True
-            out, made.tape = record(partial(run, made.value), *inputs)
+        if prepared.replay is not None and storages is not None:
+            return prepared.replay(*inputs)  # on the addresses of what `storages` keeps
+        if prepared.has_run and not prepared.was_recorded and not is_recording():
+            prepared.was_recorded = True
+            out, prepared.replay = record(partial(run, prepared.value), *inputs)
             return out
-    made.has_run = True
-    return run(made.value, *inputs)
+    prepared.has_run = True
+    return run(prepared.value, *inputs)
 
 
 def _find(
@@ -245,38 +264,39 @@ def _find(
     plan: Any,
     others: tuple[Hashable, ...],
     besides: tuple[torch.Tensor, ...] = (),
-) -> tuple[_Made, tuple[torch.UntypedStorage, ...] | None]:
-    """What was made for such a call, and the storages of the tensors that it was made from; None
-    for those if it was made just now."""
+) -> tuple[_Prepared, tuple[torch.UntypedStorage, ...] | None]:
+    """What was prepared for such a call, and the storages of the tensors that it was made from;
+    None for those if it was made just now."""
     lower = autocast_dtype(x.device)
-    ref = _FOUND.get(id(plan))
-    found = None if ref is None else ref()
-    if found is not None and settings.memory == "low":
-        found.made.clear()
-        found = None
+    memo: Memo | None = plan.memo
+    if memo is not None and settings.memory == "low":
+        memo.prepared.clear()
+        memo = None
     if (
-        found is None
-        or found.plan is not plan
+        memo is None
+        or not memo.is_of(plan)
         or rows >= weights.CACHE_ROWS  # packings that are not to be kept
         or torch.is_grad_enabled()
-        or not all(t.is_cpu for t in (x, *besides))
+        or not all(t.is_cpu for t in besides)
     ):
-        return _Made(make(x, plan, lower, *others)), None
+        return _Prepared(make(x, plan, lower, *others)), None
     how = settings.backend, settings.cpu_isa, torch._C._get_mkldnn_enabled(), native.threads()
     kinds = tuple((t.shape, t.dtype) for t in (x, *besides))
     key = (run, make, kinds, lower, how, *others)
-    made = found.made.get(key)
-    if made is not None:
+    prepared = memo.prepared.get(key)
+    if prepared is not None:
         frozen = settings.weights == "frozen"
-        if frozen and made.frozen is not None:
-            return made, made.frozen
-        storages = weights.storages(made.state, made.tensors)
+        if frozen and prepared.frozen is not None:
+            return prepared, prepared.frozen
+        storages = weights.storages(prepared.state, prepared.tensors)
         if storages is not None:
-            made.frozen = storages if frozen else None
-            return made, storages
-        if made.state.edited >= 0:
-            found.complain(made.tensors[made.state.edited])
-    return found.make(key, lambda: make(x, plan, lower, *others)), None
+            prepared.frozen = storages if frozen else None
+            return prepared, storages
+        if prepared.state.edited >= 0:
+            memo.complain(prepared.tensors[prepared.state.edited])
+    # Of the plan without a handle: what is prepared may refer to it, and is kept by the memo.
+    bare = memo.plan
+    return memo.prepare(key, lambda: make(x, bare, lower, *others)), None
 
 
 def _is_watchable(t: torch.Tensor) -> bool:
@@ -284,22 +304,16 @@ def _is_watchable(t: torch.Tensor) -> bool:
     return plain and (t.ndim < 3 or weights.is_dense(t))
 
 
-def _drop_found(plan: int, dead: weakref.ref[_Found]) -> None:
-    # The id may be another plan's by now.
-    if _FOUND.get(plan) is dead:
-        _FOUND.pop(plan, None)
-
-
-def _drop_made(found: weakref.ref[_Found], gone: object) -> None:
-    alive = found()
+def _drop_prepared(memo: weakref.ref[Memo], gone: object) -> None:
+    alive = memo()
     if alive is not None:
-        alive.made.clear()
+        alive.prepared.clear()
 
 
-def _forget_made() -> None:
+def _forget_prepared() -> None:
     """What the cache has no room for is not to live on here."""
-    for ref in list(_FOUND.values()):
-        _drop_made(ref, None)
+    for memo in list(_MEMOS):
+        memo.prepared.clear()
 
 
-weights.CACHE.when_crowded.append(_forget_made)
+weights.CACHE.when_crowded.append(_forget_prepared)

@@ -80,7 +80,7 @@ def _run(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
 
 def _fit(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked."""
-    if not checks.on_cpu(x, lower):
+    if not checks.dtypes_fit(x, lower):
         return False
     channels, mixer, mlp = x.shape[-1], plan.mixer, plan.mlp
     dtypes = norm_op.DTYPES if lower else (x.dtype,)

@@ -35,7 +35,7 @@ def _merge_steps(
     x: torch.Tensor, plan: PatchMerging, lower: torch.dtype | None
 ) -> _Reduction | None:
     operand = lower or x.dtype
-    if not checks.on_cpu(x, lower):
+    if not checks.dtypes_fit(x, lower):
         return None
     shape = norm_op.merged_shape(x)
     weight, bias = plan.reduction
@@ -90,7 +90,7 @@ def embed(
     dtypes = norm_op.DTYPES if lower else (image.dtype,)
     channels = len(weight)
     if not (
-        checks.on_cpu(image, lower)
+        checks.dtypes_fit(image, lower)
         and image.shape[1] == weight.shape[1]
         and weight.dtype in dtypes
         and weight.is_cpu
@@ -116,7 +116,7 @@ def _downsample_steps(
     batch, high, wide, channels = x.shape
     width, _, height, across = weight.shape
     if not (
-        checks.on_cpu(x, lower)
+        checks.dtypes_fit(x, lower)
         and checks.tensor(weight, (width, channels, height, across), dtypes)
         and checks.vector(bias, width, dtypes)
         and checks.vector(norm.weight, channels)

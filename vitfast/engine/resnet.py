@@ -35,7 +35,7 @@ def run_step(x: torch.Tensor, step: StemStep, call: Call) -> torch.Tensor:
 def _prepare_step(x: torch.Tensor, conv: Conv, call: Call, adds: bool = False) -> Ready:
     """The convolution, packed for maps like x."""
     norm = conv.norm
-    if norm is not None and call.records and records_grad(norm.weight, norm.bias):
+    if records_grad(norm):
         raise Unfit("autograd records its norm")
     ready = None
     if x.ndim == 4 and conv_product.covers(x, conv):
@@ -104,7 +104,7 @@ def fitting(call: Call, conv: Conv, norm: GroupNorm, channels: int) -> Ready | N
     ready = conv_product.prepare_fitting(call, conv, channels)
     size = conv.weight.shape[0]
     if (
-        (call.records and records_grad(norm.weight, norm.bias))
+        records_grad(norm)
         or size % norm.groups
         or not (checks.vector(norm.weight, size) and checks.vector(norm.bias, size))
     ):

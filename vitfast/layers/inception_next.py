@@ -9,7 +9,7 @@ from torch import nn
 from vitfast import plans
 from vitfast.blocks.mlp_residual import run_mlp_residual
 from vitfast.engine import memo
-from vitfast.engine.eligibility import records
+from vitfast.engine.eligibility import records_grad
 from vitfast.layers.base import Layer
 from vitfast.layers.mlp import plan_conv_mlp
 from vitfast.layers.reading.children import expect_vector, read_drop_path, read_optional_parameter
@@ -40,7 +40,7 @@ class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         plan = memo.recall_plan(plan_block, self, x)
-        if plan is None or x.ndim != 4 or records(x, plan):
+        if plan is None or x.ndim != 4 or plan.drops or records_grad(x, plan):
             return super().forward(x)
         return run_mlp_residual(x, self.norm(self.token_mixer(x)), plan)
 

@@ -13,7 +13,7 @@ from vitfast import plans
 from vitfast.blocks.parts import apply_conv, apply_norm, attend, operand_dtype
 from vitfast.engine import memo
 from vitfast.engine import metaformer as engine
-from vitfast.engine.eligibility import plan_call, records
+from vitfast.engine.eligibility import plan_call, takes_engine
 from vitfast.layers.base import Layer
 from vitfast.layers.mlp import plan_pointwise
 from vitfast.layers.reading.as_built import expect_attributes
@@ -172,7 +172,7 @@ class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
         out = None
         if not torch.compiler.is_compiling():
             plan = memo.recall_plan(plan_block, self, x)
-            if plan is not None and not records(x, plan):
+            if plan is not None and takes_engine(x, plan):
                 out = _run(x, plan)
         return super().forward(x) if out is None else out
 

@@ -9,7 +9,7 @@ from timm.layers import Format
 
 from vitfast import ops, plans
 from vitfast.engine import patches as engine
-from vitfast.engine.eligibility import plan_call, records_grad
+from vitfast.engine.eligibility import plan_call, records_grad, takes_engine
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.conv import plan_projection
 from vitfast.layers.reading.norm import read_optional_norm
@@ -52,9 +52,9 @@ class PatchEmbed(Layer, timm_layers.PatchEmbed):
 
 def _normed(module: PatchEmbed, x: torch.Tensor, plan: plans.Projection) -> torch.Tensor | None:
     """Patches and their norm as one, in inference on the CPU; elsewhere None."""
-    if torch.compiler.is_compiling() or x.numel() == 0:
+    if x.numel() == 0 or not takes_engine(x, plan):
         return None
     norm = plan_call(lambda m: read_optional_norm(m._modules, "norm"), module, x)
-    if norm is None or records_grad(x, *plan, norm.weight, norm.bias):
+    if norm is None or records_grad(norm):
         return None
     return engine.embed(x, *plan, norm)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from vitfast.engine.eligibility import records_grad
+from vitfast.engine.eligibility import records_grad, takes_engine
 from vitfast.engine.products import onednn
 from vitfast.engine.products import weights as weights_cache
 from vitfast.engine.products.linear import GemmLinear, apply_gemm, is_gemm_faster, matrix_of_packed
@@ -281,28 +281,24 @@ class Call(NamedTuple):
 
     dtype: torch.dtype  # that they compute in
     given: tuple[torch.dtype, ...]  # that weights may have
-    records: bool  # whether autograd is on
     pixels: int  # of its map
 
 
 def direct(x: torch.Tensor) -> Call | None:
     """For maps like x on oneDNN in inference; None where torch's convolutions are to run."""
-    records = torch.is_grad_enabled()
-    if torch.compiler.is_compiling() or not x.is_cpu or (records and x.requires_grad):
+    if not takes_engine(x):
         return None
     lower = autocast_dtype(x.device)
     dtype = lower or x.dtype
     if x.dtype == torch.float64 or not available(dtype):
         return None
     pixels = x.numel() // max(x.shape[1], 1)
-    return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), records, pixels)
+    return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), pixels)
 
 
 def prepare_fitting(call: Call, conv: Conv, channels: int, adds: bool = False) -> Ready | None:
     """The convolution of so many channels on oneDNN, or None where torch is to run it."""
-    if call.records and records_grad(*conv[:2]):
-        return None
-    if not fits(conv, channels, call.given):
+    if records_grad(conv) or not fits(conv, channels, call.given):
         return None
     return prepare(conv, call.dtype, call.pixels, adds)
 

@@ -17,7 +17,7 @@ import torch
 from timm import layers as timm_layers
 from torch import nn
 
-from vitfast.engine.eligibility import records_grad
+from vitfast.engine.eligibility import records_grad, takes_engine
 from vitfast.engine.products import weights as weights_cache
 from vitfast.layers.reading.as_built import expect_attributes, expect_buffer
 from vitfast.layers.reading.children import (
@@ -29,7 +29,6 @@ from vitfast.layers.reading.children import (
 )
 from vitfast.layers.reading.mlp import MLP_PLANS, check_mlp_read
 from vitfast.plans import Linear, Unfit, Unsupported
-from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 _KEPT: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, torch.Tensor]]
@@ -145,7 +144,7 @@ def _inputs(
     mlp: nn.Module, coordinates: torch.Tensor
 ) -> tuple[str, torch.dtype | None, tuple[torch.Tensor, ...]] | None:
     """What the MLP's result depends on; None where it is to be computed every time."""
-    if torch.compiler.is_compiling() or not coordinates.is_cpu or native.reasons():
+    if not takes_engine(coordinates):
         return None
     try:
         check_bare(mlp, "mlp")
@@ -155,7 +154,7 @@ def _inputs(
         return None
     weights = (t for pair in linears for t in pair if t is not None)
     tensors = (coordinates.view(-1, 2), *weights)
-    if records_grad(*tensors) or any(t.dtype == torch.float64 for t in tensors):
+    if records_grad(tensors) or any(t.dtype == torch.float64 for t in tensors):
         return None
     return act, autocast_dtype(coordinates.device), tensors
 
