@@ -1,4 +1,4 @@
-"""Attention on the Triton kernels of triton_kernels.py: launches, and what is compiled for whom.
+"""Attention on the Triton kernels of triton_kernels*.py: launches, and what is compiled for whom.
 
 The statistics [2, B, H, Nq] are each row's shift and the sum of its weights relative to that; the
 shift is in units of log2 where nothing is added to the scores. Norm and rotation of q and k are a
@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops.attention import triton_kernels as kernels
+from vitfast.ops.attention import triton_kernels_backward as kernels
 from vitfast.ops.attention import triton_prologue as prologue
 from vitfast.ops.attention.reference import Call
+from vitfast.ops.attention.triton_kernels import forward_kernel
 from vitfast.ops.attention.vendor import INPUTS, wants_gradient
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
@@ -132,7 +133,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     launch = _launch("forward", call)
     grid = (triton.cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)
     with guard(q):
-        kernels.forward_kernel[grid](
+        forward_kernel[grid](
             q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
             keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
             **_constants(q.dtype, d, keep, call.is_causal), **launch.blocks, **launch.options(),
@@ -249,7 +250,7 @@ def _forms(which: str, d: int) -> tuple[str, ...]:
 
 
 def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "") -> Variant:
-    kernel = getattr(kernels, f"{which}_kernel")
+    kernel = forward_kernel if which == "forward" else getattr(kernels, f"{which}_kernel")
     key = _key(which, dtype, d, 1024, form in ("bias", "mask", "float-mask"))
     launch = launch_of(f"attention.{which}", arch, key, launch_heuristic)
     constants = {**_constants(dtype, d, form == "mask", form == "causal"), **launch.blocks}

@@ -1,7 +1,5 @@
-"""patch_embed in Triton: patches are gathered, scaled and multiplied in one kernel.
+"""patch_embed on the Triton kernel of triton_kernels.py.
 
-Floor: 2 B N C K flops (K = Cin P P'); bytes are image, weight and tokens once. The image is read
-where it lies, in any layout and as bytes too: no patch matrix and no normalised image in memory.
 The backward is made of two products of the vendor's and sums, on the gathered patches.
 """
 
@@ -14,54 +12,9 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.patch_embed.reference import normalise
+from vitfast.ops.patch_embed.triton_kernels import forward_kernel
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
-from vitfast.runtime.triton import COUNTS, NAMES, guard, precision
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def forward_kernel(
-    image_ptr, w_ptr, bias_ptr, pos_ptr, mean_ptr, std_ptr, out_ptr, rows, cols, per_image, columns,
-    image_b, image_c, image_h, image_w, w_n, out_b, out_t, pos_b, pos_t,
-    DEPTH: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ACC: tl.constexpr,
-    DTYPE: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out[b, t] = W patch(b, t) + bias + pos; a program's patches are neighbours."""
-    across = tl.cdiv(cols, BLOCK_N)
-    m = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b, token = m // per_image, m % per_image
-    corner = b * image_b + (token // columns) * P * image_h + (token % columns) * Q * image_w
-    live, inside = m < rows, n < cols
-    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for first in range(0, DEPTH, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        real = k < DEPTH
-        channel = k // (P * Q)
-        at = channel.to(tl.int64) * image_c + ((k // Q) % P).to(tl.int64) * image_h
-        at += (k % Q).to(tl.int64) * image_w
-        mask = live[:, None] & real[None, :]
-        x = tl.load(image_ptr + corner[:, None] + at[None, :], mask=mask, other=0)
-        if BYTES or (mean_ptr is not None) or (std_ptr is not None):
-            x = x.to(ACC)
-            if BYTES:
-                x = x / 255.0
-            if mean_ptr is not None:
-                x -= tl.load(mean_ptr + channel, mask=real, other=0.0).to(ACC)[None, :]
-            if std_ptr is not None:
-                x /= tl.load(std_ptr + channel, mask=real, other=1.0).to(ACC)[None, :]
-        w = n.to(tl.int64)[None, :] * w_n + k[:, None]
-        w = tl.load(w_ptr + w, mask=real[:, None] & inside[None, :], other=0.0).to(DTYPE)
-        total = tl.dot(x.to(DTYPE), w, acc=total, out_dtype=ACC, input_precision=PRECISION)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(DTYPE).to(ACC)[None, :]
-    mask = live[:, None] & inside[None, :]
-    if pos_ptr is not None:
-        at = (b * pos_b + token * pos_t)[:, None] + n[None, :]
-        total += tl.load(pos_ptr + at, mask=mask, other=0.0).to(ACC)
-    at = (b * out_b + token * out_t)[:, None] + n[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
-
+from vitfast.runtime.triton import NAMES, guard, precision
 
 _TL = {
     torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
