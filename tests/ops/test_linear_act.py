@@ -15,7 +15,7 @@ from timm.layers import GluMlp, SwiGLU
 from vitfast.ops import linear_act
 from vitfast.ops.common import gemm
 from vitfast.ops.linear_act import vendor
-from vitfast.ops.linear_act.reference import ACTIVATIONS
+from vitfast.ops.linear_act.reference import ACTIVATIONS, Call
 from vitfast.runtime import native
 from vitfast.settings import settings
 
@@ -340,7 +340,7 @@ def test_onednn_forward_saves_what_its_backward_takes(act):
 def test_a_missing_onednn_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert vendor.available() == ["this PyTorch was built without oneDNN"]
-    why = vendor.can_run(make(2, 3), make(4, 3), None, None, None, "none", "", False)
+    why = vendor.can_run(Call.of(make(2, 3), make(4, 3)))
     assert "this PyTorch was built without oneDNN" in why
 
 

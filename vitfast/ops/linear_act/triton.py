@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vitfast.ops.linear_act.reference import INPUTS, BackwardCall, Call
 from vitfast.ops.linear_act.triton_kernels import backward_kernel, forward_kernel
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
@@ -54,104 +55,115 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _halves(weight, bias, gate_weight, gate_bias, gate):
-    """(value, its bias), (gate or None, its bias): the gate is what passes through act."""
-    if gate_weight is not None:
-        return (weight, bias), (gate_weight, gate_bias)
-    if not gate:
-        return (weight, bias), (None, None)
-    weights = weight.chunk(2)
-    biases = (None, None) if bias is None else bias.contiguous().chunk(2)
+_Layer = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight [N, K], any strides, and its bias [N], contiguous."""
+
+
+def _layers(call: Call) -> tuple[_Layer, _Layer | None]:
+    """The layer of the value, and that of the gate, which is what passes through act."""
+    value = (call.weight.flatten(1), _contiguous(call.bias))
+    if call.gate_weight is not None:
+        return value, (call.gate_weight.flatten(1), _contiguous(call.gate_bias))
+    if not call.gate:
+        return value, None
+    weights = value[0].chunk(2)
+    biases = (None, None) if value[1] is None else value[1].chunk(2)
     first, second = zip(weights, biases, strict=True)
-    return (second, first) if gate == "first" else (first, second)
+    return (second, first) if call.gate == "first" else (first, second)
 
 
-def _places(gate_weight, gate, n: int) -> tuple[int, int]:
-    """Columns of z at which the value's and the gate's pre-activations begin."""
-    if gate_weight is None and not gate:
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _places(call: Call | BackwardCall, n: int) -> tuple[int, int]:
+    """Columns of z at which the value's and the gate's pre-activations begin, each n wide."""
+    if not call.gated:
         return 0, 0
-    return (0, n) if gate == "last" else (n, 0)
+    return (0, n) if call.gate == "last" else (n, 0)
 
 
-def forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    lead, n = x.shape[:-1], weight.shape[0] // (2 if gate else 1)
-    gated = bool(gate) or gate_weight is not None
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    x, n, width = call.x, call.width, call.saved_width
+    lead = x.shape[:-1]
     y = x.new_empty((*lead, n))
-    save = save_z and (gated or act != "none")
-    z = x.new_empty((*lead, 2 * n if gated else n) if save else 0)
+    save = call.save_z and width is not None
+    z = x.new_empty((*lead, width) if save else 0)
     if not y.numel():
         return y, z
-    (w, b), (gw, gb) = _halves(weight.flatten(1), bias, gate_weight, gate_bias, gate)
-    gw = gw if gw is None else gw.flatten(1)
-    b, gb = (t if t is None else t.contiguous() for t in (b, gb))
+    (w, bias), gate = _layers(call)
+    gate_w, gate_bias = (None, None) if gate is None else gate
     rows = _flat(x)
     m, k = rows.shape
-    launch = _launch(rows, m, n, gated)
+    launch = _launch(rows, m, n, call.gated)
     grid = (triton.cdiv(m, launch.blocks["BLOCK_M"]) * triton.cdiv(n, launch.blocks["BLOCK_N"]),)
     with guard(x):
         forward_kernel[grid](
-            rows, w, b, gw, gb, y, z if save else None, m, n, k, *rows.stride(), *w.stride(),
-            *((0, 0) if gw is None else gw.stride()), z.shape[-1],
-            *_places(gate_weight, gate, n), ACT=ACTS[act], ACC=_acc(x.dtype),
+            rows, w, bias, gate_w, gate_bias, y, z if save else None, m, n, k,
+            *rows.stride(), *w.stride(), *((0, 0) if gate_w is None else gate_w.stride()),
+            z.shape[-1], *_places(call, n), ACT=ACTS[call.act], ACC=_acc(x.dtype),
             PRECISION=precision(x.dtype), **launch.blocks, **launch.options(),
         )  # fmt: skip
     return y, z
 
 
-def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted):
-    tensors = (x, weight, bias, gate_weight, gate_bias)
-    if not grad.numel():
-        return tuple(
-            t.new_zeros(t.shape) if w and t is not None else x.new_empty(0)
-            for t, w in zip(tensors, wanted, strict=True)
-        )
-    gated = bool(gate) or gate_weight is not None
-    rows, grad, n = _flat(x), _flat(grad), grad.shape[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if act == "none" and not gated:
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    x, wanted = call.x, call.wanted
+    found = {name: x.new_empty(0) for name in INPUTS}
+    if not call.grad.numel():
+        for name, is_wanted in zip(INPUTS, wanted, strict=True):
+            if is_wanted:
+                t = getattr(call, name)
+                found[name] = t.new_zeros(t.shape)
+        return tuple(found.values())
+    rows, grad, n = _flat(x), _flat(call.grad), call.grad.shape[-1]
+    sums: torch.Tensor | None = None
+    if call.act == "none" and not call.gated:
         dz = grad
-        sums = grad.sum(0, dtype=wide) if wanted[2] else None
+        if wanted[2]:
+            sums = grad.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
     else:
-        dz, sums = _pre_activation_gradient(grad, z, gate_weight, act, gate, gated, wide)
-    found = [x.new_empty(0) for _ in tensors]
-    parts = [(weight, dz, 1)]
-    if gate_weight is not None:
-        parts = [(gate_weight, dz[:, :n], 3), (weight, dz[:, n:], 1)]
-        sums = sums.view(2, n).flip(0).flatten()  # value's first, as parts of one vector below
+        dz, sums = _pre_activation_gradient(grad, call)
+    parts = [("weight", call.weight, dz)]
+    if call.gate_weight is not None:
+        parts = [("gate_weight", call.gate_weight, dz[:, :n]), ("weight", call.weight, dz[:, n:])]
     if wanted[0]:
-        dx = None
-        for w, d, _ in parts:
-            product = d @ w.flatten(1).to(d.dtype)
-            dx = product if dx is None else dx + product
-        found[0] = dx.view(x.shape)
-    for w, d, at in parts:
-        if wanted[at]:
-            found[at] = (d.mT @ rows).view(w.shape).to(w.dtype)
-    if wanted[2]:
-        found[2] = sums[: bias.numel()].to(bias.dtype)
-    if wanted[4]:
-        found[4] = sums[n:].to(gate_bias.dtype)
-    return tuple(found)
+        products = [d @ w.flatten(1).to(d.dtype) for _, w, d in parts]
+        found["x"] = sum(products[1:], products[0]).view(x.shape)
+    for name, w, d in parts:
+        if wanted[INPUTS.index(name)]:
+            found[name] = (d.mT @ rows).view(w.shape).to(w.dtype)
+    if call.bias is not None and sums is not None and wanted[2]:
+        found["bias"] = sums[-call.bias.numel() :].to(call.bias.dtype)  # the gate's come first
+    if call.gate_bias is not None and sums is not None and wanted[4]:
+        found["gate_bias"] = sums[:n].to(call.gate_bias.dtype)
+    return tuple(found.values())
 
 
 _BACKWARD = Launch({"BLOCK_M": 16, "BLOCK_N": 128}, 4, 1)
+"""2K elements a program, 16 a thread. Chosen, not measured yet."""
 
 
-def _pre_activation_gradient(grad, z, gate_weight, act, gate, gated, wide):
-    """dz [M, N or 2N], and its sums over rows in the order of z's columns."""
+def _pre_activation_gradient(
+    grad: torch.Tensor, call: BackwardCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dz [M, N or 2N] for grad [M, N], and its sums over rows [N or 2N]; columns lie as in z."""
+    z, gated = call.z, call.gated
     m, n = grad.shape
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     dz = z.new_empty((m, z.shape[-1]))
     blocks = min(triton.cdiv(m, _BACKWARD.blocks["BLOCK_M"]), _PROGRAMS)
     across = triton.cdiv(n, _BACKWARD.blocks["BLOCK_N"])
+    wide = torch.promote_types(grad.dtype, torch.float32)
     partial = z.new_empty((2 if gated else 1, blocks, n), dtype=wide)
-    value, through = _places(gate_weight, gate, n)
+    value, through = _places(call, n)
     with guard(grad):
         backward_kernel[(across * blocks,)](
             grad, z, dz, partial[0], partial[1] if gated else None, m, n, grad.stride(0),
-            z.shape[-1], value, through, ACT=ACTS[act], ACC=_acc(grad.dtype), GATED=gated,
+            z.shape[-1], value, through, ACT=ACTS[call.act], ACC=_acc(grad.dtype), GATED=gated,
             **_BACKWARD.blocks, **_BACKWARD.options(),
         )  # fmt: skip
+    # In float64, since as many rounding errors would meet here.
     sums = partial.sum(1, dtype=torch.float64)
     if gated and value > through:
         sums = sums.flip(0)
@@ -172,7 +184,8 @@ def variants(arch: Arch) -> list[Variant]:
     return found
 
 
-def _signature(kernel, constants, wide):
+def _signature(kernel: Any, constants: dict[str, Any], wide: str) -> dict[str, str]:
+    """Types of a kernel's arguments; `wide` is Triton's name of the tensors' dtype."""
     return {
         name: ("*fp32" if name.startswith(("sums", "gate_sums")) else f"*{wide}")
         if name.endswith("_ptr")
@@ -182,13 +195,13 @@ def _signature(kernel, constants, wide):
     }
 
 
-def _forward_variant(arch, dtype, act, gated):
-    key = {
+def _forward_variant(arch: Arch, dtype: torch.dtype, act: str, gated: bool) -> Variant:
+    key: dict[str, int | str] = {
         "dtype": str(dtype).removeprefix("torch."), "gate": "yes" if gated else "no",
         "m": 4096, "n": 3072, "k": 768,
     }  # fmt: skip
     launch = launch_of("linear_act.forward", arch, key, launch_heuristic)
-    constants = {
+    constants: dict[str, Any] = {
         "ACT": ACTS[act], "ACC": tl.float32, "PRECISION": "ieee", "x_k": 1, "w_k": 1, "gate_k": 1,
         **launch.blocks,
     }  # fmt: skip
@@ -199,8 +212,8 @@ def _forward_variant(arch, dtype, act, gated):
     return Variant(name, forward_kernel, signature, constants, launch, dots=dtype != torch.float32)
 
 
-def _backward_variant(dtype, act, gated):
-    constants = {
+def _backward_variant(dtype: torch.dtype, act: str, gated: bool) -> Variant:
+    constants: dict[str, Any] = {
         "ACT": ACTS[act], "ACC": tl.float32, "GATED": gated, **_BACKWARD.blocks
     }  # fmt: skip
     if not gated:
