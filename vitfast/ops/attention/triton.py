@@ -38,7 +38,7 @@ _SWITCHES = {"LAZY": 0, "POLYNOMIAL": 0}
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Tiles that fit registers and shared memory; see tests/gpu/resources.json."""
+    """About the largest tiles that fit registers and shared memory; see `_tiles`."""
     launch = _tiles(arch, key)
     if key["pass"] == "forward":
         return replace(launch, blocks={**launch.blocks, **_SWITCHES})
@@ -46,6 +46,13 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
 
 
 def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
+    """BLOCK_M queries by BLOCK_N keys, by architecture, pass and the head dim's padded width.
+
+    Each rung was cut until the compiled kernel spilled nothing on sm_80 and newer, gfx942 and
+    gfx950, and fitted the shared memory of one block; the record is tests/gpu/resources.json, which
+    `python -m vitfast.testing.aot --check` makes again. Speed decided none of them, since none has
+    been timed yet: `vitfast tune` does that on a device.
+    """
     d, wide = sum(split_dim(key["head_dim"])), key["dtype"] in ("float32", "float64")
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
@@ -73,7 +80,9 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
         m, n = (32, 64) if key["pass"] == "keys" else (64, 32)
     else:
         m, n = 32, 32
+    # On RDNA 8 warps spill half as much as 4: at most 2924 instead of 4692 bytes on gfx1100.
     warps = 4 if is_cdna else 8
+    # A second stage doubles the operands' shared memory: too much for 64 KiB, or in float32.
     stages = 1 if arch.is_amd or wide or arch.shared_bytes < 80_000 else 2
     return Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
@@ -123,7 +132,7 @@ def _addends(call: Call, size: tuple[int, ...]) -> tuple[Any, Any, tuple[int, ..
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     call = prologue.forward(call)
-    q, k, v = call.q, call.k, call.v
+    q, k, v = call.split()
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
     out = q.new_empty(q.shape)
@@ -155,18 +164,20 @@ def backward(
         grads |= {"q": dq, "k": dk, "v": dv}
     plain = prologue.forward(call)
     if call.qk_norm or call.rope is not None:
-        turned = plain.q.new_empty(plain.q.shape), plain.k.new_empty(plain.k.shape)
-        dbias = _launch_backward(grad, plain, out, stats, *turned, dv)
+        q, k, _ = plain.split()
+        turned = q.new_empty(q.shape), k.new_empty(k.shape)
+        dbias = _launch_backward(grad, plain, out, stats, (*turned, dv))
         wanted = {n for n in INPUTS if wants_gradient(call, n)}
         grads |= prologue.backward(call, *turned, (dq, dk), wanted)
     else:
-        dbias = _launch_backward(grad, plain, out, stats, dq, dk, dv)
-    if dbias is not None:
+        dbias = _launch_backward(grad, plain, out, stats, (dq, dk, dv))
+    if dbias is not None and call.bias is not None:
         grads["bias"] = dbias.view(call.bias.shape).to(call.bias.dtype)
     return tuple(grads.values())
 
 
 _DELTA = Launch({"BLOCK_M": 16}, 4, 2)
+"""1K elements a tensor and program at a head dim of 64. Chosen, not measured yet."""
 
 
 def delta_of(out: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -183,9 +194,20 @@ def delta_of(out: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch
     return delta
 
 
-def _launch_backward(grad, call, out, stats, dq, dk, dv):
-    """Writes dq, dk and dv; gives the bias's gradient [H, Nq, Nk], or None."""
-    q, k, v = call.q, call.k, call.v
+def _launch_backward(
+    grad: torch.Tensor,
+    call: Call,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor | None:
+    """Writes the gradients of q, k and v `into` these; gives the bias's [H, Nq, Nk], or None.
+
+    Args:
+        call: after `prologue.forward`: without norm and rotation.
+    """
+    dq, dk, dv = into
+    q, k, v = call.split()
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
     mask, bias, strides, keep = _addends(call, (batch, heads, queries, keys))

@@ -27,7 +27,10 @@ LAZY_BY = tl.constexpr(8.0)
 
 
 @triton.jit
-def _tile(ptr, row, rows, stride_row, stride_d, first, D: tl.constexpr, BLOCK: tl.constexpr):
+def _tile(
+    ptr,  # [N, D], strides (stride_row, stride_d)
+    row, rows, stride_row, stride_d, first, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """[rows, BLOCK] of a [N, D] matrix from column `first` on; zeros outside."""
     column = first + tl.arange(0, BLOCK)
     at = row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_d
@@ -35,7 +38,11 @@ def _tile(ptr, row, rows, stride_row, stride_d, first, D: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _put(ptr, value, row, rows, stride_row, first, D: tl.constexpr, BLOCK: tl.constexpr):
+def _put(
+    ptr,  # [N, D], strides (stride_row, 1); written
+    value, row, rows, stride_row, first, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`value` to rows of a [N, D] matrix from column `first` on; nothing outside."""
     column = first + tl.arange(0, BLOCK)
     at = row.to(tl.int64)[:, None] * stride_row + column[None, :]
     mask = (row < rows)[:, None] & (column < D)[None, :]
@@ -55,7 +62,10 @@ def _product(
 
 @triton.jit
 def _logits(
-    s, m, n, queries, keys, mask_ptr, bias_ptr, mask_q, mask_k, bias_q, bias_k, scale,
+    s, m, n, queries, keys,
+    mask_ptr,  # [Nq, Nk] of this batch entry and head, strides (mask_q, mask_k), or None
+    bias_ptr,  # [Nq, Nk] of this head, strides (bias_q, bias_k), or None
+    mask_q, mask_k, bias_q, bias_k, scale,
     KEEP: tl.constexpr, CAUSAL: tl.constexpr, TURNED: tl.constexpr,
 ):  # fmt: skip
     """Scores with everything that is added or hidden; m are queries and n keys.
@@ -126,7 +136,14 @@ def _shared_exp2(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, out_ptr, stats_ptr, batch, heads, queries, keys, scale,
+    q_ptr,  # [B, Nq, H, D], strides (q_b, q_n, q_h, q_d)
+    k_ptr,  # [B, Nk, H, D], strides (k_b, k_n, k_h, k_d)
+    v_ptr,  # [B, Nk, H, D], strides (v_b, v_n, v_h, v_d)
+    mask_ptr,  # [B, H, Nq, Nk], strides (mask_b, mask_h, mask_q, mask_k), or None; uint8 if KEEP
+    bias_ptr,  # [H, Nq, Nk], strides (bias_h, bias_q, bias_k), or None
+    out_ptr,  # [B, Nq, H, D], contiguous; written
+    stats_ptr,  # [2, B, H, Nq], contiguous, or None; written: each row's shift, its weights' sum
+    batch, heads, queries, keys, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d,
     mask_b, mask_h, mask_q, mask_k, bias_h, bias_q, bias_k,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, KEEP: tl.constexpr,

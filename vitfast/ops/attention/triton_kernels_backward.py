@@ -11,7 +11,10 @@ from vitfast.runtime.triton import COUNTS
 
 @triton.jit(do_not_specialize=COUNTS)
 def delta_kernel(
-    out_ptr, grad_ptr, delta_ptr, heads, queries, grad_b, grad_n, grad_h, grad_d,
+    out_ptr,  # [B, Nq, H, D], contiguous
+    grad_ptr,  # [B, Nq, H, D], strides (grad_b, grad_n, grad_h, grad_d)
+    delta_ptr,  # [B, H, Nq], contiguous; written
+    heads, queries, grad_b, grad_n, grad_h, grad_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """delta [B, H, Nq] = sum over D of out * grad: what softmax's gradient takes off each row."""
@@ -28,7 +31,11 @@ def delta_kernel(
 
 
 @triton.jit
-def _row_state(stats_ptr, delta_ptr, pair, batch, heads, m, queries):
+def _row_state(
+    stats_ptr,  # [2, B, H, Nq], contiguous
+    delta_ptr,  # [B, H, Nq], contiguous
+    pair, batch, heads, m, queries,
+):  # fmt: skip
     """Shift, 1 / sum and delta of some queries.
 
     1 / sum is 0 for a row that sees nothing. It is NaN, and so is all that follows, where the
@@ -45,7 +52,16 @@ def _row_state(stats_ptr, delta_ptr, pair, batch, heads, m, queries):
 
 @triton.jit(do_not_specialize=COUNTS)
 def keys_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, grad_ptr, stats_ptr, delta_ptr, dk_ptr, dv_ptr,
+    q_ptr,  # [B, Nq, H, D], strides (q_b, q_n, q_h, q_d)
+    k_ptr,  # [B, Nk, H, D], strides (k_b, k_n, k_h, k_d)
+    v_ptr,  # [B, Nk, H, D], strides (v_b, v_n, v_h, v_d)
+    mask_ptr,  # [B, H, Nq, Nk], strides (mask_b, mask_h, mask_q, mask_k), or None; uint8 if KEEP
+    bias_ptr,  # [H, Nq, Nk], strides (bias_h, bias_q, bias_k), or None
+    grad_ptr,  # [B, Nq, H, D], strides (grad_b, grad_n, grad_h, grad_d)
+    stats_ptr,  # [2, B, H, Nq], contiguous: each row's shift, and the sum of its weights
+    delta_ptr,  # [B, H, Nq], contiguous, of delta_kernel
+    dk_ptr,  # [B, Nk, H, D], strides (dk_b, dk_n, dk_h, 1); written
+    dv_ptr,  # [B, Nk, H, D], strides (dv_b, dv_n, dv_h, 1); written
     batch, heads, queries, keys, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, grad_b, grad_n, grad_h, grad_d,
     dk_b, dk_n, dk_h, dv_b, dv_n, dv_h, mask_b, mask_h, mask_q, mask_k, bias_h, bias_q, bias_k,
@@ -113,7 +129,15 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def queries_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, grad_ptr, stats_ptr, delta_ptr, dq_ptr,
+    q_ptr,  # [B, Nq, H, D], strides (q_b, q_n, q_h, q_d)
+    k_ptr,  # [B, Nk, H, D], strides (k_b, k_n, k_h, k_d)
+    v_ptr,  # [B, Nk, H, D], strides (v_b, v_n, v_h, v_d)
+    mask_ptr,  # [B, H, Nq, Nk], strides (mask_b, mask_h, mask_q, mask_k), or None; uint8 if KEEP
+    bias_ptr,  # [H, Nq, Nk], strides (bias_h, bias_q, bias_k), or None
+    grad_ptr,  # [B, Nq, H, D], strides (grad_b, grad_n, grad_h, grad_d)
+    stats_ptr,  # [2, B, H, Nq], contiguous: each row's shift, and the sum of its weights
+    delta_ptr,  # [B, H, Nq], contiguous, of delta_kernel
+    dq_ptr,  # [B, Nq, H, D], strides (dq_b, dq_n, dq_h, 1); written
     batch, heads, queries, keys, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, grad_b, grad_n, grad_h, grad_d,
     dq_b, dq_n, dq_h, mask_b, mask_h, mask_q, mask_k, bias_h, bias_q, bias_k,
@@ -175,7 +199,15 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def bias_kernel(
-    q_ptr, k_ptr, v_ptr, mask_ptr, bias_ptr, grad_ptr, stats_ptr, delta_ptr, dbias_ptr,
+    q_ptr,  # [B, Nq, H, D], strides (q_b, q_n, q_h, q_d)
+    k_ptr,  # [B, Nk, H, D], strides (k_b, k_n, k_h, k_d)
+    v_ptr,  # [B, Nk, H, D], strides (v_b, v_n, v_h, v_d)
+    mask_ptr,  # [B, H, Nq, Nk], strides (mask_b, mask_h, mask_q, mask_k), or None; uint8 if KEEP
+    bias_ptr,  # [H, Nq, Nk], strides (bias_h, bias_q, bias_k)
+    grad_ptr,  # [B, Nq, H, D], strides (grad_b, grad_n, grad_h, grad_d)
+    stats_ptr,  # [2, B, H, Nq], contiguous: each row's shift, and the sum of its weights
+    delta_ptr,  # [B, H, Nq], contiguous, of delta_kernel
+    dbias_ptr,  # [H, Nq, Nk], contiguous; written
     batch, heads, queries, keys, scale,
     q_b, q_n, q_h, q_d, k_b, k_n, k_h, k_d, v_b, v_n, v_h, v_d, grad_b, grad_n, grad_h, grad_d,
     mask_b, mask_h, mask_q, mask_k, bias_h, bias_q, bias_k,

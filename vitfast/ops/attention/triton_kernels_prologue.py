@@ -27,7 +27,12 @@ def _partner(column, HALF: tl.constexpr, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, rope_ptr, out_ptr, rows, tokens, heads, prefix,
+    x_ptr,  # [B, N, H, D], strides (x_b, x_n, x_h, x_d): q or k
+    weight_ptr,  # [D], contiguous, or None
+    bias_ptr,  # [D], contiguous, or None
+    rope_ptr,  # [B, H, N - prefix, 2 D], strides (rope_b, rope_h, rope_n, rope_d), or None
+    out_ptr,  # [B, N, H, D], contiguous; written
+    rows, tokens, heads, prefix,
     x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr,
     HALF: tl.constexpr, ROWS: tl.constexpr,
@@ -68,8 +73,15 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, rope_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, tokens, heads,
-    prefix, x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, dx_b, dx_n, dx_h, eps,
+    grad_ptr,  # [B, N, H, D], contiguous
+    x_ptr,  # [B, N, H, D], strides (x_b, x_n, x_h, x_d): q or k
+    weight_ptr,  # [D], contiguous, or None
+    rope_ptr,  # [B, H, N - prefix, 2 D], strides (rope_b, rope_h, rope_n, rope_d), or None
+    dx_ptr,  # [B, N, H, D], strides (dx_b, dx_n, dx_h, 1); written
+    dweight_ptr,  # [programs, D], contiguous, or None; written: each program's sums
+    dbias_ptr,  # as dweight_ptr
+    rows, tokens, heads, prefix, x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d,
+    dx_b, dx_n, dx_h, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr,
     HALF: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip

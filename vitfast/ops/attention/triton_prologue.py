@@ -8,6 +8,7 @@ row, which is short, and sums the weights' gradients to one row a program, in a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from vitfast.runtime.triton import NAMES, guard
 
 _NORMS = {"": 0, "layer": 1, "rms": 2}
 _PROGRAMS = 512
-"""Most programs of a backward that sums gradients of weights."""
+"""Most programs of a backward, each of which leaves one row of sums of the weights' gradients:
+several a multiprocessor of the largest GPUs. Chosen, not measured yet."""
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """About 2K elements a program."""
+    """About 2K elements a program, 16 a thread. Chosen, not measured yet."""
     return Launch({"ROWS": max(4, 2048 // triton.next_power_of_2(key["head_dim"]))}, 4, 1)
 
 
@@ -61,7 +63,10 @@ def forward(call: Call) -> Call:
     return call._replace(q=q, k=k, v=v, qk_norm="", rope=None)
 
 
-def _forward(call, x, weight, bias):
+def _forward(
+    call: Call, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [B, N, H, D], which is q or k, normalised by its weight and bias and rotated."""
     b, n, h, d = x.shape
     # As in the reference, the rotation leaves v's dtype; all are one dtype here.
     out = torch.empty((b, n, h, d), dtype=x.dtype, device=x.device)
@@ -92,19 +97,31 @@ def backward(
     q, k, _ = call.split()
     found = {}
     for name, x, grad, out in (("q", q, dq, into[0]), ("k", k, dk, into[1])):
-        weight, bias = getattr(call, f"{name}_norm_weight"), getattr(call, f"{name}_norm_bias")
-        sums = _backward(
-            call, x, weight, grad, out, f"{name}_norm_weight" in wanted,
-            bias is not None and f"{name}_norm_bias" in wanted,
-        )  # fmt: skip
-        for which, total, given in zip(("weight", "bias"), sums, (weight, bias), strict=True):
+        affine = [f"{name}_norm_weight", f"{name}_norm_bias"]
+        given = [getattr(call, n) for n in affine]
+        sums_wanted = [n in wanted and t is not None for n, t in zip(affine, given, strict=True)]
+        sums = _backward(call, x, given[0], grad, out, sums_wanted)
+        for parameter, total, t in zip(affine, sums, given, strict=True):
             if total is not None:
                 # In float64, since as many rounding errors would meet here.
-                found[f"{name}_norm_{which}"] = total.sum(0, dtype=torch.float64).to(given.dtype)
+                found[parameter] = total.sum(0, dtype=torch.float64).to(t.dtype)
     return found
 
 
-def _backward(call, x, weight, grad, out, weight_wanted, bias_wanted):
+def _backward(
+    call: Call,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    wanted: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Writes x's gradient to out; sums [programs, D] for the norm's weight and bias, or None.
+
+    Args:
+        x: q or k, [B, N, H, D], before norm and rotation; grad is the gradient of what came out.
+        wanted: whether the gradient of the weight is wanted, and that of the bias.
+    """
     b, n, h, d = x.shape
     rows = b * n * h
     launch = launch_of(
@@ -112,10 +129,7 @@ def _backward(call, x, weight, grad, out, weight_wanted, bias_wanted):
     )
     programs = min(triton.cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = [
-        x.new_empty((programs, d), dtype=wide) if wanted else None
-        for wanted in (weight_wanted and weight is not None, bias_wanted)
-    ]
+    sums = [x.new_empty((programs, d), dtype=wide) if w else None for w in wanted]
     with guard(x):
         backward_kernel[(programs,)](
             grad, x, _contiguous(weight), call.rope, out, *sums, rows, n, h, call.rope_prefix,
@@ -132,11 +146,15 @@ def variants(arch: Arch) -> list[Variant]:
     for which, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
         for kind in (("norm", "layer", False), ("pairs", "", False), ("halves", "", True)):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                found.append(_variant(arch, which, kernel, *kind, dtype))
+                found.append(_variant(arch, which, kernel, kind, dtype))
     return found
 
 
-def _variant(arch, which, kernel, name, norm, half, dtype):
+def _variant(
+    arch: Arch, which: str, kernel: Any, kind: tuple[str, str, bool], dtype: torch.dtype
+) -> Variant:
+    """kind: a name, the norm and whether halves are turned."""
+    name, norm, half = kind
     key = _key(which, dtype, 64)
     launch = launch_of("attention.prologue", arch, key, launch_heuristic)
     constants = {**_constants(dtype, 64, norm, half), **launch.blocks, "x_d": 1, "rope_d": 1}

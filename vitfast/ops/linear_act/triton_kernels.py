@@ -68,7 +68,10 @@ def _slope(x, ACT: tl.constexpr):
 
 
 @triton.jit
-def _weights(w_ptr, n, k, cols, depth, stride_n, stride_k, DTYPE: tl.constexpr):
+def _weights(
+    w_ptr,  # [N, K], strides (stride_n, stride_k)
+    n, k, cols, depth, stride_n, stride_k, DTYPE: tl.constexpr,
+):  # fmt: skip
     """A [k, n] tile of W^T; float32 weights are rounded as autocast rounds them."""
     at = n.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
     return tl.load(w_ptr + at, mask=(k < depth)[:, None] & (n < cols)[None, :], other=0.0).to(DTYPE)
@@ -76,12 +79,22 @@ def _weights(w_ptr, n, k, cols, depth, stride_n, stride_k, DTYPE: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x_ptr, w_ptr, bias_ptr, gate_w_ptr, gate_bias_ptr, y_ptr, z_ptr, rows, cols, depth,
+    x_ptr,  # [M, K], strides (x_m, x_k)
+    w_ptr,  # [N, K], strides (w_n, w_k)
+    bias_ptr,  # [N], contiguous, or None
+    gate_w_ptr,  # [N, K], strides (gate_n, gate_k), or None
+    gate_bias_ptr,  # [N], contiguous, or None
+    y_ptr,  # [M, N], contiguous; written
+    z_ptr,  # [M, N or 2N], strides (z_m, 1), or None; written
+    rows, cols, depth,
     x_m, x_k, w_n, w_k, gate_n, gate_k, z_m, z_value, z_gate,
     ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = act(x W^T + b), or act(x Wg^T + bg) * (x W^T + b) with a gate."""
+    """y = act(x W^T + b), or act(x Wg^T + bg) * (x W^T + b) with a gate.
+
+    z_value and z_gate are the columns of z at which the value's and the gate's sums begin.
+    """
     down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N)
     pid = tl.program_id(0)
     # Neighbouring programs share tiles of both operands in the L2 cache.
@@ -123,7 +136,12 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    grad_ptr, z_ptr, dz_ptr, sums_ptr, gate_sums_ptr, rows, cols, grad_m, z_m, z_value, z_gate,
+    grad_ptr,  # [M, N], strides (grad_m, 1)
+    z_ptr,  # [M, N or 2N], strides (z_m, 1)
+    dz_ptr,  # as z_ptr; written
+    sums_ptr,  # [row blocks, N], contiguous; written
+    gate_sums_ptr,  # [row blocks, N], contiguous, or None without a gate; written
+    rows, cols, grad_m, z_m, z_value, z_gate,
     ACT: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip

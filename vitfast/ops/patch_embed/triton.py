@@ -23,6 +23,11 @@ _TL = {
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """Tiles by dtype, which spill nothing but on sm_75 and, for bytes, gfx1100.
+
+    See tests/gpu/resources.json. In float32 larger ones spilled eight bytes on sm_86 and sm_89. Of
+    the tiles for which that is so these were chosen; none has been timed yet.
+    """
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 1)
     if key["dtype"] == "float32":

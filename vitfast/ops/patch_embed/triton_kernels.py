@@ -14,7 +14,14 @@ from vitfast.runtime.triton import COUNTS
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    image_ptr, w_ptr, bias_ptr, pos_ptr, mean_ptr, std_ptr, out_ptr, rows, cols, per_image, columns,
+    image_ptr,  # [B, Cin, H, W], strides (image_b, image_c, image_h, image_w); uint8 if BYTES
+    w_ptr,  # [C, Cin P P'], strides (w_n, 1)
+    bias_ptr,  # [C], contiguous, or None
+    pos_ptr,  # [B, N, C], strides (pos_b, pos_t, 1), or None
+    mean_ptr,  # [Cin], contiguous, or None
+    std_ptr,  # [Cin], contiguous, or None
+    out_ptr,  # [B, N, C], strides (out_b, out_t, 1); written
+    rows, cols, per_image, columns,
     image_b, image_c, image_h, image_w, w_n, out_b, out_t, pos_b, pos_t,
     DEPTH: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ACC: tl.constexpr,
     DTYPE: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
