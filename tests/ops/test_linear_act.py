@@ -18,6 +18,7 @@ from vitfast.ops.linear_act import vendor
 from vitfast.ops.linear_act.reference import ACTIVATIONS, Call
 from vitfast.runtime import native
 from vitfast.settings import settings
+from vitfast.testing.errors import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -335,6 +336,16 @@ def test_onednn_forward_saves_what_its_backward_takes(act):
         grads.append([y, *(t.grad for t in leaves)])
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("k", [192, 240, 256, 384, 768, 3072])
+def test_onednn_sums_as_exactly_as_pytorch(k):
+    """Widths about the length at which its sums are cut."""
+    if vendor.available():
+        pytest.skip("; ".join(vendor.available()))
+    x, weight = make(197, k), make(256, k, seed=1) * k**-0.5
+    exact = F.linear(x.double(), weight.double())
+    assert_close(linear_act(x, weight, backend="vendor"), exact, F.linear(x, weight))
 
 
 def test_a_missing_onednn_is_a_reason(monkeypatch):

@@ -14,14 +14,16 @@ from vitfast.ops.linear_act.reference import (
 )
 from vitfast.runtime.dispatch import Backend
 
-_MOST_SUMMED = 256
-"""Products that oneDNN may sum in float32 at a time: it adds them up one after the other.
+_MOST_SUMMED = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 192
+"""Products that oneDNN may sum in float32 at a time: it adds them up one after the other, where MKL
+adds up blocks.
 
-Not `EXACT_WIDTH` of `vitfast.ops._onednn`, since what is allowed differs: inference of a whole
-layer may have twice the rms error of `torch.nn.functional.linear`, an op's backend 1.25 times
-(`OpSpec.rms_factor`). Measured on AVX2 at 197 rows and 384 outputs, for K from 512 to 4304, over
-three seeds: chains of 256 have 1.13 to 1.19 times that error, 384 1.32 to 1.40 times, 768 1.64 to
-1.97 times, 1024 1.95 to 2.33 times.
+Not `EXACT_WIDTH` of `vitfast.ops._onednn`, since other errors are allowed: there, in inference, up
+to twice the rms error of `torch.nn.functional.linear`; of a backend, which training uses too, 1.25
+times (`OpSpec.rms_factor`). Against float64 on AVX2, where MKL's blocks are smaller (197 x K times
+K x 256 and 384, three seeds), pieces of 192 have 1.00 times that error for every K from 384 on.
+Pieces of 256 have 1.06 to 1.19 times, but 1.27 to 1.41 for K from 208 to 288; 384 has 1.32 to 1.41
+times, 768 1.64 to 1.97 times, 1024 1.95 to 2.33 times. With AVX-512 chains of 768 have 1.5 times.
 """
 
 
