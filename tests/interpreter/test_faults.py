@@ -19,11 +19,12 @@ import vitfast
 
 PACKAGE = Path(vitfast.__file__).parent
 ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/common/norm_triton.py"
+ATTENTION_BACKWARD = "ops/attention/triton_kernels_backward.py"
 WINDOW = "ops/window_attention/triton_kernels.py"
 LARGE = "ops/window_attention/triton_large.py"
 GRN, DWCONV = "ops/grn/triton.py", "ops/dwconv_norm/triton.py"
 GROUPS, GROUPS_LAUNCH = (f"ops/group_norm_act/{f}.py" for f in ("triton_kernels", "triton"))
-LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
+LINEAR, PATCH = "ops/linear_act/triton_kernels.py", "ops/patch_embed/triton_kernels.py"
 JUDGE = """
 import json, os, sys, traceback
 import torch, triton.language
@@ -68,9 +69,10 @@ FAULTS = {
                         "tokens_17"),
     "causal one too far": (ATTENTION, "tl.where(k <= q, s,", "tl.where(k <= q + 1, s,", "attention",
                            "causal"),
-    "swapped dk and dv": (ATTENTION, "_put(dk_ptr, dk1 * scale,", "_put(dk_ptr, dv1,", "attention",
-                          "tokens_17"),
-    "delta left out": (ATTENTION, "p * (dp - delta[:, None])", "p * dp", "attention", "tokens_17"),
+    "swapped dk and dv": (ATTENTION_BACKWARD, "_put(dk_ptr, dk1 * scale,", "_put(dk_ptr, dv1,",
+                          "attention", "tokens_17"),
+    "delta left out": (ATTENTION_BACKWARD, "p * (dp - delta[:, None])", "p * dp", "attention",
+                       "tokens_17"),
     "half of the head dim": (ATTENTION, "_tile(q_ptr, m, queries, q_n, q_d, D1, D, D2)",
                              "_tile(q_ptr, m, queries, q_n, q_d, 0, D, D2)", "attention",
                              "head_dim_72"),

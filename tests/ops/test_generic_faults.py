@@ -307,15 +307,25 @@ ATTENTION = {
 OTHER_GATE = {"": "", "first": "last", "last": "first"}
 
 
+def on_field(name, change, index=0):
+    """A sound kernel whose call has another value in one field."""
+
+    def changed(call):
+        value = getattr(call, name)
+        return call if value is None else call._replace(**{name: change(value)})
+
+    return on_argument(index, changed)
+
+
 def other_act(old, new):
-    return on_argument(5, lambda act: new if act == old else act)
+    return on_field("act", lambda act: new if act == old else act)
 
 
-def quick_gelu_of_1_7(sound, x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    y, z = sound(x, weight, bias, gate_weight, gate_bias, act, gate, save_z)
-    if act != "quick_gelu":
+def quick_gelu_of_1_7(sound, call):
+    y, z = sound(call)
+    if call.act != "quick_gelu":
         return y, z
-    linear = torch.nn.functional.linear(x.float(), weight.float(), bias.float())
+    linear = torch.nn.functional.linear(call.x.float(), call.weight.float(), call.bias.float())
     return (linear * torch.sigmoid(1.7 * linear)).to(y.dtype), z
 
 
@@ -323,8 +333,9 @@ def first_weight_forever():
     """A prepacked weight that is not dropped when the weight changes."""
     kept = {}
 
-    def fault(sound, x, weight, *rest):
-        return sound(x, kept.setdefault(tuple(weight.shape), torch.randn_like(weight)), *rest)
+    def fault(sound, call):
+        weight = kept.setdefault(tuple(call.weight.shape), torch.randn_like(call.weight))
+        return sound(call._replace(weight=weight))
 
     return fault
 
@@ -332,38 +343,36 @@ def first_weight_forever():
 GEMMS = {
     "linear_act forward gelu_tanh_for_erf": other_act("gelu", "gelu_tanh"),
     "linear_act forward quick_gelu_of_1_7": quick_gelu_of_1_7,
-    "linear_act forward bias_dropped": on_argument(2, none),
-    "linear_act forward other_half_gates": on_argument(6, OTHER_GATE.get),
+    "linear_act forward bias_dropped": on_field("bias", none),
+    "linear_act forward other_half_gates": on_field("gate", OTHER_GATE.get),
     "linear_act forward stale_weight": first_weight_forever(),
     "linear_act forward truncated": on_output(truncated),
     "linear_act forward last_row_unwritten": on_output(unwritten_last_row),
-    "linear_act forward operand_in_bfloat16": on_argument(0, in_bfloat16),
-    "linear_act backward derivative_left_out": on_argument(
-        7, lambda a: "none" if a == "gelu" else a
-    ),
-    "linear_act backward activation_in_bfloat16": on_argument(6, in_bfloat16),
+    "linear_act forward operand_in_bfloat16": on_field("x", in_bfloat16),
+    "linear_act backward derivative_left_out": other_act("gelu", "none"),
+    "linear_act backward activation_in_bfloat16": on_field("z", in_bfloat16),
     "linear_act backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
-    "patch_embed forward patch_transposed": on_argument(1, lambda w: w.mT),
-    "patch_embed forward bias_dropped": on_argument(2, none),
-    "patch_embed forward pos_embed_dropped": on_argument(3, none),
-    "patch_embed forward mean_ignored": on_argument(5, none),
-    "patch_embed forward std_off": on_argument(6, lambda s: s * 255 / 256),
-    "patch_embed forward channels_reversed": on_argument(0, lambda i: i.flip(1)),
-    "patch_embed forward images_swapped": on_argument(0, lambda i: i.roll(1, 0)),
+    "patch_embed forward patch_transposed": on_field("weight", lambda w: w.mT),
+    "patch_embed forward bias_dropped": on_field("bias", none),
+    "patch_embed forward pos_embed_dropped": on_field("pos_embed", none),
+    "patch_embed forward mean_ignored": on_field("mean", none),
+    "patch_embed forward std_off": on_field("std", lambda s: s * 255 / 256),
+    "patch_embed forward channels_reversed": on_field("image", lambda i: i.flip(1)),
+    "patch_embed forward images_swapped": on_field("image", lambda i: i.roll(1, 0)),
     "patch_embed forward prefix_at_the_end": on_only_output(lambda t: t.roll(-1, 1)),
     "patch_embed forward last_row_unwritten": on_only_output(unwritten_last_row),
     "patch_embed backward tokens_off_by_one": on_argument(0, lambda g: g.roll(1, 1)),
 }
 MLP = {
     "mlp forward gelu_tanh_for_erf": other_act("gelu", "gelu_tanh"),
-    "mlp forward first_bias_dropped": on_argument(2, none),
-    "mlp forward second_bias_dropped": on_argument(4, none),
-    "mlp forward other_half_gates": on_argument(6, OTHER_GATE.get),
-    "mlp forward hidden_units_out_of_step": on_argument(3, lambda w: w.roll(1, 1)),
+    "mlp forward first_bias_dropped": on_field("bias1", none),
+    "mlp forward second_bias_dropped": on_field("bias2", none),
+    "mlp forward other_half_gates": on_field("gate", OTHER_GATE.get),
+    "mlp forward hidden_units_out_of_step": on_field("weight2", lambda w: w.roll(1, 1)),
     "mlp forward truncated": on_output(truncated),
-    "mlp backward derivative_left_out": on_argument(7, lambda a: "none" if a == "gelu" else a),
-    "mlp backward activation_in_bfloat16": on_argument(6, in_bfloat16),
-    "mlp backward weight_not_transposed_back": on_argument(4, lambda w: w.roll(1, 0)),
+    "mlp backward derivative_left_out": other_act("gelu", "none"),
+    "mlp backward activation_in_bfloat16": on_field("z", in_bfloat16),
+    "mlp backward weight_not_transposed_back": on_field("weight2", lambda w: w.roll(1, 0)),
     "mlp backward first_bias_gradient_twice": on_output(lambda t: 2 * t, 2),
     "mlp backward second_weight_gradient_off_by_one": on_output(lambda t: t.roll(1, 0), 3),
 }

@@ -16,9 +16,10 @@ from vitfast.engine.products.linear import apply_gemm, prepare_gemm, run_gemm
 from vitfast.ops import linear_act
 from vitfast.ops.common import gemm
 from vitfast.ops.linear_act import vendor
-from vitfast.ops.linear_act.reference import ACTIVATIONS
+from vitfast.ops.linear_act.reference import ACTIVATIONS, Call
 from vitfast.runtime import native
 from vitfast.settings import settings
+from vitfast.testing.errors import assert_close
 
 DTYPES = [torch.float32, torch.bfloat16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
@@ -338,10 +339,20 @@ def test_onednn_forward_saves_what_its_backward_takes(act):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("k", [192, 240, 256, 384, 768, 3072])
+def test_onednn_sums_as_exactly_as_pytorch(k):
+    """Widths about the length at which its sums are cut."""
+    if vendor.available():
+        pytest.skip("; ".join(vendor.available()))
+    x, weight = make(197, k), make(256, k, seed=1) * k**-0.5
+    exact = F.linear(x.double(), weight.double())
+    assert_close(linear_act(x, weight, backend="vendor"), exact, F.linear(x, weight))
+
+
 def test_a_missing_onednn_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert vendor.available() == ["this PyTorch was built without oneDNN"]
-    why = vendor.can_run(make(2, 3), make(4, 3), None, None, None, "none", "", False)
+    why = vendor.can_run(Call.of(make(2, 3), make(4, 3)))
     assert "this PyTorch was built without oneDNN" in why
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -85,7 +86,22 @@ def attention(
     return _OP(*call, backend)[0]
 
 
-def _typed(q, k, v, mask, bias):
+_Inputs = tuple[
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+]
+
+
+def _typed(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> _Inputs:
     """q, k, v, mask and bias after their type checks, in the dtypes that autocast gives them."""
     for name, t in (("q", q), ("k", k), ("v", v), ("bias", bias)):
         if t is not None or name == "q":
@@ -95,7 +111,8 @@ def _typed(q, k, v, mask, bias):
     if (k is None) != (v is None):
         raise InputValueError("attention: k and v go together; leave out both for a packed q")
     if autocast_dtype(q.device) is not None:
-        q, k, v, mask, bias = autocast_args(q.device, (q, k, v, mask, bias))
+        lower, k, v, mask, bias = autocast_args(q.device, (q, k, v, mask, bias))
+        q = q if lower is None else lower
     checks.check_same_dtype("attention", q=q, k=k, v=v)
     for name, t in (("mask", mask), ("bias", bias)):
         if t is not None and t.dtype == torch.float64 != q.dtype:
@@ -124,7 +141,7 @@ def _check(call: Call) -> None:
             )
     else:
         for name, t in (("q", q), ("k", k), ("v", v)):
-            if t.ndim != 4:
+            if t is not None and t.ndim != 4:
                 raise InputValueError(
                     f"attention: {name} has shape {tuple(t.shape)}, expected [B, N, H, D]"
                 )
@@ -135,7 +152,8 @@ def _check(call: Call) -> None:
         raise InputValueError(f"attention: q has shape {tuple(q.shape)}: its head dim is empty")
     if call.scale is not None and not math.isfinite(call.scale):
         raise InputValueError(f"attention: scale must be finite, got {call.scale}")
-    batch, queries, keys, heads, dim = sizes(call)
+    size = sizes(call)
+    batch, queries, keys, heads, dim = size
     if mask is not None:
         wanted = (batch, heads, queries, keys)
         fits = mask.ndim <= 4 and all(
@@ -152,10 +170,11 @@ def _check(call: Call) -> None:
             f"attention: bias has shape {tuple(bias.shape)}, expected {(heads, queries, keys)}"
         )
     _check_norm(call, norms, dim)
-    _check_rope(call, batch, queries, keys, heads, dim)
+    _check_rope(call, size)
 
 
-def _check_norm(call, norms, dim):
+def _check_norm(call: Call, norms: dict[str, torch.Tensor | None], dim: int) -> None:
+    """What concerns q/k norm; `norms` are the norms' weights and biases by name."""
     if call.qk_norm not in ("", "layer", "rms"):
         raise InputValueError(
             f"attention: qk_norm must be None, 'layer' or 'rms', got {call.qk_norm!r}"
@@ -169,8 +188,10 @@ def _check_norm(call, norms, dim):
     checks.check_eps("attention", call.qk_norm_eps)
 
 
-def _check_rope(call, batch, queries, keys, heads, dim):
+def _check_rope(call: Call, size: tuple[int, int, int, int, int]) -> None:
+    """What concerns the rotary embedding; size as of `sizes`."""
     rope, prefix = call.rope, call.rope_prefix
+    batch, queries, keys, heads, dim = size
     if not 0 <= prefix <= queries:
         raise InputValueError(f"attention: rope_prefix is {prefix}, expected 0 to {queries}")
     if rope is None:
@@ -181,8 +202,8 @@ def _check_rope(call, batch, queries, keys, heads, dim):
         raise InputValueError(
             f"attention: rope turns q and k alike, but q has {queries} tokens and k {keys}"
         )
-    leading = {2: (), 3: ((1, heads),), 4: ((1, batch), (1, heads))}.get(rope.ndim)
-    fits = leading is not None and tuple(rope.shape[-2:]) == (queries - prefix, 2 * dim)
+    leading: tuple[tuple[int, int], ...] = ((1, batch), (1, heads))[4 - rope.ndim :]
+    fits = 2 <= rope.ndim <= 4 and tuple(rope.shape[-2:]) == (queries - prefix, 2 * dim)
     if not fits or any(s not in allowed for s, allowed in zip(rope.shape, leading, strict=False)):
         raise InputValueError(
             f"attention: rope has shape {tuple(rope.shape)}, expected"
@@ -197,16 +218,18 @@ def sizes(call: Call) -> tuple[int, int, int, int, int]:
     return batch, queries, queries if call.k is None else call.k.shape[1], heads, dim
 
 
-def _reference_forward(call):
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     out = reference.compute(call)
     return out, vendor.no_stats(call, out)
 
 
-def _reference_backward(grad, call, out, stats):
+def _reference_backward(
+    grad: torch.Tensor, call: Call, out: torch.Tensor, stats: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     return vendor.differentiate(reference.compute, grad, call)
 
 
-def _triton_reasons(call):
+def _triton_reasons(call: Call) -> list[str]:
     tensors = (t for t in call if isinstance(t, torch.Tensor) and t.is_floating_point())
     why = triton.reasons(*tensors, dots=True)
     if call.q.shape[-1] > 256:
@@ -235,7 +258,7 @@ DISPATCHER = Dispatcher(
 )
 
 
-def _forward(*args):
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     *inputs, backend = args
     call = Call(*inputs).scaled()
     chosen = DISPATCHER.pick(backend, call, needs_backward=call.save_stats)
@@ -246,7 +269,7 @@ def _forward(*args):
         return chosen.forward(call)
 
 
-def _fake(*args):
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     call = Call(*args[:-1])
     batch, queries, _, heads, dim = sizes(call)
     out = call.q.new_empty(batch, queries, heads, dim)
@@ -254,17 +277,22 @@ def _fake(*args):
     return out, call.q.new_empty(shape, dtype=torch.promote_types(call.q.dtype, torch.float32))
 
 
-def _backward(grad, out, stats, *args):
+def _backward(
+    grad: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, ...]:
     *inputs, backend = args
     call = Call(*inputs).scaled()
     chosen = DISPATCHER.pick(backend, call, needs_backward=True)
+    assert chosen.backward is not None  # the dispatcher was asked for one
     if 0 in sizes(call):
         return tuple(g.zero_() for g in _backward_fake(grad, out, stats, *args))
     with without_autocast(call.q.device):
         return chosen.backward(grad, call, out, stats)
 
 
-def _backward_fake(grad, out, stats, *args):
+def _backward_fake(
+    grad: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, ...]:
     call = Call(*args[:-1])
     return tuple(
         torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
@@ -274,7 +302,7 @@ def _backward_fake(grad, out, stats, *args):
     )
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     call = Call(*inputs[:-1])
     ctx.backend = inputs[-1]
     ctx.options = [None if n in vendor.INPUTS else getattr(call, n) for n in Call._fields]
@@ -282,7 +310,7 @@ def _setup_context(ctx, inputs, output):
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     out, stats, *tensors = ctx.saved_tensors
     call = Call(*ctx.options)._replace(**dict(zip(vendor.INPUTS, tensors, strict=True)))
     found = dict(

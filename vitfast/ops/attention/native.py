@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.attention import vendor
@@ -9,9 +11,10 @@ from vitfast.ops.attention.reference import Call
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES, address, native, reasons, threads
 
-_NORMS = {"": 0, None: 0, "layer": 1, "rms": 2}
+_NORMS = {"": 0, "layer": 1, "rms": 2}
 _MASK_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 3}
 _MAX_HEAD_DIM = 256
+"""What the extension takes at most (csrc/bindings.cpp). Chosen, not measured yet."""
 
 
 def can_run(call: Call) -> list[str]:
@@ -62,48 +65,30 @@ def forward_direct(
         out: [B, Nq, H, D], dtype of q, any strides: written and returned; else a new tensor.
         stats: [2, B, H, Nq], float32, contiguous: gets what the backward needs, see attention.h.
     """
-    if out is None:
-        out = q.new_empty(q.shape)
+    call = Call(
+        q, k, v, mask, bias, is_causal, scale, qk_norm or "", q_norm_weight, q_norm_bias,
+        k_norm_weight, k_norm_bias, qk_norm_eps, rope, rope_prefix, rope_half,
+    )  # fmt: skip
+    return _run(call, q.new_empty(q.shape) if out is None else out, stats)
+
+
+def _run(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
+    """Writes out and stats, see `forward_direct`, and returns out."""
+    q, k, v = call.split()
     if out.numel() == 0 or k.shape[1] == 0:
         return out.zero_()
     keep: list[torch.Tensor] = []  # converted tensors have to outlive the call
     native().attention_forward(
-        _problem(keep, q, k, v, scale, mask, bias, is_causal),
-        _prologue(
-            keep, qk_norm, q_norm_weight, q_norm_bias, k_norm_weight, k_norm_bias, qk_norm_eps,
-            rope, rope_prefix, rope_half,
-        ),
-        _view(out),
-        address(stats),
-        threads(),
-    )  # fmt: skip
+        _problem(keep, call, q, k, v), _prologue(keep, call), _view(out), address(stats), threads()
+    )
     return out
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    q, k, v = call.split()
+    q = call.split()[0]
     batch, queries, heads, _ = q.shape
     stats = q.new_empty((2, batch, heads, queries) if call.save_stats else 0, dtype=torch.float32)
-    out = forward_direct(
-        q,
-        k,
-        v,
-        scale=call.scale,
-        mask=call.mask,
-        bias=call.bias,
-        is_causal=call.is_causal,
-        qk_norm=call.qk_norm,
-        q_norm_weight=call.q_norm_weight,
-        q_norm_bias=call.q_norm_bias,
-        k_norm_weight=call.k_norm_weight,
-        k_norm_bias=call.k_norm_bias,
-        qk_norm_eps=call.qk_norm_eps,
-        rope=call.rope,
-        rope_prefix=call.rope_prefix,
-        rope_half=call.rope_half,
-        stats=stats if call.save_stats else None,
-    )
-    return out, stats
+    return _run(call, q.new_empty(q.shape), stats if call.save_stats else None), stats
 
 
 def backward(
@@ -121,17 +106,14 @@ def backward(
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
         grads |= {"q": dq, "k": dk, "v": dv}
     f32 = torch.float32  # gradients that are sums over tokens or the batch
-    affine = {n: getattr(call, n) for n in vendor.INPUTS if "_norm_" in n}
+    affine = [n for n in vendor.INPUTS if "_norm_" in n]
     for name in ("bias", *affine):
         if vendor.wants_gradient(call, name):
             grads[name] = q.new_empty(getattr(call, name).shape, dtype=f32)
     keep: list[torch.Tensor] = []
     native().attention_backward(
-        _problem(keep, q, k, v, call.scale, call.mask, call.bias, call.is_causal),
-        _prologue(
-            keep, call.qk_norm, *affine.values(), call.qk_norm_eps,
-            call.rope, call.rope_prefix, call.rope_half,
-        ),
+        _problem(keep, call, q, k, v),
+        _prologue(keep, call),
         _view(out),
         address(stats),
         _view(grad),
@@ -141,36 +123,45 @@ def backward(
         address(grads["bias"]),
         tuple(address(grads[n]) for n in affine),
         threads(),
-    )  # fmt: skip
+    )
     for name in ("bias", *affine):
         if vendor.wants_gradient(call, name):
             grads[name] = grads[name].to(getattr(call, name).dtype)
     return tuple(grads.values())
 
 
-def _problem(keep, q, k, v, scale, mask, bias, is_causal):
+def _problem(
+    keep: list[torch.Tensor], call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[Any, ...]:
+    """What is computed, as the extension takes it; q, k and v are the call's, `split`.
+
+    Args:
+        keep: gets what must live as long as the kernel runs.
+    """
     batch, queries, heads, dim = q.shape
     keys = k.shape[1]
     size = (batch, heads, queries, keys)
     return (
         DTYPE_CODES[q.dtype],
         (batch, heads, queries, keys, dim),
-        scale,
-        is_causal,
+        call.scale,
+        call.is_causal,
         _view(q),
         _view(k),
         _view(v),
-        _addend(keep, mask, size),
-        _addend(keep, bias, size),
+        _addend(keep, call.mask, size),
+        _addend(keep, call.bias, size),
     )
 
 
-def _view(t):
+def _view(t: torch.Tensor) -> tuple[Any, ...]:
     """Address and element strides of a [B, N, H, D] tensor."""
     return (address(t), *t.stride())
 
 
-def _addend(keep, t, size):
+def _addend(
+    keep: list[torch.Tensor], t: torch.Tensor | None, size: tuple[int, int, int, int]
+) -> tuple[Any, ...] | None:
     """Address, dtype and strides of a mask or bias, broadcast to [B, H, Nq, Nk] by strides of 0."""
     if t is None:
         return None
@@ -180,13 +171,15 @@ def _addend(keep, t, size):
     return (address(t), _MASK_CODES[t.dtype], *t.expand(size).stride())
 
 
-def _prologue(keep, norm, qw, qb, kw, kb, eps, rope, prefix, half):
-    """What happens to q and k on their way in; None for nothing."""
-    if not norm and rope is None:
+def _prologue(keep: list[torch.Tensor], call: Call) -> tuple[Any, ...] | None:
+    """What happens to q and k on their way in, as the extension takes it; None for nothing."""
+    rope = call.rope
+    if not call.qk_norm and rope is None:
         return None
-    affine = tuple(address(_float32(keep, t)) for t in (qw, qb, kw, kb))
+    weights = (call.q_norm_weight, call.q_norm_bias, call.k_norm_weight, call.k_norm_bias)
+    affine = tuple(address(_float32(keep, t)) for t in weights)
     if rope is None:
-        return (_NORMS[norm], eps, affine, 0, (0, 0, 0), 0, False)
+        return (_NORMS[call.qk_norm], call.qk_norm_eps, affine, 0, (0, 0, 0), 0, False)
     rope = rope.float()
     if rope.stride(-1) != 1:
         rope = rope.contiguous()
@@ -194,10 +187,13 @@ def _prologue(keep, norm, qw, qb, kw, kb, eps, rope, prefix, half):
     # [N', 2D], [H, N', 2D] and [B, H, N', 2D]: what is missing or 1 has a stride of 0.
     strides = [0 if n == 1 else s for n, s in zip(rope.shape[:-1], rope.stride(), strict=False)]
     strides = [0] * (3 - len(strides)) + strides
-    return (_NORMS[norm], eps, affine, address(rope), strides, prefix, half)
+    return (
+        _NORMS[call.qk_norm], call.qk_norm_eps, affine, address(rope), strides, call.rope_prefix,
+        call.rope_half,
+    )  # fmt: skip
 
 
-def _float32(keep, t):
+def _float32(keep: list[torch.Tensor], t: torch.Tensor | None) -> torch.Tensor | None:
     if t is None:
         return None
     t = t.float().contiguous()

@@ -17,7 +17,15 @@ from vitfast.ops.rms_norm.reference import rms_norm
 
 
 class Call(NamedTuple):
-    """The arguments of `vitfast::attention` before `backend`, in the order of its schema."""
+    """The arguments of `vitfast::attention` before `backend`, in the order of its schema.
+
+    Args:
+        q, k, v, mask, bias, is_causal, scale, and all from q_norm_weight to rope_half: as in
+            `vitfast.ops.attention`.
+        qk_norm: "layer", "rms", or "" for none.
+        save_stats: whether the softmax statistics [2, B, H, Nq] are returned too, for the backward.
+        mask_grad, bias_grad, rope_grad: whether the gradient of that tensor will be asked for.
+    """
 
     q: torch.Tensor
     k: torch.Tensor | None
@@ -42,11 +50,19 @@ class Call(NamedTuple):
 
     def split(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q [B, Nq, H, D] and k, v [B, Nk, H, D], views of the packed tensor where it is one."""
-        return self.q.unbind(2) if self.k is None else (self.q, self.k, self.v)
+        if self.k is None or self.v is None:
+            q, k, v = self.q.unbind(2)
+            return q, k, v
+        return self.q, self.k, self.v
+
+    @property
+    def factor(self) -> float:
+        """The factor of the scores."""
+        return self.q.shape[-1] ** -0.5 if self.scale is None else self.scale
 
     def scaled(self) -> Call:
         """The same call with the default scale filled in: one number, symbolic until it runs."""
-        return self if self.scale is not None else self._replace(scale=self.q.shape[-1] ** -0.5)
+        return self if self.scale is not None else self._replace(scale=self.factor)
 
 
 def attention(
@@ -80,7 +96,7 @@ def compute(call: Call) -> torch.Tensor:
     """out [B, Nq, H, D] by differentiable torch ops; holds the [B, H, Nq, Nk] scores."""
     q, k, v = prologue(call)
     work = torch.promote_types(v.dtype, torch.float32)
-    scores = (q.to(work) @ k.to(work).mT) * call.scale
+    scores = (q.to(work) @ k.to(work).mT) * call.factor
     if call.mask is not None:
         if call.mask.dtype == torch.bool:
             scores = scores.masked_fill(~call.mask, float("-inf"))
@@ -114,7 +130,14 @@ def prologue(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def _norm(x, kind, weight, bias, eps):
+def _norm(
+    x: torch.Tensor,
+    kind: str,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> torch.Tensor:
+    """x [B, N, H, D] normalised over D; kind as `Call.qk_norm`."""
     if kind == "layer":
         return layer_norm(x, weight, bias, eps)
     if kind == "rms":
@@ -122,7 +145,7 @@ def _norm(x, kind, weight, bias, eps):
     return x
 
 
-def _rotate(x, rope, prefix, half):
+def _rotate(x: torch.Tensor, rope: torch.Tensor, prefix: int, half: bool) -> torch.Tensor:
     """timm `apply_rot_embed_cat` on the tokens after the prefix of x [B, H, N, D]."""
     sin, cos = rope.chunk(2, -1)
     tail = x[:, :, prefix:]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 
 from vitfast.ops.attention.api import DISPATCHER, attention
@@ -10,19 +13,36 @@ from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
 ODD, SMALL, TILE = ("odd",), ("odd", "small"), ("odd", "tiles")
 
+_Sizes = tuple[int, int, int, int, int]
+"""B, H, Nq, Nk and D."""
+_Extra = Callable[[torch.dtype, torch.Generator, _Sizes], dict[str, Any]]
+"""Makes further keyword arguments of a sample."""
+_Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Iterable[torch.Tensor]]
+"""Makes other q, k and v."""
+
 
 def _sample(
-    name, tokens, heads, dim, *extras, batch=1, keys=None, tags=ODD, change=None, **options
-):
+    name: str,
+    tokens: int,
+    heads: int,
+    dim: int,
+    *extras: _Extra,
+    batch: int = 1,
+    keys: int | None = None,
+    tags: tuple[str, ...] = ODD,
+    change: _Change | None = None,
+    **options: Any,
+) -> Sample:
     """One sample: packed q, k and v, or separate ones where `keys` or `change` asks for it.
 
     Args:
-        extras: functions of (dtype, generator, (B, H, Nq, Nk, D)) that give keyword arguments.
-        change: function of (q, k, v) that gives them other values, strides or shapes.
+        extras: give further keyword arguments.
+        change: gives q, k and v other values, strides or shapes.
     """
 
-    def make(dtype, g):
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         sizes = (batch, heads, tokens, tokens if keys is None else keys, dim)
+        args: tuple[torch.Tensor, ...]
         if keys is None and change is None:
             args = (randn(g, batch, tokens, 3, heads, dim, dtype=dtype),)
         else:
@@ -40,11 +60,17 @@ def _sample(
 # ---- rotary embeddings ---------------------------------------------------------------------------
 
 
-def _rope(prefix=0, half=False, per_head=False, per_batch=False, uneven=False):
+def _rope(
+    prefix: int = 0,
+    half: bool = False,
+    per_head: bool = False,
+    per_batch: bool = False,
+    uneven: bool = False,
+) -> _Extra:
     """cat(sin, cos) of random angles, float32, as timm's modules keep it; or `uneven`, with another
     angle for each of a pair, which no model has, but which tells the two apart."""
 
-    def extra(dtype, g, sizes):
+    def extra(dtype: torch.dtype, g: torch.Generator, sizes: _Sizes) -> dict[str, Any]:
         batch, heads, tokens, _, dim = sizes
         leading = (batch, 1) if per_batch else (heads,) if per_head else ()
         made = (*leading, tokens - prefix, dim if uneven else dim // 2)
@@ -60,9 +86,13 @@ def _rope(prefix=0, half=False, per_head=False, per_batch=False, uneven=False):
 # ---- norms ---------------------------------------------------------------------------------------
 
 
-def _norm(kind, eps=1e-6, bias=True, dtype=None):
-    def extra(working, g, sizes):
-        made = {"qk_norm": kind, "qk_norm_eps": eps}
+def _norm(
+    kind: str, eps: float = 1e-6, bias: bool = True, dtype: torch.dtype | None = None
+) -> _Extra:
+    """Weights (and biases) of q/k norm, in the working dtype or `dtype`."""
+
+    def extra(working: torch.dtype, g: torch.Generator, sizes: _Sizes) -> dict[str, Any]:
+        made: dict[str, Any] = {"qk_norm": kind, "qk_norm_eps": eps}
         for name in ("q_norm", "k_norm"):
             made[f"{name}_weight"] = 1 + randn(g, sizes[-1], dtype=dtype or working, scale=0.1)
             if kind == "layer" and bias:
@@ -75,10 +105,10 @@ def _norm(kind, eps=1e-6, bias=True, dtype=None):
 # ---- masks and biases ----------------------------------------------------------------------------
 
 
-def _keep(shape):
+def _keep(shape: str) -> _Extra:
     """Bool mask of a shape like "b11k"; every query keeps the first key."""
 
-    def extra(dtype, g, sizes):
+    def extra(dtype: torch.dtype, g: torch.Generator, sizes: _Sizes) -> dict[str, Any]:
         mask = torch.rand(_mask_shape(shape, sizes), generator=g, device="cpu") < 0.7
         mask[..., 0] = True
         return {"mask": mask}
@@ -86,10 +116,10 @@ def _keep(shape):
     return extra
 
 
-def _add(shape, dtype=None):
+def _add(shape: str, dtype: torch.dtype | None = None) -> _Extra:
     """Float mask with some -inf; every query keeps the first key."""
 
-    def extra(working, g, sizes):
+    def extra(working: torch.dtype, g: torch.Generator, sizes: _Sizes) -> dict[str, Any]:
         drop = ~_keep(shape)(working, g, sizes)["mask"]
         mask = randn(g, *_mask_shape(shape, sizes), dtype=dtype or working)
         return {"mask": mask.masked_fill(drop, float("-inf"))}
@@ -97,15 +127,15 @@ def _add(shape, dtype=None):
     return extra
 
 
-def _mask_shape(shape, sizes):
+def _mask_shape(shape: str, sizes: _Sizes) -> tuple[int, ...]:
     known = dict(zip("bhqk1", (*sizes[:4], 1), strict=True))
     return tuple(known[letter] for letter in shape)
 
 
-def _first_queries_blind(kind):
+def _first_queries_blind(kind: str) -> _Extra:
     """The first three queries see no key at all."""
 
-    def extra(dtype, g, sizes):
+    def extra(dtype: torch.dtype, g: torch.Generator, sizes: _Sizes) -> dict[str, Any]:
         queries, keys = sizes[2:4]
         mask = (torch.arange(queries, device="cpu")[:, None] >= 3).expand(queries, keys)
         if kind == "float":
@@ -117,10 +147,10 @@ def _first_queries_blind(kind):
     return extra
 
 
-def _naflex(shape):
+def _naflex(shape: str) -> _Extra:
     """NaFlexViT's padding mask: the dtype's lowest number, for whole rows where symmetric."""
 
-    def extra(dtype, g, sizes):
+    def extra(dtype: torch.dtype, g: torch.Generator, sizes: _Sizes) -> dict[str, Any]:
         batch, _, tokens, _, _ = sizes
         valid = (
             torch.arange(tokens, device="cpu")
@@ -137,8 +167,10 @@ def _naflex(shape):
     return extra
 
 
-def _bias(leading=(), dtype=None, scale=1.0):
-    def extra(working, g, sizes):
+def _bias(
+    leading: tuple[int, ...] = (), dtype: torch.dtype | None = None, scale: float = 1.0
+) -> _Extra:
+    def extra(working: torch.dtype, g: torch.Generator, sizes: _Sizes) -> dict[str, Any]:
         shape = (*leading, *sizes[1:4])
         return {"bias": randn(g, *shape, dtype=dtype or working, scale=scale)}
 
@@ -148,10 +180,10 @@ def _bias(leading=(), dtype=None, scale=1.0):
 # ---- values and strides of q, k and v ------------------------------------------------------------
 
 
-def _logits_near(value):
+def _logits_near(value: float) -> _Change:
     """Shifts every score by the same value, which softmax cancels and exp does not survive."""
 
-    def change(q, k, v):
+    def change(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
         q[..., -1] = value * q.shape[-1] ** 0.5
         k[..., -1] = 1
         return q, k, v
@@ -159,14 +191,14 @@ def _logits_near(value):
     return change
 
 
-def _outliers(q, k, v):
+def _outliers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
     q[..., :2] /= 50
     k[..., :2] *= 50
     v[..., 1:3] *= 50
     return q, k, v
 
 
-def _one_hot(q, k, v):
+def _one_hot(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
     _, tokens, heads, dim = v.shape
     hot = (
         torch.arange(tokens, device="cpu")[:, None] * 5 + torch.arange(heads, device="cpu")
@@ -174,19 +206,19 @@ def _one_hot(q, k, v):
     return q, k, (torch.arange(dim, device="cpu") == hot[..., None]).to(v.dtype).expand_as(v)
 
 
-def _heads_first(q, k, v):
+def _heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
     return (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v))
 
 
-def _every_second(q, k, v):
+def _every_second(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
     return q[:, ::2], k[:, ::2], v[:, ::2]
 
 
-def _strided_last(q, k, v):
+def _strided_last(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
     return (t.mT.contiguous().mT for t in (q, k, v))
 
 
-def _expanded(q, k, v):
+def _expanded(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
     return q[:1].expand_as(q), k[:, :, :1].expand_as(k), v
 
 
@@ -328,7 +360,7 @@ VALUES = (
 )  # fmt: skip
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     q, k, v = args[0].unbind(2) if len(args) == 1 else args
     batch, queries, heads, dim = q.shape
     flops = 4.0 * batch * heads * queries * k.shape[1] * dim

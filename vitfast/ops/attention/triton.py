@@ -1,4 +1,4 @@
-"""Attention on the Triton kernels of triton_kernels.py: launches, and what is compiled for whom.
+"""Attention on the Triton kernels of triton_kernels*.py: launches, and what is compiled for whom.
 
 The statistics [2, B, H, Nq] are each row's shift and the sum of its weights relative to that; the
 shift is in units of log2 where nothing is added to the scores. Norm and rotation of q and k are a
@@ -14,9 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops.attention import triton_kernels as kernels
+from vitfast.ops.attention import triton_kernels_backward as kernels
 from vitfast.ops.attention import triton_prologue as prologue
 from vitfast.ops.attention.reference import Call
+from vitfast.ops.attention.triton_kernels import forward_kernel
 from vitfast.ops.attention.vendor import INPUTS, wants_gradient
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
@@ -37,7 +38,7 @@ _SWITCHES = {"LAZY": 0, "POLYNOMIAL": 0}
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Tiles that fit registers and shared memory; see tests/gpu/resources.json."""
+    """About the largest tiles that fit registers and shared memory; see `_tiles`."""
     launch = _tiles(arch, key)
     if key["pass"] == "forward":
         return replace(launch, blocks={**launch.blocks, **_SWITCHES})
@@ -45,6 +46,13 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
 
 
 def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
+    """BLOCK_M queries by BLOCK_N keys, by architecture, pass and the head dim's padded width.
+
+    Each rung was cut until the compiled kernel spilled nothing on sm_80 and newer, gfx942 and
+    gfx950, and fitted the shared memory of one block; the record is tests/gpu/resources.json, which
+    `python -m vitfast.testing.aot --check` makes again. Speed decided none of them, since none has
+    been timed yet: `vitfast tune` does that on a device.
+    """
     d, wide = sum(split_dim(key["head_dim"])), key["dtype"] in ("float32", "float64")
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 1)
@@ -72,7 +80,9 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
         m, n = (32, 64) if key["pass"] == "keys" else (64, 32)
     else:
         m, n = 32, 32
+    # On RDNA 8 warps spill half as much as 4: at most 2924 instead of 4692 bytes on gfx1100.
     warps = 4 if is_cdna else 8
+    # A second stage doubles the operands' shared memory: too much for 64 KiB, or in float32.
     stages = 1 if arch.is_amd or wide or arch.shared_bytes < 80_000 else 2
     return Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
 
@@ -122,7 +132,7 @@ def _addends(call: Call, size: tuple[int, ...]) -> tuple[Any, Any, tuple[int, ..
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     call = prologue.forward(call)
-    q, k, v = call.q, call.k, call.v
+    q, k, v = call.split()
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
     out = q.new_empty(q.shape)
@@ -132,7 +142,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     launch = _launch("forward", call)
     grid = (triton.cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)
     with guard(q):
-        kernels.forward_kernel[grid](
+        forward_kernel[grid](
             q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
             keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
             **_constants(q.dtype, d, keep, call.is_causal), **launch.blocks, **launch.options(),
@@ -154,18 +164,20 @@ def backward(
         grads |= {"q": dq, "k": dk, "v": dv}
     plain = prologue.forward(call)
     if call.qk_norm or call.rope is not None:
-        turned = plain.q.new_empty(plain.q.shape), plain.k.new_empty(plain.k.shape)
-        dbias = _launch_backward(grad, plain, out, stats, *turned, dv)
+        q, k, _ = plain.split()
+        turned = q.new_empty(q.shape), k.new_empty(k.shape)
+        dbias = _launch_backward(grad, plain, out, stats, (*turned, dv))
         wanted = {n for n in INPUTS if wants_gradient(call, n)}
         grads |= prologue.backward(call, *turned, (dq, dk), wanted)
     else:
-        dbias = _launch_backward(grad, plain, out, stats, dq, dk, dv)
-    if dbias is not None:
+        dbias = _launch_backward(grad, plain, out, stats, (dq, dk, dv))
+    if dbias is not None and call.bias is not None:
         grads["bias"] = dbias.view(call.bias.shape).to(call.bias.dtype)
     return tuple(grads.values())
 
 
 _DELTA = Launch({"BLOCK_M": 16}, 4, 2)
+"""1K elements a tensor and program at a head dim of 64. Chosen, not measured yet."""
 
 
 def delta_of(out: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -182,9 +194,20 @@ def delta_of(out: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch
     return delta
 
 
-def _launch_backward(grad, call, out, stats, dq, dk, dv):
-    """Writes dq, dk and dv; gives the bias's gradient [H, Nq, Nk], or None."""
-    q, k, v = call.q, call.k, call.v
+def _launch_backward(
+    grad: torch.Tensor,
+    call: Call,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> torch.Tensor | None:
+    """Writes the gradients of q, k and v `into` these; gives the bias's [H, Nq, Nk], or None.
+
+    Args:
+        call: after `prologue.forward`: without norm and rotation.
+    """
+    dq, dk, dv = into
+    q, k, v = call.split()
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
     mask, bias, strides, keep = _addends(call, (batch, heads, queries, keys))
@@ -249,7 +272,7 @@ def _forms(which: str, d: int) -> tuple[str, ...]:
 
 
 def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "") -> Variant:
-    kernel = getattr(kernels, f"{which}_kernel")
+    kernel = forward_kernel if which == "forward" else getattr(kernels, f"{which}_kernel")
     key = _key(which, dtype, d, 1024, form in ("bias", "mask", "float-mask"))
     launch = launch_of(f"attention.{which}", arch, key, launch_heuristic)
     constants = {**_constants(dtype, d, form == "mask", form == "causal"), **launch.blocks}

@@ -8,6 +8,7 @@ row, which is short, and sums the weights' gradients to one row a program, in a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,126 +16,18 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.attention.reference import Call
+from vitfast.ops.attention.triton_kernels_prologue import backward_kernel, forward_kernel
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
-from vitfast.runtime.triton import COUNTS, NAMES, guard
+from vitfast.runtime.triton import NAMES, guard
 
 _NORMS = {"": 0, "layer": 1, "rms": 2}
 _PROGRAMS = 512
-"""Most programs of a backward that sums gradients of weights."""
-
-
-@triton.jit
-def _row_stats(x, inside, c: tl.constexpr, eps, NORM: tl.constexpr):
-    """Mean and 1 / deviation of rows."""
-    mean = tl.sum(x, axis=1) / c if NORM == 1 else tl.zeros_like(tl.sum(x, axis=1))
-    d = tl.where(inside, x - mean[:, None], 0.0)
-    return mean, 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / c + eps)
-
-
-@triton.jit
-def _partner(column, HALF: tl.constexpr, D: tl.constexpr):
-    """The column that a column is turned with, and the sign it comes with."""
-    if HALF:
-        low = column < D // 2
-        return tl.where(low, column + D // 2, column - D // 2), tl.where(low, -1.0, 1.0)
-    return column ^ 1, tl.where(column % 2 == 0, -1.0, 1.0)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, rope_ptr, out_ptr, rows, tokens, heads, prefix,
-    x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr,
-    HALF: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """out [B, N, H, D] contiguous; a row is one head of one token."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK_D)
-    live, inside = row < rows, column < D
-    mask = live[:, None] & inside[None, :]
-    h, n, b = row % heads, row // heads % tokens, row // heads // tokens
-    at = (b * x_b + n * x_n + h * x_h)[:, None]
-    y = tl.load(x_ptr + at + column[None, :] * x_d, mask=mask, other=0.0).to(ACC)
-    if NORM > 0:
-        mean, rstd = _row_stats(y, mask, D, eps, NORM)
-        y = (y - mean[:, None]) * rstd[:, None]
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-    if rope_ptr is not None:
-        other, sign = _partner(column, HALF, D)
-        z = tl.load(x_ptr + at + other[None, :] * x_d, mask=mask, other=0.0).to(ACC)
-        if NORM > 0:
-            z = (z - mean[:, None]) * rstd[:, None]
-            if weight_ptr is not None:
-                z *= tl.load(weight_ptr + other, mask=inside, other=0.0).to(ACC)[None, :]
-            if bias_ptr is not None:
-                z += tl.load(bias_ptr + other, mask=inside, other=0.0).to(ACC)[None, :]
-        turned = mask & (n >= prefix)[:, None]
-        at = (b * rope_b + h * rope_h + (n - prefix) * rope_n)[:, None]
-        sin = tl.load(rope_ptr + at + column[None, :] * rope_d, mask=turned, other=0.0)
-        cos = tl.load(rope_ptr + at + (column + D)[None, :] * rope_d, mask=turned, other=1.0)
-        y = y * cos.to(ACC) + z * sign[None, :] * sin.to(ACC)
-    tl.store(
-        out_ptr + row[:, None] * D + column[None, :], y.to(out_ptr.dtype.element_ty), mask=mask
-    )
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def backward_kernel(
-    grad_ptr, x_ptr, weight_ptr, rope_ptr, dx_ptr, dweight_ptr, dbias_ptr, rows, tokens, heads,
-    prefix, x_b, x_n, x_h, x_d, rope_b, rope_h, rope_n, rope_d, dx_b, dx_n, dx_h, eps,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr, NORM: tl.constexpr,
-    HALF: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """dx from grad [B, N, H, D] contiguous; sums of the weights' gradients [programs, D]."""
-    first = tl.program_id(0)
-    column = tl.arange(0, BLOCK_D)
-    inside = column < D
-    other, sign = _partner(column, HALF, D)
-    dweight = tl.zeros([BLOCK_D], ACC)
-    dbias = tl.zeros([BLOCK_D], ACC)
-    for block in range(first, tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tl.arange(0, ROWS).to(tl.int64) + tl.full([], block, tl.int64) * ROWS
-        live = row < rows
-        mask = live[:, None] & inside[None, :]
-        h, n, b = row % heads, row // heads % tokens, row // heads // tokens
-        g = tl.load(grad_ptr + row[:, None] * D + column[None, :], mask=mask, other=0.0).to(ACC)
-        if rope_ptr is not None:
-            # The turn's transpose: what went to the partner comes back from it.
-            turned = mask & (n >= prefix)[:, None]
-            at = (b * rope_b + h * rope_h + (n - prefix) * rope_n)[:, None]
-            cos = tl.load(rope_ptr + at + (column + D)[None, :] * rope_d, mask=turned, other=1.0)
-            sin = tl.load(rope_ptr + at + other[None, :] * rope_d, mask=turned, other=0.0)
-            z = tl.load(grad_ptr + row[:, None] * D + other[None, :], mask=mask, other=0.0).to(ACC)
-            g = g * cos.to(ACC) - z * sign[None, :] * sin.to(ACC)
-        if NORM > 0:
-            at = (b * x_b + n * x_n + h * x_h)[:, None] + column[None, :] * x_d
-            x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
-            mean, rstd = _row_stats(x, mask, D, eps, NORM)
-            xhat = tl.where(mask, (x - mean[:, None]) * rstd[:, None], 0.0)
-            if dbias_ptr is not None:
-                dbias += tl.sum(g, axis=0)
-            if dweight_ptr is not None:
-                dweight += tl.sum(g * xhat, axis=0)
-            if weight_ptr is not None:
-                g *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-            d = g - xhat * (tl.sum(g * xhat, axis=1) / D)[:, None]
-            if NORM == 1:
-                d -= (tl.sum(g, axis=1) / D)[:, None]
-            g = d * rstd[:, None]
-        at = (b * dx_b + n * dx_n + h * dx_h)[:, None] + column[None, :]
-        tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=mask)
-    at = first.to(tl.int64) * D + column
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + at, dweight, mask=inside)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + at, dbias, mask=inside)
+"""Most programs of a backward, each of which leaves one row of sums of the weights' gradients:
+several a multiprocessor of the largest GPUs. Chosen, not measured yet."""
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """About 2K elements a program."""
+    """About 2K elements a program, 16 a thread. Chosen, not measured yet."""
     return Launch({"ROWS": max(4, 2048 // triton.next_power_of_2(key["head_dim"]))}, 4, 1)
 
 
@@ -170,7 +63,10 @@ def forward(call: Call) -> Call:
     return call._replace(q=q, k=k, v=v, qk_norm="", rope=None)
 
 
-def _forward(call, x, weight, bias):
+def _forward(
+    call: Call, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """x [B, N, H, D], which is q or k, normalised by its weight and bias and rotated."""
     b, n, h, d = x.shape
     # As in the reference, the rotation leaves v's dtype; all are one dtype here.
     out = torch.empty((b, n, h, d), dtype=x.dtype, device=x.device)
@@ -201,19 +97,31 @@ def backward(
     q, k, _ = call.split()
     found = {}
     for name, x, grad, out in (("q", q, dq, into[0]), ("k", k, dk, into[1])):
-        weight, bias = getattr(call, f"{name}_norm_weight"), getattr(call, f"{name}_norm_bias")
-        sums = _backward(
-            call, x, weight, grad, out, f"{name}_norm_weight" in wanted,
-            bias is not None and f"{name}_norm_bias" in wanted,
-        )  # fmt: skip
-        for which, total, given in zip(("weight", "bias"), sums, (weight, bias), strict=True):
+        affine = [f"{name}_norm_weight", f"{name}_norm_bias"]
+        given = [getattr(call, n) for n in affine]
+        sums_wanted = [n in wanted and t is not None for n, t in zip(affine, given, strict=True)]
+        sums = _backward(call, x, given[0], grad, out, sums_wanted)
+        for parameter, total, t in zip(affine, sums, given, strict=True):
             if total is not None:
                 # In float64, since as many rounding errors would meet here.
-                found[f"{name}_norm_{which}"] = total.sum(0, dtype=torch.float64).to(given.dtype)
+                found[parameter] = total.sum(0, dtype=torch.float64).to(t.dtype)
     return found
 
 
-def _backward(call, x, weight, grad, out, weight_wanted, bias_wanted):
+def _backward(
+    call: Call,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    grad: torch.Tensor,
+    out: torch.Tensor,
+    wanted: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """Writes x's gradient to out; sums [programs, D] for the norm's weight and bias, or None.
+
+    Args:
+        x: q or k, [B, N, H, D], before norm and rotation; grad is the gradient of what came out.
+        wanted: whether the gradient of the weight is wanted, and that of the bias.
+    """
     b, n, h, d = x.shape
     rows = b * n * h
     launch = launch_of(
@@ -221,10 +129,7 @@ def _backward(call, x, weight, grad, out, weight_wanted, bias_wanted):
     )
     programs = min(triton.cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
     wide = torch.promote_types(x.dtype, torch.float32)
-    sums = [
-        x.new_empty((programs, d), dtype=wide) if wanted else None
-        for wanted in (weight_wanted and weight is not None, bias_wanted)
-    ]
+    sums = [x.new_empty((programs, d), dtype=wide) if w else None for w in wanted]
     with guard(x):
         backward_kernel[(programs,)](
             grad, x, _contiguous(weight), call.rope, out, *sums, rows, n, h, call.rope_prefix,
@@ -241,11 +146,15 @@ def variants(arch: Arch) -> list[Variant]:
     for which, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
         for kind in (("norm", "layer", False), ("pairs", "", False), ("halves", "", True)):
             for dtype in (torch.float16, torch.bfloat16, torch.float32):
-                found.append(_variant(arch, which, kernel, *kind, dtype))
+                found.append(_variant(arch, which, kernel, kind, dtype))
     return found
 
 
-def _variant(arch, which, kernel, name, norm, half, dtype):
+def _variant(
+    arch: Arch, which: str, kernel: Any, kind: tuple[str, str, bool], dtype: torch.dtype
+) -> Variant:
+    """kind: a name, the norm and whether halves are turned."""
+    name, norm, half = kind
     key = _key(which, dtype, 64)
     launch = launch_of("attention.prologue", arch, key, launch_heuristic)
     constants = {**_constants(dtype, 64, norm, half), **launch.blocks, "x_d": 1, "rope_d": 1}

@@ -56,13 +56,13 @@ def compute(call: Call) -> torch.Tensor:
     is_causal = call.is_causal and mask is None
     chosen = kernel(call)
     if chosen == "xformers" and not is_causal:
-        return _xformers(q, k, v, call.scale)
+        return _xformers(q, k, v, call.factor)
     if q.device.type == "cuda" and mask is not None and mask.dtype not in (torch.bool, q.dtype):
         # The memory-efficient kernel wants one dtype, and rounding the mask would be felt.
         q, k, v = (t.to(mask.dtype) for t in (q, k, v))
     with _choosing(chosen):
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=call.scale
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=call.factor
         )
     return out.to(dtype).transpose(1, 2).contiguous()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.errors import InputValueError
@@ -9,7 +11,8 @@ from vitfast.ops.common import gemm, recompute
 from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.common.recompute import Normed
 from vitfast.ops.linear_act import native, reference, vendor
-from vitfast.ops.linear_act.reference import ACTIVATIONS
+from vitfast.ops.linear_act.autograd import Recorded, with_norm
+from vitfast.ops.linear_act.reference import ACTIVATIONS, INPUTS, BackwardCall, Call
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
@@ -80,13 +83,19 @@ def linear_act(
     if lower is None or x.dtype == torch.float64:
         checks.check_same_dtype("linear_act", **tensors)
     save = needs_grad(x, weight, bias, gate_weight, gate_bias)
-    return _OP(
-        x, *(normed or recompute.ABSENT), weight, bias, gate_weight, gate_bias, act, gate or "",
-        save, backend,
-    )[0]  # fmt: skip
+    call = Call.of(
+        x, weight, bias, act, gate or "",
+        gate_weight=gate_weight, gate_bias=gate_bias, save_z=save,
+    )  # fmt: skip
+    return _OP(*with_norm(call, normed), backend)[0]
 
 
-def _check_options(act, gate, gate_weight, gate_bias):
+def _check_options(
+    act: str,
+    gate: str | None,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+) -> None:
     if act not in ACTIVATIONS:
         raise InputValueError(
             f"linear_act: act is {act!r}, expected one of {', '.join(ACTIVATIONS)}"
@@ -101,7 +110,14 @@ def _check_options(act, gate, gate_weight, gate_bias):
         raise InputValueError("linear_act: gate_bias is given without a gate_weight")
 
 
-def _check_shapes(x, weight, bias, gate, gate_weight, gate_bias):
+def _check_shapes(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    gate: str | None,
+    gate_weight: torch.Tensor | None,
+    gate_bias: torch.Tensor | None,
+) -> None:
     if x.ndim == 0:
         raise InputValueError("linear_act: x must have at least one dimension, got a scalar")
     if not (weight.ndim == 2 or (weight.ndim == 4 and weight.shape[2:] == (1, 1))):
@@ -124,61 +140,47 @@ def _check_shapes(x, weight, bias, gate, gate_weight, gate_bias):
         checks.check_shape("linear_act", "gate_bias", gate_bias, (n,))
 
 
-def output_width(weight: torch.Tensor, gate: str) -> int:
-    return weight.shape[0] // 2 if gate else weight.shape[0]
-
-
-def saved_width(
-    weight: torch.Tensor, gate_weight: torch.Tensor | None, act: str, gate: str
-) -> int | None:
-    """Width of the pre-activation that the backward needs; None where it needs none.
-
-    Halves of a gated layer lie side by side: as in the packed weight, or gate before value.
-    """
-    if gate_weight is not None:
-        return 2 * weight.shape[0]
-    return weight.shape[0] if gate or act != "none" else None
-
-
-def _reference_call(x, weight, bias, gate_weight, gate_bias, act, gate):
-    return reference.linear_act(
-        x, weight, bias, act, gate=gate or None, gate_weight=gate_weight, gate_bias=gate_bias
-    )
-
-
-def _reference_forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    y = _reference_call(x, weight, bias, gate_weight, gate_bias, act, gate)
-    z = x.new_empty(0)
-    if save_z and saved_width(weight, gate_weight, act, gate) is not None:
-        z = reference.linear_act(x, weight, bias)
-        if gate_weight is not None:
-            z = torch.cat((reference.linear_act(x, gate_weight, gate_bias), z), -1)
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    y = reference.compute(call)
+    z = call.x.new_empty(0)
+    if call.save_z and call.saved_width is not None:
+        z = reference.linear_act(call.x, call.weight, call.bias)
+        if call.gate_weight is not None:
+            gate_z = reference.linear_act(call.x, call.gate_weight, call.gate_bias)
+            z = torch.cat((gate_z, z), -1)
     return y, z
 
 
-def _reference_backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted):
-    found = gradients(
-        lambda *inputs: _reference_call(*inputs, act, gate),
-        (x, weight, bias, gate_weight, gate_bias),
-        (grad,),
-    )
-    return tuple(g if w else x.new_empty(0) for g, w in zip(found, wanted, strict=True))
+def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    forward_call = call.forward_call
+
+    def differentiable(*tensors: torch.Tensor | None) -> torch.Tensor:
+        given: dict[str, Any] = dict(zip(INPUTS, tensors, strict=True))
+        return reference.compute(forward_call._replace(**given))
+
+    found = gradients(differentiable, [getattr(call, name) for name in INPUTS], (call.grad,))
+    return tuple(g if w else call.x.new_empty(0) for g, w in zip(found, call.wanted, strict=True))
 
 
-def _triton_reasons(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    why = triton.reasons(x, weight, bias, gate_weight, gate_bias, dots=True)
-    if weight.shape[1] == 0:
+def _triton_reasons(call: Call) -> list[str]:
+    why = triton.reasons(*(getattr(call, name) for name in INPUTS), dots=True)
+    if call.weight.shape[1] == 0:
         why.append("there are no input channels to sum over")
     return why
 
 
-def backend_key(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
+def backend_key(call: Call) -> dict[str, int | str]:
     """What it depends on whether Triton's kernel or the vendor's product and a pass is faster."""
-    n, k = weight.shape[0], weight[0].numel()
+    n, k = call.weight.shape[0], call.weight[0].numel()
     return {
-        "dtype": str(x.dtype).removeprefix("torch."), "pass": "train" if save_z else "infer",
-        "act": act, "gate": gate, "m": x.numel() // max(k, 1), "n": n, "k": k,
-    }  # fmt: skip
+        "dtype": str(call.x.dtype).removeprefix("torch."),
+        "pass": "train" if call.save_z else "infer",
+        "act": call.act,
+        "gate": call.gate,
+        "m": call.x.numel() // max(k, 1),
+        "n": n,
+        "k": k,
+    }
 
 
 # The native kernel knows no tiles (AMX); oneDNN does.
@@ -188,89 +190,35 @@ DISPATCHER = Dispatcher(
     [
         *_COMPILED,
         triton.lazy("vitfast.ops.linear_act.triton", _triton_reasons, key=backend_key),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(
-    x, source, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, act, gate,
-    save_z, backend,
-):  # fmt: skip
-    args = (x, weight, bias, gate_weight, gate_bias, act, gate, save_z)
-    return DISPATCHER.pick(backend, *args, needs_backward=save_z).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *fields, backend = args
+    call = Call(*fields)
+    chosen = DISPATCHER.pick(backend, call, needs_backward=call.save_z)
+    return chosen.forward(call)
 
 
-def _fake(
-    x, source, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, act, gate,
-    save_z, backend,
-):  # fmt: skip
-    width = saved_width(weight, gate_weight, act, gate) if save_z else None
-    lead = x.shape[:-1]
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    lead, width = call.x.shape[:-1], call.saved_width if call.save_z else None
     return (
-        x.new_empty((*lead, output_width(weight, gate))),
-        x.new_empty(0 if width is None else (*lead, width)),
+        call.x.new_empty((*lead, call.width)),
+        call.x.new_empty(0 if width is None else (*lead, width)),
     )
 
 
-def reads_x(backend: Backend, wanted: bool) -> bool:
-    """Whether the backward of a backend reads more of x than its shape and dtype.
-
-    wanted: whether a weight's gradient is. The reference differentiates its own forward.
-    """
-    return wanted or backend.name == "reference"
-
-
-def _backward(
-    grad, x, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, z, act, gate,
-    wanted, backend,
-):  # fmt: skip
-    like = x.new_empty(x.shape, dtype=grad.dtype) if kind else x
-    args = (like, weight, bias, gate_weight, gate_bias, act, gate, True)
-    found = DISPATCHER.pick(backend, *args, needs_backward=True)
-    if reads_x(found, wanted[1] or wanted[3]):
-        like = recompute.again(x, norm_weight, norm_bias, eps, kind, grad.dtype)
-    return found.backward(grad, like, weight, bias, gate_weight, gate_bias, z, act, gate, wanted)
-
-
-def _backward_fake(
-    grad, x, norm_weight, norm_bias, eps, kind, weight, bias, gate_weight, gate_bias, z, act, gate,
-    wanted, backend,
-):  # fmt: skip
-    like = grad.new_empty(x.shape)
-    return tuple(
-        t.new_empty(t.shape) if w and t is not None else grad.new_empty(0)
-        for t, w in zip((like, weight, bias, gate_weight, gate_bias), wanted, strict=True)
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    x, source, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights = inputs
-    *weights, ctx.act, ctx.gate, _, ctx.backend = weights
-    kept = recompute.kept(x, source, norm_weight, norm_bias)
-    ctx.save_for_backward(*kept, *weights, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx, grad, _):
-    x, norm_weight, norm_bias, *weights, z = ctx.saved_tensors
-    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:10])
-    wanted = [t is not None and w for t, w in zip((x, *weights), needed, strict=True)]
-    found = _BACKWARD_OP(
-        grad, x, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights, z, ctx.act, ctx.gate, wanted,
-        ctx.backend,
-    )  # fmt: skip
-    dx, *dweights = (g if w else None for g, w in zip(found, wanted, strict=True))
-    return dx, *(None,) * 5, *dweights, *(None,) * 4
-
-
+_RECORDED = Recorded(DISPATCHER, Call, BackwardCall, INPUTS)
 _BACKWARD_OP = define(
     "linear_act_backward",
     "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, str kind,"
     " Tensor weight, Tensor? bias, Tensor? gate_weight, Tensor? gate_bias, Tensor z, str act,"
     " str gate, bool[] wanted, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    _RECORDED.backward,
+    _RECORDED.backward_fake,
 )
 _OP = define(
     "linear_act",
@@ -278,6 +226,6 @@ _OP = define(
     " Tensor? gate_bias, str act, str gate, bool save_z, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
-    setup_context=_setup_context,
-    backward=_autograd,
+    setup_context=_RECORDED.setup_context,
+    backward=_RECORDED.autograd(_BACKWARD_OP),
 )

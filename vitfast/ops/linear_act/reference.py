@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,145 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "sigmoid": torch.sigmoid,
 }
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::linear_act` before `backend`, in the order of its schema.
+
+    Backends compute from `x` alone; the five fields after it only say how x can be made again for
+    the backward (see `vitfast.ops.common.recompute`).
+
+    Args:
+        x, weight, bias, gate_weight, gate_bias, act: as in `vitfast.ops.linear_act`.
+        source: the tensor [..., K] that x is the norm of; None if x itself is to be saved.
+        norm_weight, norm_bias, eps: of that norm, [K], [K] and a number.
+        kind: that norm's, "layer" or "rms"; "" without a source.
+        gate: "first" or "last" as in `vitfast.ops.linear_act`; "" for None.
+        save_z: whether the pre-activation is returned too, for the backward.
+    """
+
+    x: torch.Tensor
+    source: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+    eps: float
+    kind: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    gate_weight: torch.Tensor | None
+    gate_bias: torch.Tensor | None
+    act: str
+    gate: str
+    save_z: bool
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        act: str = "none",
+        gate: str = "",
+        *,
+        gate_weight: torch.Tensor | None = None,
+        gate_bias: torch.Tensor | None = None,
+        save_z: bool = False,
+    ) -> Call:
+        """A call whose x is not said to be the norm of anything."""
+        return cls(
+            x, None, None, None, 1e-6, "", weight, bias, gate_weight, gate_bias, act, gate, save_z
+        )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the result is the product of two linear layers, one of them activated."""
+        return bool(self.gate) or self.gate_weight is not None
+
+    @property
+    def width(self) -> int:
+        """Channels N of the result."""
+        return output_width(self.weight, self.gate)
+
+    @property
+    def saved_width(self) -> int | None:
+        """Channels of the pre-activation that the backward needs; None where it needs none.
+
+        Halves of a gated layer lie side by side: as in the packed weight, or gate before value.
+        """
+        if self.gated:
+            return 2 * self.width
+        return None if self.act == "none" else self.width
+
+
+def output_width(weight: torch.Tensor, gate: str) -> int:
+    """Channels of the result of a weight; `gate` as in `Call`."""
+    return weight.shape[0] // 2 if gate else weight.shape[0]
+
+
+INPUTS = ("x", "weight", "bias", "gate_weight", "gate_bias")
+"""Differentiable inputs, in the order of the outputs of `vitfast::linear_act_backward`."""
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `vitfast::linear_act_backward` before `backend`, in its schema's order.
+
+    Args:
+        grad: [..., N], the gradient of the result.
+        x: what the forward saved for x: x, or the source of the norm where `kind` names one.
+            Backends get x itself here, or, where they read no more of it than shape and dtype, any
+            tensor of x's shape and dtype.
+        z: [..., N or 2N], the pre-activation that the forward saved, or an empty tensor.
+        wanted: whether the gradient is asked for, for each of `INPUTS`.
+
+    The other fields are as in `Call`.
+    """
+
+    grad: torch.Tensor
+    x: torch.Tensor
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+    eps: float
+    kind: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    gate_weight: torch.Tensor | None
+    gate_bias: torch.Tensor | None
+    z: torch.Tensor
+    act: str
+    gate: str
+    wanted: list[bool]
+
+    @classmethod
+    def of(
+        cls, grad: torch.Tensor, call: Call, z: torch.Tensor, wanted: list[bool]
+    ) -> BackwardCall:
+        """The backward of a call, whose x is at hand."""
+        weights = (call.weight, call.bias, call.gate_weight, call.gate_bias)
+        return cls(grad, call.x, None, None, 1e-6, "", *weights, z, call.act, call.gate, wanted)
+
+    @property
+    def forward_call(self) -> Call:
+        """The call that this is the backward of, without what x is the norm of."""
+        return Call.of(
+            self.x,
+            self.weight,
+            self.bias,
+            self.act,
+            self.gate,
+            gate_weight=self.gate_weight,
+            gate_bias=self.gate_bias,
+            save_z=True,
+        )
+
+    @property
+    def gated(self) -> bool:
+        """As of `Call`."""
+        return bool(self.gate) or self.gate_weight is not None
+
+    @property
+    def multiplies_x(self) -> bool:
+        """Whether a weight's gradient is asked for, the only one that x takes part in."""
+        return self.wanted[1] or self.wanted[3]
 
 
 def linear_act(
@@ -37,7 +177,20 @@ def linear_act(
         return activate(_linear(x, gate_weight, gate_bias), z, act, "first")
     if gate is None:
         return ACTIVATIONS[act](z)
-    return activate(*z.chunk(2, dim=-1), act, gate)
+    return activate_packed(z, act, gate)
+
+
+def compute(call: Call) -> torch.Tensor:
+    """The result [..., N] of a call, by differentiable torch ops."""
+    return linear_act(
+        call.x,
+        call.weight,
+        call.bias,
+        call.act,
+        gate=call.gate or None,
+        gate_weight=call.gate_weight,
+        gate_bias=call.gate_bias,
+    )
 
 
 def activate(first: torch.Tensor, second: torch.Tensor, act: str, gate: str) -> torch.Tensor:
@@ -45,6 +198,12 @@ def activate(first: torch.Tensor, second: torch.Tensor, act: str, gate: str) -> 
     if gate == "first":
         return ACTIVATIONS[act](first) * second
     return first * ACTIVATIONS[act](second)
+
+
+def activate_packed(z: torch.Tensor, act: str, gate: str) -> torch.Tensor:
+    """`activate` of the two halves of z [..., 2N]."""
+    first, second = z.chunk(2, -1)
+    return activate(first, second, act, gate)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -2,42 +2,48 @@
 
 from __future__ import annotations
 
-from vitfast.ops.linear_act.api import DISPATCHER, linear_act, output_width
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vitfast.ops.linear_act.api import DISPATCHER, linear_act
 from vitfast.ops.linear_act.reference import linear_act as reference
+from vitfast.ops.linear_act.reference import output_width
 from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
 
 def _sample(
-    name,
-    lead,
-    k,
-    n,
-    act="none",
+    name: str,
+    lead: tuple[int, ...],
+    k: int,
+    n: int,
+    act: str = "none",
     *,
-    gate=None,
-    two=False,
-    bias=True,
-    conv=False,
-    view=None,
-    weight_view=None,
-    outliers=False,
-    tags=("odd",),
-):
+    gate: str | None = None,
+    two: bool = False,
+    bias: bool = True,
+    conv: bool = False,
+    view: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    weight_view: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    outliers: bool = False,
+    tags: tuple[str, ...] = ("odd",),
+) -> Sample:
     """x [*lead, k] and a weight [n, k]: n counts both halves of a packed gate."""
 
-    def make(dtype, g):
-        def weight():
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def weight() -> torch.Tensor:
             w = randn(g, n, k, dtype=dtype, scale=1.2 * k**-0.5)
             w = w if weight_view is None else weight_view(w)
             return w[..., None, None] if conv else w
 
-        def vector():
+        def vector() -> torch.Tensor | None:
             return randn(g, n, dtype=dtype, scale=0.3) if bias else None
 
         x = randn(g, *lead, k, dtype=dtype)
         if outliers:
             x[..., :2] *= 50
-        kwargs = {} if gate is None else {"gate": gate}
+        kwargs: dict[str, Any] = {} if gate is None else {"gate": gate}
         if two:
             kwargs |= {"gate_weight": weight(), "gate_bias": vector()}
         return (x if view is None else view(x), weight(), vector(), act), kwargs
@@ -45,7 +51,7 @@ def _sample(
     return Sample(name, make, frozenset(tags))
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, weight, bias = args[:3]
     gate_weight, gate_bias = kwargs.get("gate_weight"), kwargs.get("gate_bias")
     rows = x.numel() // max(x.shape[-1], 1)

@@ -1,9 +1,4 @@
-"""linear_act in Triton: a product with bias, activation or gate in its epilogue.
-
-Floor: 2 M N K flops; bytes are x, W and y once, and z once where training keeps it. What the
-epilogue saves is a pass over 2 M N elements (gated 3 M N). The backward's pass from grad and z to
-dz reads two tensors and writes one; its products are the vendor's.
-"""
+"""linear_act on the Triton kernels of triton_kernels.py: launches, and what is compiled."""
 
 from __future__ import annotations
 
@@ -13,165 +8,25 @@ import torch
 import triton
 import triton.language as tl
 
+from vitfast.ops.linear_act.reference import INPUTS, BackwardCall, Call
+from vitfast.ops.linear_act.triton_kernels import backward_kernel, forward_kernel
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
-from vitfast.runtime.triton import COUNTS, NAMES, guard, precision
+from vitfast.runtime.triton import NAMES, guard, precision
 
 ACTS = {
     "none": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "quick_gelu": 4, "silu": 5, "sigmoid": 6,
 }  # fmt: skip
 _PROGRAMS = 512
-"""Most row blocks of the backward: each leaves one row of partial sums."""
-
-
-@triton.jit
-def _sigmoid(x):
-    """Without an overflow: exp of what is not positive only."""
-    e = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
-
-
-@triton.jit
-def _bell(x):
-    """The derivative of the sigmoid, without the cancellation of 1 - s."""
-    e = tl.exp(-tl.abs(x))
-    return e / ((1.0 + e) * (1.0 + e))
-
-
-@triton.jit
-def _activate(x, ACT: tl.constexpr):
-    if ACT == 1:
-        x = tl.where(x > 0, x, x * 0.0)  # NaN stays NaN
-    elif ACT == 2:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACT == 3:
-        x = x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACT == 4:
-        x = x * _sigmoid(1.702 * x)
-    elif ACT == 5:
-        x = x * _sigmoid(x)
-    elif ACT == 6:
-        x = _sigmoid(x)
-    return x
-
-
-@triton.jit
-def _slope(x, ACT: tl.constexpr):
-    """The activation's derivative."""
-    if ACT == 1:
-        d = tl.where(x > 0, 1.0, x * 0.0)
-    elif ACT == 2:
-        bell = 0.3989422804014327 * tl.exp(-0.5 * x * x)
-        d = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * bell
-    elif ACT == 3:
-        u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        inner = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
-        d = _sigmoid(u) + tl.where(tl.abs(x) > 1e4, 0.0, x * _bell(u) * inner)
-    elif ACT == 4:
-        d = _sigmoid(1.702 * x) + 1.702 * x * _bell(1.702 * x)
-    elif ACT == 5:
-        d = _sigmoid(x) + x * _bell(x)
-    elif ACT == 6:
-        d = _bell(x)
-    else:
-        d = x * 0.0 + 1.0
-    return d
-
-
-@triton.jit
-def _weights(w_ptr, n, k, cols, depth, stride_n, stride_k, DTYPE: tl.constexpr):
-    """A [k, n] tile of W^T; float32 weights are rounded as autocast rounds them."""
-    at = n.to(tl.int64)[None, :] * stride_n + k.to(tl.int64)[:, None] * stride_k
-    return tl.load(w_ptr + at, mask=(k < depth)[:, None] & (n < cols)[None, :], other=0.0).to(DTYPE)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def forward_kernel(
-    x_ptr, w_ptr, bias_ptr, gate_w_ptr, gate_bias_ptr, y_ptr, z_ptr, rows, cols, depth,
-    x_m, x_k, w_n, w_k, gate_n, gate_k, z_m, z_value, z_gate,
-    ACT: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
-    """y = act(x W^T + b), or act(x Wg^T + bg) * (x W^T + b) with a gate."""
-    down, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(cols, BLOCK_N)
-    pid = tl.program_id(0)
-    # Neighbouring programs share tiles of both operands in the L2 cache.
-    group = pid // (GROUP * across)
-    height = tl.minimum(down - group * GROUP, GROUP)
-    m = (group * GROUP + pid % (GROUP * across) % height) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (pid % (GROUP * across) // height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    start = m.to(tl.int64)[:, None] * x_m
-    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    gate = total
-    for first in range(0, depth, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        mask = (m < rows)[:, None] & (k < depth)[None, :]
-        x = tl.load(x_ptr + start + k.to(tl.int64)[None, :] * x_k, mask=mask, other=0.0)
-        w = _weights(w_ptr, n, k, cols, depth, w_n, w_k, x.dtype)
-        total = tl.dot(x, w, acc=total, out_dtype=ACC, input_precision=PRECISION)
-        if gate_w_ptr is not None:
-            w = _weights(gate_w_ptr, n, k, cols, depth, gate_n, gate_k, x.dtype)
-            gate = tl.dot(x, w, acc=gate, out_dtype=ACC, input_precision=PRECISION)
-    inside = n < cols
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(y_ptr.dtype.element_ty).to(ACC)
-    out = m.to(tl.int64)[:, None] * cols + n[None, :]
-    mask = (m < rows)[:, None] & inside[None, :]
-    if z_ptr is not None:
-        at = m.to(tl.int64)[:, None] * z_m + n[None, :]
-        tl.store(z_ptr + at + z_value, total.to(z_ptr.dtype.element_ty), mask=mask)
-    if gate_w_ptr is not None:
-        if gate_bias_ptr is not None:
-            b = tl.load(gate_bias_ptr + n, mask=inside, other=0.0).to(y_ptr.dtype.element_ty)
-            gate += b.to(ACC)
-        if z_ptr is not None:
-            tl.store(z_ptr + at + z_gate, gate.to(z_ptr.dtype.element_ty), mask=mask)
-        y = _activate(gate, ACT) * total
-    else:
-        y = _activate(total, ACT)
-    tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def backward_kernel(
-    grad_ptr, z_ptr, dz_ptr, sums_ptr, gate_sums_ptr, rows, cols, grad_m, z_m, z_value, z_gate,
-    ACT: tl.constexpr, ACC: tl.constexpr, GATED: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """dz from grad and z, and each row block's sums for the biases' gradients."""
-    across = tl.cdiv(cols, BLOCK_N)
-    n = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    block = tl.program_id(0) // across
-    blocks = tl.num_programs(0) // across
-    inside = n < cols
-    sums = tl.zeros([BLOCK_N], ACC)
-    gate_sums = tl.zeros([BLOCK_N], ACC)
-    for first in range(block, tl.cdiv(rows, BLOCK_M), blocks):
-        m = tl.arange(0, BLOCK_M).to(tl.int64) + first * BLOCK_M
-        mask = (m < rows)[:, None] & inside[None, :]
-        at = m[:, None] * z_m + n[None, :]
-        d = tl.load(grad_ptr + m[:, None] * grad_m + n[None, :], mask=mask, other=0.0).to(ACC)
-        z = tl.load(z_ptr + at + z_value, mask=mask, other=0.0).to(ACC)
-        if GATED:
-            g = tl.load(z_ptr + at + z_gate, mask=mask, other=0.0).to(ACC)
-            dg = d * z * _slope(g, ACT)
-            d = d * _activate(g, ACT)
-            tl.store(dz_ptr + at + z_gate, dg.to(dz_ptr.dtype.element_ty), mask=mask)
-            gate_sums += tl.sum(tl.where(mask, dg, 0.0), axis=0)
-        else:
-            d = d * _slope(z, ACT)
-        tl.store(dz_ptr + at + z_value, d.to(dz_ptr.dtype.element_ty), mask=mask)
-        sums += tl.sum(tl.where(mask, d, 0.0), axis=0)
-    at = block.to(tl.int64) * cols + n
-    tl.store(sums_ptr + at, sums, mask=inside)
-    if GATED:
-        tl.store(gate_sums_ptr + at, gate_sums, mask=inside)
-
-
-# ---- launches ------------------------------------------------------------------------------------
+"""Most row blocks of the backward, each of which leaves one row of partial sums: several a
+multiprocessor of the largest GPUs. Chosen, not measured yet."""
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Tiles by dtype and architecture; a gate holds two sums."""
+    """Tiles by dtype and architecture; a gate holds two sums.
+
+    They spill nothing but on sm_75, where no matrix instructions are (tests/gpu/resources.json).
+    Of the tiles for which that is so these were chosen; none has been timed yet.
+    """
     wide, gated = key["dtype"] in ("float32", "float64"), key["gate"] == "yes"
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 8}, 4, 1)
@@ -205,104 +60,115 @@ def _flat(t: torch.Tensor) -> torch.Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _halves(weight, bias, gate_weight, gate_bias, gate):
-    """(value, its bias), (gate or None, its bias): the gate is what passes through act."""
-    if gate_weight is not None:
-        return (weight, bias), (gate_weight, gate_bias)
-    if not gate:
-        return (weight, bias), (None, None)
-    weights = weight.chunk(2)
-    biases = (None, None) if bias is None else bias.contiguous().chunk(2)
+_Layer = tuple[torch.Tensor, torch.Tensor | None]
+"""A weight [N, K], any strides, and its bias [N], contiguous."""
+
+
+def _layers(call: Call) -> tuple[_Layer, _Layer | None]:
+    """The layer of the value, and that of the gate, which is what passes through act."""
+    value = (call.weight.flatten(1), _contiguous(call.bias))
+    if call.gate_weight is not None:
+        return value, (call.gate_weight.flatten(1), _contiguous(call.gate_bias))
+    if not call.gate:
+        return value, None
+    weights = value[0].chunk(2)
+    biases = (None, None) if value[1] is None else value[1].chunk(2)
     first, second = zip(weights, biases, strict=True)
-    return (second, first) if gate == "first" else (first, second)
+    return (second, first) if call.gate == "first" else (first, second)
 
 
-def _places(gate_weight, gate, n: int) -> tuple[int, int]:
-    """Columns of z at which the value's and the gate's pre-activations begin."""
-    if gate_weight is None and not gate:
+def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.contiguous()
+
+
+def _places(call: Call | BackwardCall, n: int) -> tuple[int, int]:
+    """Columns of z at which the value's and the gate's pre-activations begin, each n wide."""
+    if not call.gated:
         return 0, 0
-    return (0, n) if gate == "last" else (n, 0)
+    return (0, n) if call.gate == "last" else (n, 0)
 
 
-def forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    lead, n = x.shape[:-1], weight.shape[0] // (2 if gate else 1)
-    gated = bool(gate) or gate_weight is not None
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    x, n, width = call.x, call.width, call.saved_width
+    lead = x.shape[:-1]
     y = x.new_empty((*lead, n))
-    save = save_z and (gated or act != "none")
-    z = x.new_empty((*lead, 2 * n if gated else n) if save else 0)
+    save = call.save_z and width is not None
+    z = x.new_empty((*lead, width) if save else 0)
     if not y.numel():
         return y, z
-    (w, b), (gw, gb) = _halves(weight.flatten(1), bias, gate_weight, gate_bias, gate)
-    gw = gw if gw is None else gw.flatten(1)
-    b, gb = (t if t is None else t.contiguous() for t in (b, gb))
+    (w, bias), gate = _layers(call)
+    gate_w, gate_bias = (None, None) if gate is None else gate
     rows = _flat(x)
     m, k = rows.shape
-    launch = _launch(rows, m, n, gated)
+    launch = _launch(rows, m, n, call.gated)
     grid = (triton.cdiv(m, launch.blocks["BLOCK_M"]) * triton.cdiv(n, launch.blocks["BLOCK_N"]),)
     with guard(x):
         forward_kernel[grid](
-            rows, w, b, gw, gb, y, z if save else None, m, n, k, *rows.stride(), *w.stride(),
-            *((0, 0) if gw is None else gw.stride()), z.shape[-1],
-            *_places(gate_weight, gate, n), ACT=ACTS[act], ACC=_acc(x.dtype),
+            rows, w, bias, gate_w, gate_bias, y, z if save else None, m, n, k,
+            *rows.stride(), *w.stride(), *((0, 0) if gate_w is None else gate_w.stride()),
+            z.shape[-1], *_places(call, n), ACT=ACTS[call.act], ACC=_acc(x.dtype),
             PRECISION=precision(x.dtype), **launch.blocks, **launch.options(),
         )  # fmt: skip
     return y, z
 
 
-def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted):
-    tensors = (x, weight, bias, gate_weight, gate_bias)
-    if not grad.numel():
-        return tuple(
-            t.new_zeros(t.shape) if w and t is not None else x.new_empty(0)
-            for t, w in zip(tensors, wanted, strict=True)
-        )
-    gated = bool(gate) or gate_weight is not None
-    rows, grad, n = _flat(x), _flat(grad), grad.shape[-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    if act == "none" and not gated:
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    x, wanted = call.x, call.wanted
+    found = {name: x.new_empty(0) for name in INPUTS}
+    if not call.grad.numel():
+        for name, is_wanted in zip(INPUTS, wanted, strict=True):
+            if is_wanted:
+                t = getattr(call, name)
+                found[name] = t.new_zeros(t.shape)
+        return tuple(found.values())
+    rows, grad, n = _flat(x), _flat(call.grad), call.grad.shape[-1]
+    sums: torch.Tensor | None = None
+    if call.act == "none" and not call.gated:
         dz = grad
-        sums = grad.sum(0, dtype=wide) if wanted[2] else None
+        if wanted[2]:
+            sums = grad.sum(0, dtype=torch.promote_types(x.dtype, torch.float32))
     else:
-        dz, sums = _pre_activation_gradient(grad, z, gate_weight, act, gate, gated, wide)
-    found = [x.new_empty(0) for _ in tensors]
-    parts = [(weight, dz, 1)]
-    if gate_weight is not None:
-        parts = [(gate_weight, dz[:, :n], 3), (weight, dz[:, n:], 1)]
-        sums = sums.view(2, n).flip(0).flatten()  # value's first, as parts of one vector below
+        dz, sums = _pre_activation_gradient(grad, call)
+    parts = [("weight", call.weight, dz)]
+    if call.gate_weight is not None:
+        parts = [("gate_weight", call.gate_weight, dz[:, :n]), ("weight", call.weight, dz[:, n:])]
     if wanted[0]:
-        dx = None
-        for w, d, _ in parts:
-            product = d @ w.flatten(1).to(d.dtype)
-            dx = product if dx is None else dx + product
-        found[0] = dx.view(x.shape)
-    for w, d, at in parts:
-        if wanted[at]:
-            found[at] = (d.mT @ rows).view(w.shape).to(w.dtype)
-    if wanted[2]:
-        found[2] = sums[: bias.numel()].to(bias.dtype)
-    if wanted[4]:
-        found[4] = sums[n:].to(gate_bias.dtype)
-    return tuple(found)
+        products = [d @ w.flatten(1).to(d.dtype) for _, w, d in parts]
+        found["x"] = sum(products[1:], products[0]).view(x.shape)
+    for name, w, d in parts:
+        if wanted[INPUTS.index(name)]:
+            found[name] = (d.mT @ rows).view(w.shape).to(w.dtype)
+    if call.bias is not None and sums is not None and wanted[2]:
+        found["bias"] = sums[-call.bias.numel() :].to(call.bias.dtype)  # the gate's come first
+    if call.gate_bias is not None and sums is not None and wanted[4]:
+        found["gate_bias"] = sums[:n].to(call.gate_bias.dtype)
+    return tuple(found.values())
 
 
 _BACKWARD = Launch({"BLOCK_M": 16, "BLOCK_N": 128}, 4, 1)
+"""2K elements a program, 16 a thread. Chosen, not measured yet."""
 
 
-def _pre_activation_gradient(grad, z, gate_weight, act, gate, gated, wide):
-    """dz [M, N or 2N], and its sums over rows in the order of z's columns."""
+def _pre_activation_gradient(
+    grad: torch.Tensor, call: BackwardCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dz [M, N or 2N] for grad [M, N], and its sums over rows [N or 2N]; columns lie as in z."""
+    z, gated = call.z, call.gated
     m, n = grad.shape
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     dz = z.new_empty((m, z.shape[-1]))
     blocks = min(triton.cdiv(m, _BACKWARD.blocks["BLOCK_M"]), _PROGRAMS)
     across = triton.cdiv(n, _BACKWARD.blocks["BLOCK_N"])
+    wide = torch.promote_types(grad.dtype, torch.float32)
     partial = z.new_empty((2 if gated else 1, blocks, n), dtype=wide)
-    value, through = _places(gate_weight, gate, n)
+    value, through = _places(call, n)
     with guard(grad):
         backward_kernel[(across * blocks,)](
             grad, z, dz, partial[0], partial[1] if gated else None, m, n, grad.stride(0),
-            z.shape[-1], value, through, ACT=ACTS[act], ACC=_acc(grad.dtype), GATED=gated,
+            z.shape[-1], value, through, ACT=ACTS[call.act], ACC=_acc(grad.dtype), GATED=gated,
             **_BACKWARD.blocks, **_BACKWARD.options(),
         )  # fmt: skip
+    # In float64, since as many rounding errors would meet here.
     sums = partial.sum(1, dtype=torch.float64)
     if gated and value > through:
         sums = sums.flip(0)
@@ -323,7 +189,8 @@ def variants(arch: Arch) -> list[Variant]:
     return found
 
 
-def _signature(kernel, constants, wide):
+def _signature(kernel: Any, constants: dict[str, Any], wide: str) -> dict[str, str]:
+    """Types of a kernel's arguments; `wide` is Triton's name of the tensors' dtype."""
     return {
         name: ("*fp32" if name.startswith(("sums", "gate_sums")) else f"*{wide}")
         if name.endswith("_ptr")
@@ -333,13 +200,13 @@ def _signature(kernel, constants, wide):
     }
 
 
-def _forward_variant(arch, dtype, act, gated):
-    key = {
+def _forward_variant(arch: Arch, dtype: torch.dtype, act: str, gated: bool) -> Variant:
+    key: dict[str, int | str] = {
         "dtype": str(dtype).removeprefix("torch."), "gate": "yes" if gated else "no",
         "m": 4096, "n": 3072, "k": 768,
     }  # fmt: skip
     launch = launch_of("linear_act.forward", arch, key, launch_heuristic)
-    constants = {
+    constants: dict[str, Any] = {
         "ACT": ACTS[act], "ACC": tl.float32, "PRECISION": "ieee", "x_k": 1, "w_k": 1, "gate_k": 1,
         **launch.blocks,
     }  # fmt: skip
@@ -350,8 +217,8 @@ def _forward_variant(arch, dtype, act, gated):
     return Variant(name, forward_kernel, signature, constants, launch, dots=dtype != torch.float32)
 
 
-def _backward_variant(dtype, act, gated):
-    constants = {
+def _backward_variant(dtype: torch.dtype, act: str, gated: bool) -> Variant:
+    constants: dict[str, Any] = {
         "ACT": ACTS[act], "ACC": tl.float32, "GATED": gated, **_BACKWARD.blocks
     }  # fmt: skip
     if not gated:

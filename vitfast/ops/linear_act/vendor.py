@@ -5,12 +5,26 @@ from __future__ import annotations
 import torch
 
 from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.linear_act.reference import ACTIVATIONS, activate
+from vitfast.ops.linear_act.reference import (
+    ACTIVATIONS,
+    BackwardCall,
+    Call,
+    activate,
+    activate_packed,
+)
 from vitfast.runtime.dispatch import Backend
 
-_MOST_SUMMED = 256
-"""Products that oneDNN may sum in float32 at a time. It adds them up one after the other: over 768
-of them that makes 1.5 times, over 3072 2.2 times the rms error of a blocked BLAS."""
+_MOST_SUMMED = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 192
+"""Products that oneDNN may sum in float32 at a time: it adds them up one after the other, where MKL
+adds up blocks.
+
+Not `EXACT_WIDTH` of `vitfast.ops._onednn`, since other errors are allowed: there, in inference, up
+to twice the rms error of `torch.nn.functional.linear`; of a backend, which training uses too, 1.25
+times (`OpSpec.rms_factor`). Against float64 on AVX2, where MKL's blocks are smaller (197 x K times
+K x 256 and 384, three seeds), pieces of 192 have 1.00 times that error for every K from 384 on.
+Pieces of 256 have 1.06 to 1.19 times, but 1.27 to 1.41 for K from 208 to 288; 384 has 1.32 to 1.41
+times, 768 1.64 to 1.97 times, 1024 1.95 to 2.33 times. With AVX-512 chains of 768 have 1.5 times.
+"""
 
 
 def available() -> list[str]:
@@ -21,8 +35,8 @@ def available() -> list[str]:
     return []
 
 
-def can_run(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    why = available()
+def can_run(call: Call) -> list[str]:
+    x, why = call.x, available()
     if not torch.backends.mkldnn.enabled:
         why.append("torch.backends.mkldnn is disabled")
     if x.device.type != "cpu":
@@ -31,32 +45,32 @@ def can_run(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
         why.append(f"{x.dtype} is not implemented, float32 and bfloat16 are")
     elif x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         why.append("oneDNN has no bfloat16 on this CPU")
-    if not (x.numel() and weight.numel()):
+    if not (x.numel() and call.weight.numel()):
         why.append("there is nothing to multiply")
     return why
 
 
-def forward(x, weight, bias, gate_weight, gate_bias, act, gate, save_z):
-    empty = x.new_empty(0)
-    if gate_weight is not None:
-        value, gate_value = _linear(x, weight, bias), _linear(x, gate_weight, gate_bias)
-        z = torch.cat((gate_value, value), -1) if save_z else empty
-        return activate(gate_value, value, act, "first"), z
-    if gate:
-        z = _linear(x, weight, bias)
-        return activate(*z.chunk(2, -1), act, gate), z if save_z else empty
-    z = _linear(x, weight, bias)
-    return ACTIVATIONS[act](z), z if save_z and act != "none" else empty
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    empty = call.x.new_empty(0)
+    z = _linear(call.x, call.weight, call.bias)
+    if call.gate_weight is not None:
+        gate_z = _linear(call.x, call.gate_weight, call.gate_bias)
+        saved = torch.cat((gate_z, z), -1) if call.save_z else empty
+        return activate(gate_z, z, call.act, "first"), saved
+    saved = z if call.save_z and call.saved_width is not None else empty
+    if call.gate:
+        return activate_packed(z, call.act, call.gate), saved
+    return ACTIVATIONS[call.act](z), saved
 
 
-def _linear(x, weight, bias):
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     weight = weight.flatten(1).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     multiply = torch.ops.mkldnn._linear_pointwise
     k = weight.shape[1]
     if x.dtype != torch.float32 or k <= _MOST_SUMMED:
         return multiply(x, weight, bias, "none", [], "")
-    y = None
+    y: torch.Tensor | None = None
     for begin in range(0, k, _MOST_SUMMED):
         part = slice(begin, begin + _MOST_SUMMED)
         some, w = x[..., part].contiguous(), weight[:, part].contiguous()
@@ -64,23 +78,28 @@ def _linear(x, weight, bias):
             y = multiply(some, w, bias, "none", [], "")
         else:
             y = multiply.binary(some, y, w, None, "add")
+    assert y is not None  # k is not 0
     return y
 
 
-def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted):
-    rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    if gate or gate_weight is not None:
-        side = gate or "first"
-        z = z.reshape(len(rows), -1)
-        (dz,) = gradients(lambda z: activate(*z.chunk(2, -1), act, side), (z,), (grad,))
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    x, act, wanted = call.x, call.act, call.wanted
+    rows, grad = x.reshape(-1, x.shape[-1]), call.grad.reshape(-1, call.grad.shape[-1])
+    if call.gated:
+        side = call.gate or "first"
+        z = call.z.reshape(len(rows), -1)
+        (dz,) = gradients(lambda z: activate_packed(z, act, side), (z,), (grad,))
     elif act != "none":
-        (dz,) = gradients(ACTIVATIONS[act], (z.reshape(len(rows), -1),), (grad,))
+        (dz,) = gradients(ACTIVATIONS[act], (call.z.reshape(len(rows), -1),), (grad,))
     else:
         dz = grad
-    n = weight.shape[0]
-    parts = [(weight, bias, dz, 1)]
-    if gate_weight is not None:
-        parts = [(gate_weight, gate_bias, dz[:, :n], 3), (weight, bias, dz[:, n:], 1)]
+    n = call.weight.shape[0]
+    parts = [(call.weight, call.bias, dz, 1)]
+    if call.gate_weight is not None:
+        parts = [
+            (call.gate_weight, call.gate_bias, dz[:, :n], 3),
+            (call.weight, call.bias, dz[:, n:], 1),
+        ]
     found = [x.new_empty(0) for _ in range(5)]
     dx = None
     for w, b, d, at in parts:
@@ -89,7 +108,7 @@ def backward(grad, x, weight, bias, gate_weight, gate_bias, z, act, gate, wanted
             dx = part if dx is None else dx + part
         if wanted[at]:
             found[at] = (d.mT @ rows).view(w.shape).to(w.dtype)
-        if wanted[at + 1]:
+        if b is not None and wanted[at + 1]:
             found[at + 1] = d.sum(0, dtype=torch.float32).to(b.dtype)
     if dx is not None:
         found[0] = dx.view(x.shape)

@@ -8,6 +8,9 @@ remain. Its backends are those of `linear_act`, which does the work.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 
 from vitfast.errors import InputValueError
@@ -16,7 +19,10 @@ from vitfast.ops.common.recompute import Normed
 from vitfast.ops.grn.api import DISPATCHER as GRN
 from vitfast.ops.linear_act import api as linear
 from vitfast.ops.linear_act import native
-from vitfast.ops.linear_act.reference import ACTIVATIONS, activate
+from vitfast.ops.linear_act.autograd import Recorded, with_norm
+from vitfast.ops.linear_act.reference import ACTIVATIONS, activate_packed, output_width
+from vitfast.ops.linear_act.reference import BackwardCall as LinearBackward
+from vitfast.ops.mlp.reference import INPUTS, BackwardCall, Call
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
@@ -65,10 +71,12 @@ def mlp(
     for name, t in tensors.items():
         if t is not None or name in ("x", "weight1", "weight2"):
             checks.check_tensor("mlp", name, t)
-    _check(x, weight1, bias1, weight2, bias2, act, gate, normed)
+    _check_options(act, gate)
+    _check_shapes(x, weight1, bias1, weight2, bias2, gate)
+    recompute.check("mlp", x, normed)
     grn_weight, grn_bias, grn_eps = grn or (None, None, 0.0)
     if grn is not None:
-        _check_grn(x, weight2, grn_weight, grn_bias, grn_eps)
+        _check_grn(x, weight2, grn)
     checks.check_same_device("mlp", **tensors, grn_weight=grn_weight, grn_bias=grn_bias)
     lower = autocast_dtype(x.device)
     if lower is not None and x.dtype != torch.float64:
@@ -76,13 +84,15 @@ def mlp(
     else:
         checks.check_same_dtype("mlp", **tensors)
     save = needs_grad(x, weight1, bias1, weight2, bias2, grn_weight, grn_bias)
-    return _OP(
-        x, *(normed or recompute.ABSENT), weight1, bias1, weight2, bias2, grn_weight, grn_bias,
-        act, gate or "", save, grn_eps, backend,
-    )[0]  # fmt: skip
+    call = Call(
+        x, None, None, None, 1e-6, "", weight1, bias1, weight2, bias2, grn_weight, grn_bias, act,
+        gate or "", save, grn_eps,
+    )  # fmt: skip
+    return _OP(*with_norm(call, normed), backend)[0]
 
 
-def _check_grn(x, weight2, weight, bias, eps):
+def _check_grn(x: torch.Tensor, weight2: torch.Tensor, grn: Grn) -> None:
+    weight, bias, eps = grn
     if x.ndim not in (3, 4):
         raise InputValueError(
             f"mlp: with grn x must be [B, H, W, K] or [B, N, K], got shape {tuple(x.shape)}"
@@ -93,11 +103,21 @@ def _check_grn(x, weight2, weight, bias, eps):
     checks.check_eps("mlp", eps)
 
 
-def _check(x, weight1, bias1, weight2, bias2, act, gate, normed):
+def _check_options(act: str, gate: str | None) -> None:
     if act not in ACTIVATIONS:
         raise InputValueError(f"mlp: act is {act!r}, expected one of {', '.join(ACTIVATIONS)}")
     if gate is not None and gate not in linear.GATES:
         raise InputValueError(f"mlp: gate is {gate!r}, expected None, 'first' or 'last'")
+
+
+def _check_shapes(
+    x: torch.Tensor,
+    weight1: torch.Tensor,
+    bias1: torch.Tensor | None,
+    weight2: torch.Tensor,
+    bias2: torch.Tensor | None,
+    gate: str | None,
+) -> None:
     if x.ndim == 0:
         raise InputValueError("mlp: x must have at least one dimension, got a scalar")
     for name, w in (("weight1", weight1), ("weight2", weight2)):
@@ -114,164 +134,136 @@ def _check(x, weight1, bias1, weight2, bias2, act, gate, normed):
         raise InputValueError(
             f"mlp: gate={gate!r} needs an even number of weight1 rows, got {weight1.shape[0]}"
         )
-    hidden = linear.output_width(weight1, gate or "")
+    hidden = output_width(weight1, gate or "")
     if weight2.shape[1] != hidden:
         raise InputValueError(
             f"mlp: weight2 has shape {tuple(weight2.shape)}, but fc1 gives {hidden} channels"
         )
     checks.check_shape("mlp", "bias1", bias1, (weight1.shape[0],))
     checks.check_shape("mlp", "bias2", bias2, (weight2.shape[0],))
-    recompute.check("mlp", x, normed)
 
 
 def _on(backend: Backend) -> Backend:
     """Both layers on one backend of `linear_act`."""
+    return Backend(
+        backend.name,
+        partial(_forward_on, backend),
+        partial(_reasons_of, backend),
+        partial(_backward_on, backend),
+        backend.available,
+        lambda call: backend.unproven(call.first),
+    )
 
-    def respond(hidden, grn):
-        """The global response norm, and what its backward needs."""
-        given = (hidden, *grn, hidden.dtype)
-        name = backend.name if backend.name in GRN.backends else "auto"
-        found = GRN.backends.get(name)
-        if found is None or found.can_run(*given):
-            found = GRN.pick("auto", *given, needs_backward=True)
-        return found, *found.forward(*given)
 
-    def can_run(x, weight1, bias1, weight2, bias2, act, gate, save, *grn):
-        why = backend.can_run(x, weight1, bias1, None, None, act, gate, save)
-        # The second layer's input is not there yet; its own weight stands for its width.
-        return why or backend.can_run(
-            weight2.flatten(1), weight2, bias2, None, None, "none", "", save
-        )
+def _reasons_of(backend: Backend, call: Call) -> list[str]:
+    # The second layer's input is not there yet; its own weight stands for its width.
+    return backend.can_run(call.first) or backend.can_run(call.second(call.weight2.flatten(1)))
 
-    def forward(x, weight1, bias1, weight2, bias2, act, gate, save, *grn):
-        hidden, z = backend.forward(x, weight1, bias1, None, None, act, gate, save)
-        if not save:
-            z = None
-        elif act == "none" and not gate:
-            z = hidden
-        if grn[0] is not None:
-            _, hidden, _ = respond(hidden, grn)
-        y, _ = backend.forward(hidden, weight2, bias2, None, None, "none", "", False)
-        return y, x.new_empty(0) if z is None else z
 
-    def backward(grad, x, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn):
-        identity = act == "none" and not gate
-        if identity:
-            hidden = z
-        elif wanted[3] or grn[0] is not None:
-            hidden = _hidden(backend, z, act, gate)
-        else:  # of a frozen fc2 only the shape
-            hidden = z.new_empty((*z.shape[:-1], weight2.shape[1]))
-        operand = hidden
-        first = [wanted[0], wanted[1], wanted[2], False, False]
-        before = any(first) or any(wanted[5:])
-        second = [before, wanted[3], wanted[4], False, False]
-        empty = x.new_empty(0)
-        dgrn = [x.new_empty(0), x.new_empty(0)]
-        if grn[0] is not None:
-            norm, operand, norms = respond(hidden, grn)
-        dhidden, dw2, db2, _, _ = backend.backward(
-            grad, operand, weight2, bias2, None, None, empty, "none", "", second
-        )
-        if not before:
-            return empty, empty, empty, dw2, db2, *dgrn
-        if grn[0] is not None:
-            dhidden, *found = norm.backward(dhidden, hidden, *grn, norms)
-            dgrn = [g if w else x.new_empty(0) for g, w in zip(found, wanted[5:], strict=True)]
-        if not any(first):
-            return empty, empty, empty, dw2, db2, *dgrn
-        del hidden, operand
-        dx, dw1, db1, _, _ = backend.backward(
-            dhidden, x, weight1, bias1, None, None, empty if identity else z, act, gate, first
-        )
-        return dx, dw1, db1, dw2, db2, *dgrn
+def _forward_on(backend: Backend, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, z = backend.forward(call.first)
+    if not call.save:
+        z = call.x.new_empty(0)
+    elif call.act == "none" and not call.gate:
+        z = hidden
+    if call.grn_weight is not None:
+        hidden = _respond(backend, hidden, call)[1]
+    y, _ = backend.forward(call.second(hidden))
+    return y, z
 
-    def unproven(x, weight1, bias1, weight2, bias2, act, gate, save, *grn):
-        return backend.unproven(x, weight1, bias1, None, None, act, gate, save)
 
-    return Backend(backend.name, forward, can_run, backward, backend.available, unproven)
+def _grn_arguments(hidden: torch.Tensor, call: Call | BackwardCall) -> tuple[Any, ...]:
+    return hidden, call.grn_weight, call.grn_bias, call.grn_eps, hidden.dtype
+
+
+def _respond(
+    backend: Backend, hidden: torch.Tensor, call: Call | BackwardCall
+) -> tuple[Backend, torch.Tensor, torch.Tensor]:
+    """The backend of the global response norm, its result, and what its backward needs."""
+    given = _grn_arguments(hidden, call)
+    found = GRN.backends.get(backend.name)
+    if found is None or found.can_run(*given):
+        found = GRN.pick("auto", *given, needs_backward=True)
+    return found, *found.forward(*given)
+
+
+def _respond_backward(
+    norm: Backend, grad: torch.Tensor, hidden: torch.Tensor, call: BackwardCall, norms: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of hidden and of the global response norm's weight and bias."""
+    assert norm.backward is not None  # `_respond` asked for one
+    return norm.backward(grad, hidden, call.grn_weight, call.grn_bias, call.grn_eps, norms)
+
+
+def _backward_on(backend: Backend, call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    assert backend.backward is not None  # the dispatcher was asked for one
+    z, wanted, empty = call.z, call.wanted, call.x.new_empty(0)
+    has_grn = call.grn_weight is not None
+    identity = call.act == "none" and not call.gate
+    if identity:
+        hidden = z
+    elif wanted[3] or has_grn:
+        hidden = _hidden(backend, z, call.act, call.gate)
+    else:  # of a frozen fc2 only the shape
+        hidden = z.new_empty((*z.shape[:-1], call.weight2.shape[1]))
+    operand = hidden
+    first = [wanted[0], wanted[1], wanted[2], False, False]
+    before = any(first) or any(wanted[5:])
+    second = [before, wanted[3], wanted[4], False, False]
+    dgrn = [call.x.new_empty(0), call.x.new_empty(0)]
+    if has_grn:
+        norm, operand, norms = _respond(backend, hidden, call)
+    # Records are made where they are passed on: one that is kept would keep its tensors.
+    dhidden, dw2, db2, _, _ = backend.backward(
+        LinearBackward.of(call.grad, call.forward_call.second(operand), empty, second)
+    )
+    if not before:
+        return empty, empty, empty, dw2, db2, *dgrn
+    if has_grn:
+        dhidden, *found = _respond_backward(norm, dhidden, hidden, call, norms)
+        dgrn = [g if w else call.x.new_empty(0) for g, w in zip(found, wanted[5:], strict=True)]
+    if not any(first):
+        return empty, empty, empty, dw2, db2, *dgrn
+    del hidden, operand
+    z = empty if identity else z
+    dx, dw1, db1, _, _ = backend.backward(
+        LinearBackward.of(dhidden, call.forward_call.first, z, first)
+    )
+    return dx, dw1, db1, dw2, db2, *dgrn
 
 
 def _hidden(backend: Backend, z: torch.Tensor, act: str, gate: str) -> torch.Tensor:
     """The activation, from the pre-activation."""
     if backend is native.BACKEND:
         return native.activation(z, act, gate)
-    return activate(*z.chunk(2, -1), act, gate) if gate else ACTIVATIONS[act](z)
+    return activate_packed(z, act, gate) if gate else ACTIVATIONS[act](z)
 
 
 DISPATCHER = Dispatcher("mlp", [_on(b) for b in linear.DISPATCHER.backends.values()])
 
 
-def _forward(
-    x, source, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
-    grn_bias, act, gate, save, grn_eps, backend,
-):  # fmt: skip
-    args = (x, weight1, bias1, weight2, bias2, act, gate, save, grn_weight, grn_bias, grn_eps)
-    return DISPATCHER.pick(backend, *args, needs_backward=save).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *fields, backend = args
+    call = Call(*fields)
+    return DISPATCHER.pick(backend, call, needs_backward=call.save).forward(call)
 
 
-def _fake(
-    x, source, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
-    grn_bias, act, gate, save, grn_eps, backend,
-):  # fmt: skip
-    lead = x.shape[:-1]
-    y = x.new_empty((*lead, weight2.shape[0]))
-    return y, x.new_empty((*lead, weight1.shape[0]) if save else 0)
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    lead = call.x.shape[:-1]
+    y = call.x.new_empty((*lead, call.weight2.shape[0]))
+    return y, call.x.new_empty((*lead, call.weight1.shape[0]) if call.save else 0)
 
 
-def _backward(
-    grad, x, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
-    grn_bias, z, act, gate, grn_eps, wanted, backend,
-):  # fmt: skip
-    grn = (grn_weight, grn_bias, grn_eps)
-    like = x.new_empty(x.shape, dtype=z.dtype) if kind else x
-    args = (like, weight1, bias1, weight2, bias2, act, gate, True, *grn)
-    found = DISPATCHER.pick(backend, *args, needs_backward=True)
-    if linear.reads_x(found, wanted[1]):
-        like = recompute.again(x, norm_weight, norm_bias, eps, kind, z.dtype)
-    return found.backward(grad, like, weight1, bias1, weight2, bias2, z, act, gate, wanted, *grn)
-
-
-def _backward_fake(
-    grad, x, norm_weight, norm_bias, eps, kind, weight1, bias1, weight2, bias2, grn_weight,
-    grn_bias, z, act, gate, grn_eps, wanted, backend,
-):  # fmt: skip
-    likes = (z.new_empty(x.shape), weight1, bias1, weight2, bias2, grn_weight, grn_bias)
-    return tuple(
-        t.new_empty(t.shape) if w and t is not None else z.new_empty(0)
-        for t, w in zip(likes, wanted, strict=True)
-    )
-
-
-def _setup_context(ctx, inputs, output):
-    x, source, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights = inputs
-    *weights, ctx.act, ctx.gate, _, ctx.grn_eps, ctx.backend = weights
-    kept = recompute.kept(x, source, norm_weight, norm_bias)
-    ctx.save_for_backward(*kept, *weights, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _autograd(ctx, grad, _):
-    *tensors, z = ctx.saved_tensors
-    x, norm_weight, norm_bias, *weights = tensors
-    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[6:12])
-    wanted = [t is not None and w for t, w in zip((x, *weights), needed, strict=True)]
-    found = _BACKWARD_OP(
-        grad, x, norm_weight, norm_bias, ctx.eps, ctx.kind, *weights, z, ctx.act, ctx.gate,
-        ctx.grn_eps, wanted, ctx.backend,
-    )  # fmt: skip
-    dx, *dweights = (g if w else None for g, w in zip(found, wanted, strict=True))
-    return dx, *(None,) * 5, *dweights, *(None,) * 5
-
-
+_RECORDED = Recorded(DISPATCHER, Call, BackwardCall, INPUTS)
 _BACKWARD_OP = define(
     "mlp_backward",
     "(Tensor grad, Tensor x, Tensor? norm_weight, Tensor? norm_bias, float eps, str kind,"
     " Tensor weight1, Tensor? bias1, Tensor weight2, Tensor? bias2, Tensor? grn_weight,"
     " Tensor? grn_bias, Tensor z, str act, str gate, float grn_eps, bool[] wanted, str backend)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
+    _RECORDED.backward,
+    _RECORDED.backward_fake,
 )
 _OP = define(
     "mlp",
@@ -280,6 +272,6 @@ _OP = define(
     " float grn_eps, str backend) -> (Tensor, Tensor)",
     _forward,
     _fake,
-    setup_context=_setup_context,
-    backward=_autograd,
+    setup_context=_RECORDED.setup_context,
+    backward=_RECORDED.autograd(_BACKWARD_OP),
 )

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+
 from vitfast.ops.mlp.api import DISPATCHER, mlp
 from vitfast.ops.mlp.reference import mlp as reference
 from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
 
 def _sample(
-    name, lead, k, n, act="gelu", *, out=None, gate=None, bias=True, grn=False, tags=("odd",)
-):
+    name: str,
+    lead: tuple[int, ...],
+    k: int,
+    n: int,
+    act: str = "gelu",
+    *,
+    out: int | None = None,
+    gate: str | None = None,
+    bias: bool = True,
+    grn: bool = False,
+    tags: tuple[str, ...] = ("odd",),
+) -> Sample:
     """x [*lead, k], fc1 [n, k] (n counts both halves of a gate), fc2 [out or k, hidden]."""
 
-    def make(dtype, g):
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden = n // 2 if gate else n
 
-        def layer(rows, columns):
+        def layer(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
             vector = randn(g, rows, dtype=dtype, scale=0.3) if bias else None
             return randn(g, rows, columns, dtype=dtype, scale=1.2 * columns**-0.5), vector
 
         x = randn(g, *lead, k, dtype=dtype)
-        kwargs = {} if gate is None else {"gate": gate}
+        kwargs: dict[str, Any] = {} if gate is None else {"gate": gate}
         if grn:
             weight, vector = (randn(g, hidden, dtype=dtype, scale=0.5) for _ in range(2))
             kwargs["grn"] = (weight, vector, 1e-6)
@@ -29,7 +43,7 @@ def _sample(
     return Sample(name, make, frozenset(tags))
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, weight1, bias1, weight2, bias2 = args[:5]
     rows = x.numel() // max(x.shape[-1], 1)
     read = tensor_bytes(x, weight1, bias1, weight2, bias2)

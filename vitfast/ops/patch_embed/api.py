@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from vitfast.errors import InputValueError
 from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.patch_embed import native, reference
+from vitfast.ops.patch_embed.reference import INPUTS, Call
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define
@@ -77,7 +79,8 @@ def patch_embed(
         for t in (pos_embed, prefix):
             if t is not None:
                 out_dtype = torch.promote_types(out_dtype, t.dtype)
-    return _OP(image, weight, bias, pos_embed, prefix, mean, std, lower, out_dtype, backend)
+    call = Call(image, weight, bias, pos_embed, prefix, mean, std, lower, out_dtype)
+    return _OP(*call, backend)
 
 
 def _per_channel(name: str, values: PerChannel, image: torch.Tensor) -> torch.Tensor | None:
@@ -92,7 +95,13 @@ def _per_channel(name: str, values: PerChannel, image: torch.Tensor) -> torch.Te
     return values.detach().to(device=image.device, dtype=wide)
 
 
-def _check_shapes(image, weight, bias, pos_embed, prefix):
+def _check_shapes(
+    image: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    pos_embed: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+) -> None:
     for name, t, layout in (
         ("image", image, "[B, Cin, H, W]"),
         ("weight", weight, "[C, Cin, P, P']"),
@@ -135,51 +144,34 @@ def _check_shapes(image, weight, bias, pos_embed, prefix):
         )
 
 
-def token_count(image: torch.Tensor, weight: torch.Tensor, prefix: torch.Tensor | None) -> int:
-    """P0 + N."""
-    patches = (image.shape[2] // weight.shape[2]) * (image.shape[3] // weight.shape[3])
-    return patches + (0 if prefix is None else prefix.shape[1])
-
-
-def _reference_call(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
-    return reference.patch_embed(
-        image if image.dtype == torch.uint8 or mean is not None or std is not None
-        else image.to(dtype),
-        weight.to(dtype),
-        None if bias is None else bias.to(dtype),
-        mean=mean,
-        std=std,
-        pos_embed=pos_embed,
-        prefix=prefix,
-        out_dtype=out_dtype,
-    )  # fmt: skip
-
-
 def _reference_backward(
-    grad, image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, wanted
-):
-    found = gradients(
-        lambda *inputs: _reference_call(*inputs, mean, std, dtype, out_dtype),
-        (image, weight, bias, pos_embed, prefix),
-        (grad,),
-    )
+    grad: torch.Tensor, call: Call, wanted: list[bool]
+) -> tuple[torch.Tensor, ...]:
+    def differentiable(*tensors: torch.Tensor | None) -> torch.Tensor:
+        given: dict[str, Any] = dict(zip(INPUTS, tensors, strict=True))
+        return reference.compute(call._replace(**given))
+
+    found = gradients(differentiable, [getattr(call, name) for name in INPUTS], (grad,))
     return tuple(g if w else grad.new_empty(0) for g, w in zip(found, wanted, strict=True))
 
 
-def _triton_reasons(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
-    why = triton.reasons(image, weight, bias, pos_embed, prefix, dots=True)
-    if not why and image.device.type == "cpu" and torch.bfloat16 in (dtype, out_dtype):
+def _triton_reasons(call: Call) -> list[str]:
+    why = triton.reasons(*(getattr(call, name) for name in INPUTS), dots=True)
+    on_cpu = call.image.device.type == "cpu"
+    if not why and on_cpu and torch.bfloat16 in (call.dtype, call.out_dtype):
         why.append("Triton's interpreter computes bfloat16 wrongly; use float16 or float32")
     return why
 
 
-def backend_key(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
+def backend_key(call: Call) -> dict[str, int | str]:
     """What it depends on whether Triton's kernel or the vendor's convolution is faster."""
     return {
-        "image": str(image.dtype).removeprefix("torch."),
-        "dtype": str(dtype).removeprefix("torch."),
-        "pixels": image[:, 0].numel(), "n": weight.shape[0], "patch": weight.shape[-1],
-    }  # fmt: skip
+        "image": str(call.image.dtype).removeprefix("torch."),
+        "dtype": str(call.dtype).removeprefix("torch."),
+        "pixels": call.image[:, 0].numel(),
+        "n": call.weight.shape[0],
+        "patch": call.weight.shape[-1],
+    }
 
 
 DISPATCHER = Dispatcher(
@@ -187,49 +179,59 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         triton.lazy("vitfast.ops.patch_embed.triton", _triton_reasons, key=backend_key),
-        Backend("reference", _reference_call, lambda *args: [], _reference_backward),
+        Backend("reference", reference.compute, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, backend):
-    args = (image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
-    return DISPATCHER.pick(backend, *args).forward(*args)
+def _forward(*args: Any) -> torch.Tensor:
+    *fields, backend = args
+    call = Call(*fields)
+    return DISPATCHER.pick(backend, call).forward(call)
 
 
-def _fake(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, backend):
-    shape = (image.shape[0], token_count(image, weight, prefix), weight.shape[0])
-    return image.new_empty(shape, dtype=out_dtype)
+def _fake(*args: Any) -> torch.Tensor:
+    call = Call(*args[:-1])
+    shape = (call.image.shape[0], call.tokens, call.weight.shape[0])
+    return call.image.new_empty(shape, dtype=call.out_dtype)
 
 
-def _backward(
-    grad, image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, wanted, backend
-):
-    args = (image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
-    return DISPATCHER.pick(backend, *args, needs_backward=True).backward(grad, *args, wanted)
+def _backward(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    *fields, wanted, backend = args
+    call = Call(*fields)
+    found = DISPATCHER.pick(backend, call, needs_backward=True)
+    assert found.backward is not None  # the dispatcher was asked for one
+    return found.backward(grad, call, wanted)
 
 
-def _backward_fake(
-    grad, image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, wanted, backend
-):
+def _backward_fake(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+    *fields, wanted, _ = args
+    call = Call(*fields)
+    tensors = (getattr(call, name) for name in INPUTS)
     return tuple(
         t.new_empty(t.shape) if w and t is not None else grad.new_empty(0)
-        for t, w in zip((image, weight, bias, pos_embed, prefix), wanted, strict=True)
+        for t, w in zip(tensors, wanted, strict=True)
     )
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.dtype, ctx.out_dtype, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *fields, ctx.backend = inputs
+    call = Call(*fields)
+    ctx.dtype, ctx.out_dtype = call.dtype, call.out_dtype
+    ctx.save_for_backward(*(getattr(call, name) for name in (*INPUTS, "mean", "std")))
 
 
-def _autograd(ctx, grad):
-    tensors = ctx.saved_tensors
+def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    *tensors, mean, std = ctx.saved_tensors
+    given: dict[str, Any] = dict(zip(INPUTS, tensors, strict=True))
+    call = Call(**given, mean=mean, std=std, dtype=ctx.dtype, out_dtype=ctx.out_dtype)
     wanted = [
-        t is not None and w for t, w in zip(tensors[:5], ctx.needs_input_grad[:5], strict=True)
+        getattr(call, name) is not None and ctx.needs_input_grad[Call._fields.index(name)]
+        for name in INPUTS
     ]
-    found = _BACKWARD_OP(grad, *tensors, ctx.dtype, ctx.out_dtype, wanted, ctx.backend)
-    return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 5
+    found = _BACKWARD_OP(grad, *call, wanted, ctx.backend)
+    by_name = {n: g for n, g, w in zip(INPUTS, found, wanted, strict=True) if w}
+    return *(by_name.get(name) for name in Call._fields), None
 
 
 _BACKWARD_OP = define(

@@ -11,28 +11,45 @@ from collections.abc import Callable, Iterator
 import torch
 
 from vitfast.ops.common import gemm
+from vitfast.ops.patch_embed.reference import INPUTS, Call
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES
 
 _STRETCH_BYTES, _LEAST_ROWS = 2 << 20, 64
+"""Bytes of patches gathered at a time, about the size of a core's second-level cache, but so many
+rows at least: products of fewer read the weight too often. Chosen, not measured yet."""
 _MOST_SUMMED = 2048
-"""Rows of patches packed at a time for the weight's gradient."""
+"""Rows of patches packed at a time for the weight's gradient: bounds the memory, and the sums.
+Chosen, not measured yet."""
 
 
-def can_run(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
-    why = gemm.reasons(weight, bias, pos_embed, prefix)
+def can_run(call: Call) -> list[str]:
+    image = call.image
+    why = gemm.reasons(call.weight, call.bias, call.pos_embed, call.prefix)
     if image.dtype not in (*gemm.DTYPES, torch.uint8):
         why.append(f"images of {image.dtype} are not implemented, float32, bfloat16, uint8 are")
-    for t in {dtype, out_dtype} - set(gemm.DTYPES):
+    for t in {call.dtype, call.out_dtype} - set(gemm.DTYPES):
         why.append(f"{t} is not implemented, float32 and bfloat16 are")
     return why
 
 
 class Patches:
-    """The rows of patches of a batch of images, gathered on demand."""
+    """The rows of patches of a batch of images, gathered on demand.
 
-    def __init__(self, image, weight, mean, std, dtype):
+    Args:
+        image, weight, mean, std: as in `Call`; of the weight the shape alone.
+        dtype: of the rows.
+    """
+
+    def __init__(
+        self,
+        image: torch.Tensor,
+        weight: torch.Tensor,
+        mean: torch.Tensor | None,
+        std: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
         self.image, self.dtype = image, dtype
         channels, p, q = weight.shape[1:]
         grid = image.shape[2] // p, image.shape[3] // q
@@ -85,7 +102,9 @@ class Patches:
                 yield slice(b, min(b + rows // n, images)), slice(0, n)
 
 
-def _affine(dtype, channels, mean, std):
+def _affine(
+    dtype: torch.dtype, channels: int, mean: torch.Tensor | None, std: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Factor and summand per channel that scale an image; None where it stays as it is."""
     if mean is None and std is None and dtype != torch.uint8:
         return None, None
@@ -98,27 +117,28 @@ def _affine(dtype, channels, mean, std):
     return factor.float(), shift.float()
 
 
-def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
-    patches = Patches(image, weight, mean, std, dtype)
-    n, p0 = patches.per_image, 0 if prefix is None else prefix.shape[1]
-    out = native.empty((image.shape[0], p0 + n, weight.shape[0]), out_dtype)
+def forward(call: Call) -> torch.Tensor:
+    patches = Patches(call.image, call.weight, call.mean, call.std, call.dtype)
+    n, p0, pos_embed = patches.per_image, call.prefix_tokens, call.pos_embed
+    out = native.empty((call.image.shape[0], p0 + n, call.weight.shape[0]), call.out_dtype)
     if not out.numel():
         return out
-    covers = pos_embed is not None and pos_embed.shape[1] == p0 + n
-    if p0:
-        out[:, :p0] = prefix + pos_embed[:, :p0] if covers else prefix
-    if covers:
-        pos_embed = pos_embed[:, p0:]
+    head = None
+    if pos_embed is not None and pos_embed.shape[1] == p0 + n:  # it covers the prefix, too
+        head, pos_embed = pos_embed[:, :p0], pos_embed[:, p0:]
+    if call.prefix is not None and p0:
+        out[:, :p0] = call.prefix if head is None else call.prefix + head
     if not n:
         return out
-    b = gemm.matrix((weight,), dtype, patches.rows)
+    b = gemm.matrix((call.weight,), call.dtype, patches.rows)
+    bias = gemm.biases(call.bias, "", None, None)
     for images, part, rows in patches.gathered():
         view = out[images, p0 + part.start : p0 + part.stop]
         pos = None
         if pos_embed is not None:
             pos = pos_embed[images] if pos_embed.shape[0] > 1 else pos_embed
             pos = pos[:, part].expand(view.shape)
-        gemm.product(b, rows, view, gemm.biases(bias, "", None, None), residual=pos)
+        gemm.product(b, rows, view, bias, residual=pos)
     return out
 
 
@@ -140,33 +160,35 @@ def normed(
     return out
 
 
-def backward(grad, image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, wanted):
-    inputs = (image, weight, bias, pos_embed, prefix)
-    found = [
-        t.new_empty(t.shape) if w and t is not None else grad.new_empty(0)
-        for t, w in zip(inputs, wanted, strict=True)
-    ]
-    patches = Patches(image, weight, mean, std, dtype)
-    n = patches.per_image
-    p0 = grad.shape[1] - n
-    if wanted[3]:
-        _over_images(grad[:, grad.shape[1] - pos_embed.shape[1] :], found[3])
-    if wanted[4]:
-        _over_images(grad[:, :p0], found[4])
-    if not (patches.rows and weight.shape[0]):
-        return *(f.zero_() for f in found[:3]), *found[3:]
-    dz = grad[:, p0:].to(dtype).reshape(patches.rows, -1)
+def backward(grad: torch.Tensor, call: Call, wanted: list[bool]) -> tuple[torch.Tensor, ...]:
+    tensors = (getattr(call, name) for name in INPUTS)
+    found = {
+        name: t.new_empty(t.shape) if w and t is not None else grad.new_empty(0)
+        for name, t, w in zip(INPUTS, tensors, wanted, strict=True)
+    }
+    is_wanted = dict(zip(INPUTS, wanted, strict=True))
+    patches = Patches(call.image, call.weight, call.mean, call.std, call.dtype)
+    p0 = grad.shape[1] - patches.per_image
+    if is_wanted["pos_embed"]:
+        _over_images(grad[:, grad.shape[1] - found["pos_embed"].shape[1] :], found["pos_embed"])
+    if is_wanted["prefix"]:
+        _over_images(grad[:, :p0], found["prefix"])
+    if not (patches.rows and call.weight.shape[0]):
+        for name in ("image", "weight", "bias"):
+            found[name].zero_()
+        return tuple(found.values())
+    dz = grad[:, p0:].to(call.dtype).reshape(patches.rows, -1)
     dz = dz if dz.stride(1) == 1 else dz.contiguous()
-    if wanted[0]:
-        _image_gradient(dz, weight, std, patches, found[0])
-    if wanted[1]:
-        _weight_gradient(dz, patches, found[1])
-    if wanted[2]:
-        _bias_gradient(dz, found[2])
-    return tuple(found)
+    if is_wanted["image"]:
+        _image_gradient(dz, call, patches, found["image"])
+    if is_wanted["weight"]:
+        _weight_gradient(dz, patches, found["weight"])
+    if is_wanted["bias"]:
+        _bias_gradient(dz, found["bias"])
+    return tuple(found.values())
 
 
-def _over_images(grad, found):
+def _over_images(grad: torch.Tensor, found: torch.Tensor) -> None:
     """An embedding that all images share sums their gradients, in float32."""
     if found.shape[0] == grad.shape[0]:
         found.copy_(grad)
@@ -174,9 +196,11 @@ def _over_images(grad, found):
         found.copy_(grad.sum(0, keepdim=True, dtype=torch.float32))
 
 
-def _image_gradient(dz, weight, std, patches, dimage):
+def _image_gradient(dz: torch.Tensor, call: Call, patches: Patches, dimage: torch.Tensor) -> None:
+    """Writes dimage [B, Cin, H, W] from dz [B N, C], the gradient of the products."""
+    std = call.std
     channels, rows, columns, p, q = patches.sizes
-    matrix = gemm.matrix((weight,), patches.dtype, patches.rows, transposed=True)
+    matrix = gemm.matrix((call.weight,), patches.dtype, patches.rows, transposed=True)
     # Scaled before it is rounded to the image's dtype.
     dtype = dimage.dtype if std is None else torch.float32
     one = torch.empty((patches.per_image, patches.width), dtype=dtype, device=dz.device)
@@ -186,7 +210,8 @@ def _image_gradient(dz, weight, std, patches, dimage):
         target.copy_(part if std is None else part / std.view(-1, 1, 1, 1, 1))
 
 
-def _weight_gradient(dz, patches, dweight):
+def _weight_gradient(dz: torch.Tensor, patches: Patches, dweight: torch.Tensor) -> None:
+    """Writes dweight [C, Cin, P, P'] from dz [B N, C], a stretch of rows at a time."""
     exact = dweight.dtype == torch.float32 or patches.rows <= _MOST_SUMMED
     flat = dweight.view(dweight.shape[0], -1)
     total = flat if exact else torch.empty(flat.shape, dtype=torch.float32, device=flat.device)
@@ -202,7 +227,8 @@ def _weight_gradient(dz, patches, dweight):
         flat.copy_(total)
 
 
-def _bias_gradient(dz, dbias):
+def _bias_gradient(dz: torch.Tensor, dbias: torch.Tensor) -> None:
+    """Writes dbias [C], the sums of dz [B N, C] over rows, added up in float32."""
     total = torch.empty(dbias.shape, dtype=torch.float32, device=dbias.device)
     native.native().linear_backward(
         *dz.shape, 0, gemm.rows_of(dz), None, None, None, None, native.address(total), 0,

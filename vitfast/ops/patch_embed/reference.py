@@ -2,8 +2,52 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::patch_embed` before `backend`, in the order of its schema.
+
+    Args:
+        image, weight, bias, pos_embed, prefix: as in `vitfast.ops.patch_embed`.
+        mean, std: [Cin], float32 (float64 for such images), on the image's device; or None.
+        dtype: that of the product's operands, which weight, bias and image are rounded to.
+        out_dtype: that of the result.
+    """
+
+    image: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    pos_embed: torch.Tensor | None
+    prefix: torch.Tensor | None
+    mean: torch.Tensor | None
+    std: torch.Tensor | None
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches in an image."""
+        (height, width), (p, q) = self.image.shape[2:], self.weight.shape[2:]
+        return height // p, width // q
+
+    @property
+    def prefix_tokens(self) -> int:
+        """P0, the number of tokens before the patches."""
+        return 0 if self.prefix is None else self.prefix.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """P0 + N, the number of tokens of an image."""
+        rows, columns = self.grid
+        return self.prefix_tokens + rows * columns
+
+
+INPUTS = ("image", "weight", "bias", "pos_embed", "prefix")
+"""Differentiable inputs, in the order of the outputs of `vitfast::patch_embed_backward`."""
 
 
 def patch_embed(
@@ -32,6 +76,23 @@ def patch_embed(
     if pos_embed is not None:
         tokens = tokens + pos_embed
     return tokens.to(out_dtype or tokens.dtype).contiguous()
+
+
+def compute(call: Call) -> torch.Tensor:
+    """Tokens [B, P0 + N, C] of a call, by differentiable torch ops."""
+    image, dtype = call.image, call.dtype
+    if image.dtype != torch.uint8 and call.mean is None and call.std is None:
+        image = image.to(dtype)
+    return patch_embed(
+        image,
+        call.weight.to(dtype),
+        None if call.bias is None else call.bias.to(dtype),
+        mean=call.mean,
+        std=call.std,
+        pos_embed=call.pos_embed,
+        prefix=call.prefix,
+        out_dtype=call.out_dtype,
+    )
 
 
 def normalise(

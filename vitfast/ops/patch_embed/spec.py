@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from vitfast.ops.patch_embed.api import DISPATCHER, patch_embed
@@ -12,30 +15,30 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def _sample(
-    name,
-    image,
-    c,
-    patch,
+    name: str,
+    image: tuple[int, int, int, int],
+    c: int,
+    patch: int | tuple[int, int],
     *,
-    uint8=False,
-    normalise=False,
-    pos=None,
-    prefix=0,
-    bias=True,
-    view=None,
-    tags=("odd",),
-):
+    uint8: bool = False,
+    normalise: bool = False,
+    pos: str | None = None,
+    prefix: int = 0,
+    bias: bool = True,
+    view: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    tags: tuple[str, ...] = ("odd",),
+) -> Sample:
     """pos: None, "patches" or "all", with batch 1; "each" is "all" with the image's batch."""
     b, cin, height, width = image
     p, q = patch if isinstance(patch, tuple) else (patch, patch)
 
-    def make(dtype, g):
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if uint8:
             x = torch.randint(0, 256, image, generator=g, dtype=torch.uint8, device="cpu")
         else:
             x = randn(g, *image, dtype=dtype)
         n = (height // p) * (width // q)
-        kwargs = {}
+        kwargs: dict[str, Any] = {}
         if normalise:
             kwargs |= {
                 "mean": torch.tensor(MEAN, device="cpu"),
@@ -53,7 +56,7 @@ def _sample(
     return Sample(name, make, frozenset(tags))
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     image, weight, *bias = args
     pos_embed, prefix = kwargs.get("pos_embed"), kwargs.get("prefix")
     b, _, height, width = image.shape

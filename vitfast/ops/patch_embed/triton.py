@@ -1,7 +1,5 @@
-"""patch_embed in Triton: patches are gathered, scaled and multiplied in one kernel.
+"""patch_embed on the Triton kernel of triton_kernels.py.
 
-Floor: 2 B N C K flops (K = Cin P P'); bytes are image, weight and tokens once. The image is read
-where it lies, in any layout and as bytes too: no patch matrix and no normalised image in memory.
 The backward is made of two products of the vendor's and sums, on the gathered patches.
 """
 
@@ -13,55 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops.patch_embed.reference import normalise
+from vitfast.ops.patch_embed.reference import INPUTS, Call, normalise
+from vitfast.ops.patch_embed.triton_kernels import forward_kernel
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
-from vitfast.runtime.triton import COUNTS, NAMES, guard, precision
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def forward_kernel(
-    image_ptr, w_ptr, bias_ptr, pos_ptr, mean_ptr, std_ptr, out_ptr, rows, cols, per_image, columns,
-    image_b, image_c, image_h, image_w, w_n, out_b, out_t, pos_b, pos_t,
-    DEPTH: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, ACC: tl.constexpr,
-    DTYPE: tl.constexpr, BYTES: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out[b, t] = W patch(b, t) + bias + pos; a program's patches are neighbours."""
-    across = tl.cdiv(cols, BLOCK_N)
-    m = (tl.program_id(0) // across).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = (tl.program_id(0) % across) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b, token = m // per_image, m % per_image
-    corner = b * image_b + (token // columns) * P * image_h + (token % columns) * Q * image_w
-    live, inside = m < rows, n < cols
-    total = tl.zeros([BLOCK_M, BLOCK_N], ACC)
-    for first in range(0, DEPTH, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        real = k < DEPTH
-        channel = k // (P * Q)
-        at = channel.to(tl.int64) * image_c + ((k // Q) % P).to(tl.int64) * image_h
-        at += (k % Q).to(tl.int64) * image_w
-        mask = live[:, None] & real[None, :]
-        x = tl.load(image_ptr + corner[:, None] + at[None, :], mask=mask, other=0)
-        if BYTES or (mean_ptr is not None) or (std_ptr is not None):
-            x = x.to(ACC)
-            if BYTES:
-                x = x / 255.0
-            if mean_ptr is not None:
-                x -= tl.load(mean_ptr + channel, mask=real, other=0.0).to(ACC)[None, :]
-            if std_ptr is not None:
-                x /= tl.load(std_ptr + channel, mask=real, other=1.0).to(ACC)[None, :]
-        w = n.to(tl.int64)[None, :] * w_n + k[:, None]
-        w = tl.load(w_ptr + w, mask=real[:, None] & inside[None, :], other=0.0).to(DTYPE)
-        total = tl.dot(x.to(DTYPE), w, acc=total, out_dtype=ACC, input_precision=PRECISION)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(DTYPE).to(ACC)[None, :]
-    mask = live[:, None] & inside[None, :]
-    if pos_ptr is not None:
-        at = (b * pos_b + token * pos_t)[:, None] + n[None, :]
-        total += tl.load(pos_ptr + at, mask=mask, other=0.0).to(ACC)
-    at = (b * out_b + token * out_t)[:, None] + n[None, :]
-    tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
-
+from vitfast.runtime.triton import NAMES, guard, precision
 
 _TL = {
     torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16,
@@ -70,6 +23,11 @@ _TL = {
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
+    """Tiles by dtype, which spill nothing but on sm_75 and, for bytes, gfx1100.
+
+    See tests/gpu/resources.json. In float32 larger ones spilled eight bytes on sm_86 and sm_89. Of
+    the tiles for which that is so these were chosen; none has been timed yet.
+    """
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 1)
     if key["dtype"] == "float32":
@@ -78,43 +36,43 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
 
 
 def _launch(dtype: torch.dtype, arch: Arch, n: int, k: int) -> Launch:
-    key = {"dtype": str(dtype).removeprefix("torch."), "n": n, "k": k}
+    key: dict[str, int | str] = {"dtype": str(dtype).removeprefix("torch."), "n": n, "k": k}
     return launch_of("patch_embed.forward", arch, key, launch_heuristic)
 
 
-def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype):
-    batch, _, height, width = image.shape
-    c, cin, p, q = weight.shape
-    columns = width // q
-    n = height // p * columns
-    p0 = 0 if prefix is None else prefix.shape[1]
-    out = image.new_empty((batch, p0 + n, c), dtype=out_dtype)
+def forward(call: Call) -> torch.Tensor:
+    image, prefix, pos_embed, dtype = call.image, call.prefix, call.pos_embed, call.dtype
+    batch, c, p0 = image.shape[0], call.weight.shape[0], call.prefix_tokens
+    _, cin, p, q = call.weight.shape
+    columns, n = call.grid[1], call.tokens - p0
+    out = image.new_empty((batch, p0 + n, c), dtype=call.out_dtype)
     if not out.numel():
         return out
-    pos = None
+    head = None
     if pos_embed is not None:
         pos_embed = pos_embed if pos_embed.stride(2) == 1 else pos_embed.contiguous()
-        whole = pos_embed.shape[1] == p0 + n
-        pos = pos_embed[:, p0:] if whole else pos_embed
+        if pos_embed.shape[1] == p0 + n:  # it covers the prefix, too
+            head, pos_embed = pos_embed[:, :p0], pos_embed[:, p0:]
     if prefix is not None:
-        head = prefix.expand(batch, -1, -1)
-        out[:, :p0] = head + pos_embed[:, :p0] if pos is not None and whole else head
+        expanded = prefix.expand(batch, -1, -1)
+        out[:, :p0] = expanded if head is None else expanded + head
     if not n:
         return out
     tokens = out[:, p0:]
-    flat = weight.reshape(c, cin * p * q)
-    bias, mean, std = (t if t is None else t.contiguous() for t in (bias, mean, std))
+    flat = call.weight.reshape(c, cin * p * q)
+    bias, mean, std = (t if t is None else t.contiguous() for t in (call.bias, call.mean, call.std))
     launch = _launch(dtype, arch_of(image.device), c, flat.shape[1])
     rows = batch * n
     grid = (triton.cdiv(rows, launch.blocks["BLOCK_M"]) * triton.cdiv(c, launch.blocks["BLOCK_N"]),)
     if image.dtype != torch.uint8 and mean is None and std is None and image.dtype != dtype:
         image = image.to(dtype)
+    pos_b, pos_t = (0, 0) if pos_embed is None else pos_embed.stride()[:2]
+    if pos_embed is not None and pos_embed.shape[0] == 1:
+        pos_b = 0
     with guard(image):
         forward_kernel[grid](
-            image, flat, bias, pos, mean, std, tokens, rows, c, n, columns, *image.stride(),
-            flat.stride(0), *tokens.stride()[:2],
-            0 if pos is None or pos.shape[0] == 1 else pos.stride(0),
-            0 if pos is None else pos.stride(1),
+            image, flat, bias, pos_embed, mean, std, tokens, rows, c, n, columns,
+            *image.stride(), flat.stride(0), *tokens.stride()[:2], pos_b, pos_t,
             DEPTH=cin * p * q, P=p, Q=q, ACC=tl.float64 if dtype == torch.float64 else tl.float32,
             DTYPE=_TL[dtype], BYTES=image.dtype == torch.uint8, PRECISION=precision(dtype),
             **launch.blocks, **launch.options(),
@@ -122,38 +80,40 @@ def forward(image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype)
     return out
 
 
-def backward(grad, image, weight, bias, pos_embed, prefix, mean, std, dtype, out_dtype, wanted):
-    inputs = (image, weight, bias, pos_embed, prefix)
-    found = [grad.new_empty(0) for _ in inputs]
-    batch, cin, height, width = image.shape
+def backward(grad: torch.Tensor, call: Call, wanted: list[bool]) -> tuple[torch.Tensor, ...]:
+    is_wanted = dict(zip(INPUTS, wanted, strict=True))
+    found = {name: grad.new_empty(0) for name in INPUTS}
+    weight, std = call.weight, call.std
+    batch, cin = call.image.shape[:2]
     c, _, p, q = weight.shape
-    h, w = height // p, width // q
+    h, w = call.grid
     p0 = grad.shape[1] - h * w
     wide = torch.promote_types(grad.dtype, torch.float32)
-    if wanted[3]:
-        found[3] = _over_images(grad[:, grad.shape[1] - pos_embed.shape[1] :], pos_embed, wide)
-    if wanted[4]:
-        found[4] = _over_images(grad[:, :p0], prefix, wide)
+    if call.pos_embed is not None and is_wanted["pos_embed"]:
+        covered = grad[:, grad.shape[1] - call.pos_embed.shape[1] :]
+        found["pos_embed"] = _over_images(covered, call.pos_embed, wide)
+    if call.prefix is not None and is_wanted["prefix"]:
+        found["prefix"] = _over_images(grad[:, :p0], call.prefix, wide)
     dz = grad[:, p0:].reshape(batch * h * w, c)
-    if wanted[2]:
-        found[2] = dz.sum(0, dtype=wide).to(bias.dtype)
-    dz = dz.to(dtype)
-    if wanted[1]:
-        ready = normalise(image, mean, std, dtype)
+    if call.bias is not None and is_wanted["bias"]:
+        found["bias"] = dz.sum(0, dtype=wide).to(call.bias.dtype)
+    dz = dz.to(call.dtype)
+    if is_wanted["weight"]:
+        ready = normalise(call.image, call.mean, std, call.dtype)
         patches = ready.reshape(batch, cin, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
         patches = patches.reshape(batch * h * w, cin * p * q)
-        found[1] = (dz.mT @ patches).view(weight.shape).to(weight.dtype)
-    if wanted[0]:
-        dx = (dz @ weight.reshape(c, cin * p * q).to(dtype)).view(batch, h, w, cin, p, q)
-        dx = dx.permute(0, 3, 1, 4, 2, 5).reshape(image.shape)
+        found["weight"] = (dz.mT @ patches).view(weight.shape).to(weight.dtype)
+    if is_wanted["image"]:
+        dx = (dz @ weight.reshape(c, cin * p * q).to(call.dtype)).view(batch, h, w, cin, p, q)
+        dx = dx.permute(0, 3, 1, 4, 2, 5).reshape(call.image.shape)
         if std is not None:
             dx = dx.to(wide) / std.to(wide).view(-1, 1, 1)
-        found[0] = dx.to(image.dtype).contiguous()
-    return tuple(found)
+        found["image"] = dx.to(call.image.dtype).contiguous()
+    return tuple(found.values())
 
 
-def _over_images(grad, like, wide):
-    """The gradient of an embedding: summed over the images that share it."""
+def _over_images(grad: torch.Tensor, like: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """The gradient of an embedding: summed over the images that share it, in the dtype `wide`."""
     if like.shape[0] == grad.shape[0]:
         return grad.to(like.dtype, copy=True).contiguous()
     return grad.sum(0, keepdim=True, dtype=wide).to(like.dtype)
