@@ -20,8 +20,9 @@ import vitfast
 PACKAGE = Path(vitfast.__file__).parent
 ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/common/norm_triton.py"
 WINDOW = "ops/window_attention/triton_kernels.py"
-LARGE = "ops/window_attention/triton_large.py"
-GRN, DWCONV = "ops/grn/triton.py", "ops/dwconv_norm/triton.py"
+LARGE = "ops/window_attention/triton_kernels_large.py"
+GRN, DWCONV = "ops/grn/triton_kernels.py", "ops/dwconv_norm/triton_kernels.py"
+DWCONV_LAUNCH = "ops/dwconv_norm/triton.py"
 GROUPS, GROUPS_LAUNCH = (f"ops/group_norm_act/{f}.py" for f in ("triton_kernels", "triton"))
 LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
@@ -191,7 +192,7 @@ FAULTS = {
     "pixel before the line": (DWCONV, "(x >= 0) & (x < map_width)", "(x >= -1) & (x < map_width)",
                               "dwconv_norm", "odd_sizes"),
     "a tap twice": (DWCONV, "tap_ptr += c", "tap_ptr += c - c", "dwconv_norm", "odd_sizes"),
-    "taps of dx not flipped": (DWCONV, "FLIPPED=flipped", "FLIPPED=False", "dwconv_norm",
+    "taps of dx not flipped": (DWCONV_LAUNCH, "FLIPPED=flipped", "FLIPPED=False", "dwconv_norm",
                                "odd_sizes"),
     "bias of the convolution after its norm": (
         DWCONV, "    if bias_ptr is not None:\n        total +=",
@@ -207,7 +208,7 @@ FAULTS = {
                                   "kernel_7_over_odd_channels"),
     "mean of the next row": (DWCONV, "stats_ptr + row * 2, mean", "stats_ptr + row * 2, mean * 2",
                              "dwconv_norm", "odd_sizes"),
-    "bias of wide rows": (DWCONV, "x, taps, kernel, rows, bias=bias",
+    "bias of wide rows": (DWCONV_LAUNCH, "x, taps, kernel, rows, bias=bias",
                           "x, taps, kernel, rows, bias=None", "dwconv_norm", "wide_rows"),
     "a stretch forgotten": (DWCONV, "dweight += weights", "dweight = weights", "dwconv_norm",
                             "kernel_7_over_odd_channels"),

@@ -1,4 +1,4 @@
-"""Windowed attention on the Triton kernels of triton_kernels.py and triton_large.py: launches.
+"""Windowed attention in Triton, the launches of triton_kernels.py and triton_kernels_large.py.
 
 The statistics [2, B, windows, heads, N] are each row's shift, in units of log2, and the sum of its
 weights relative to that. Sums over windows are made by a bounded number of programs, each of the
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vitfast.ops.window_attention import native
 from vitfast.ops.window_attention import triton_kernels as kernels
-from vitfast.ops.window_attention import triton_large as large
+from vitfast.ops.window_attention import triton_kernels_large as large
 from vitfast.ops.window_attention.reference import LARGEST_SCALE
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision

@@ -4,7 +4,7 @@ Floors, a window of N tokens: 4 N^2 D flops a head forward and 10 backward; 4 to
 are read and written forward and 7 backward. A window of 49 tokens is bound by memory: 98 flops for
 each 2-byte element. There a program takes one head and several windows, gathers the bias once, and
 asks for no more of memory than these floors. Windows of more than a tile take the passes of
-triton_large.py: 18 N^2 D flops, and 4 more where the bias has a gradient.
+triton_kernels_large.py: 18 N^2 D flops, and 4 more where the bias has a gradient.
 
 Scores are in units of log2. A head dim is padded to a power of two: Swin's are 32. Index
 arithmetic does what in timm are a roll, a padding, a partition, a gather of the bias and a mask.
