@@ -24,6 +24,7 @@ LARGE = "ops/window_attention/triton_kernels_large.py"
 GRN, DWCONV = "ops/grn/triton_kernels.py", "ops/dwconv_norm/triton_kernels.py"
 DWCONV_LAUNCH = "ops/dwconv_norm/triton.py"
 GROUPS, GROUPS_LAUNCH = (f"ops/group_norm_act/{f}.py" for f in ("triton_kernels", "triton"))
+TILES = "ops/common/triton_tiles.py"
 LINEAR, PATCH = "ops/linear_act/triton.py", "ops/patch_embed/triton.py"
 JUDGE = """
 import json, os, sys, traceback
@@ -222,8 +223,8 @@ FAULTS = {
         GROUPS, "d = tl.where(mask, x - _spread(mean, SPAN, GROUPS)[None, :], 0.0)\n    var",
         "d = x - _spread(mean, SPAN, GROUPS)[None, :]\n    var", "group_norm_act", "odd_sizes",
     ),
-    "pixels before groups": (GROUPS, "at = b * x_outer + _tile(row, column, x_inner, x_step)",
-                             "at = b * x_outer + _tile(row, column, x_step, x_inner)",
+    "pixels before groups": (GROUPS, "at = b * x_outer + offsets(row, column, x_inner, x_step)",
+                             "at = b * x_outer + offsets(row, column, x_step, x_inner)",
                              "group_norm_act", "odd_sizes"),
     "channels of padded groups": (GROUPS, "group * WIDTH + within", "group * SPAN + within",
                                   "group_norm_act", "padded_groups"),
@@ -344,10 +345,10 @@ def retest(package: Path, which: str) -> subprocess.CompletedProcess:
     [
         (NORM, "row = row.to(tl.int64)", "layer_norm"),
         (NORM, "row = row.to(tl.int64)", "patch_merge"),
-        (GRN, "row.to(tl.int64)[:, None] * inner", "grn"),
+        (TILES, "row.to(tl.int64)[:, None] * inner", "grn"),
         (DWCONV, "y.to(tl.int64) * x_line", "dwconv_norm"),
-        (GROUPS, "row.to(tl.int64)[:, None] * inner", "group_norm_act0"),
-        (GROUPS, "column.to(tl.int64)[None, :] * step", "group_norm_act1"),
+        (TILES, "row.to(tl.int64)[:, None] * inner", "group_norm_act0"),
+        (TILES, "column.to(tl.int64)[None, :] * step", "group_norm_act1"),
         (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "[attention]"),
         (WINDOW, "b.to(tl.int64), y.to(tl.int64), x.to(tl.int64)", "window_attention"),
     ],

@@ -12,6 +12,7 @@ does not share a pixel between taps in registers: about twice the time of the mu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import triton.language as tl
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
 from vitfast.ops.dwconv_norm import triton_kernels as kernels
+from vitfast.ops.dwconv_norm.reference import BackwardCall, Call
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
@@ -76,7 +78,7 @@ _TYPES = {
 
 
 def _convolve(
-    x: torch.Tensor, taps: torch.Tensor, kernel: tuple[int, int], out: torch.Tensor, *,
+    x: torch.Tensor, taps: torch.Tensor, kernel: tuple[int, ...], out: torch.Tensor, *,
     bias: torch.Tensor | None = None, affine: tuple[torch.Tensor | None, ...] = (None, None),
     eps: float = 1.0, kind: int = norm_op.NONE, stats: torch.Tensor | None = None,
     flipped: bool = False, operand: torch.dtype,
@@ -99,62 +101,76 @@ def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype).flatten(1).t().contiguous()
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats):
-    y = x.new_empty(x.shape, dtype=out_dtype)
-    stats = norm_op.fake_stats(x, save_stats)
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [B, H, W, C] and the rows' statistics [B * H * W, 2], or nothing."""
+    x, dtype = call.x, call.dtype
+    y = x.new_empty(x.shape, dtype=call.out_dtype)
+    stats = norm_op.fake_stats(x, call.save_stats)
     if x.numel() == 0:
         return y, stats
-    kind = norm_op.NONE if norm is None else norm_op.KINDS[norm]
-    kernel, c = weight.shape[2:], x.shape[3]
-    taps, bias = _taps(weight, dtype), None if bias is None else norm_op.vector(bias.to(dtype))
-    affine = (norm_op.vector(norm_weight), norm_op.vector(norm_bias))
+    kind = norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm]
+    kernel, taps, bias = call.weight.shape[2:], _taps(call.weight, dtype), _rounded(call)
+    affine = (norm_op.vector(call.norm_weight), norm_op.vector(call.norm_bias))
     with guard(x):
-        if kind == norm_op.NONE or c <= _WIDEST:
+        if kind == norm_op.NONE or x.shape[3] <= _WIDEST:
             _convolve(
-                x, taps, kernel, y, bias=bias, affine=affine, eps=eps, kind=kind,
-                stats=stats if save_stats else None, operand=dtype,
+                x, taps, kernel, y, bias=bias, affine=affine, eps=call.eps, kind=kind,
+                stats=stats if call.save_stats else None, operand=dtype,
             )  # fmt: skip
             return y, stats
         rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
         _convolve(x, taps, kernel, rows, bias=bias, operand=dtype)
-    _, y, found = norm_triton.forward(
-        kind, rows, weight=norm_weight, bias=norm_bias, eps=eps, out_dtype=out_dtype,
-        save_stats=save_stats,
+    _, normed, found = norm_triton.forward(
+        kind, rows, weight=call.norm_weight, bias=call.norm_bias, eps=call.eps,
+        out_dtype=call.out_dtype, save_stats=call.save_stats,
     )  # fmt: skip
-    return y, stats if found is None else found
+    assert normed is not None  # since there is a norm
+    return normed, stats if found is None else found
 
 
-def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, stats, wanted):
-    inputs = (x, weight, bias, norm_weight, norm_bias)
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients of `INPUTS`, empty where not wanted; the convolution is computed again."""
+    grad, x, weight, dtype = call.grad, call.x, call.weight, call.dtype
     if x.numel() == 0:
-        found = [None if t is None else t.new_zeros(t.shape) for t in inputs]
-        return _of_wanted(found, wanted, grad)
+        return _of_wanted(call, [None if t is None else t.new_zeros(t.shape) for t in call.inputs])
     kernel, taps = weight.shape[2:], _taps(weight, dtype)
     dx = dweight = dbias = dnorm_weight = dnorm_bias = None
     with guard(x):
-        if norm is not None:
+        if call.norm is not None:
             rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
-            rounded = None if bias is None else norm_op.vector(bias.to(dtype))
-            _convolve(x, taps, kernel, rows, bias=rounded, operand=dtype)
+            _convolve(x, taps, kernel, rows, bias=_rounded(call), operand=dtype)
             grad, _, _, dnorm_weight, dnorm_bias = norm_triton.backward(
-                norm_op.KINDS[norm], grad, rows, stats, weight=norm_weight, bias=norm_bias, eps=eps
-            )
-        if wanted[0]:
+                norm_op.KINDS[call.norm], grad, rows, call.stats, weight=call.norm_weight,
+                bias=call.norm_bias, eps=call.eps,
+            )  # fmt: skip
+        wants_x, wants_weight, wants_bias = call.wanted[:3]
+        if wants_x:
             dx = x.new_empty(x.shape)
             _convolve(grad, taps, kernel, dx, flipped=True, operand=grad.dtype)
-        if wanted[1] or wanted[2]:
+        if wants_weight or wants_bias:
             dweight, dbias = _gradients_of_taps(grad, x, kernel, dtype)
             dweight = dweight.t().reshape(weight.shape).to(weight.dtype)
-            dbias = None if bias is None else dbias.to(bias.dtype)
-    return _of_wanted((dx, dweight, dbias, dnorm_weight, dnorm_bias), wanted, grad)
+            dbias = None if call.bias is None else dbias.to(call.bias.dtype)
+    return _of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
 
 
-def _of_wanted(found, wanted, grad):
-    return tuple(t if w else grad.new_empty(0) for t, w in zip(found, wanted, strict=True))
+def _rounded(call: Call | BackwardCall) -> torch.Tensor | None:
+    """The convolution's bias, rounded to the operands' dtype and contiguous."""
+    return None if call.bias is None else norm_op.vector(call.bias.to(call.dtype))
+
+
+def _of_wanted(
+    call: BackwardCall, found: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """The gradients, with an empty tensor for those that are not wanted."""
+    empty = call.grad.new_empty(0)
+    return tuple(
+        t if w and t is not None else empty for t, w in zip(found, call.wanted, strict=True)
+    )
 
 
 def _gradients_of_taps(
-    grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, int], operand: torch.dtype
+    grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, ...], operand: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[k k', C] and [C], in float64."""
     grad, x = norm_op.dense_map(grad), norm_op.dense_map(x)
@@ -202,7 +218,9 @@ def variants(arch: Arch) -> list[Variant]:
     return found
 
 
-def _conv_variant(arch, name, c, kind, x, weight, y) -> Variant:
+def _conv_variant(
+    arch: Arch, name: str, c: int, kind: int, x: torch.dtype, weight: torch.dtype, y: torch.dtype
+) -> Variant:
     whole = int(kind != norm_op.NONE)
     launch = launch_of("dwconv_norm.forward", arch, {"c": c, "whole": whole}, forward_heuristic)
     constants: dict[str, Any] = {
@@ -218,7 +236,9 @@ def _conv_variant(arch, name, c, kind, x, weight, y) -> Variant:
     return Variant(f"{name}-{NAMES[weight]}", kernels.forward_kernel, signature, constants, launch)
 
 
-def _signature(kernel, constants, dtypes) -> dict[str, str]:
+def _signature(
+    kernel: Any, constants: dict[str, Any], dtypes: dict[str, torch.dtype]
+) -> dict[str, str]:
     """Pointers are of float32 where `dtypes` names no other."""
     return {
         name: f"*{NAMES[dtypes.get(name.removesuffix('_ptr'), torch.float32)]}"

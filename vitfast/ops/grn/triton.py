@@ -1,10 +1,4 @@
-"""Triton kernels of grn: sums over positions, n of an image, and the result, each a launch.
-
-Floors, in tensors read or written: forward 3 (read x twice, write the result), backward 5 (read x
-and the gradient twice, write x's). Sums over positions go to one partial row a program, whose
-positions depend on the image's size alone: the same bits every time, whatever else is in the batch.
-Maps with contiguous channels and planar ones (NCHW) differ in the strides and the tile's shape.
-"""
+"""grn on the kernels of triton_kernels.py: launches, and what is compiled for whom."""
 
 from __future__ import annotations
 
@@ -15,35 +9,28 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.triton_tiles import sums_heuristic, tile_heuristic
 from vitfast.ops.grn import triton_kernels as kernels
 from vitfast.ops.grn.layout import empty, of_layout, planar_or_dense, sizes, steps
-from vitfast.ops.grn.reference import promoted
+from vitfast.ops.grn.reference import Call
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
 _PARTS = 256
-"""Most parts of an image, each with a sum of its own."""
+"""Most parts of an image, each with a sum of its own: with 3 blocks of 128 channels, those of the
+narrowest stage of ConvNeXt V2 Tiny, programs for several waves of the largest GPUs (132 to 192
+multiprocessors) from one image, and few enough rows for one program to add up. Chosen, not measured
+yet."""
 
 
 # ---- launches ------------------------------------------------------------------------------------
 
 
-def tile_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """2K elements a program, the long side where memory is contiguous."""
-    if key["planar"]:
-        return Launch({"ROWS": 128, "BLOCK": 16}, 4, 1)
-    block = min(triton.next_power_of_2(key["c"]), 128)
-    return Launch({"ROWS": 2048 // max(block, 16), "BLOCK": block}, 4, 1)
-
-
-def sums_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """The same; in half precision by more threads, which read 16 bytes each."""
-    half = arch.warp_size == 32 and key["dtype"] in ("float16", "bfloat16")
-    return Launch(tile_heuristic(arch, key).blocks, 8 if half else 4, 1)
-
-
 def image_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """All channels of an image in one program, 1024 at a time."""
+    """All channels of an image in one program, 1024 at a time: 128 or more a warp.
+
+    PARTS partial sums are loaded at a time. Both chosen, not measured yet: no kernel spills.
+    """
     block = min(triton.next_power_of_2(key["c"]), 1024)
     return Launch({"PARTS": 4, "BLOCK": block}, max(1, min(8, block // 128)), 1)
 
@@ -65,11 +52,14 @@ _HEURISTICS = {
 }  # fmt: skip
 
 
-def _sums(grad: torch.Tensor | None, x: torch.Tensor, planar: bool) -> list[torch.Tensor | None]:
-    """Partial sums [B, parts, C]."""
+def _sums(
+    grad: torch.Tensor | None, x: torch.Tensor, planar: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Partial sums [B, parts, C]: of x^2, or with a gradient of grad * x and of grad."""
     b, n, c = sizes(x)
     launch = _launch("sums", x, planar)
     rows = launch.blocks["ROWS"]
+    # From four tiles on a part's sum is worth its place in memory; chosen, not measured yet.
     per = max(4 * rows, triton.cdiv(triton.cdiv(n, _PARTS), rows) * rows)
     parts = triton.cdiv(n, per)
     products = x.new_empty((b, parts, c), dtype=_wide(x.dtype))
@@ -79,7 +69,7 @@ def _sums(grad: torch.Tensor | None, x: torch.Tensor, planar: bool) -> list[torc
         grad, x, products, plain, n, c, per, *((0, 0, 0) if grad is None else steps(grad, planar)),
         *steps(x, planar), ACC=_acc(x.dtype), **launch.blocks, **launch.options(),
     )  # fmt: skip
-    return [products, plain]
+    return products, plain
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -90,21 +80,23 @@ def _acc(dtype: torch.dtype) -> Any:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def forward(x, weight, bias, eps, out_dtype):
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and the channels' norms [B, C], float32 or float64."""
+    x = call.x
     b, n, c = sizes(x)
-    y = empty(x, out_dtype or promoted(x, weight, bias))
+    y = empty(x, call.result_dtype)
     norms = x.new_empty((b, c), dtype=_wide(x.dtype))
     if x.numel() == 0:
         return y, norms.zero_()
     planar, x = planar_or_dense(x)
-    weight, bias = norm_op.vector(weight), norm_op.vector(bias)
+    weight, bias = norm_op.vector(call.weight), norm_op.vector(call.bias)
     scale = torch.empty_like(norms)
     image, tile = _launch("scale", x, planar), _launch("forward", x, planar)
     tiles = triton.cdiv(n, tile.blocks["ROWS"]) * triton.cdiv(c, tile.blocks["BLOCK"])
     with guard(x):
         squares, _ = _sums(None, x, planar)
         kernels.scale_kernel[(b,)](
-            squares, weight, norms, scale, squares.shape[1], c, eps,
+            squares, weight, norms, scale, squares.shape[1], c, call.eps,
             ACC=_acc(x.dtype), **image.blocks, **image.options(),
         )  # fmt: skip
         kernels.forward_kernel[(b * tiles,)](
@@ -114,21 +106,23 @@ def forward(x, weight, bias, eps, out_dtype):
     return y, norms
 
 
-def backward(grad, x, weight, bias, eps, norms):
+def backward(grad: torch.Tensor, call: Call, norms: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, weight and bias from the result's and the norms that `forward` gave."""
+    x, weight, bias = call.x, norm_op.vector(call.weight), call.bias
     b, n, c = sizes(x)
     dx = empty(x, x.dtype)
     if x.numel() == 0:
         return dx, weight.new_zeros(c), bias.new_zeros(c)
     planar, x = planar_or_dense(x)
-    grad, weight_ = of_layout(grad, planar), norm_op.vector(weight)
+    grad = of_layout(grad, planar)
     scale, along, dweight, dbias = (torch.empty_like(norms) for _ in range(4))
     image, tile = _launch("factors", x, planar), _launch("backward", x, planar)
     tiles = triton.cdiv(n, tile.blocks["ROWS"]) * triton.cdiv(c, tile.blocks["BLOCK"])
     with guard(x):
         products, plain = _sums(grad, x, planar)
         kernels.factors_kernel[(b,)](
-            products, plain, weight_, norms, scale, along, dweight, dbias, products.shape[1], c,
-            eps, ACC=_acc(x.dtype), **image.blocks, **image.options(),
+            products, plain, weight, norms, scale, along, dweight, dbias, products.shape[1], c,
+            call.eps, ACC=_acc(x.dtype), **image.blocks, **image.options(),
         )  # fmt: skip
         kernels.backward_kernel[(b * tiles,)](
             grad, x, scale, along, dx, n, c, *steps(grad, planar), *steps(x, planar),
@@ -148,7 +142,7 @@ _CHANNELS = {"tile": (384,), "image": (384, 1536)}
 
 def variants(arch: Arch) -> list[Variant]:
     """Every kernel x layout or width x dtype."""
-    found = []
+    found: list[Variant] = []
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for planar in (False, True):
             for which, kernel, absent in (
@@ -177,7 +171,10 @@ def variants(arch: Arch) -> list[Variant]:
     return found
 
 
-def _variant(arch, which, kernel, c, planar, dtype, constants) -> Variant:
+def _variant(
+    arch: Arch, which: str, kernel: Any, c: int, planar: bool, dtype: torch.dtype,
+    constants: dict[str, Any],
+) -> Variant:  # fmt: skip
     name = which.split("-")[-1]
     launch = launch_of(f"grn.{name}", arch, _key(name, c, planar, dtype), _HEURISTICS[name])
     constants = {**constants, "ACC": tl.float32, **launch.blocks}

@@ -1,61 +1,60 @@
-"""Triton kernels of grn."""
+"""Triton kernels of grn: sums over the n positions of an image, then the result, each a launch.
+
+Floors, in tensors read or written: forward 3 (read x twice, write the result), backward 5 (read x
+and the gradient twice, write x's). Sums over positions go to one partial row a program, whose
+positions depend on the image's size alone: the same bits every time, whatever else is in the batch.
+Maps with contiguous channels and planar ones (NCHW) differ in the strides and the tile's shape.
+
+The dtype of what is computed is ACC: float32, or float64 of float64. x, y, grad, dx, weight and
+bias may have any floating dtype each.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
+from vitfast.ops.common.triton_tiles import offsets, over_rows, part_of, tile_of
 from vitfast.runtime.triton import COUNTS
-
-
-@triton.jit
-def _tile(row, column, inner, step):
-    """Where a tile's elements are; 64 bits, since a tensor may hold more than 2^31 elements."""
-    return row.to(tl.int64)[:, None] * inner + column.to(tl.int64)[None, :] * step
-
-
-@triton.jit
-def _over_rows(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums over a tile's rows; of many in two steps, since a sum in order would lose accuracy."""
-    if ROWS <= 32:
-        return tl.sum(tile, axis=0)
-    return tl.sum(tl.sum(tl.reshape(tile, [ROWS // 8, 8, BLOCK]), axis=0), axis=0)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def sums_kernel(
-    grad_ptr, x_ptr, products_ptr, plain_ptr, n, c, per, grad_outer, grad_inner, grad_step,
-    x_outer, x_inner, x_step, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
+    grad_ptr,  # [B, n, C], strides grad_outer, grad_inner, grad_step; or None
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    products_ptr,  # [B, parts, C], ACC
+    plain_ptr,  # [B, parts, C], ACC; None without a gradient
+    n, c, per, grad_outer, grad_inner, grad_step, x_outer, x_inner, x_step,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one part of an image: of x^2, or with a gradient of grad * x and of grad."""
-    blocks, parts = tl.cdiv(c, BLOCK), tl.cdiv(n, per)
-    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks % parts
-    b = (tl.program_id(0) // blocks // parts).to(tl.int64)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    """Sums over `per` positions of an image: of x^2, or with a gradient of grad * x and of grad."""
+    parts = tl.cdiv(n, per)
+    b, part, column = part_of(parts, c, BLOCK)
     end = tl.minimum((part + 1) * per, n)
     products = tl.zeros([ROWS, BLOCK], ACC)
     plain = tl.zeros([ROWS, BLOCK], ACC)
     for first in range(part * per, end, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < end)[:, None] & (column < c)[None, :]
-        at = b * x_outer + _tile(row, column, x_inner, x_step)
+        at = b * x_outer + offsets(row, column, x_inner, x_step)
         x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
         if grad_ptr is None:
             products += x * x
         else:
-            at = b * grad_outer + _tile(row, column, grad_inner, grad_step)
+            at = b * grad_outer + offsets(row, column, grad_inner, grad_step)
             g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(ACC)
             products += g * x
             plain += g
     to = (b * parts + part) * c + column
-    tl.store(products_ptr + to, _over_rows(products, ROWS, BLOCK), mask=column < c)
+    tl.store(products_ptr + to, over_rows(products, ROWS, BLOCK, 8), mask=column < c)
     if grad_ptr is not None:
-        tl.store(plain_ptr + to, _over_rows(plain, ROWS, BLOCK), mask=column < c)
+        tl.store(plain_ptr + to, over_rows(plain, ROWS, BLOCK, 8), mask=column < c)
 
 
 @triton.jit
 def _total(
-    partial_ptr, b, parts, column, c, PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr
+    partial_ptr,  # [B, parts, C], ACC
+    b, parts, column, c, PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """An image's partial sums of some channels added up, in order."""
     total = tl.zeros([PARTS, BLOCK], ACC)
@@ -69,7 +68,11 @@ def _total(
 
 @triton.jit(do_not_specialize=COUNTS)
 def scale_kernel(
-    squares_ptr, weight_ptr, norms_ptr, scale_ptr, per_image, c, eps,
+    squares_ptr,  # [B, per_image, C], ACC
+    weight_ptr,  # [C]
+    norms_ptr,  # [B, C], ACC, written
+    scale_ptr,  # [B, C], ACC, written
+    per_image, c, eps,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """An image's norms, and scale = weight * n."""
@@ -91,7 +94,14 @@ def scale_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def factors_kernel(
-    products_ptr, plain_ptr, weight_ptr, norms_ptr, scale_ptr, along_ptr, dweight_ptr, dbias_ptr,
+    products_ptr,  # [B, per_image, C], ACC
+    plain_ptr,  # [B, per_image, C], ACC
+    weight_ptr,  # [C]
+    norms_ptr,  # [B, C], ACC
+    scale_ptr,  # [B, C], ACC, written
+    along_ptr,  # [B, C], ACC, written
+    dweight_ptr,  # [B, C], ACC, written: of each image
+    dbias_ptr,  # [B, C], ACC, written: of each image
     per_image, c, eps, PARTS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """In an image, the factors of the gradient and of x in dx, and what it adds to dweight, dbias.
@@ -130,44 +140,42 @@ def factors_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x_ptr, scale_ptr, bias_ptr, y_ptr, n, c, x_outer, x_inner, x_step, y_outer, y_inner, y_step,
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    scale_ptr,  # [B, C], ACC
+    bias_ptr,  # [C]
+    y_ptr,  # [B, n, C], strides y_outer, y_inner, y_step, written
+    n, c, x_outer, x_inner, x_step, y_outer, y_inner, y_step,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """y = x + (x * scale + bias)."""
-    blocks, tiles = tl.cdiv(c, BLOCK), tl.cdiv(n, ROWS)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0) // blocks % tiles * ROWS + tl.arange(0, ROWS)
-    b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
-    inside = column < c
-    mask = (row < n)[:, None] & inside[None, :]
-    at = b * x_outer + _tile(row, column, x_inner, x_step)
+    b, row, column, inside, mask = tile_of(n, c, ROWS, BLOCK)
+    at = b * x_outer + offsets(row, column, x_inner, x_step)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     scale = tl.load(scale_ptr + b * c + column, mask=inside, other=0.0)
     bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(ACC)
     y = x + (x * scale[None, :] + bias[None, :])
-    at = b * y_outer + _tile(row, column, y_inner, y_step)
+    at = b * y_outer + offsets(row, column, y_inner, y_step)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    grad_ptr, x_ptr, scale_ptr, along_ptr, dx_ptr, n, c, grad_outer, grad_inner, grad_step,
-    x_outer, x_inner, x_step, dx_outer, dx_inner, dx_step,
+    grad_ptr,  # [B, n, C], strides grad_outer, grad_inner, grad_step
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    scale_ptr,  # [B, C], ACC
+    along_ptr,  # [B, C], ACC
+    dx_ptr,  # [B, n, C], strides dx_outer, dx_inner, dx_step, written
+    n, c, grad_outer, grad_inner, grad_step, x_outer, x_inner, x_step, dx_outer, dx_inner, dx_step,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dx = grad + (grad * scale + x * along)."""
-    blocks, tiles = tl.cdiv(c, BLOCK), tl.cdiv(n, ROWS)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0) // blocks % tiles * ROWS + tl.arange(0, ROWS)
-    b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
-    inside = column < c
-    mask = (row < n)[:, None] & inside[None, :]
-    at = b * x_outer + _tile(row, column, x_inner, x_step)
+    b, row, column, inside, mask = tile_of(n, c, ROWS, BLOCK)
+    at = b * x_outer + offsets(row, column, x_inner, x_step)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
-    at = b * grad_outer + _tile(row, column, grad_inner, grad_step)
+    at = b * grad_outer + offsets(row, column, grad_inner, grad_step)
     g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(ACC)
     scale = tl.load(scale_ptr + b * c + column, mask=inside, other=0.0)
     along = tl.load(along_ptr + b * c + column, mask=inside, other=0.0)
     dx = g + (g * scale[None, :] + x * along[None, :])
-    at = b * dx_outer + _tile(row, column, dx_inner, dx_step)
+    at = b * dx_outer + offsets(row, column, dx_inner, dx_step)
     tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=mask)

@@ -14,6 +14,7 @@ from vitfast.errors import InputValueError
 from vitfast.ops.common import recompute
 from vitfast.ops.common.recompute import Normed
 from vitfast.ops.grn.api import DISPATCHER as GRN
+from vitfast.ops.grn.reference import Call as GrnCall
 from vitfast.ops.linear_act import api as linear
 from vitfast.ops.linear_act import native
 from vitfast.ops.linear_act.reference import ACTIVATIONS, activate
@@ -129,12 +130,12 @@ def _on(backend: Backend) -> Backend:
 
     def respond(hidden, grn):
         """The global response norm, and what its backward needs."""
-        given = (hidden, *grn, hidden.dtype)
+        call = GrnCall(hidden, *grn, hidden.dtype)
         name = backend.name if backend.name in GRN.backends else "auto"
         found = GRN.backends.get(name)
-        if found is None or found.can_run(*given):
-            found = GRN.pick("auto", *given, needs_backward=True)
-        return found, *found.forward(*given)
+        if found is None or found.can_run(call):
+            found = GRN.pick("auto", call, needs_backward=True)
+        return found, *found.forward(call)
 
     def can_run(x, weight1, bias1, weight2, bias2, act, gate, save, *grn):
         why = backend.can_run(x, weight1, bias1, None, None, act, gate, save)
@@ -176,7 +177,8 @@ def _on(backend: Backend) -> Backend:
         if not before:
             return empty, empty, empty, dw2, db2, *dgrn
         if grn[0] is not None:
-            dhidden, *found = norm.backward(dhidden, hidden, *grn, norms)
+            call = GrnCall(hidden, *grn, hidden.dtype)
+            dhidden, *found = norm.backward(dhidden, call, norms)
             dgrn = [g if w else x.new_empty(0) for g, w in zip(found, wanted[5:], strict=True)]
         if not any(first):
             return empty, empty, empty, dw2, db2, *dgrn
