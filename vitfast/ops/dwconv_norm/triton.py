@@ -1,13 +1,10 @@
-"""Triton kernels of dwconv_norm: a convolution that normalises its rows where it holds them whole.
+"""dwconv_norm on the kernels of triton_kernels.py: launches, and what is compiled for whom.
 
-A program convolves a tile of pixels by `BLOCK` channels. Rows of up to 512 channels are one block,
-and are normalised in registers: x is read and the result written once. Wider ones go through memory
-in float32, as the backward does: the convolution again, the gradient through the norm (the kernels
-of the norms), that of x (the convolution with its taps flipped), and that of the taps, of which
-each program has sums of its own, added up afterwards in a fixed order.
-
-Floors: 2 k k' flops an element, and as many reads from the first-level cache as taps, since Triton
-does not share a pixel between taps in registers: about twice the time of the multiplications.
+Rows of up to 512 channels are one block, and are normalised in registers: x is read and the result
+written once. Wider ones go through memory in float32, as the backward does: the convolution again,
+the gradient through the norm (the kernels of the norms), that of x (the convolution with its taps
+flipped), and that of the taps, of which each program has sums of its own, added up afterwards in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -27,16 +24,24 @@ from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
 _WIDEST = 512
-"""Most channels of a row that a program normalises in registers."""
+"""Most channels of a row that a program normalises in registers: with 8 pixels, for all of which it
+reads a tap once, these are its 4K elements. Of wider rows it would hold fewer pixels, and read taps
+more often for each. Chosen, not measured yet: 384 channels in a tile of 512 spill nowhere on the
+twelve architectures of tests/gpu/resources.json."""
 _PROGRAMS = 2048
-"""About how many programs share the gradient of the taps."""
+"""About how many programs share the gradient of the taps: several waves of the largest GPUs (132 to
+192 multiprocessors). Chosen, not measured yet."""
 
 
 # ---- launches ------------------------------------------------------------------------------------
 
 
 def forward_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Whole rows where they are normalised, else 64 channels; 4K elements a program."""
+    """Whole rows where they are normalised, else 64 channels; 4K elements a program.
+
+    64 channels are 128 bytes of a pixel in half precision, a line of cache; a thread has 16
+    elements. Chosen, not measured yet: only sm_75 spills, at most 16 bytes a thread.
+    """
     block = triton.next_power_of_2(key["c"])
     block = max(block, 16) if key["whole"] else min(block, 64)
     pixels = max(1, min(64, 4096 // block))
@@ -51,7 +56,11 @@ def forward_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
 
 
 def taps_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """All taps of a 7 x 7 kernel by 32 channels."""
+    """All taps of a 7 x 7 kernel by 32 channels, so that a gradient is read once for all of them.
+
+    A stretch of 64 pixels bounds how many terms are added in order, and four of them make a part.
+    A warp has up to 512 sums. Chosen, not measured yet: nothing spills with it.
+    """
     taps = min(64, triton.next_power_of_2(key["taps"]))
     block = min(triton.next_power_of_2(key["c"]), 32)
     warps = max(1, min(4, taps * block // 512))

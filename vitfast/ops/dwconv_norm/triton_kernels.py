@@ -1,4 +1,14 @@
-"""Triton kernels of dwconv_norm."""
+"""Triton kernels of dwconv_norm: a convolution that normalises its rows where it holds them whole.
+
+A program convolves a tile of pixels by `BLOCK` channels; where that is all of them, it normalises
+them in registers.
+
+Floors: 2 k k' flops an element, and as many reads from the first-level cache as taps, since Triton
+does not share a pixel between taps in registers: about twice the time of the multiplications.
+
+The dtype of what is computed is ACC: float32, or float64 of float64. Other tensors may have any
+floating dtype each.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +20,22 @@ from vitfast.runtime.triton import COUNTS
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, stats_ptr,
+    x_ptr,  # [B, H, W, C], strides x_outer, x_line, x_side, 1
+    weight_ptr,  # [HEIGHT * WIDTH, C], contiguous, rounded to OPERAND
+    bias_ptr,  # [C], rounded to OPERAND; or None
+    norm_weight_ptr,  # [C], or None
+    norm_bias_ptr,  # [C], or None
+    y_ptr,  # [B, H, W, C], contiguous, written
+    stats_ptr,  # [B * H * W, 2], ACC, written: mean and 1 / sqrt(var + eps); or None
     map_height, map_width, c, x_outer, x_line, x_side, eps,
     KIND: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FLIPPED: tl.constexpr,
     OPERAND: tl.constexpr, ACC: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
     BLOCK: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """A tile of DOWN x ACROSS pixels; weight is [HEIGHT * WIDTH, C]. KIND 0, 1, 2: layer, rms,
-    none. x is rounded to OPERAND first."""
+    """A tile of DOWN x ACROSS pixels; x is rounded to OPERAND first.
+
+    KIND 0, 1, 2: layer, rms, none. FLIPPED: taps in the opposite order, as for the gradient of x.
+    """
     blocks = tl.cdiv(c, BLOCK)
     across, down = tl.cdiv(map_width, ACROSS), tl.cdiv(map_height, DOWN)
     tile = tl.program_id(0) // blocks
@@ -77,13 +95,19 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def taps_kernel(
-    grad_ptr, x_ptr, dweight_ptr, dbias_ptr, rows, map_height, map_width, c, per,
+    grad_ptr,  # [B, H, W, C], strides grad_outer, grad_line, grad_side, 1
+    x_ptr,  # [B, H, W, C], strides x_outer, x_line, x_side, 1
+    dweight_ptr,  # [parts, HEIGHT * WIDTH, C], ACC, written
+    dbias_ptr,  # [parts, C], ACC, written
+    rows, map_height, map_width, c, per,
     grad_outer, grad_line, grad_side, x_outer, x_line, x_side,
     HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
     TAPS: tl.constexpr, BLOCK: tl.constexpr, STRETCH: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Sums over pixels of grad * x, a row a tap, and of grad. A stretch of pixels is added up by
-    itself, so that long sums keep their accuracy."""
+    """Sums over `per` of the `rows` pixels of grad * x, a row a tap, and of grad.
+
+    A stretch of pixels is added up by itself, so that long sums keep their accuracy.
+    """
     blocks, groups = tl.cdiv(c, BLOCK), tl.cdiv(HEIGHT * WIDTH, TAPS)
     block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
     part = tl.program_id(0) // blocks // groups

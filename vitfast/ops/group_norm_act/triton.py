@@ -35,8 +35,8 @@ _MOST = {"whole": 16384, "whole_backward": 8192}
 that is the most that 16 warps hold: 16,384 of 512 threads. Nothing spills with it on the twelve
 architectures of tests/gpu/resources.json."""
 _SECTOR = 32
-"""Bytes beside each other that memory gives at once, on NVIDIA's GPUs since Volta; a group narrower
-than that shares a program with its neighbours, or each would read the others' bytes as well."""
+"""Bytes beside each other that an NVIDIA GPU reads at once; a group narrower than that shares a
+program with its neighbours, or each would read the others' bytes as well."""
 
 
 # ---- launches ------------------------------------------------------------------------------------

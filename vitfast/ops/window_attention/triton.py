@@ -20,10 +20,13 @@ from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
 
 _PROGRAMS = 2048
-"""From so many programs on, each gets several windows."""
+"""From so many programs on, each gets several windows, and gathers its biases once for all of them:
+several waves of the largest GPUs (132 to 192 multiprocessors). Chosen, not measured yet."""
 _SUMMING = 512
-"""Most programs that leave a sum [N, N] each, where there are no more tiles than that."""
+"""Most programs that leave a sum [N, N] each, where there are no more tiles than that: their sums,
+5 MB of windows of 49 tokens, are written and read once more. Chosen, not measured yet."""
 _FOLD = Launch({"BLOCK_T": 16, "BLOCK_N": 64}, 4, 1)
+"""8 elements a thread. Chosen, not measured yet: it is a small part of a backward."""
 _KERNELS = {
     "forward": kernels.forward_kernel,
     "backward": kernels.backward_kernel,
@@ -34,19 +37,28 @@ _KERNELS = {
 
 
 def in_one_tile(arch: Arch, key: dict[str, Any]) -> bool:
-    """Whether a program of the backward holds all scores of a window, and takes all gradients."""
+    """Whether a program of the backward holds all scores of a window, and takes all gradients.
+
+    64 x 64 scores and their gradients in float32 are 64 registers a thread of four warps, and q, k,
+    v and the gradient as many again. That takes 254 of NVIDIA's 255 registers for the plainest
+    windows; padding, cosines, larger windows or head dims would spill, and so would RDNA.
+    """
     if arch.name == "interpreter":
         return key["tokens"] <= 64
     if _wide(key) or key["tokens"] > 64 or key["head_dim"] > 32:
         return False
     if arch.is_amd:
         return arch.warp_size == 64
-    # NVIDIA's registers hold only just as much as the plainest windows need.
     return arch.has_dot and not key["form"]
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Tiles that fit registers and shared memory; see tests/gpu/resources.json."""
+    """The largest tiles that spill nothing on each architecture, by tests/gpu/resources.json.
+
+    The exceptions of `_tiles` are architectures whose compiler needs more registers for the same
+    tile; sm_75 and RDNA, which may spill, do so by at most 464 bytes a thread. Which of the tiles
+    that fit is the fastest is not measured yet.
+    """
     if key["pass"] == "backward":
         return Launch({}, 8 if arch.capability // 10 in (9, 10) else 4, 1)
     whole = _power(key["tokens"])
@@ -64,6 +76,7 @@ def _wide(key: dict[str, Any]) -> bool:
 
 
 def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
+    """Queries and keys of a tile, before they are cut to the window's."""
     d, n, wide = _power(key["head_dim"]), key["tokens"], _wide(key)
     family = arch.capability // 10
     if wide and d <= 32 and key["pass"] == "keys" and not arch.is_amd:
