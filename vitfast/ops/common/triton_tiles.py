@@ -33,15 +33,15 @@ def tile_of(n: tl.tensor, c: tl.tensor, ROWS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def part_of(parts: tl.tensor, c: tl.tensor, BLOCK: tl.constexpr) -> Any:
-    """This program's part of an image: image, part, channels.
+def part_of(n: tl.tensor, per: tl.tensor, c: tl.tensor, BLOCK: tl.constexpr) -> Any:
+    """This program's part of an image, `per` positions: image, part, how many there are, channels.
 
-    The grid is B * parts * cdiv(c, BLOCK) programs, those of a part side by side.
+    The grid is B * cdiv(n, per) * cdiv(c, BLOCK) programs, those of a part side by side.
     """
-    blocks = tl.cdiv(c, BLOCK)
-    part = tl.program_id(0) // blocks % parts
+    blocks, parts = tl.cdiv(c, BLOCK), tl.cdiv(n, per)
+    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks % parts
     b = (tl.program_id(0) // blocks // parts).to(tl.int64)
-    return b, part, tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return b, part, parts, block * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit

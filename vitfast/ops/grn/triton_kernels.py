@@ -28,8 +28,7 @@ def sums_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Sums over `per` positions of an image: of x^2, or with a gradient of grad * x and of grad."""
-    parts = tl.cdiv(n, per)
-    b, part, column = part_of(parts, c, BLOCK)
+    b, part, parts, column = part_of(n, per, c, BLOCK)
     end = tl.minimum((part + 1) * per, n)
     products = tl.zeros([ROWS, BLOCK], ACC)
     plain = tl.zeros([ROWS, BLOCK], ACC)

@@ -199,8 +199,7 @@ def moments_kernel(
 
     Sums are taken about the mean of the part's first pixels. A part is `per` tiles.
     """
-    parts = tl.cdiv(pixels, per * ROWS)
-    b, part, column = part_of(parts, c, BLOCK)
+    b, part, parts, column = part_of(pixels, per * ROWS, c, BLOCK)
     head = part.to(tl.int64) * per * ROWS + tl.arange(0, ROWS)
     mask = (head < pixels)[:, None] & (column < c)[None, :]
     x_ptr += b * x_outer
@@ -323,8 +322,7 @@ def sums_kernel(
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of one part of an image, by channel: the sums of the gradient, and of gradient * xhat."""
-    parts = tl.cdiv(pixels, per * ROWS)
-    b, part, column = part_of(parts, c, BLOCK)
+    b, part, parts, column = part_of(pixels, per * ROWS, c, BLOCK)
     inside = column < c
     at = (b * (c // WIDTH) + column // WIDTH) * 2
     mean = tl.load(stats_ptr + at, mask=inside, other=0.0)
