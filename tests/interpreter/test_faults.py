@@ -21,9 +21,11 @@ PACKAGE = Path(vitfast.__file__).parent
 ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/common/norm_triton.py"
 ATTENTION_BACKWARD = "ops/attention/triton_kernels_backward.py"
 WINDOW = "ops/window_attention/triton_kernels.py"
-LARGE = "ops/window_attention/triton_large.py"
-GRN, DWCONV = "ops/grn/triton.py", "ops/dwconv_norm/triton.py"
+LARGE = "ops/window_attention/triton_kernels_large.py"
+GRN, DWCONV = "ops/grn/triton_kernels.py", "ops/dwconv_norm/triton_kernels.py"
+DWCONV_LAUNCH = "ops/dwconv_norm/triton.py"
 GROUPS, GROUPS_LAUNCH = (f"ops/group_norm_act/{f}.py" for f in ("triton_kernels", "triton"))
+TILES = "ops/common/triton_tiles.py"
 LINEAR, PATCH = "ops/linear_act/triton_kernels.py", "ops/patch_embed/triton_kernels.py"
 JUDGE = """
 import json, os, sys, traceback
@@ -193,7 +195,7 @@ FAULTS = {
     "pixel before the line": (DWCONV, "(x >= 0) & (x < map_width)", "(x >= -1) & (x < map_width)",
                               "dwconv_norm", "odd_sizes"),
     "a tap twice": (DWCONV, "tap_ptr += c", "tap_ptr += c - c", "dwconv_norm", "odd_sizes"),
-    "taps of dx not flipped": (DWCONV, "FLIPPED=flipped", "FLIPPED=False", "dwconv_norm",
+    "taps of dx not flipped": (DWCONV_LAUNCH, "FLIPPED=flipped", "FLIPPED=False", "dwconv_norm",
                                "odd_sizes"),
     "bias of the convolution after its norm": (
         DWCONV, "    if bias_ptr is not None:\n        total +=",
@@ -209,7 +211,7 @@ FAULTS = {
                                   "kernel_7_over_odd_channels"),
     "mean of the next row": (DWCONV, "stats_ptr + row * 2, mean", "stats_ptr + row * 2, mean * 2",
                              "dwconv_norm", "odd_sizes"),
-    "bias of wide rows": (DWCONV, "x, taps, kernel, rows, bias=bias",
+    "bias of wide rows": (DWCONV_LAUNCH, "x, taps, kernel, rows, bias=bias",
                           "x, taps, kernel, rows, bias=None", "dwconv_norm", "wide_rows"),
     "a stretch forgotten": (DWCONV, "dweight += weights", "dweight = weights", "dwconv_norm",
                             "kernel_7_over_odd_channels"),
@@ -223,8 +225,8 @@ FAULTS = {
         GROUPS, "d = tl.where(mask, x - _spread(mean, SPAN, GROUPS)[None, :], 0.0)\n    var",
         "d = x - _spread(mean, SPAN, GROUPS)[None, :]\n    var", "group_norm_act", "odd_sizes",
     ),
-    "pixels before groups": (GROUPS, "at = b * x_outer + _tile(row, column, x_inner, x_step)",
-                             "at = b * x_outer + _tile(row, column, x_step, x_inner)",
+    "pixels before groups": (GROUPS, "at = b * x_outer + offsets(row, column, x_inner, x_step)",
+                             "at = b * x_outer + offsets(row, column, x_step, x_inner)",
                              "group_norm_act", "odd_sizes"),
     "channels of padded groups": (GROUPS, "group * WIDTH + within", "group * SPAN + within",
                                   "group_norm_act", "padded_groups"),
@@ -345,10 +347,10 @@ def retest(package: Path, which: str) -> subprocess.CompletedProcess:
     [
         (NORM, "row = row.to(tl.int64)", "layer_norm"),
         (NORM, "row = row.to(tl.int64)", "patch_merge"),
-        (GRN, "row.to(tl.int64)[:, None] * inner", "grn"),
+        (TILES, "row.to(tl.int64)[:, None] * inner", "grn"),
         (DWCONV, "y.to(tl.int64) * x_line", "dwconv_norm"),
-        (GROUPS, "row.to(tl.int64)[:, None] * inner", "group_norm_act0"),
-        (GROUPS, "column.to(tl.int64)[None, :] * step", "group_norm_act1"),
+        (TILES, "row.to(tl.int64)[:, None] * inner", "group_norm_act0"),
+        (TILES, "column.to(tl.int64)[None, :] * step", "group_norm_act1"),
         (ATTENTION, "row.to(tl.int64)[:, None] * stride_row", "[attention]"),
         (WINDOW, "b.to(tl.int64), y.to(tl.int64), x.to(tl.int64)", "window_attention"),
     ],

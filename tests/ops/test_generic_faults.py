@@ -401,52 +401,69 @@ PATCHES = {
 }
 
 
-def axes_of_the_shift_swapped(sound, qkv, window, shift, *rest):
-    turned = tuple(min(s, w - 1) for s, w in zip(reversed(shift), window, strict=True))
-    return sound(qkv, window, turned, *rest)
+def on_field(name, change):
+    """A sound kernel that gets another value of one field of its call."""
+
+    def changed(call):
+        value = getattr(call, name)
+        return call if value is None else call._replace(**{name: change(value)})
+
+    return on_call(changed)
+
+
+def axes_of_the_shift_swapped(call):
+    return call._replace(sh=min(call.sw, call.wh - 1), sw=min(call.sh, call.ww - 1))
+
+
+def shift_dropped(call):
+    return call._replace(sh=0, sw=0)
 
 
 WINDOWS = {
-    "window_attention forward shift_dropped": on_argument(2, lambda s: (0, 0)),
-    "window_attention forward axes_of_the_shift_swapped": axes_of_the_shift_swapped,
-    "window_attention forward table_upside_down": on_argument(3, lambda t: t.flip(0)),
-    "window_attention forward bias_dropped": on_argument(3, none),
-    "window_attention forward padding_as_zeros": on_argument(4, none),
-    "window_attention forward dot_for_cosine": on_argument(5, none),
-    "window_attention forward largest_scale_of_50": on_argument(5, lambda s: s.clamp(max=3.912)),
-    "window_attention forward pads_before_it_rolls": on_argument(7, lambda first: not first),
-    "window_attention forward windows_for_a_grid": on_argument(8, lambda grid: False),
+    "window_attention forward shift_dropped": on_call(shift_dropped),
+    "window_attention forward axes_of_the_shift_swapped": on_call(axes_of_the_shift_swapped),
+    "window_attention forward table_upside_down": on_field("table", lambda t: t.flip(0)),
+    "window_attention forward bias_dropped": on_field("table", none),
+    "window_attention forward padding_as_zeros": on_field("pad", none),
+    "window_attention forward dot_for_cosine": on_field("logit_scale", none),
+    "window_attention forward largest_scale_of_50": on_field(
+        "logit_scale", lambda s: s.clamp(max=3.912)
+    ),
+    "window_attention forward pads_before_it_rolls": on_field("roll_first", lambda b: not b),
+    "window_attention forward windows_for_a_grid": on_field("grid", lambda grid: False),
     "window_attention forward heads_swapped": on_output(lambda o: o.roll(1, 3)),
     "window_attention forward images_swapped": on_output(lambda o: o.roll(1, 0)),
     "window_attention forward last_row_unwritten": on_output(unwritten_last_row),
     "window_attention forward truncated": on_output(truncated),
     "window_attention backward dq_and_dk_swapped": on_output(lambda g: g[:, :, :, [1, 0, 2]]),
     "window_attention backward truncated": on_output(truncated),
-    "window_attention backward shift_dropped": on_argument(4, lambda s: (0, 0)),
+    "window_attention backward shift_dropped": on_call(shift_dropped),
     "window_attention backward table_upside_down": on_output(lambda t: t.flip(0), 1),
     "window_attention backward padding_twice": on_output(lambda t: 2 * t, 2),
     "window_attention backward exponential_of_the_scale_left_out": on_output(lambda t: t / 4, 3),
-    "window_attention backward statistics_of_another_row": on_argument(1, lambda s: s.roll(1, -1)),
+    "window_attention backward statistics_of_another_row": on_field(
+        "stats", lambda s: s.roll(1, -1)
+    ),
 }
 DWCONV = {
-    "dwconv_norm forward kernel_upside_down": on_argument(1, lambda w: w.flip(2)),
-    "dwconv_norm forward kernel_mirrored": on_argument(1, lambda w: w.flip(3)),
-    "dwconv_norm forward channels_off_by_one": on_argument(1, lambda w: w.roll(1, 0)),
-    "dwconv_norm forward bias_dropped": on_argument(2, none),
-    "dwconv_norm forward norm_weight_in_bfloat16": on_argument(3, in_bfloat16),
-    "dwconv_norm forward norm_bias_dropped": on_argument(4, none),
-    "dwconv_norm forward eps_dropped": on_argument(5, lambda eps: 1e-12),
-    "dwconv_norm forward other_norm": on_argument(6, lambda n: "layer" if n == "rms" else n),
-    "dwconv_norm forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
-    "dwconv_norm forward operand_in_bfloat16": on_argument(0, in_bfloat16),
+    "dwconv_norm forward kernel_upside_down": on_field("weight", lambda w: w.flip(2)),
+    "dwconv_norm forward kernel_mirrored": on_field("weight", lambda w: w.flip(3)),
+    "dwconv_norm forward channels_off_by_one": on_field("weight", lambda w: w.roll(1, 0)),
+    "dwconv_norm forward bias_dropped": on_field("bias", none),
+    "dwconv_norm forward norm_weight_in_bfloat16": on_field("norm_weight", in_bfloat16),
+    "dwconv_norm forward norm_bias_dropped": on_field("norm_bias", none),
+    "dwconv_norm forward eps_dropped": on_field("eps", lambda eps: 1e-12),
+    "dwconv_norm forward other_norm": on_field("norm", lambda n: "layer" if n == "rms" else n),
+    "dwconv_norm forward images_swapped": on_field("x", lambda x: x.roll(1, 0)),
+    "dwconv_norm forward operand_in_bfloat16": on_field("x", in_bfloat16),
     "dwconv_norm forward last_row_unwritten": on_output(unwritten_last_row),
     "dwconv_norm forward tail_unwritten": on_output(unwritten_tail_of_channels),
     "dwconv_norm forward truncated": on_output(truncated),
-    "dwconv_norm backward kernel_not_flipped": on_argument(2, lambda w: w.flip(2, 3)),
-    "dwconv_norm backward bias_left_out_again": on_argument(3, torch.zeros_like),
-    "dwconv_norm backward pixels_off_by_one": on_argument(0, lambda g: g.roll(1, 2)),
-    "dwconv_norm backward statistics_in_bfloat16": on_argument(9, in_bfloat16),
-    "dwconv_norm backward x_in_bfloat16": on_argument(1, in_bfloat16),
+    "dwconv_norm backward kernel_not_flipped": on_field("weight", lambda w: w.flip(2, 3)),
+    "dwconv_norm backward bias_left_out_again": on_field("bias", torch.zeros_like),
+    "dwconv_norm backward pixels_off_by_one": on_field("grad", lambda g: g.roll(1, 2)),
+    "dwconv_norm backward statistics_in_bfloat16": on_field("stats", in_bfloat16),
+    "dwconv_norm backward x_in_bfloat16": on_field("x", in_bfloat16),
     "dwconv_norm backward last_row_unwritten": on_output(unwritten_last_row),
     "dwconv_norm backward taps_off_by_one": on_output(lambda t: t.roll(1, 3), 1),
     "dwconv_norm backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
@@ -455,34 +472,35 @@ DWCONV = {
 }
 
 
-def statistics_of_the_batch(sound, x, *rest):
-    y, norms = sound(x.flatten(0, 1)[None], *rest)
-    return y.reshape(x.shape), norms
+def statistics_of_the_batch(sound, call):
+    y, norms = sound(call._replace(x=call.x.flatten(0, 1)[None]))
+    return y.reshape(call.x.shape), norms
 
 
-def residual_left_out(sound, x, *rest):
-    y, norms = sound(x, *rest)
-    return y - x, norms
+def residual_left_out(sound, call):
+    y, norms = sound(call)
+    return y - call.x, norms
 
 
-def norms_held_constant(sound, grad, x, weight, bias, eps, norms):
-    n = norms / (norms.mean(-1, keepdim=True) + eps)
-    n = n[(slice(None), *(None,) * (x.ndim - 2))]
-    return (grad * (1 + weight * n)).to(x.dtype), *sound(grad, x, weight, bias, eps, norms)[1:]
+def norms_held_constant(sound, grad, call, norms):
+    n = norms / (norms.mean(-1, keepdim=True) + call.eps)
+    n = n[(slice(None), *(None,) * (call.x.ndim - 2))]
+    dx = (grad * (1 + call.weight * n)).to(call.x.dtype)
+    return dx, *sound(grad, call, norms)[1:]
 
 
 GRN = {
     "grn forward statistics_of_the_batch": statistics_of_the_batch,
     "grn forward residual_left_out": residual_left_out,
-    "grn forward eps_left_out": on_argument(3, lambda eps: eps / 1000),
-    "grn forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
-    "grn forward weight_in_bfloat16": on_argument(1, in_bfloat16),
-    "grn forward bias_dropped": on_argument(2, torch.zeros_like),
+    "grn forward eps_left_out": on_field("eps", lambda eps: eps / 1000),
+    "grn forward images_swapped": on_field("x", lambda x: x.roll(1, 0)),
+    "grn forward weight_in_bfloat16": on_field("weight", in_bfloat16),
+    "grn forward bias_dropped": on_field("bias", torch.zeros_like),
     "grn forward last_row_unwritten": on_output(unwritten_last_row),
     "grn forward truncated": on_output(truncated),
     "grn backward norms_held_constant": norms_held_constant,
-    "grn backward norms_of_another_image": on_argument(5, lambda g: g.roll(1, 0)),
-    "grn backward norms_in_bfloat16": on_argument(5, in_bfloat16),
+    "grn backward norms_of_another_image": on_argument(2, lambda g: g.roll(1, 0)),
+    "grn backward norms_in_bfloat16": on_argument(2, in_bfloat16),
     "grn backward last_row_unwritten": on_output(unwritten_last_row),
     "grn backward weight_and_bias_swapped": swapped(1, 2),
     "grn backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
@@ -492,16 +510,16 @@ GRN = {
 def over_groups(change):
     """As the op, but with its statistics, [B, G, 1] each, as `change` makes them of x's groups."""
 
-    def fault(sound, x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
-        rows = x.float().reshape(x.shape[0], groups, -1)
+    def fault(sound, call):
+        x, weight, bias = call.x, call.weight, call.bias
+        rows = x.float().reshape(x.shape[0], call.groups, -1)
         mean, var = change(rows)
-        y = ((rows - mean) / (var + eps).sqrt()).view(x.shape)
+        y = ((rows - mean) / (var + call.eps).sqrt()).view(x.shape)
         y = y if weight is None else y * weight.float()[:, None, None]
         y = y if bias is None else y + bias.float()[:, None, None]
-        y = y if residual is None else y + residual.float()
-        y = y.relu() if act == "relu" else y
-        args = (x, groups, weight, bias, eps, residual, act, out_dtype, save_stats)
-        good, stats = sound(*args)
+        y = y if call.residual is None else y + call.residual.float()
+        y = y.relu() if call.act == "relu" else y
+        good, stats = sound(call)
         return good.copy_(y), stats
 
     return fault
@@ -524,13 +542,9 @@ def _over_all_groups(rows):
     return rows.mean((1, 2), keepdim=True), rows.var((1, 2), correction=0, keepdim=True)
 
 
-def residual_after_relu(sound, x, groups, weight, bias, eps, residual, *rest):
-    y, stats = sound(x, groups, weight, bias, eps, None, *rest)
-    return y if residual is None else (y + residual).to(y.dtype), stats
-
-
-def gradient_past_relu(sound, grad, x, y, *rest):
-    return sound(grad, x, None if y is None else torch.ones_like(y), *rest)
+def residual_after_relu(sound, call):
+    y, stats = sound(call._replace(residual=None))
+    return y if call.residual is None else (y + call.residual).to(y.dtype), stats
 
 
 GROUPS = {
@@ -540,20 +554,20 @@ GROUPS = {
     "group_norm_act forward unbiased_variance": over_groups(
         lambda rows: (_moments(rows)[0], rows.var(-1, keepdim=True))
     ),
-    "group_norm_act forward weight_in_bfloat16": on_argument(2, in_bfloat16),
-    "group_norm_act forward bias_dropped": on_argument(3, none),
-    "group_norm_act forward residual_dropped": on_argument(5, none),
+    "group_norm_act forward weight_in_bfloat16": on_field("weight", in_bfloat16),
+    "group_norm_act forward bias_dropped": on_field("bias", none),
+    "group_norm_act forward residual_dropped": on_field("residual", none),
     "group_norm_act forward residual_after_relu": residual_after_relu,
-    "group_norm_act forward relu_left_out": on_argument(6, lambda act: "none"),
-    "group_norm_act forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
+    "group_norm_act forward relu_left_out": on_field("act", lambda act: "none"),
+    "group_norm_act forward images_swapped": on_field("x", lambda x: x.roll(1, 0)),
     "group_norm_act forward last_row_unwritten": on_output(unwritten_last_row),
     "group_norm_act forward truncated": on_output(truncated),
-    "group_norm_act backward gradient_past_relu": gradient_past_relu,
-    "group_norm_act backward statistics_in_bfloat16": on_argument(8, in_bfloat16),
+    "group_norm_act backward gradient_past_relu": on_field("y", torch.ones_like),
+    "group_norm_act backward statistics_in_bfloat16": on_field("stats", in_bfloat16),
     "group_norm_act backward last_row_unwritten": on_output(unwritten_last_row),
     "group_norm_act backward residual_twice": on_output(lambda t: 2 * t, 1),
     "group_norm_act backward weight_and_bias_swapped": swapped(2, 3),
-    "group_norm_act backward weight_ignored": on_argument(3, torch.ones_like),
+    "group_norm_act backward weight_ignored": on_field("weight", torch.ones_like),
 }
 FAULTS = NORMS | GROUPS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | DWCONV | GRN
 

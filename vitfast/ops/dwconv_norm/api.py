@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.dwconv_norm import native, reference
+from vitfast.ops.dwconv_norm.reference import INPUTS, BackwardCall, Call
 from vitfast.ops.layer_norm.api import autocast_out_dtype
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
@@ -69,7 +72,11 @@ def dwconv_norm(
     return y
 
 
-def _check(x, weight, bias, norm_weight, norm_bias, eps, norm, out_dtype):
+def _check(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+    norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None, eps: float, norm: str | None,
+    out_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
     op = "dwconv_norm"
     vectors = {"bias": bias, "norm_weight": norm_weight, "norm_bias": norm_bias}
     for name, t in {"x": x, "weight": weight, **vectors}.items():
@@ -99,43 +106,46 @@ def _check(x, weight, bias, norm_weight, norm_bias, eps, norm, out_dtype):
         raise InputValueError(f"{op}: norm='rms' takes no norm_bias")
 
 
-def _operands(dtype, x, weight, bias):
+def _operands(
+    dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _reference_forward(
-    x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats
-):
-    with without_autocast(x.device):
-        x, weight, bias = _operands(dtype, x, weight, bias)
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    with without_autocast(call.x.device):
+        x, weight, bias = _operands(call.dtype, call.x, call.weight, call.bias)
         y = reference.dwconv_norm(
-            x, weight, bias, norm_weight, norm_bias, eps, norm=norm, out_dtype=out_dtype
-        ).contiguous()
-        if not save_stats:
+            x, weight, bias, call.norm_weight, call.norm_bias, call.eps, norm=call.norm,
+            out_dtype=call.out_dtype,
+        ).contiguous()  # fmt: skip
+        if call.norm is None or not call.save_stats:
             return y, norm_op.absent(x)
         rows = reference.convolve(x, weight, bias)
-        return y, norm_op.reference_stats(norm_op.KINDS[norm], rows, eps)
+        return y, norm_op.reference_stats(norm_op.KINDS[call.norm], rows, call.eps)
 
 
-def _reference_backward(
-    grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, stats, wanted
-):
-    def function(x, weight, bias, *affine):
+def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    grad = call.grad
+
+    def function(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
+        norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
         return reference.dwconv_norm(
-            *_operands(dtype, x, weight, bias), *affine, eps, norm=norm, out_dtype=grad.dtype
-        )
+            *_operands(call.dtype, x, weight, bias), norm_weight, norm_bias, call.eps,
+            norm=call.norm, out_dtype=grad.dtype,
+        )  # fmt: skip
 
-    with without_autocast(x.device):
-        found = gradients(function, (x, weight, bias, norm_weight, norm_bias), (grad,))
-    return tuple(g if w else grad.new_empty(0) for g, w in zip(found, wanted, strict=True))
+    with without_autocast(call.x.device):
+        found = gradients(function, call.inputs, (grad,))
+    return tuple(g if w else grad.new_empty(0) for g, w in zip(found, call.wanted, strict=True))
 
 
-def _triton_reasons(
-    x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats
-):
-    tensors = (x, weight, bias, norm_weight, norm_bias)
-    low = torch.bfloat16 in (dtype, out_dtype)
-    return norm_op.triton_reasons(*tensors, out_dtype=torch.bfloat16 if low else out_dtype)
+def _triton_reasons(call: Call) -> list[str]:
+    tensors = (call.x, call.weight, call.bias, call.norm_weight, call.norm_bias)
+    low = torch.bfloat16 in (call.dtype, call.out_dtype)
+    return norm_op.triton_reasons(*tensors, out_dtype=torch.bfloat16 if low else call.out_dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -143,50 +153,59 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.dwconv_norm.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(*args):
-    *args, backend = args
-    return DISPATCHER.pick(backend, *args, needs_backward=args[-1]).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *inputs, backend = args
+    call = Call(*inputs)
+    return DISPATCHER.pick(backend, call, needs_backward=call.save_stats).forward(call)
 
 
-def _fake(
-    x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats, backend
-):
-    return norm_op.fake(x.new_empty(x.shape, dtype=dtype), out_dtype, save_stats)
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    like = call.x.new_empty(call.x.shape, dtype=call.dtype)
+    return norm_op.fake(like, call.out_dtype, call.save_stats)
 
 
-def _backward(
-    grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, stats, wanted, backend
-):
-    args = (x, weight, bias, norm_weight, norm_bias, eps, norm, dtype)
-    picked = DISPATCHER.pick(backend, *args, grad.dtype, True, needs_backward=True)
-    return picked.backward(grad, *args, stats, wanted)
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    *inputs, backend = args
+    call = BackwardCall(*inputs)
+    chosen = DISPATCHER.pick(backend, call.forward, needs_backward=True).backward
+    assert chosen is not None  # since `needs_backward`
+    return chosen(call)
 
 
-def _backward_fake(
-    grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, stats, wanted, backend
-):
+def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = BackwardCall(*args[:-1])
     return tuple(
-        t.new_empty(t.shape) if w and t is not None else grad.new_empty(0)
-        for t, w in zip((x, weight, bias, norm_weight, norm_bias), wanted, strict=True)
+        t.new_empty(t.shape) if w and t is not None else call.grad.new_empty(0)
+        for t, w in zip(call.inputs, call.wanted, strict=True)
     )
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.eps, ctx.norm, ctx.dtype, _, _, ctx.backend = inputs
-    ctx.save_for_backward(*tensors, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *arguments, ctx.backend = inputs
+    call, stats = Call(*arguments), output[1]
+    ctx.eps, ctx.norm, ctx.dtype = call.eps, call.norm, call.dtype
+    ctx.save_for_backward(*(getattr(call, n) for n in INPUTS), stats)
+    ctx.mark_non_differentiable(stats)
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     *tensors, stats = ctx.saved_tensors
-    wanted = [t is not None and w for t, w in zip(tensors, ctx.needs_input_grad[:5], strict=True)]
-    found = _BACKWARD_OP(grad, *tensors, ctx.eps, ctx.norm, ctx.dtype, stats, wanted, ctx.backend)
-    return *(g if w else None for g, w in zip(found, wanted, strict=True)), *(None,) * 6
+    needed = dict(zip(Call._fields, ctx.needs_input_grad, strict=False))
+    inputs = dict(zip(INPUTS, tensors, strict=True))
+    wanted = [t is not None and needed[n] for n, t in inputs.items()]
+    call = BackwardCall(
+        grad=grad, stats=stats, wanted=wanted, **inputs, eps=ctx.eps, norm=ctx.norm,
+        dtype=ctx.dtype,
+    )  # fmt: skip
+    found = zip(INPUTS, _BACKWARD_OP(*call, ctx.backend), wanted, strict=True)
+    gradient = {n: g for n, g, w in found if w}
+    return *(gradient.get(n) for n in Call._fields), None
 
 
 _BACKWARD_OP = define(

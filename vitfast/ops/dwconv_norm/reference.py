@@ -2,10 +2,74 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from vitfast.ops.add_norm.reference import normalise
+
+INPUTS = ("x", "weight", "bias", "norm_weight", "norm_bias")
+"""Differentiable inputs, in the order of the outputs of `vitfast::dwconv_norm_backward`."""
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::dwconv_norm` before `backend`, in the order of its schema.
+
+    Args:
+        x, weight, bias, norm_weight, norm_bias, eps, norm: as in `dwconv_norm`.
+        dtype: what x, weight and bias are rounded to before they are multiplied.
+        out_dtype: dtype of the result.
+        save_stats: whether mean and 1 / sqrt(var + eps) of each row, [B * H * W, 2] in float32
+            (float64 for float64), are returned as well; else an empty tensor is.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+    eps: float
+    norm: str | None
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    save_stats: bool
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `vitfast::dwconv_norm_backward` before `backend`, in its order.
+
+    Args:
+        grad: [B, H, W, C], of the result and in its dtype.
+        stats: as the forward returned them; empty where there is no norm.
+        wanted: for each of `INPUTS`, whether its gradient is wanted; False where it is None.
+        Others: as in `Call`.
+    """
+
+    grad: torch.Tensor
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    norm_weight: torch.Tensor | None
+    norm_bias: torch.Tensor | None
+    eps: float
+    norm: str | None
+    dtype: torch.dtype
+    stats: torch.Tensor
+    wanted: list[bool]
+
+    @property
+    def forward(self) -> Call:
+        """The forward that this is the backward of."""
+        return Call(
+            self.x, self.weight, self.bias, self.norm_weight, self.norm_bias, self.eps, self.norm,
+            self.dtype, self.grad.dtype, save_stats=True,
+        )  # fmt: skip
+
+    @property
+    def inputs(self) -> tuple[torch.Tensor | None, ...]:
+        """The tensors that `INPUTS` names."""
+        return self.x, self.weight, self.bias, self.norm_weight, self.norm_bias
 
 
 def dwconv_norm(

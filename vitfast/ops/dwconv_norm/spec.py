@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from vitfast.ops.dwconv_norm.api import DISPATCHER, dwconv_norm
@@ -10,10 +13,19 @@ from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
 
 def _sample(
-    name, *shape, kernel=(7, 7), tags=("odd",), norm="layer", bias=True, affine=True,
-    affine_dtype=None, eps=1e-6, change=None, **kwargs
-):  # fmt: skip
-    def make(dtype, g):
+    name: str,
+    *shape: int,
+    kernel: tuple[int, int] = (7, 7),
+    tags: Sequence[str] = ("odd",),
+    norm: str | None = "layer",
+    bias: bool = True,
+    affine: bool = True,
+    affine_dtype: torch.dtype | None = None,
+    eps: float = 1e-6,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = randn(g, *shape, dtype=dtype)
         if change is not None:
             x = change(x)
@@ -30,12 +42,12 @@ def _sample(
     return Sample(name, make, frozenset(tags))
 
 
-def _outlier_channels(x):
+def _outlier_channels(x: torch.Tensor) -> torch.Tensor:
     x[..., :2] *= 50
     return x
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, weight = args[:2]
     taps = weight.shape[2] * weight.shape[3]
     dtype = kwargs.get("out_dtype") or x.dtype

@@ -1,17 +1,15 @@
-"""Triton kernels of dwconv_norm: a convolution that normalises its rows where it holds them whole.
+"""dwconv_norm on the kernels of triton_kernels.py: launches, and what is compiled for whom.
 
-A program convolves a tile of pixels by `BLOCK` channels. Rows of up to 512 channels are one block,
-and are normalised in registers: x is read and the result written once. Wider ones go through memory
-in float32, as the backward does: the convolution again, the gradient through the norm (the kernels
-of the norms), that of x (the convolution with its taps flipped), and that of the taps, of which
-each program has sums of its own, added up afterwards in a fixed order.
-
-Floors: 2 k k' flops an element, and as many reads from the first-level cache as taps, since Triton
-does not share a pixel between taps in registers: about twice the time of the multiplications.
+Rows of up to 512 channels are one block, and are normalised in registers: x is read and the result
+written once. Wider ones go through memory in float32, as the backward does: the convolution again,
+the gradient through the norm (the kernels of the norms), that of x (the convolution with its taps
+flipped), and that of the taps, of which each program has sums of its own, added up afterwards in a
+fixed order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,129 +18,30 @@ import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
+from vitfast.ops.dwconv_norm import triton_kernels as kernels
+from vitfast.ops.dwconv_norm.reference import BackwardCall, Call
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
-from vitfast.runtime.triton import COUNTS, NAMES, guard
+from vitfast.runtime.triton import NAMES, guard
 
 _WIDEST = 512
-"""Most channels of a row that a program normalises in registers."""
+"""Most channels of a row that a program normalises in registers: with 8 pixels, for all of which it
+reads a tap once, these are its 4K elements. Of wider rows it would hold fewer pixels, and read taps
+more often for each. Chosen, not measured yet: 384 channels in a tile of 512 spill nowhere on the
+twelve architectures of tests/gpu/resources.json."""
 _PROGRAMS = 2048
-"""About how many programs share the gradient of the taps."""
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def forward_kernel(
-    x_ptr, weight_ptr, bias_ptr, norm_weight_ptr, norm_bias_ptr, y_ptr, stats_ptr,
-    map_height, map_width, c, x_outer, x_line, x_side, eps,
-    KIND: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, FLIPPED: tl.constexpr,
-    OPERAND: tl.constexpr, ACC: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr,
-    BLOCK: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """A tile of DOWN x ACROSS pixels; weight is [HEIGHT * WIDTH, C]. KIND 0, 1, 2: layer, rms,
-    none. x is rounded to OPERAND first."""
-    blocks = tl.cdiv(c, BLOCK)
-    across, down = tl.cdiv(map_width, ACROSS), tl.cdiv(map_height, DOWN)
-    tile = tl.program_id(0) // blocks
-    b = (tile // across // down).to(tl.int64)
-    pixel = tl.arange(0, DOWN * ACROSS)
-    h = tile // across % down * DOWN + pixel // ACROSS
-    w = tile % across * ACROSS + pixel % ACROSS
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    inside = column < c
-    x_ptr += b * x_outer
-    tap_ptr = weight_ptr + column
-    if FLIPPED:
-        tap_ptr += (HEIGHT * WIDTH - 1) * c
-    total = tl.zeros([DOWN * ACROSS, BLOCK], ACC)
-    for i in range(HEIGHT):
-        y = h + (i - HEIGHT // 2)
-        line = y.to(tl.int64) * x_line
-        for j in tl.range(0, WIDTH, loop_unroll_factor=UNROLL):
-            x = w + (j - WIDTH // 2)
-            exists = (y >= 0) & (y < map_height) & (x >= 0) & (x < map_width)
-            at = line + x.to(tl.int64) * x_side
-            value = tl.load(
-                x_ptr + (at[:, None] + column[None, :]), mask=exists[:, None] & inside[None, :],
-                other=0.0,
-            )  # fmt: skip
-            weight = tl.load(tap_ptr, mask=inside, other=0.0).to(ACC)
-            total += value.to(OPERAND).to(ACC) * weight[None, :]
-            if FLIPPED:
-                tap_ptr -= c
-            else:
-                tap_ptr += c
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-    live = (h < map_height) & (w < map_width)
-    mask = live[:, None] & inside[None, :]
-    row = (b * map_height + h) * map_width + w
-    if KIND != 2:
-        if KIND == 0:
-            mean = tl.sum(total, axis=1) / c
-            # What the mean's rounding left: the rows' sums then are as good as their elements.
-            mean += tl.sum(tl.where(mask, total - mean[:, None], 0.0), axis=1) / c
-            total = tl.where(mask, total - mean[:, None], 0.0)
-        else:
-            mean = tl.zeros([DOWN * ACROSS], ACC)
-        rstd = 1.0 / tl.sqrt(tl.sum(total * total, axis=1) / c + eps)
-        total *= rstd[:, None]
-        if norm_weight_ptr is not None:
-            total *= tl.load(norm_weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-        if norm_bias_ptr is not None:
-            total += tl.load(norm_bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-        if stats_ptr is not None:
-            tl.store(stats_ptr + row * 2, mean, mask=live)
-            tl.store(stats_ptr + row * 2 + 1, rstd, mask=live)
-    to = row[:, None] * c + column[None, :]
-    tl.store(y_ptr + to, total.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def taps_kernel(
-    grad_ptr, x_ptr, dweight_ptr, dbias_ptr, rows, map_height, map_width, c, per,
-    grad_outer, grad_line, grad_side, x_outer, x_line, x_side,
-    HEIGHT: tl.constexpr, WIDTH: tl.constexpr, OPERAND: tl.constexpr, ACC: tl.constexpr,
-    TAPS: tl.constexpr, BLOCK: tl.constexpr, STRETCH: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """Sums over pixels of grad * x, a row a tap, and of grad. A stretch of pixels is added up by
-    itself, so that long sums keep their accuracy."""
-    blocks, groups = tl.cdiv(c, BLOCK), tl.cdiv(HEIGHT * WIDTH, TAPS)
-    block, group = tl.program_id(0) % blocks, tl.program_id(0) // blocks % groups
-    part = tl.program_id(0) // blocks // groups
-    column = block * BLOCK + tl.arange(0, BLOCK)
-    inside = column < c
-    tap = group * TAPS + tl.arange(0, TAPS)
-    i, j = tap // WIDTH - HEIGHT // 2, tap % WIDTH - WIDTH // 2
-    at = i.to(tl.int64)[:, None] * x_line + j.to(tl.int64)[:, None] * x_side + column[None, :]
-    wanted = (tap < HEIGHT * WIDTH)[:, None] & inside[None, :]
-    dweight = tl.zeros([TAPS, BLOCK], ACC)
-    dbias = tl.zeros([BLOCK], ACC)
-    end = tl.minimum((part + 1) * per, rows)
-    for first in range(part * per, end, STRETCH):
-        weights = tl.zeros([TAPS, BLOCK], ACC)
-        biases = tl.zeros([BLOCK], ACC)
-        for row in tl.range(first, tl.minimum(first + STRETCH, end), loop_unroll_factor=UNROLL):
-            w, h = row % map_width, row // map_width % map_height
-            b = (row // map_width // map_height).to(tl.int64)
-            to = b * grad_outer + h.to(tl.int64) * grad_line + w.to(tl.int64) * grad_side
-            g = tl.load(grad_ptr + to + column, mask=inside, other=0.0).to(ACC)
-            exists = (h + i >= 0) & (h + i < map_height) & (w + j >= 0) & (w + j < map_width)
-            to = b * x_outer + h.to(tl.int64) * x_line + w.to(tl.int64) * x_side
-            x = tl.load(x_ptr + to + at, mask=exists[:, None] & wanted, other=0.0)
-            weights += x.to(OPERAND).to(ACC) * g[None, :]
-            biases += g
-        dweight += weights
-        dbias += biases
-    to = part.to(tl.int64) * (HEIGHT * WIDTH) + tap
-    tl.store(dweight_ptr + to[:, None] * c + column[None, :], dweight, mask=wanted)
-    if group == 0:
-        tl.store(dbias_ptr + part.to(tl.int64) * c + column, dbias, mask=inside)
+"""About how many programs share the gradient of the taps: several waves of the largest GPUs (132 to
+192 multiprocessors). Chosen, not measured yet."""
 
 
 # ---- launches ------------------------------------------------------------------------------------
 
 
 def forward_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Whole rows where they are normalised, else 64 channels; 4K elements a program."""
+    """Whole rows where they are normalised, else 64 channels; 4K elements a program.
+
+    64 channels are 128 bytes of a pixel in half precision, a line of cache; a thread has 16
+    elements. Chosen, not measured yet: only sm_75 spills, at most 16 bytes a thread.
+    """
     block = triton.next_power_of_2(key["c"])
     block = max(block, 16) if key["whole"] else min(block, 64)
     pixels = max(1, min(64, 4096 // block))
@@ -157,7 +56,11 @@ def forward_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
 
 
 def taps_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """All taps of a 7 x 7 kernel by 32 channels."""
+    """All taps of a 7 x 7 kernel by 32 channels, so that a gradient is read once for all of them.
+
+    A stretch of 64 pixels bounds how many terms are added in order, and four of them make a part.
+    A warp has up to 512 sums. Chosen, not measured yet: nothing spills with it.
+    """
     taps = min(64, triton.next_power_of_2(key["taps"]))
     block = min(triton.next_power_of_2(key["c"]), 32)
     warps = max(1, min(4, taps * block // 512))
@@ -184,7 +87,7 @@ _TYPES = {
 
 
 def _convolve(
-    x: torch.Tensor, taps: torch.Tensor, kernel: tuple[int, int], out: torch.Tensor, *,
+    x: torch.Tensor, taps: torch.Tensor, kernel: tuple[int, ...], out: torch.Tensor, *,
     bias: torch.Tensor | None = None, affine: tuple[torch.Tensor | None, ...] = (None, None),
     eps: float = 1.0, kind: int = norm_op.NONE, stats: torch.Tensor | None = None,
     flipped: bool = False, operand: torch.dtype,
@@ -194,7 +97,7 @@ def _convolve(
     b, h, w, c = x.shape
     launch = _launch("forward", x.device, c=c, whole=int(kind != norm_op.NONE))
     tiles = triton.cdiv(h, launch.blocks["DOWN"]) * triton.cdiv(w, launch.blocks["ACROSS"])
-    forward_kernel[(b * tiles * triton.cdiv(c, launch.blocks["BLOCK"]),)](
+    kernels.forward_kernel[(b * tiles * triton.cdiv(c, launch.blocks["BLOCK"]),)](
         x, taps, bias, *affine, out, stats, h, w, c, *x.stride()[:3], eps,
         KIND=kind, HEIGHT=kernel[0], WIDTH=kernel[1], FLIPPED=flipped, OPERAND=_TYPES[operand],
         ACC=_TYPES[_wide(x.dtype)], **launch.blocks, **launch.options(),
@@ -207,62 +110,76 @@ def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return weight.to(dtype).flatten(1).t().contiguous()
 
 
-def forward(x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, out_dtype, save_stats):
-    y = x.new_empty(x.shape, dtype=out_dtype)
-    stats = norm_op.fake_stats(x, save_stats)
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [B, H, W, C] and the rows' statistics [B * H * W, 2], or nothing."""
+    x, dtype = call.x, call.dtype
+    y = x.new_empty(x.shape, dtype=call.out_dtype)
+    stats = norm_op.fake_stats(x, call.save_stats)
     if x.numel() == 0:
         return y, stats
-    kind = norm_op.NONE if norm is None else norm_op.KINDS[norm]
-    kernel, c = weight.shape[2:], x.shape[3]
-    taps, bias = _taps(weight, dtype), None if bias is None else norm_op.vector(bias.to(dtype))
-    affine = (norm_op.vector(norm_weight), norm_op.vector(norm_bias))
+    kind = norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm]
+    kernel, taps, bias = call.weight.shape[2:], _taps(call.weight, dtype), _rounded(call)
+    affine = (norm_op.vector(call.norm_weight), norm_op.vector(call.norm_bias))
     with guard(x):
-        if kind == norm_op.NONE or c <= _WIDEST:
+        if kind == norm_op.NONE or x.shape[3] <= _WIDEST:
             _convolve(
-                x, taps, kernel, y, bias=bias, affine=affine, eps=eps, kind=kind,
-                stats=stats if save_stats else None, operand=dtype,
+                x, taps, kernel, y, bias=bias, affine=affine, eps=call.eps, kind=kind,
+                stats=stats if call.save_stats else None, operand=dtype,
             )  # fmt: skip
             return y, stats
         rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
         _convolve(x, taps, kernel, rows, bias=bias, operand=dtype)
-    _, y, found = norm_triton.forward(
-        kind, rows, weight=norm_weight, bias=norm_bias, eps=eps, out_dtype=out_dtype,
-        save_stats=save_stats,
+    _, normed, found = norm_triton.forward(
+        kind, rows, weight=call.norm_weight, bias=call.norm_bias, eps=call.eps,
+        out_dtype=call.out_dtype, save_stats=call.save_stats,
     )  # fmt: skip
-    return y, stats if found is None else found
+    assert normed is not None  # since there is a norm
+    return normed, stats if found is None else found
 
 
-def backward(grad, x, weight, bias, norm_weight, norm_bias, eps, norm, dtype, stats, wanted):
-    inputs = (x, weight, bias, norm_weight, norm_bias)
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients of `INPUTS`, empty where not wanted; the convolution is computed again."""
+    grad, x, weight, dtype = call.grad, call.x, call.weight, call.dtype
     if x.numel() == 0:
-        found = [None if t is None else t.new_zeros(t.shape) for t in inputs]
-        return _of_wanted(found, wanted, grad)
+        return _of_wanted(call, [None if t is None else t.new_zeros(t.shape) for t in call.inputs])
     kernel, taps = weight.shape[2:], _taps(weight, dtype)
     dx = dweight = dbias = dnorm_weight = dnorm_bias = None
     with guard(x):
-        if norm is not None:
+        if call.norm is not None:
             rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
-            rounded = None if bias is None else norm_op.vector(bias.to(dtype))
-            _convolve(x, taps, kernel, rows, bias=rounded, operand=dtype)
+            _convolve(x, taps, kernel, rows, bias=_rounded(call), operand=dtype)
             grad, _, _, dnorm_weight, dnorm_bias = norm_triton.backward(
-                norm_op.KINDS[norm], grad, rows, stats, weight=norm_weight, bias=norm_bias, eps=eps
-            )
-        if wanted[0]:
+                norm_op.KINDS[call.norm], grad, rows, call.stats, weight=call.norm_weight,
+                bias=call.norm_bias, eps=call.eps,
+            )  # fmt: skip
+        wants_x, wants_weight, wants_bias = call.wanted[:3]
+        if wants_x:
             dx = x.new_empty(x.shape)
             _convolve(grad, taps, kernel, dx, flipped=True, operand=grad.dtype)
-        if wanted[1] or wanted[2]:
+        if wants_weight or wants_bias:
             dweight, dbias = _gradients_of_taps(grad, x, kernel, dtype)
             dweight = dweight.t().reshape(weight.shape).to(weight.dtype)
-            dbias = None if bias is None else dbias.to(bias.dtype)
-    return _of_wanted((dx, dweight, dbias, dnorm_weight, dnorm_bias), wanted, grad)
+            dbias = None if call.bias is None else dbias.to(call.bias.dtype)
+    return _of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
 
 
-def _of_wanted(found, wanted, grad):
-    return tuple(t if w else grad.new_empty(0) for t, w in zip(found, wanted, strict=True))
+def _rounded(call: Call | BackwardCall) -> torch.Tensor | None:
+    """The convolution's bias, rounded to the operands' dtype and contiguous."""
+    return None if call.bias is None else norm_op.vector(call.bias.to(call.dtype))
+
+
+def _of_wanted(
+    call: BackwardCall, found: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, ...]:
+    """The gradients, with an empty tensor for those that are not wanted."""
+    empty = call.grad.new_empty(0)
+    return tuple(
+        t if w and t is not None else empty for t, w in zip(found, call.wanted, strict=True)
+    )
 
 
 def _gradients_of_taps(
-    grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, int], operand: torch.dtype
+    grad: torch.Tensor, x: torch.Tensor, kernel: tuple[int, ...], operand: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[k k', C] and [C], in float64."""
     grad, x = norm_op.dense_map(grad), norm_op.dense_map(x)
@@ -276,7 +193,7 @@ def _gradients_of_taps(
     wide = _wide(x.dtype)
     dweight = x.new_empty((parts, taps, c), dtype=wide)
     dbias = x.new_empty((parts, c), dtype=wide)
-    taps_kernel[(parts * groups,)](
+    kernels.taps_kernel[(parts * groups,)](
         grad, x, dweight, dbias, rows, h, w, c, per, *grad.stride()[:3], *x.stride()[:3],
         HEIGHT=kernel[0], WIDTH=kernel[1], OPERAND=_TYPES[operand], ACC=_TYPES[wide],
         **launch.blocks, **launch.options(),
@@ -303,12 +220,16 @@ def variants(arch: Arch) -> list[Variant]:
             "HEIGHT": 7, "WIDTH": 7, "OPERAND": _TYPES[dtype], "ACC": tl.float32,
             **launch.blocks,
         }  # fmt: skip
-        signature = _signature(taps_kernel, constants, {"x": dtype})
-        found.append(Variant(f"dweight-{NAMES[dtype]}", taps_kernel, signature, constants, launch))
+        signature = _signature(kernels.taps_kernel, constants, {"x": dtype})
+        found.append(
+            Variant(f"dweight-{NAMES[dtype]}", kernels.taps_kernel, signature, constants, launch)
+        )
     return found
 
 
-def _conv_variant(arch, name, c, kind, x, weight, y) -> Variant:
+def _conv_variant(
+    arch: Arch, name: str, c: int, kind: int, x: torch.dtype, weight: torch.dtype, y: torch.dtype
+) -> Variant:
     whole = int(kind != norm_op.NONE)
     launch = launch_of("dwconv_norm.forward", arch, {"c": c, "whole": whole}, forward_heuristic)
     constants: dict[str, Any] = {
@@ -320,11 +241,13 @@ def _conv_variant(arch, name, c, kind, x, weight, y) -> Variant:
     if name == "dx":
         constants["bias_ptr"] = None
     vectors = dict.fromkeys(("weight", "bias", "norm_weight", "norm_bias"), weight)
-    signature = _signature(forward_kernel, constants, {"x": x, "y": y, **vectors})
-    return Variant(f"{name}-{NAMES[weight]}", forward_kernel, signature, constants, launch)
+    signature = _signature(kernels.forward_kernel, constants, {"x": x, "y": y, **vectors})
+    return Variant(f"{name}-{NAMES[weight]}", kernels.forward_kernel, signature, constants, launch)
 
 
-def _signature(kernel, constants, dtypes) -> dict[str, str]:
+def _signature(
+    kernel: Any, constants: dict[str, Any], dtypes: dict[str, torch.dtype]
+) -> dict[str, str]:
     """Pointers are of float32 where `dtypes` names no other."""
     return {
         name: f"*{NAMES[dtypes.get(name.removesuffix('_ptr'), torch.float32)]}"

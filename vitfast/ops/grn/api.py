@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.grn import native, reference
 from vitfast.ops.grn.layout import empty
+from vitfast.ops.grn.reference import Call
 from vitfast.ops.layer_norm import api as layer_norm_api
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
@@ -62,25 +65,30 @@ def grn(
     return y
 
 
-def _reference_forward(x, weight, bias, eps, out_dtype):
-    y = reference.grn(x, weight, bias, eps, out_dtype=out_dtype)
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    x = call.x
+    y = reference.grn(x, call.weight, call.bias, call.eps, out_dtype=call.out_dtype)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     norms = torch.linalg.vector_norm(wide, dim=tuple(range(1, x.ndim - 1)))
     return empty(x, y.dtype).copy_(y), norms
 
 
-def _reference_backward(grad, x, weight, bias, eps, norms):
+def _reference_backward(
+    grad: torch.Tensor, call: Call, norms: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     dx, dweight, dbias = gradients(
-        lambda x, w, b: reference.grn(x, w, b, eps, out_dtype=grad.dtype),
-        (x, weight, bias),
+        lambda x, weight, bias: reference.grn(x, weight, bias, call.eps, out_dtype=grad.dtype),
+        (call.x, call.weight, call.bias),
         (grad,),
     )
-    return empty(x, x.dtype).copy_(dx), dweight, dbias
+    return empty(call.x, call.x.dtype).copy_(dx), dweight, dbias
 
 
-def _triton_reasons(x, weight, bias, eps, out_dtype):
-    out_dtype = out_dtype or reference.promoted(x, weight, bias)
-    return norm_op.triton_reasons(x, weight, bias, out_dtype=out_dtype, channels=1)
+def _triton_reasons(call: Call) -> list[str]:
+    # Any number of channels: the kernels take them in blocks.
+    return norm_op.triton_reasons(
+        call.x, call.weight, call.bias, out_dtype=call.result_dtype, channels=1
+    )
 
 
 DISPATCHER = Dispatcher(
@@ -88,40 +96,50 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         triton.lazy("vitfast.ops.grn.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, weight, bias, eps, out_dtype, backend):
-    args = (x, weight, bias, eps, out_dtype)
-    return DISPATCHER.pick(backend, *args).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *inputs, backend = args
+    call = Call(*inputs)
+    return DISPATCHER.pick(backend, call).forward(call)
 
 
-def _fake(x, weight, bias, eps, out_dtype, backend):
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    x = call.x
     norms = torch.promote_types(x.dtype, torch.float32)
-    return (
-        empty(x, out_dtype or reference.promoted(x, weight, bias)),
-        x.new_empty((x.shape[0], x.shape[-1]), dtype=norms),
-    )
+    return empty(x, call.result_dtype), x.new_empty((x.shape[0], x.shape[-1]), dtype=norms)
 
 
-def _backward(grad, x, weight, bias, eps, norms, backend):
-    picked = DISPATCHER.pick(backend, x, weight, bias, eps, grad.dtype, needs_backward=True)
-    return picked.backward(grad, x, weight, bias, eps, norms)
+def _backward(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    norms: torch.Tensor, backend: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    call = Call(x, weight, bias, eps, grad.dtype)
+    chosen = DISPATCHER.pick(backend, call, needs_backward=True).backward
+    assert chosen is not None  # since `needs_backward`
+    return chosen(grad, call, norms)
 
 
-def _backward_fake(grad, x, weight, bias, eps, norms, backend):
+def _backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+    norms: torch.Tensor, backend: str,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     return empty(x, x.dtype), weight.new_empty(weight.shape), bias.new_empty(bias.shape)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.eps, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, bias, output[1])
-    ctx.mark_non_differentiable(output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *arguments, ctx.backend = inputs
+    call, norms = Call(*arguments), output[1]
+    ctx.eps = call.eps
+    ctx.save_for_backward(call.x, call.weight, call.bias, norms)
+    ctx.mark_non_differentiable(norms)
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, norms = ctx.saved_tensors
     dx, dweight, dbias = _BACKWARD_OP(grad, x, weight, bias, ctx.eps, norms, ctx.backend)
     return dx, dweight, dbias, None, None, None

@@ -10,46 +10,47 @@ import torch
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.grn.layout import empty, of_layout, planar_or_dense, sizes, steps
-from vitfast.ops.grn.reference import promoted
+from vitfast.ops.grn.reference import Call
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
-def can_run(x, weight, bias, eps, out_dtype):
-    return norm_op.reasons(x, weight, bias, out_dtype=out_dtype or promoted(x, weight, bias))
+def can_run(call: Call) -> list[str]:
+    """Why the kernels cannot take this call; empty when they can."""
+    return norm_op.reasons(call.x, call.weight, call.bias, out_dtype=call.result_dtype)
 
 
-def forward(x, weight, bias, eps, out_dtype):
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result and the channels' norms [B, C], float32."""
+    x = call.x
     b, n, c = sizes(x)
-    y = empty(x, out_dtype or promoted(x, weight, bias), native.empty)
+    y = empty(x, call.result_dtype, native.empty)
     norms = torch.empty((b, c), dtype=torch.float32, device=x.device)
     if x.numel() == 0:
         return y, norms.zero_()
     planar, x = planar_or_dense(x)
     # The names keep contiguous copies alive until the kernel has run.
-    weight, bias = norm_op.vector(weight), norm_op.vector(bias)
+    weight, bias = norm_op.vector(call.weight), norm_op.vector(call.bias)
     native.native().grn_forward(
         planar, b, n, c, _rows(x, planar), _rows(y, planar), _channels(weight), _channels(bias),
-        eps, native.address(norms), native.threads(),
+        call.eps, native.address(norms), native.threads(),
     )  # fmt: skip
     return y, norms
 
 
-def backward(grad, x, weight, bias, eps, norms):
+def backward(grad: torch.Tensor, call: Call, norms: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, weight and bias from the result's and the norms that `forward` gave."""
+    x, weight = call.x, norm_op.vector(call.weight)
     b, n, c = sizes(x)
     dx = empty(x, x.dtype, native.empty)
-    dweight, dbias = (
-        torch.empty_like(norm_op.vector(weight)),
-        torch.empty_like(norm_op.vector(bias)),
-    )
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(norm_op.vector(call.bias))
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     planar, x = planar_or_dense(x)
     grad = of_layout(grad, planar)
-    weight = norm_op.vector(weight)
     native.native().grn_backward(
         planar, b, n, c, _rows(grad, planar), _rows(x, planar), _rows(dx, planar),
-        _channels(weight), _channels(dweight), _channels(dbias), eps, native.address(norms),
+        _channels(weight), _channels(dweight), _channels(dbias), call.eps, native.address(norms),
         native.threads(),
     )  # fmt: skip
     return dx, dweight, dbias

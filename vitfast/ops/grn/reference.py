@@ -2,7 +2,29 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::grn` before `backend`, in the order of its schema.
+
+    Args:
+        x, weight, bias, eps: as in `grn`.
+        out_dtype: dtype of the result; None for what torch makes of x, weight and bias.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    eps: float
+    out_dtype: torch.dtype | None
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of the result."""
+        return self.out_dtype or promoted(self.x, self.weight, self.bias)
 
 
 def grn(

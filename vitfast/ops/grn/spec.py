@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from vitfast.ops.grn.api import DISPATCHER, grn
@@ -10,8 +13,16 @@ from vitfast.ops.grn.reference import promoted
 from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
 
 
-def _sample(name, *shape, tags=("odd",), affine_dtype=None, change=None, eps=1e-6, **kwargs):
-    def make(dtype, g):
+def _sample(
+    name: str,
+    *shape: int,
+    tags: Sequence[str] = ("odd",),
+    affine_dtype: torch.dtype | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    eps: float = 1e-6,
+    **kwargs: Any,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = randn(g, *shape, dtype=dtype)
         if change is not None:
             x = change(x)
@@ -21,26 +32,26 @@ def _sample(name, *shape, tags=("odd",), affine_dtype=None, change=None, eps=1e-
     return Sample(name, make, frozenset(tags))
 
 
-def _planar(x):
+def _planar(x: torch.Tensor) -> torch.Tensor:
     return x.movedim(-1, 1).contiguous().movedim(1, -1)
 
 
-def _outlier_channels(x):
+def _outlier_channels(x: torch.Tensor) -> torch.Tensor:
     x[..., ::12] *= 50
     return x
 
 
-def _dead_channels(x):
+def _dead_channels(x: torch.Tensor) -> torch.Tensor:
     x[..., ::3] = 0
     return x
 
 
-def _of_hidden_units(x):
+def _of_hidden_units(x: torch.Tensor) -> torch.Tensor:
     """As GELU leaves them: mostly near zero, some large."""
     return torch.nn.functional.gelu(2 * x.float()).to(x.dtype)
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, weight, bias = args[:3]
     y = x.numel() * (kwargs.get("out_dtype") or promoted(x, weight, bias)).itemsize
     return Cost(flops=6.0 * x.numel(), bytes=2 * tensor_bytes(x) + tensor_bytes(weight, bias) + y)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.group_norm_act import native, reference
+from vitfast.ops.group_norm_act.reference import BackwardCall, Call
 from vitfast.ops.layer_norm.api import autocast_out_dtype
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
@@ -76,31 +79,41 @@ def group_norm_act(
     return _OP(x, groups, weight, bias, eps, residual, act, out_dtype, save, backend)[0]
 
 
-def _reference_forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    x = call.x
     y = reference.group_norm_act(
-        x, groups, weight, bias, eps, residual=residual, act=act, out_dtype=out_dtype
-    )
-    return y, reference.stats(x, groups, eps) if save_stats else norm_op.absent(x)
+        x, call.groups, call.weight, call.bias, call.eps, residual=call.residual, act=call.act,
+        out_dtype=call.out_dtype,
+    )  # fmt: skip
+    stats = reference.stats(x, call.groups, call.eps) if call.save_stats else norm_op.absent(x)
+    return y, stats
 
 
-def _reference_backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
-    if y is not None:
-        grad = torch.where(y <= 0, 0, grad)
-    dx, dweight, dbias = gradients(
-        lambda x, w, b: reference.group_norm_act(x, groups, w, b, eps, out_dtype=grad.dtype),
-        (x, weight, bias),
-        (grad,),
-    )
+def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    x, grad = call.x, call.grad
+    if call.y is not None:
+        grad = torch.where(call.y <= 0, 0, grad)
+
+    def function(
+        x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return reference.group_norm_act(
+            x, call.groups, weight, bias, call.eps, out_dtype=grad.dtype
+        )
+
+    dx, dweight, dbias = gradients(function, (x, call.weight, call.bias), (grad,))
     last = reference.channels_last(x)
     dresidual = norm_op.absent(x)
-    if residual_dtype is not None:
-        dresidual = reference.laid(grad.to(residual_dtype), last)
+    if call.residual_dtype is not None:
+        dresidual = reference.laid(grad.to(call.residual_dtype), last)
     return reference.laid(dx, last), dresidual, dweight, dbias
 
 
-def _triton_reasons(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
-    out_dtype = out_dtype or native.result_dtype(x, residual)
-    return norm_op.triton_reasons(x, weight, bias, residual, out_dtype=out_dtype, channels=1)
+def _triton_reasons(call: Call) -> list[str]:
+    # Any number of channels: the kernels take them in blocks.
+    return norm_op.triton_reasons(
+        call.x, call.weight, call.bias, call.residual, out_dtype=call.result_dtype, channels=1
+    )
 
 
 DISPATCHER = Dispatcher(
@@ -108,73 +121,78 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         triton.lazy("vitfast.ops.group_norm_act.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats, backend):
-    args = (x, groups, weight, bias, eps, residual, act, out_dtype, save_stats)
-    return DISPATCHER.pick(backend, *args, needs_backward=save_stats).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *inputs, backend = args
+    call = Call(*inputs)
+    return DISPATCHER.pick(backend, call, needs_backward=call.save_stats).forward(call)
 
 
-def _fake(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats, backend):
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    x = call.x
     stats = norm_op.absent(x)
-    if save_stats:
+    if call.save_stats:
         wide = torch.promote_types(x.dtype, torch.float32)
-        stats = x.new_empty((x.shape[0], groups, 2), dtype=wide)
-    return _like(x, out_dtype or native.result_dtype(x, residual)), stats
+        stats = x.new_empty((x.shape[0], call.groups, 2), dtype=wide)
+    return _like(x, call.result_dtype), stats
 
 
 def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """As `native.empty`, of fake tensors too."""
     b, c, h, w = x.shape
     if reference.channels_last(x):
         return x.new_empty((b, h, w, c), dtype=dtype).permute(0, 3, 1, 2)
     return x.new_empty((b, c, h, w), dtype=dtype)
 
 
-def _backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats, backend):
-    residual = None if residual_dtype is None else grad.new_empty(0, dtype=residual_dtype)
-    act = "none" if y is None else "relu"
-    args = (x, groups, weight, bias, eps, residual, act, grad.dtype, True)
-    return DISPATCHER.pick(backend, *args, needs_backward=True).backward(
-        grad, x, y, weight, bias, groups, eps, residual_dtype, stats
-    )
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    *inputs, backend = args
+    call = BackwardCall(*inputs)
+    chosen = DISPATCHER.pick(backend, call.forward, needs_backward=True).backward
+    assert chosen is not None  # since `needs_backward`
+    return chosen(call)
 
 
-def _backward_fake(grad, x, y, weight, bias, groups, eps, residual_dtype, stats, backend):
-    return (
-        _like(x, x.dtype),
-        norm_op.absent(x) if residual_dtype is None else _like(x, residual_dtype),
-        *(norm_op.absent(x) if v is None else v.new_empty(v.shape) for v in (weight, bias)),
-    )
+def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = BackwardCall(*args[:-1])
+    x, dtype = call.x, call.residual_dtype
+    dresidual = norm_op.absent(x) if dtype is None else _like(x, dtype)
+    vectors = (call.weight, call.bias)
+    dvectors = (norm_op.absent(x) if v is None else v.new_empty(v.shape) for v in vectors)
+    return _like(x, x.dtype), dresidual, *dvectors
 
 
-def _setup_context(ctx, inputs, output):
-    x, ctx.groups, weight, bias, ctx.eps, residual, act, _, _, ctx.backend = inputs
-    ctx.residual_dtype = None
-    if residual is not None and ctx.needs_input_grad[5]:
-        ctx.residual_dtype = residual.dtype
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *arguments, ctx.backend = inputs
+    call = Call(*arguments)
+    ctx.groups, ctx.eps, ctx.residual_dtype = call.groups, call.eps, None
+    needed = dict(zip(Call._fields, ctx.needs_input_grad, strict=False))
+    if call.residual is not None and needed["residual"]:
+        ctx.residual_dtype = call.residual.dtype
     y, stats = output
     # ReLU's result tells where the gradient passes, and the convolution that follows keeps it too.
-    ctx.save_for_backward(x, y if act == "relu" else None, weight, bias, stats)
+    y_kept = y if call.act == "relu" else None
+    ctx.save_for_backward(call.x, y_kept, call.weight, call.bias, stats)
     ctx.mark_non_differentiable(stats)
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
     x, y, weight, bias, stats = ctx.saved_tensors
-    dresidual, in_kernel = None, None
-    if y is None and ctx.residual_dtype is not None:
-        dresidual = grad.to(ctx.residual_dtype)
-    elif ctx.residual_dtype is not None:
-        in_kernel = ctx.residual_dtype
-    dx, found, dweight, dbias = _BACKWARD_OP(
-        grad, x, y, weight, bias, ctx.groups, ctx.eps, in_kernel, stats, ctx.backend
-    )
-    if in_kernel is not None:
-        dresidual = found
+    dtype = ctx.residual_dtype
+    # Without an activation the residual's gradient is the result's.
+    in_kernel = None if y is None else dtype
+    call = BackwardCall(grad, x, y, weight, bias, ctx.groups, ctx.eps, in_kernel, stats)
+    dx, dresidual, dweight, dbias = _BACKWARD_OP(*call, ctx.backend)
+    if in_kernel is None:
+        dresidual = None if dtype is None else grad.to(dtype)
     dweight, dbias = norm_op.present((weight, dweight), (bias, dbias))
-    return dx, None, dweight, dbias, None, dresidual, None, None, None, None
+    found = {"x": dx, "residual": dresidual, "weight": dweight, "bias": dbias}
+    return *(found.get(n) for n in Call._fields), None
 
 
 _BACKWARD_OP = define(

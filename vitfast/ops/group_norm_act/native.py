@@ -5,10 +5,18 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 
 from vitfast.ops.common import norm as norm_op
-from vitfast.ops.group_norm_act.reference import channels_last, laid
+from vitfast.ops.group_norm_act.reference import (
+    BackwardCall,
+    Call,
+    channels_last,
+    laid,
+    result_dtype,  # noqa: F401, for layers
+)
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES
@@ -22,25 +30,25 @@ def empty(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return native.empty((b, c, h, w), dtype, x.device)
 
 
-def result_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+def can_run(call: Call) -> list[str]:
+    """Why the kernels cannot take this call; empty when they can."""
+    tensors = (call.x, call.weight, call.bias, call.residual)
+    return norm_op.reasons(*tensors, out_dtype=call.result_dtype)
 
 
-def can_run(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
-    out_dtype = out_dtype or result_dtype(x, residual)
-    return norm_op.reasons(x, weight, bias, residual, out_dtype=out_dtype)
-
-
-def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
-    y = empty(x, out_dtype or result_dtype(x, residual))
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [B, C, H, W] and the groups' statistics [B, groups, 2], float32, or nothing."""
+    x = call.x
+    y = empty(x, call.result_dtype)
     stats = norm_op.absent(x)
-    if save_stats:
-        stats = torch.empty((x.shape[0], groups, 2), dtype=torch.float32, device=x.device)
+    if call.save_stats:
+        stats = torch.empty((x.shape[0], call.groups, 2), dtype=torch.float32, device=x.device)
     if x.numel():
         last = channels_last(x)
-        x, residual = dense(x, last), dense(residual, last)
-        weight, bias = norm_op.vector(weight), norm_op.vector(bias)
-        run(x, groups, weight, bias, eps, residual, act == "relu", y, last, stats)
+        run(
+            dense(x, last), call.groups, norm_op.vector(call.weight), norm_op.vector(call.bias),
+            call.eps, dense(call.residual, last), call.act == "relu", y, last, stats,
+        )  # fmt: skip
     return y, stats
 
 
@@ -77,32 +85,40 @@ def run(
     )
 
 
-def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, residual, weight and bias, empty where absent or not wanted."""
+    x, dtype = call.x, call.residual_dtype
     dx = empty(x, x.dtype)
-    dresidual = norm_op.absent(x) if residual_dtype is None else empty(x, residual_dtype)
+    dresidual = norm_op.absent(x) if dtype is None else empty(x, dtype)
     dweight, dbias = (
         norm_op.absent(x) if v is None else torch.empty(v.shape, dtype=v.dtype, device=v.device)
-        for v in (weight, bias)
+        for v in (call.weight, call.bias)
     )
     if x.numel() == 0:
         return dx, dresidual, dweight.zero_(), dbias.zero_()
     last = channels_last(x)
-    x, grad, y, weight = dense(x, last), dense(grad, last), dense(y, last), norm_op.vector(weight)
+    # The names keep dense copies alive until the kernel has run.
+    x, grad, y = dense(x, last), dense(call.grad, last), dense(call.y, last)
+    weight = norm_op.vector(call.weight)
     native.native().group_norm_backward(
-        ((*x.shape, groups), last, y is not None, eps, native.threads()),
+        ((*x.shape, call.groups), last, y is not None, call.eps, native.threads()),
         _map(grad, last),
         _map(x, last),
         None if y is None else _map(y, last),
         _map(dx, last),
-        None if residual_dtype is None else _map(dresidual, last),
+        None if dtype is None else _map(dresidual, last),
         _channels(weight),
         None if weight is None else _channels(dweight),
-        None if bias is None else _channels(dbias),
-        native.address(stats),
+        None if call.bias is None else _channels(dbias),
+        native.address(call.stats),
     )
     return dx, dresidual, dweight, dbias
 
 
+@overload
+def dense(t: torch.Tensor, last: bool) -> torch.Tensor: ...
+@overload
+def dense(t: torch.Tensor | None, last: bool) -> torch.Tensor | None: ...
 def dense(t: torch.Tensor | None, last: bool) -> torch.Tensor | None:
     """The map itself where the kernels can address it, else a copy."""
     if t is None:

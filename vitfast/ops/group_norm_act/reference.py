@@ -2,10 +2,76 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 ACTS = ("none", "relu")
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::group_norm_act` before `backend`, in the order of its schema.
+
+    Args:
+        x, groups, weight, bias, eps, residual, act: as in `group_norm_act`.
+        out_dtype: dtype of the result; None for that of x + residual.
+        save_stats: whether each group's mean and 1 / sqrt(var + eps), [B, groups, 2] in float32
+            (float64 for float64), are returned as well; else an empty tensor is.
+    """
+
+    x: torch.Tensor
+    groups: int
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+    residual: torch.Tensor | None
+    act: str
+    out_dtype: torch.dtype | None
+    save_stats: bool
+
+    @property
+    def result_dtype(self) -> torch.dtype:
+        """The dtype of the result."""
+        return self.out_dtype or result_dtype(self.x, self.residual)
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `vitfast::group_norm_act_backward` before `backend`, in its order.
+
+    Args:
+        grad: [B, C, H, W], of the result and in its dtype, any strides.
+        y: the result, where a ReLU was behind it: no gradient passes where it is 0.
+        residual_dtype: dtype of the residual's gradient; None where none is wanted.
+        stats: as the forward returned them.
+        Others: as in `Call`.
+    """
+
+    grad: torch.Tensor
+    x: torch.Tensor
+    y: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    groups: int
+    eps: float
+    residual_dtype: torch.dtype | None
+    stats: torch.Tensor
+
+    @property
+    def forward(self) -> Call:
+        """A forward with this backward; its residual is empty, of the right dtype."""
+        residual = None
+        if self.residual_dtype is not None:
+            residual = self.grad.new_empty(0, dtype=self.residual_dtype)
+        return Call(
+            self.x, self.groups, self.weight, self.bias, self.eps, residual,
+            "none" if self.y is None else "relu", self.grad.dtype, save_stats=True,
+        )  # fmt: skip
+
+
+def result_dtype(x: torch.Tensor, residual: torch.Tensor | None) -> torch.dtype:
+    """The dtype of x + residual."""
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 def channels_last(x: torch.Tensor) -> bool:
@@ -50,11 +116,7 @@ def group_norm_act(
         y = y + residual.to(dtype)
     if act == "relu":
         y = F.relu(y)
-    if out_dtype is None:
-        out_dtype = x.dtype
-        if residual is not None:
-            out_dtype = torch.promote_types(out_dtype, residual.dtype)
-    return laid(y.to(out_dtype), channels_last(x))
+    return laid(y.to(out_dtype or result_dtype(x, residual)), channels_last(x))
 
 
 def stats(x: torch.Tensor, groups: int, eps: float) -> torch.Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from vitfast.ops.group_norm_act.api import DISPATCHER, group_norm_act
@@ -12,21 +15,21 @@ LAST = torch.channels_last
 
 
 def _sample(
-    name,
-    *shape,
-    groups=32,
-    tags=("odd",),
-    eps=1e-5,
-    act="relu",
-    residual=False,
-    last=True,
-    affine=True,
-    affine_dtype=None,
-    residual_dtype=None,
-    change=None,
-    **kwargs,
-):
-    def make(dtype, g):
+    name: str,
+    *shape: int,
+    groups: int = 32,
+    tags: Sequence[str] = ("odd",),
+    eps: float = 1e-5,
+    act: str = "relu",
+    residual: bool = False,
+    last: bool = True,
+    affine: bool = True,
+    affine_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         x = randn(g, *shape, dtype=dtype)
         if last:
             x = x.to(memory_format=LAST)
@@ -46,22 +49,22 @@ def _sample(
     return Sample(name, make, frozenset(tags))
 
 
-def _outlier(x):
+def _outlier(x: torch.Tensor) -> torch.Tensor:
     x[:, :2] *= 50
     return x
 
 
-def _far(x):
+def _far(x: torch.Tensor) -> torch.Tensor:
     away = torch.arange(1, 1 + x.shape[1], device="cpu").to(x.dtype).view(-1, 1, 1)
     return x + (512 * away if x.dtype == torch.bfloat16 else 4096 * away)
 
 
-def _constant_group(x):
+def _constant_group(x: torch.Tensor) -> torch.Tensor:
     x[1:, :4] = x[1:, :1, :1, :1]
     return x
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, _, weight, bias = args[:4]
     residual = kwargs.get("residual")
     y = x.numel() * (kwargs.get("out_dtype") or x.dtype).itemsize

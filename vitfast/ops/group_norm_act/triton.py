@@ -19,18 +19,24 @@ import triton
 import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.triton_tiles import sums_heuristic, tile_heuristic
 from vitfast.ops.group_norm_act import triton_kernels as kernels
-from vitfast.ops.group_norm_act.native import dense, empty, result_dtype
-from vitfast.ops.group_norm_act.reference import channels_last
+from vitfast.ops.group_norm_act.native import dense, empty
+from vitfast.ops.group_norm_act.reference import BackwardCall, Call, channels_last
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
 _PARTS = 512
-"""Most parts of an image."""
+"""Most parts of an image: programs for several waves of the largest GPUs (132 to 192
+multiprocessors) from one image whose channels are a single block, and few enough to add up. Chosen,
+not measured yet."""
 _MOST = {"whole": 16384, "whole_backward": 8192}
-"""Elements that a program holds; the backward holds x and the gradient."""
+"""Elements that a program holds; the backward holds x and the gradient. At 32 elements a thread
+that is the most that 16 warps hold: 16,384 of 512 threads. Nothing spills with it on the twelve
+architectures of tests/gpu/resources.json."""
 _SECTOR = 32
-"""Bytes beside each other that memory gives at once."""
+"""Bytes beside each other that an NVIDIA GPU reads at once; a group narrower than that shares a
+program with its neighbours, or each would read the others' bytes as well."""
 
 
 # ---- launches ------------------------------------------------------------------------------------
@@ -62,28 +68,20 @@ def _warps(arch: Arch, threads: int) -> int:
 
 
 def whole_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Groups for at least 1K elements a program; 32 of them a thread."""
+    """Groups for at least 1K elements a program; 32 of them a thread.
+
+    1K is one warp at 32 elements a thread. Chosen, not measured yet: nothing spills with it.
+    """
     held = _elements(key)
     groups = max(_together(key), min(_pow2(key["groups"]), 1024 // held))
     return Launch({"GROUPS": groups}, _warps(arch, groups * held // 32), 1)
 
 
-def tile_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """2K elements a program, the long side where memory is contiguous."""
-    if key["planar"]:
-        return Launch({"ROWS": 128, "BLOCK": 16}, 4, 1)
-    block = min(_pow2(key["c"]), 128)
-    return Launch({"ROWS": 2048 // max(block, 16), "BLOCK": block}, 4, 1)
-
-
-def sums_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """The same; in half precision by more threads, which read 16 bytes each."""
-    half = arch.warp_size == 32 and key["dtype"] in ("float16", "bfloat16")
-    return Launch(tile_heuristic(arch, key).blocks, 8 if half else 4, 1)
-
-
 def groups_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """2K sums at a time: 64 channels or, of wide groups, 512, by parts."""
+    """2K sums at a time, 16 a thread of four warps: 64 channels, of wide groups 512, by parts.
+
+    Chosen, not measured yet: nothing spills with it.
+    """
     span = min(_pow2(key["width"]), 512)
     groups = max(1, min(_pow2(key["groups"]), 64 // span))
     return Launch(
@@ -148,7 +146,8 @@ class _Problem:
         return (self.b * triton.cdiv(self.n, rows) * triton.cdiv(self.c, columns),)
 
     def per(self, launch: Launch) -> int:
-        """Tiles of a part."""
+        """Tiles of a part: from four on its sums are worth their place in memory (chosen, not
+        measured yet)."""
         return max(4, triton.cdiv(triton.cdiv(self.n, _PARTS), launch.blocks["ROWS"]))
 
     def by_part(self, launch: Launch, per: int) -> tuple[tuple[int], tuple[int, ...], int]:
@@ -157,9 +156,6 @@ class _Problem:
         parts = triton.cdiv(self.n, pixels)
         blocks = triton.cdiv(self.c, launch.blocks["BLOCK"])
         return (self.b * parts * blocks,), (self.b, parts, self.c), pixels
-
-    def map(self, t: torch.Tensor | None) -> torch.Tensor | None:
-        return dense(t, self.last)
 
     def steps(self, t: torch.Tensor | None) -> tuple[int, int, int]:
         """Strides of images, pixels and channels; those of dimensions of size 1 mean nothing."""
@@ -175,22 +171,24 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
-    y = empty(x, out_dtype or result_dtype(x, residual))
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [B, C, H, W] and the groups' statistics [B, groups, 2], or nothing."""
+    x, groups, eps, relu = call.x, call.groups, call.eps, call.act == "relu"
+    y = empty(x, call.result_dtype)
     stats = x.new_empty((x.shape[0], groups, 2), dtype=_wide(x.dtype))
-    saved = stats if save_stats else norm_op.absent(x)
+    saved = stats if call.save_stats else norm_op.absent(x)
     if x.numel() == 0:
         return y, saved.zero_()
     p = _Problem(x, groups)
-    x, residual = p.map(x), p.map(residual)
-    weight, bias = norm_op.vector(weight), norm_op.vector(bias)
+    x, residual = dense(x, p.last), dense(call.residual, p.last)
+    weight, bias = norm_op.vector(call.weight), norm_op.vector(call.bias)
     steps = (*p.steps(x), *p.steps(residual), *p.steps(y))
     with guard(x):
         if p.whole("whole"):
             launch = p.launch("whole")
             kernels.whole_kernel[p.by_group(launch)](
-                x, weight, bias, residual, y, stats if save_stats else None, p.n, groups, *steps,
-                eps, RELU=act == "relu", SPAN=_pow2(p.width), PIXELS=_pow2(p.n),
+                x, weight, bias, residual, y, stats if call.save_stats else None, p.n, groups,
+                *steps, eps, RELU=relu, SPAN=_pow2(p.width), PIXELS=_pow2(p.n),
                 **p.options(launch),
             )  # fmt: skip
             return y, saved
@@ -207,21 +205,24 @@ def forward(x, groups, weight, bias, eps, residual, act, out_dtype, save_stats):
         )
         launch = p.launch("apply")
         kernels.apply_kernel[p.by_tile(launch)](
-            x, weight, bias, residual, y, stats, p.n, p.c, *steps, RELU=act == "relu",
+            x, weight, bias, residual, y, stats, p.n, p.c, *steps, RELU=relu,
             **p.options(launch),
         )  # fmt: skip
     return y, saved
 
 
-def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients of x, residual, weight and bias, empty where absent or not wanted."""
+    x, groups, stats = call.x, call.groups, call.stats
     dx = empty(x, x.dtype)
-    dresidual = None if residual_dtype is None else empty(x, residual_dtype)
+    dresidual = None if call.residual_dtype is None else empty(x, call.residual_dtype)
     found = (dx, norm_op.absent(x) if dresidual is None else dresidual)
-    vectors = (weight, bias)
+    vectors = (call.weight, call.bias)
     if x.numel() == 0:
         return *found, *(norm_op.absent(x) if v is None else v.new_zeros(v.shape) for v in vectors)
     p = _Problem(x, groups)
-    x, grad, y, weight = p.map(x), p.map(grad), p.map(y), norm_op.vector(weight)
+    x, grad, y = dense(x, p.last), dense(call.grad, p.last), dense(call.y, p.last)
+    weight = norm_op.vector(call.weight)
     of_images = [
         None if v is None else x.new_empty((p.b, p.c), dtype=_wide(x.dtype)) for v in vectors
     ]
@@ -244,16 +245,9 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
             launch = p.launch("factors")
             factors = torch.empty_like(stats)
             kernels.factors_kernel[p.by_group(launch)](
-                plain,
-                product,
-                weight,
-                factors,
-                *of_images,
-                p.n,
-                groups,
-                pixels,
+                plain, product, weight, factors, *of_images, p.n, groups, pixels,
                 **p.options(launch),
-            )
+            )  # fmt: skip
             launch = p.launch("gradient")
             kernels.gradient_kernel[p.by_tile(launch)](
                 grad, x, y, weight, stats, factors, dx, dresidual, p.n, p.c, *steps, *p.steps(dx),
@@ -261,7 +255,7 @@ def backward(grad, x, y, weight, bias, groups, eps, residual_dtype, stats):
             )  # fmt: skip
     # In float64, since as many rounding errors would meet here as there are images.
     return *found, *(
-        norm_op.absent(x) if t is None else t.sum(0, dtype=torch.float64).to(v.dtype)
+        norm_op.absent(x) if t is None or v is None else t.sum(0, dtype=torch.float64).to(v.dtype)
         for t, v in zip(of_images, vectors, strict=True)
     )
 

@@ -4,6 +4,9 @@
 `whole` kernels hold GROUPS groups of an image; a group's channels stand at a multiple of SPAN, the
 power of two from WIDTH on. The others hold tiles of ROWS pixels by BLOCK channels, and sums over
 PARTS parts of an image by GROUPS groups, each SPAN channels at a time.
+
+The dtype of what is computed is ACC: float32, or float64 of float64. x, y, residual, their
+gradients, weight and bias may have any floating dtype each.
 """
 
 from __future__ import annotations
@@ -11,21 +14,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitfast.ops.common.triton_tiles import offsets, over_rows, part_of, tile_of
 from vitfast.runtime.triton import COUNTS
-
-
-@triton.jit
-def _tile(row, column, inner, step):
-    """Where a tile's elements are; 64 bits, since a tensor may hold more than 2^31 elements."""
-    return row.to(tl.int64)[:, None] * inner + column.to(tl.int64)[None, :] * step
-
-
-@triton.jit
-def _over_rows(tile, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sums over a tile's rows; of many in two steps, since a sum in order would lose accuracy."""
-    if ROWS > 32:
-        tile = tl.sum(tl.reshape(tile, [ROWS // 32, 32, BLOCK]), axis=0)
-    return tl.sum(tile, axis=0)
 
 
 @triton.jit
@@ -57,7 +47,12 @@ def _spread(values, SPAN: tl.constexpr, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _finish(d, scale, bias_ptr, residual_ptr, residual_at, column, inside, mask, RELU, ACC):
+def _finish(
+    d, scale,
+    bias_ptr,  # [C], or None
+    residual_ptr,  # at offsets residual_at, or None
+    residual_at, column, inside, mask, RELU, ACC,
+):  # fmt: skip
     """act(d * scale + bias + residual)."""
     y = d * scale[None, :]
     if bias_ptr is not None:
@@ -70,7 +65,12 @@ def _finish(d, scale, bias_ptr, residual_ptr, residual_at, column, inside, mask,
 
 
 @triton.jit
-def _behind_act(grad_ptr, grad_at, y_ptr, y_at, mask, ACC):
+def _behind_act(
+    grad_ptr,  # at offsets grad_at
+    grad_at,
+    y_ptr,  # at offsets y_at, or None
+    y_at, mask, ACC,
+):  # fmt: skip
     """The gradient, zero where ReLU's result is; NaN passes, as in torch."""
     g = tl.load(grad_ptr + grad_at, mask=mask, other=0.0).to(ACC)
     if y_ptr is not None:
@@ -84,36 +84,43 @@ def _behind_act(grad_ptr, grad_at, y_ptr, y_at, mask, ACC):
 
 @triton.jit(do_not_specialize=COUNTS)
 def whole_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, stats_ptr, pixels, groups,
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    weight_ptr,  # [C], or None
+    bias_ptr,  # [C], or None
+    residual_ptr,  # [B, n, C], strides residual_outer, residual_inner, residual_step; or None
+    y_ptr,  # [B, n, C], strides y_outer, y_inner, y_step, written
+    stats_ptr,  # [B, groups, 2], ACC: mean and 1 / sqrt(var + eps), written; or None
+    pixels, groups,
     x_outer, x_inner, x_step, residual_outer, residual_inner, residual_step,
     y_outer, y_inner, y_step, eps,
     RELU: tl.constexpr, WIDTH: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr,
     PIXELS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """act((x - mean) * rstd * weight + bias + residual) of whole groups, and their statistics."""
     blocks = tl.cdiv(groups, GROUPS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * GROUPS
     column, inside = _channels(first, groups, 0, WIDTH, SPAN, GROUPS)
     row = tl.arange(0, PIXELS)
     mask = (row < pixels)[:, None] & inside[None, :]
-    at = b * x_outer + _tile(row, column, x_inner, x_step)
+    at = b * x_outer + offsets(row, column, x_inner, x_step)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     count = pixels * WIDTH
-    mean = _over_groups(_over_rows(x, PIXELS, GROUPS * SPAN), SPAN, GROUPS) / count
+    mean = _over_groups(over_rows(x, PIXELS, GROUPS * SPAN, 32), SPAN, GROUPS) / count
     # What the mean's rounding left: the groups' sums then are as good as their elements.
     d = tl.where(mask, x - _spread(mean, SPAN, GROUPS)[None, :], 0.0)
-    mean += _over_groups(_over_rows(d, PIXELS, GROUPS * SPAN), SPAN, GROUPS) / count
+    mean += _over_groups(over_rows(d, PIXELS, GROUPS * SPAN, 32), SPAN, GROUPS) / count
     d = tl.where(mask, x - _spread(mean, SPAN, GROUPS)[None, :], 0.0)
-    var = _over_groups(_over_rows(d * d, PIXELS, GROUPS * SPAN), SPAN, GROUPS) / count
+    var = _over_groups(over_rows(d * d, PIXELS, GROUPS * SPAN, 32), SPAN, GROUPS) / count
     rstd = 1.0 / tl.sqrt(var + eps)
     scale = _spread(rstd, SPAN, GROUPS)
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)
-    residual_at = b * residual_outer + _tile(row, column, residual_inner, residual_step)
+    residual_at = b * residual_outer + offsets(row, column, residual_inner, residual_step)
     y = _finish(
         d, scale, bias_ptr, residual_ptr, residual_at, column, inside, mask, RELU, ACC
     )  # fmt: skip
-    at = b * y_outer + _tile(row, column, y_inner, y_step)
+    at = b * y_outer + offsets(row, column, y_inner, y_step)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
     if stats_ptr is not None:
         group = first + tl.arange(0, GROUPS)
@@ -124,26 +131,34 @@ def whole_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def whole_backward_kernel(
-    grad_ptr, x_ptr, y_ptr, weight_ptr, stats_ptr, dx_ptr, dresidual_ptr, dweight_ptr, dbias_ptr,
+    grad_ptr,  # [B, n, C], strides grad_outer, grad_inner, grad_step
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    y_ptr,  # [B, n, C], strides y_outer, y_inner, y_step; None: no ReLU
+    weight_ptr,  # [C], or None
+    stats_ptr,  # [B, groups, 2], ACC: mean and 1 / sqrt(var + eps)
+    dx_ptr,  # [B, n, C], strides dx_outer, dx_inner, dx_step, written
+    dresidual_ptr,  # as dx_ptr, or None
+    dweight_ptr,  # [B, C], ACC, written: of each image; None without a weight
+    dbias_ptr,  # [B, C], ACC, written: of each image; or None
     pixels, groups, grad_outer, grad_inner, grad_step, x_outer, x_inner, x_step,
     y_outer, y_inner, y_step, dx_outer, dx_inner, dx_step,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, PIXELS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """dresidual lies as dx does; dweight and dbias are of each image: [B, C]."""
+    """All gradients of whole groups."""
     blocks = tl.cdiv(groups, GROUPS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * GROUPS
     column, inside = _channels(first, groups, 0, WIDTH, SPAN, GROUPS)
     row = tl.arange(0, PIXELS)
     mask = (row < pixels)[:, None] & inside[None, :]
-    grad_at = b * grad_outer + _tile(row, column, grad_inner, grad_step)
-    y_at = b * y_outer + _tile(row, column, y_inner, y_step)
+    grad_at = b * grad_outer + offsets(row, column, grad_inner, grad_step)
+    y_at = b * y_outer + offsets(row, column, y_inner, y_step)
     g = _behind_act(grad_ptr, grad_at, y_ptr, y_at, mask, ACC)
-    to = b * dx_outer + _tile(row, column, dx_inner, dx_step)
+    to = b * dx_outer + offsets(row, column, dx_inner, dx_step)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + to, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
-    at = b * x_outer + _tile(row, column, x_inner, x_step)
+    at = b * x_outer + offsets(row, column, x_inner, x_step)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     group = first + tl.arange(0, GROUPS)
     at = (b * groups + group) * 2
@@ -151,8 +166,8 @@ def whole_backward_kernel(
     rstd = tl.load(stats_ptr + at + 1, mask=group < groups, other=0.0)
     factor = _spread(rstd, SPAN, GROUPS)
     xhat = tl.where(mask, (x - _spread(mean, SPAN, GROUPS)[None, :]) * factor[None, :], 0.0)
-    plain = _over_rows(g, PIXELS, GROUPS * SPAN)
-    product = _over_rows(g * xhat, PIXELS, GROUPS * SPAN)
+    plain = over_rows(g, PIXELS, GROUPS * SPAN, 32)
+    product = over_rows(g * xhat, PIXELS, GROUPS * SPAN, 32)
     at = b * groups * WIDTH + column
     if dbias_ptr is not None:
         tl.store(dbias_ptr + at, plain, mask=inside)
@@ -172,36 +187,37 @@ def whole_backward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def moments_kernel(
-    x_ptr, mean_ptr, rest_ptr, square_ptr, pixels, c, per, x_outer, x_inner, x_step,
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    mean_ptr,  # [B, parts, C], ACC, written
+    rest_ptr,  # [B, parts, C], ACC, written
+    square_ptr,  # [B, parts, C], ACC, written
+    pixels, c, per, x_outer, x_inner, x_step,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of one part of an image, by channel: the mean, what its rounding left, and the sum of
-    squares about it; each [B, parts, C].
+    squares about it.
 
     Sums are taken about the mean of the part's first pixels. A part is `per` tiles.
     """
-    blocks, parts = tl.cdiv(c, BLOCK), tl.cdiv(pixels, per * ROWS)
-    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks % parts
-    b = (tl.program_id(0) // blocks // parts).to(tl.int64)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    b, part, parts, column = part_of(pixels, per * ROWS, c, BLOCK)
     head = part.to(tl.int64) * per * ROWS + tl.arange(0, ROWS)
     mask = (head < pixels)[:, None] & (column < c)[None, :]
     x_ptr += b * x_outer
-    x = tl.load(x_ptr + _tile(head, column, x_inner, x_step), mask=mask, other=0.0).to(ACC)
+    x = tl.load(x_ptr + offsets(head, column, x_inner, x_step), mask=mask, other=0.0).to(ACC)
     count = tl.minimum(pixels - part * per * ROWS, per * ROWS)
-    shift = _over_rows(x, ROWS, BLOCK) / tl.minimum(count, ROWS)
+    shift = over_rows(x, ROWS, BLOCK, 32) / tl.minimum(count, ROWS)
     plain = tl.where(mask, x - shift[None, :], 0.0)
     square = plain * plain
     for tile in range(part * per + 1, tl.minimum((part + 1) * per, tl.cdiv(pixels, ROWS))):
         row = tile * ROWS + tl.arange(0, ROWS)
         mask = (row < pixels)[:, None] & (column < c)[None, :]
-        x = tl.load(x_ptr + _tile(row, column, x_inner, x_step), mask=mask, other=0.0).to(ACC)
+        x = tl.load(x_ptr + offsets(row, column, x_inner, x_step), mask=mask, other=0.0).to(ACC)
         d = tl.where(mask, x - shift[None, :], 0.0)
         plain += d
         square += d * d
-    total = _over_rows(plain, ROWS, BLOCK)
+    total = over_rows(plain, ROWS, BLOCK, 32)
     off = total / count
-    about = _over_rows(square, ROWS, BLOCK) - total * off
+    about = over_rows(square, ROWS, BLOCK, 32) - total * off
     to = (b * parts + part) * c + column
     mean = shift + off
     tl.store(mean_ptr + to, mean, mask=column < c)
@@ -211,7 +227,11 @@ def moments_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def combine_kernel(
-    mean_ptr, rest_ptr, square_ptr, stats_ptr, n, groups, per, eps,
+    mean_ptr,  # [B, parts, C], ACC
+    rest_ptr,  # [B, parts, C], ACC
+    square_ptr,  # [B, parts, C], ACC
+    stats_ptr,  # [B, groups, 2], ACC: mean and 1 / sqrt(var + eps), written
+    n, groups, per, eps,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
@@ -228,7 +248,7 @@ def combine_kernel(
             at = (b * parts + part)[:, None] * (groups * WIDTH) + column[None, :]
             share = tl.minimum(n - part * per, per).to(ACC) / n
             total += share[:, None] * tl.load(mean_ptr + at, mask=mask, other=0.0)
-    mean = _over_groups(_over_rows(total, PARTS, GROUPS * SPAN), SPAN, GROUPS) / WIDTH
+    mean = _over_groups(over_rows(total, PARTS, GROUPS * SPAN, 32), SPAN, GROUPS) / WIDTH
     about = _spread(mean, SPAN, GROUPS)[None, :]
     offs = tl.zeros([PARTS, GROUPS * SPAN], ACC)
     squares = tl.zeros([PARTS, GROUPS * SPAN], ACC)
@@ -246,8 +266,10 @@ def combine_kernel(
             squares += tl.load(square_ptr + at, mask=mask, other=0.0) / n
             squares += share[:, None] * (d * d)
     # What the mean's rounding left.
-    off = _over_groups(_over_rows(offs, PARTS, GROUPS * SPAN), SPAN, GROUPS) / WIDTH
-    var = _over_groups(_over_rows(squares, PARTS, GROUPS * SPAN), SPAN, GROUPS) / WIDTH - off * off
+    off = _over_groups(over_rows(offs, PARTS, GROUPS * SPAN, 32), SPAN, GROUPS) / WIDTH
+    var = (
+        _over_groups(over_rows(squares, PARTS, GROUPS * SPAN, 32), SPAN, GROUPS) / WIDTH - off * off
+    )
     group = first + tl.arange(0, GROUPS)
     at = (b * groups + group) * 2
     tl.store(stats_ptr + at, mean + off, mask=group < groups)
@@ -257,46 +279,50 @@ def combine_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, stats_ptr, pixels, c,
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    weight_ptr,  # [C], or None
+    bias_ptr,  # [C], or None
+    residual_ptr,  # [B, n, C], strides residual_outer, residual_inner, residual_step; or None
+    y_ptr,  # [B, n, C], strides y_outer, y_inner, y_step, written
+    stats_ptr,  # [B, groups, 2], ACC: mean and 1 / sqrt(var + eps)
+    pixels, c,
     x_outer, x_inner, x_step, residual_outer, residual_inner, residual_step,
     y_outer, y_inner, y_step,
     RELU: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
     """act((x - mean) * rstd * weight + bias + residual) of a tile."""
-    blocks, tiles = tl.cdiv(c, BLOCK), tl.cdiv(pixels, ROWS)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0) // blocks % tiles * ROWS + tl.arange(0, ROWS)
-    b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
-    inside = column < c
-    mask = (row < pixels)[:, None] & inside[None, :]
-    at = b * x_outer + _tile(row, column, x_inner, x_step)
+    b, row, column, inside, mask = tile_of(pixels, c, ROWS, BLOCK)
+    at = b * x_outer + offsets(row, column, x_inner, x_step)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     at = (b * (c // WIDTH) + column // WIDTH) * 2
     mean = tl.load(stats_ptr + at, mask=inside, other=0.0)
     scale = tl.load(stats_ptr + at + 1, mask=inside, other=0.0)
     if weight_ptr is not None:
         scale *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)
-    residual_at = b * residual_outer + _tile(row, column, residual_inner, residual_step)
+    residual_at = b * residual_outer + offsets(row, column, residual_inner, residual_step)
     y = _finish(
         x - mean[None, :], scale, bias_ptr, residual_ptr, residual_at, column, inside, mask,
         RELU, ACC,
     )  # fmt: skip
-    at = b * y_outer + _tile(row, column, y_inner, y_step)
+    at = b * y_outer + offsets(row, column, y_inner, y_step)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def sums_kernel(
-    grad_ptr, x_ptr, y_ptr, stats_ptr, plain_ptr, product_ptr, pixels, c, per,
+    grad_ptr,  # [B, n, C], strides grad_outer, grad_inner, grad_step
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    y_ptr,  # [B, n, C], strides y_outer, y_inner, y_step; None: no ReLU
+    stats_ptr,  # [B, groups, 2], ACC: mean and 1 / sqrt(var + eps)
+    plain_ptr,  # [B, parts, C], ACC, written
+    product_ptr,  # [B, parts, C], ACC, written
+    pixels, c, per,
     grad_outer, grad_inner, grad_step, x_outer, x_inner, x_step, y_outer, y_inner, y_step,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Of one part of an image, by channel: the sums of the gradient, and of gradient * xhat."""
-    blocks, parts = tl.cdiv(c, BLOCK), tl.cdiv(pixels, per * ROWS)
-    block, part = tl.program_id(0) % blocks, tl.program_id(0) // blocks % parts
-    b = (tl.program_id(0) // blocks // parts).to(tl.int64)
-    column = block * BLOCK + tl.arange(0, BLOCK)
+    b, part, parts, column = part_of(pixels, per * ROWS, c, BLOCK)
     inside = column < c
     at = (b * (c // WIDTH) + column // WIDTH) * 2
     mean = tl.load(stats_ptr + at, mask=inside, other=0.0)
@@ -305,27 +331,33 @@ def sums_kernel(
     for tile in range(part * per, tl.minimum((part + 1) * per, tl.cdiv(pixels, ROWS))):
         row = tile * ROWS + tl.arange(0, ROWS)
         mask = (row < pixels)[:, None] & inside[None, :]
-        grad_at = b * grad_outer + _tile(row, column, grad_inner, grad_step)
-        y_at = b * y_outer + _tile(row, column, y_inner, y_step)
+        grad_at = b * grad_outer + offsets(row, column, grad_inner, grad_step)
+        y_at = b * y_outer + offsets(row, column, y_inner, y_step)
         g = _behind_act(grad_ptr, grad_at, y_ptr, y_at, mask, ACC)
-        x_at = b * x_outer + _tile(row, column, x_inner, x_step)
+        x_at = b * x_outer + offsets(row, column, x_inner, x_step)
         x = tl.load(x_ptr + x_at, mask=mask, other=0.0).to(ACC)
         plain += g
         product += g * tl.where(mask, x - mean[None, :], 0.0)
     rstd = tl.load(stats_ptr + at + 1, mask=inside, other=0.0)
     to = (b * parts + part) * c + column
-    tl.store(plain_ptr + to, _over_rows(plain, ROWS, BLOCK), mask=inside)
-    tl.store(product_ptr + to, _over_rows(product, ROWS, BLOCK) * rstd, mask=inside)
+    tl.store(plain_ptr + to, over_rows(plain, ROWS, BLOCK, 32), mask=inside)
+    tl.store(product_ptr + to, over_rows(product, ROWS, BLOCK, 32) * rstd, mask=inside)
 
 
 @triton.jit(do_not_specialize=COUNTS)
 def factors_kernel(
-    plain_ptr, product_ptr, weight_ptr, factors_ptr, dweight_ptr, dbias_ptr, n, groups, per,
+    plain_ptr,  # [B, parts, C], ACC
+    product_ptr,  # [B, parts, C], ACC
+    weight_ptr,  # [C], or None
+    factors_ptr,  # [B, groups, 2], ACC, written
+    dweight_ptr,  # [B, C], ACC, written: of each image; None without a weight
+    dbias_ptr,  # [B, C], ACC, written: of each image; or None
+    n, groups, per,
     WIDTH: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, PARTS: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """The parts' sums added up in order: dweight and dbias [B, C], and by group [B, groups, 2] the
-    means of gradient * weight and of gradient * weight * xhat."""
+    """The parts' sums added up in order: dweight and dbias, and as factors of each group the means
+    of gradient * weight and of gradient * weight * xhat."""
     blocks, parts = tl.cdiv(groups, GROUPS), tl.cdiv(n, per)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     first = tl.program_id(0) % blocks * GROUPS
@@ -342,8 +374,8 @@ def factors_kernel(
             at = (b * parts + part)[:, None] * (groups * WIDTH) + column[None, :]
             plains += tl.load(plain_ptr + at, mask=mask, other=0.0)
             products += tl.load(product_ptr + at, mask=mask, other=0.0)
-        plain = _over_rows(plains, PARTS, GROUPS * SPAN)
-        product = _over_rows(products, PARTS, GROUPS * SPAN)
+        plain = over_rows(plains, PARTS, GROUPS * SPAN, 32)
+        product = over_rows(products, PARTS, GROUPS * SPAN, 32)
         to = b * groups * WIDTH + column
         if dbias_ptr is not None:
             tl.store(dbias_ptr + to, plain, mask=inside)
@@ -361,25 +393,28 @@ def factors_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def gradient_kernel(
-    grad_ptr, x_ptr, y_ptr, weight_ptr, stats_ptr, factors_ptr, dx_ptr, dresidual_ptr, pixels, c,
+    grad_ptr,  # [B, n, C], strides grad_outer, grad_inner, grad_step
+    x_ptr,  # [B, n, C], strides x_outer, x_inner, x_step
+    y_ptr,  # [B, n, C], strides y_outer, y_inner, y_step; None: no ReLU
+    weight_ptr,  # [C], or None
+    stats_ptr,  # [B, groups, 2], ACC: mean and 1 / sqrt(var + eps)
+    factors_ptr,  # [B, groups, 2], ACC: as `factors_kernel` writes them
+    dx_ptr,  # [B, n, C], strides dx_outer, dx_inner, dx_step, written
+    dresidual_ptr,  # as dx_ptr, or None
+    pixels, c,
     grad_outer, grad_inner, grad_step, x_outer, x_inner, x_step, y_outer, y_inner, y_step,
     dx_outer, dx_inner, dx_step,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """dx = (g * weight - factors' means) * rstd of a tile; dresidual lies as dx does."""
-    blocks, tiles = tl.cdiv(c, BLOCK), tl.cdiv(pixels, ROWS)
-    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    row = tl.program_id(0) // blocks % tiles * ROWS + tl.arange(0, ROWS)
-    b = (tl.program_id(0) // blocks // tiles).to(tl.int64)
-    inside = column < c
-    mask = (row < pixels)[:, None] & inside[None, :]
-    grad_at = b * grad_outer + _tile(row, column, grad_inner, grad_step)
-    y_at = b * y_outer + _tile(row, column, y_inner, y_step)
+    """dx = (g * weight - factors' means) * rstd of a tile, and dresidual = g."""
+    b, row, column, inside, mask = tile_of(pixels, c, ROWS, BLOCK)
+    grad_at = b * grad_outer + offsets(row, column, grad_inner, grad_step)
+    y_at = b * y_outer + offsets(row, column, y_inner, y_step)
     g = _behind_act(grad_ptr, grad_at, y_ptr, y_at, mask, ACC)
-    to = b * dx_outer + _tile(row, column, dx_inner, dx_step)
+    to = b * dx_outer + offsets(row, column, dx_inner, dx_step)
     if dresidual_ptr is not None:
         tl.store(dresidual_ptr + to, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
-    at = b * x_outer + _tile(row, column, x_inner, x_step)
+    at = b * x_outer + offsets(row, column, x_inner, x_step)
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
     at = (b * (c // WIDTH) + column // WIDTH) * 2
     mean = tl.load(stats_ptr + at, mask=inside, other=0.0)

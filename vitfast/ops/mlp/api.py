@@ -17,6 +17,7 @@ from vitfast.errors import InputValueError
 from vitfast.ops.common import recompute
 from vitfast.ops.common.recompute import Normed
 from vitfast.ops.grn.api import DISPATCHER as GRN
+from vitfast.ops.grn.reference import Call as GrnCall
 from vitfast.ops.linear_act import api as linear
 from vitfast.ops.linear_act import native
 from vitfast.ops.linear_act.autograd import Recorded, with_norm
@@ -172,19 +173,19 @@ def _forward_on(backend: Backend, call: Call) -> tuple[torch.Tensor, torch.Tenso
     return y, z
 
 
-def _grn_arguments(hidden: torch.Tensor, call: Call | BackwardCall) -> tuple[Any, ...]:
-    return hidden, call.grn_weight, call.grn_bias, call.grn_eps, hidden.dtype
+def _grn_call(hidden: torch.Tensor, call: Call | BackwardCall) -> GrnCall:
+    return GrnCall(hidden, call.grn_weight, call.grn_bias, call.grn_eps, hidden.dtype)
 
 
 def _respond(
     backend: Backend, hidden: torch.Tensor, call: Call | BackwardCall
 ) -> tuple[Backend, torch.Tensor, torch.Tensor]:
     """The backend of the global response norm, its result, and what its backward needs."""
-    given = _grn_arguments(hidden, call)
+    given = _grn_call(hidden, call)
     found = GRN.backends.get(backend.name)
-    if found is None or found.can_run(*given):
-        found = GRN.pick("auto", *given, needs_backward=True)
-    return found, *found.forward(*given)
+    if found is None or found.can_run(given):
+        found = GRN.pick("auto", given, needs_backward=True)
+    return found, *found.forward(given)
 
 
 def _respond_backward(
@@ -192,7 +193,7 @@ def _respond_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of hidden and of the global response norm's weight and bias."""
     assert norm.backward is not None  # `_respond` asked for one
-    return norm.backward(grad, hidden, call.grn_weight, call.grn_bias, call.grn_eps, norms)
+    return norm.backward(grad, _grn_call(hidden, call), norms)
 
 
 def _backward_on(backend: Backend, call: BackwardCall) -> tuple[torch.Tensor, ...]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.window_attention import native, reference
+from vitfast.ops.window_attention.reference import INPUTS, BackwardCall, Call
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
-
-INPUTS = ("qkv", "table", "pad", "logit_scale")
-"""Differentiable inputs, in the order of the outputs of `vitfast::window_attention_backward`."""
 
 
 def window_attention(
@@ -73,7 +72,11 @@ def window_attention(
     )[0]  # fmt: skip
 
 
-def _check(qkv, window, shift, table, pad, logit_scale, scale, grid):
+def _check(
+    qkv: torch.Tensor, window: object, shift: object, table: torch.Tensor | None,
+    pad: torch.Tensor | None, logit_scale: torch.Tensor | None, scale: float | None, grid: bool,
+) -> tuple[tuple[int, int], tuple[int, int]]:  # fmt: skip
+    """Raises for bad arguments; else window and shift as pairs."""
     op = "window_attention"
     checks.check_tensor(op, "qkv", qkv)
     if qkv.ndim != 6 or qkv.shape[3] != 3 or 0 in qkv.shape[4:]:
@@ -120,56 +123,43 @@ def _check(qkv, window, shift, table, pad, logit_scale, scale, grid):
     return window, shift
 
 
-def _pair(op, name, value):
+def _pair(op: str, name: str, value: object) -> tuple[int, int]:
     if not isinstance(value, (tuple, list, torch.Size)) or len(value) != 2:
         raise InputTypeError(f"{op}: {name} must be a pair of rows and columns, got {value!r}")
     if not all(isinstance(v, (int, torch.SymInt)) and not isinstance(v, bool) for v in value):
         raise InputTypeError(f"{op}: {name} must be a pair of integers, got {value!r}")
-    return tuple(value)
+    rows, columns = value
+    return rows, columns
 
 
-def _reference_forward(
-    qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats
-):  # fmt: skip
-    out = reference.window_attention(
-        qkv, window, shift, table, pad, logit_scale, scale=scale, roll_first=roll_first, grid=grid
-    )
-    return out, _no_stats(qkv, window, save_stats)
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    # Statistics that the reference does not leave: sums of -1 tell another backend's backward so.
+    wide = torch.promote_types(call.qkv.dtype, torch.float32)
+    return reference.compute(call), call.qkv.new_full(call.stats_shape, -1.0, dtype=wide)
 
 
-def _no_stats(qkv, window, save_stats):
-    """Statistics of a forward that leaves none: sums of -1 tell a native backward so."""
-    shape = native.stats_shape(qkv, window) if save_stats else (0,)
-    return qkv.new_full(shape, -1.0, dtype=torch.promote_types(qkv.dtype, torch.float32))
+def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    forward = call.forward
+    wanted = [n for n, w in zip(INPUTS, call.wanted, strict=True) if w]
+
+    def function(*leaves: torch.Tensor) -> torch.Tensor:
+        given: dict[str, Any] = dict(zip(wanted, leaves, strict=True))
+        return reference.compute(forward._replace(**given))
+
+    inputs = [getattr(call, n) for n in wanted]
+    found = dict(zip(wanted, gradients(function, inputs, (call.grad,)), strict=True))
+    return tuple(found[n] if n in found else call.qkv.new_empty(0) for n in INPUTS)
 
 
-def _reference_backward(
-    grad, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
-):  # fmt: skip
-    def function(*leaves):
-        args = iter(leaves)
-        tensors = [
-            next(args) if w else t
-            for t, w in zip((qkv, table, pad, logit_scale), wanted, strict=True)
-        ]
-        first, *others = tensors
-        return reference.window_attention(
-            first, window, shift, *others, scale=scale, roll_first=roll_first, grid=grid
-        )
-
-    inputs = [t for t, w in zip((qkv, table, pad, logit_scale), wanted, strict=True) if w]
-    found = iter(gradients(function, inputs, (grad,)))
-    return tuple(next(found) if w else qkv.new_empty(0) for w in wanted)
-
-
-def _triton_reasons(qkv, window, shift, table, pad, logit_scale, scale, roll_first, *_):
-    why = triton.reasons(qkv, table, pad, logit_scale, dots=True)
-    if roll_first and any(by > size for by, size in zip(shift, qkv.shape[1:3], strict=True)):
+def _triton_reasons(call: Call) -> list[str]:
+    why = triton.reasons(call.qkv, call.table, call.pad, call.logit_scale, dots=True)
+    sides = zip(call.shift, call.qkv.shape[1:3], strict=True)
+    if call.roll_first and any(by > size for by, size in sides):
         why.append("the shift goes round the map more than once")
-    if qkv.shape[-1] > 256:
-        why.append(f"head dim {qkv.shape[-1]} is above 256")
-    if window[0] * window[1] > 4096:
-        why.append(f"a window of {window[0]} x {window[1]} tokens; the kernels take 4,096")
+    if call.qkv.shape[-1] > 256:
+        why.append(f"head dim {call.qkv.shape[-1]} is above 256")
+    if call.wh * call.ww > 4096:
+        why.append(f"a window of {call.wh} x {call.ww} tokens; the kernels take 4,096")
     return why
 
 
@@ -178,79 +168,71 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         triton.lazy("vitfast.ops.window_attention.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(
-    qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, save_stats, backend
-):  # fmt: skip
-    args = (
-        qkv, (wh, ww), (sh, sw), table, pad, logit_scale, scale, roll_first, grid, save_stats
-    )  # fmt: skip
-    chosen = DISPATCHER.pick(backend, *args, needs_backward=save_stats)
-    if qkv.numel() == 0:
-        out, stats = _fake(
-            qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, save_stats,
-            backend,
-        )  # fmt: skip
+def _forward(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *inputs, backend = args
+    call = Call(*inputs)
+    chosen = DISPATCHER.pick(backend, call, needs_backward=call.save_stats)
+    if call.qkv.numel() == 0:
+        out, stats = _fake(*args)
         return out.zero_(), stats.zero_()
-    with without_autocast(qkv.device):
-        return chosen.forward(*args)
+    with without_autocast(call.qkv.device):
+        return chosen.forward(call)
 
 
-def _fake(
-    qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, save_stats, backend
-):  # fmt: skip
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    qkv = call.qkv
     batch, high, wide, _, heads, dim = qkv.shape
-    shape = native.stats_shape(qkv, (wh, ww)) if save_stats else (0,)
-    stats = qkv.new_empty(shape, dtype=torch.promote_types(qkv.dtype, torch.float32))
-    return qkv.new_empty(batch, high, wide, heads, dim), stats
-
-
-def _backward(
-    grad, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
-    backend,
-):  # fmt: skip
-    args = (qkv, (wh, ww), (sh, sw), table, pad, logit_scale, scale, roll_first, grid)
-    chosen = DISPATCHER.pick(backend, *args, True, needs_backward=True)
-    if qkv.numel() == 0:
-        tensors = (qkv, table, pad, logit_scale)
-        return tuple(
-            torch.zeros_like(t, memory_format=torch.contiguous_format) if w else qkv.new_empty(0)
-            for t, w in zip(tensors, wanted, strict=True)
-        )
-    with without_autocast(qkv.device):
-        return chosen.backward(grad, stats, *args, wanted)
-
-
-def _backward_fake(
-    grad, stats, qkv, wh, ww, sh, sw, table, pad, logit_scale, scale, roll_first, grid, wanted,
-    backend,
-):  # fmt: skip
-    return tuple(
-        torch.empty_like(t, memory_format=torch.contiguous_format) if w else qkv.new_empty(0)
-        for t, w in zip((qkv, table, pad, logit_scale), wanted, strict=True)
+    stats_dtype = torch.promote_types(qkv.dtype, torch.float32)
+    return (
+        qkv.new_empty(batch, high, wide, heads, dim),
+        qkv.new_empty(call.stats_shape, dtype=stats_dtype),
     )
 
 
-def _setup_context(ctx, inputs, output):
-    qkv, *ctx.window, table, pad, logit_scale = inputs[:8]
-    ctx.scale, *ctx.layout, _, ctx.backend = inputs[8:]
-    ctx.save_for_backward(output[1], qkv, table, pad, logit_scale)
-    ctx.mark_non_differentiable(output[1])
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    *inputs, backend = args
+    call = BackwardCall(*inputs)
+    chosen = DISPATCHER.pick(backend, call.forward, needs_backward=True).backward
+    assert chosen is not None  # since `needs_backward`
+    if call.qkv.numel() == 0:
+        return tuple(g.zero_() for g in _backward_fake(*args))
+    with without_autocast(call.qkv.device):
+        return chosen(call)
 
 
-def _autograd(ctx, grad, _):
-    stats, qkv, *others = ctx.saved_tensors
-    needed = (ctx.needs_input_grad[0], *ctx.needs_input_grad[5:8])
-    found = _BACKWARD_OP(
-        grad, stats, qkv, *ctx.window, *others, ctx.scale, *ctx.layout, list(needed),
-        ctx.backend,
-    )  # fmt: skip
-    dqkv, *dothers = (g if w else None for g, w in zip(found, needed, strict=True))
-    return dqkv, *(None,) * 4, *dothers, *(None,) * 5
+def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = BackwardCall(*args[:-1])
+    return tuple(
+        torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
+        if w
+        else call.qkv.new_empty(0)
+        for n, w in zip(INPUTS, call.wanted, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    *arguments, ctx.backend = inputs
+    call, stats = Call(*arguments), output[1]
+    ctx.options = {n: v for n, v in call._asdict().items() if n not in (*INPUTS, "save_stats")}
+    ctx.save_for_backward(stats, *(getattr(call, n) for n in INPUTS))
+    ctx.mark_non_differentiable(stats)
+
+
+def _autograd(ctx: Any, grad: torch.Tensor, _: None) -> tuple[torch.Tensor | None, ...]:
+    stats, *tensors = ctx.saved_tensors
+    needed = dict(zip(Call._fields, ctx.needs_input_grad, strict=False))
+    wanted = [needed[n] for n in INPUTS]
+    inputs = dict(zip(INPUTS, tensors, strict=True))
+    call = BackwardCall(grad=grad, stats=stats, wanted=wanted, **inputs, **ctx.options)
+    found = zip(INPUTS, _BACKWARD_OP(*call, ctx.backend), wanted, strict=True)
+    gradient = {n: g for n, g, w in found if w}
+    return *(gradient.get(n) for n in Call._fields), None
 
 
 _BACKWARD_OP = define(

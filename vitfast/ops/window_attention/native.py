@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from vitfast.ops.window_attention.reference import LARGEST_SCALE, factors
+from vitfast.ops.window_attention.reference import LARGEST_SCALE, BackwardCall, Call, factors
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES, address, native, reasons, threads
 
 MOST_TOKENS = 1 << 16
-"""Of a window."""
+"""Most tokens of a window, as csrc checks too: it then has at most 2^32 pairs of them. Chosen, far
+above the 576 of Swin V2's largest windows."""
 
 
-def can_run(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats):
+def can_run(call: Call) -> list[str]:
+    """Why the kernels cannot take this call; empty when they can."""
     why = reasons()
+    qkv = call.qkv
     if qkv.device.type != "cpu":
         why.append(f"qkv is on {qkv.device}; the kernels run on the CPU")
     if qkv.dtype not in (torch.float32, torch.bfloat16):
         why.append(f"qkv has dtype {qkv.dtype}; the kernels take float32 and bfloat16")
     if qkv.shape[-1] > 256:
         why.append(f"head dim {qkv.shape[-1]} is above 256")
-    if window[0] * window[1] > MOST_TOKENS:
-        why.append(f"a window of {window[0]} x {window[1]} tokens; the kernels take {MOST_TOKENS}")
+    if call.wh * call.ww > MOST_TOKENS:
+        why.append(f"a window of {call.wh} x {call.ww} tokens; the kernels take {MOST_TOKENS}")
     return why
 
 
-def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats):
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [B, H, W, heads, D] and the statistics of `Call.stats_shape`, float32."""
+    qkv = call.qkv
     batch, high, wide, _, heads, dim = qkv.shape
     out = qkv.new_empty(batch, high, wide, heads, dim)
-    stats = qkv.new_empty(stats_shape(qkv, window) if save_stats else 0, dtype=torch.float32)
-    with_terms = terms(heads, dim, table, pad, logit_scale, scale)
+    stats = qkv.new_empty(call.stats_shape, dtype=torch.float32)
     run(
-        qkv, out, (high, wide), window, shift, with_terms, roll_first=roll_first, grid=grid,
-        stats=stats,
+        qkv, out, (high, wide), call.window, call.shift, _terms_of(call),
+        roll_first=call.roll_first, grid=call.grid, stats=stats,
     )  # fmt: skip
     return out, stats
 
@@ -66,6 +70,11 @@ def terms(
     )
 
 
+def _terms_of(call: Call) -> Terms:
+    heads, dim = call.qkv.shape[-2:]
+    return terms(heads, dim, call.table, call.pad, call.logit_scale, call.scale)
+
+
 def run(
     qkv: torch.Tensor,
     out: torch.Tensor,
@@ -92,33 +101,34 @@ def run(
     native().window_forward(problem, address(out), address(stats), threads())
 
 
-def backward(
-    grad, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
-):  # fmt: skip
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients of `INPUTS`, empty where not wanted (qkv's is computed always)."""
+    stats, given = call.stats, call.forward
     if stats.flatten()[-1] < 0:  # the forward ran on another backend, which saves none
-        _, stats = forward(
-            qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, True
-        )  # fmt: skip
-    qkv, grad = _unit_stride(qkv), grad.contiguous()
-    with_terms = terms(*qkv.shape[-2:], table, pad, logit_scale, scale)
-    problem = _problem(qkv, qkv.shape[1:3], window, shift, with_terms, roll_first, grid)
-    dqkv = qkv.new_empty(qkv.shape)
-    sums = [
-        qkv.new_empty((*t.shape[1:], *t.shape[:1]) if t is table else t.shape, dtype=torch.float32)
-        if t is not None and w
-        else None
-        for t, w in zip((table, pad, logit_scale), wanted[1:], strict=True)
-    ]
-    native().window_backward(
-        problem, address(stats), address(grad), address(dqkv),
-        *map(address, sums), threads(),
+        _, stats = forward(given)
+    qkv, grad = _unit_stride(call.qkv), call.grad.contiguous()
+    problem = _problem(
+        qkv, qkv.shape[1:3], given.window, given.shift, _terms_of(given), given.roll_first,
+        given.grid,
     )  # fmt: skip
-    dtable, dpad, dscale = sums
-    if dtable is not None:
+    dqkv = qkv.new_empty(qkv.shape)
+    table, pad, logit_scale = (
+        t if w else None
+        for t, w in zip((call.table, call.pad, call.logit_scale), call.wanted[1:], strict=True)
+    )
+    f32 = torch.float32
+    dtable = None if table is None else qkv.new_empty(table.t().shape, dtype=f32)
+    dpad = None if pad is None else qkv.new_empty(pad.shape, dtype=f32)
+    dscale = None if logit_scale is None else qkv.new_empty(logit_scale.shape, dtype=f32)
+    native().window_backward(
+        problem, address(stats), address(grad), address(dqkv), address(dtable), address(dpad),
+        address(dscale), threads(),
+    )  # fmt: skip
+    if table is not None and dtable is not None:
         dtable = dtable.t().contiguous().to(table.dtype)
-    if dpad is not None:
+    if pad is not None and dpad is not None:
         dpad = dpad.to(pad.dtype)
-    if dscale is not None:  # of exp(min(x, largest))
+    if logit_scale is not None and dscale is not None:  # of exp(min(x, largest))
         x = logit_scale.float()
         below = x <= LARGEST_SCALE
         dscale = (dscale * x.clamp(max=LARGEST_SCALE).exp() * below).to(logit_scale.dtype)
@@ -130,7 +140,10 @@ def _unit_stride(qkv: torch.Tensor) -> torch.Tensor:
     return qkv if qkv.stride(-1) == 1 or qkv.shape[-1] == 1 else qkv.contiguous()
 
 
-def _problem(qkv, size, window, shift, terms, roll_first, grid, stripe=None):
+def _problem(
+    qkv: torch.Tensor, size: tuple[int, ...], window: tuple[int, int], shift: tuple[int, int],
+    terms: Terms, roll_first: bool, grid: bool, stripe: tuple[int, int] | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     """`WindowProblem` of csrc/bindings.cpp."""
     sb, sy, sx, s3, sh, _ = qkv.stride()
     return (
@@ -138,12 +151,6 @@ def _problem(qkv, size, window, shift, terms, roll_first, grid, stripe=None):
         roll_first, grid, terms.cosine, address(qkv), (sb, sy, sx, s3, sh),
         address(terms.scale), address(terms.table), address(terms.pad), stripe,
     )  # fmt: skip
-
-
-def stats_shape(qkv: torch.Tensor, window: tuple[int, int]) -> tuple[int, ...]:
-    batch, high, wide, _, heads, _ = qkv.shape
-    windows = -(-high // window[0]) * -(-wide // window[1])
-    return 2, batch, windows, heads, window[0] * window[1]
 
 
 BACKEND = Backend("cpu", forward, can_run, backward, reasons)

@@ -11,6 +11,7 @@ dtype, and so have q and k of length 1.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,86 @@ MASKED = -100.0
 """Added between tokens that only the cyclic shift brought together; timm's number."""
 LARGEST_SCALE = math.log(100.0)
 """Of V2's learned scale, before the exponential."""
+INPUTS = ("qkv", "table", "pad", "logit_scale")
+"""Differentiable inputs, in the order of the outputs of `vitfast::window_attention_backward`."""
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::window_attention` before `backend`, in the order of its schema.
+
+    Args:
+        wh, ww: rows and columns of a window.
+        sh, sw: rows and columns that the map is rolled back by.
+        save_stats: whether the statistics that the backward needs are returned as well, of
+            `stats_shape`, float32 (float64 for float64).
+        Others: as in `window_attention`.
+    """
+
+    qkv: torch.Tensor
+    wh: int
+    ww: int
+    sh: int
+    sw: int
+    table: torch.Tensor | None
+    pad: torch.Tensor | None
+    logit_scale: torch.Tensor | None
+    scale: float | None
+    roll_first: bool
+    grid: bool
+    save_stats: bool
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Rows and columns of a window."""
+        return self.wh, self.ww
+
+    @property
+    def shift(self) -> tuple[int, int]:
+        """Rows and columns that the map is rolled back by."""
+        return self.sh, self.sw
+
+    @property
+    def stats_shape(self) -> tuple[int, ...]:
+        """[2, B, windows, heads, N]: a shift and a sum for each query; [0] where not wanted."""
+        if not self.save_stats:
+            return (0,)
+        batch, high, wide, _, heads, _ = self.qkv.shape
+        windows = -(-high // self.wh) * -(-wide // self.ww)
+        return 2, batch, windows, heads, self.wh * self.ww
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `vitfast::window_attention_backward` before `backend`, in its order.
+
+    Args:
+        grad: [B, H, W, heads, D], qkv's dtype, any strides.
+        stats: as the forward returned them; the last is negative where its backend leaves none.
+        wanted: for each of `INPUTS`, whether its gradient is wanted; False where it is None.
+        Others: as in `Call`.
+    """
+
+    grad: torch.Tensor
+    stats: torch.Tensor
+    qkv: torch.Tensor
+    wh: int
+    ww: int
+    sh: int
+    sw: int
+    table: torch.Tensor | None
+    pad: torch.Tensor | None
+    logit_scale: torch.Tensor | None
+    scale: float | None
+    roll_first: bool
+    grid: bool
+    wanted: list[bool]
+
+    @property
+    def forward(self) -> Call:
+        """The forward that this is the backward of."""
+        return Call(
+            self.qkv, self.wh, self.ww, self.sh, self.sw, self.table, self.pad, self.logit_scale,
+            self.scale, self.roll_first, self.grid, save_stats=True,
+        )  # fmt: skip
 
 
 def window_attention(
@@ -33,8 +114,9 @@ def window_attention(
     roll_first: bool = True,
     grid: bool = False,
 ) -> torch.Tensor:
+    """Same arguments and result as `vitfast.ops.window_attention`; holds all scores at once."""
     batch, high, wide, _, heads, dim = qkv.shape
-    padded = tuple(-(-size // w) * w for size, w in zip((high, wide), window, strict=True))
+    padded = (-(-high // window[0]) * window[0], -(-wide // window[1]) * window[1])
     back = tuple(-s for s in shift)
     x = qkv.roll(back, (1, 2)) if roll_first else qkv
     x = _padded(x, padded, pad)
@@ -60,6 +142,14 @@ def window_attention(
     out = out if roll_first else out.roll(shift, (1, 2))
     out = out[:, :high, :wide]
     return (out.roll(shift, (1, 2)) if roll_first else out).contiguous()
+
+
+def compute(call: Call) -> torch.Tensor:
+    """`window_attention` of a call: [B, H, W, heads, D] by differentiable torch ops."""
+    return window_attention(
+        call.qkv, call.window, call.shift, call.table, call.pad, call.logit_scale,
+        scale=call.scale, roll_first=call.roll_first, grid=call.grid,
+    )  # fmt: skip
 
 
 def _padded(x: torch.Tensor, size: tuple[int, int], pad: torch.Tensor | None) -> torch.Tensor:
@@ -96,6 +186,7 @@ def merge(
 
 
 def _unit(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+    """The vectors of x made length 1, rounded to x's dtype."""
     return F.normalize(x.to(wide), dim=-1).to(x.dtype)
 
 

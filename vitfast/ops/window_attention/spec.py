@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 
 from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
@@ -12,10 +15,23 @@ ODD, SMALL = ("odd",), ("odd", "small")
 
 
 def _sample(
-    name, size, window, heads, dim, *, shift=(0, 0), batch=1, bias=True, pad=False, cosine=False,
-    clamped=0.0, tags=ODD, change=None, **options,
-):  # fmt: skip
-    def make(dtype, g):
+    name: str,
+    size: tuple[int, int],
+    window: tuple[int, int],
+    heads: int,
+    dim: int,
+    *,
+    shift: tuple[int, int] = (0, 0),
+    batch: int = 1,
+    bias: bool = True,
+    pad: bool = False,
+    cosine: bool = False,
+    clamped: float = 0.0,
+    tags: Sequence[str] = ODD,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **options: Any,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator) -> tuple[tuple[Any, ...], dict[str, Any]]:
         qkv = randn(g, batch, *size, 3, heads, dim, dtype=dtype)
         table = padding = scales = None
         if bias:
@@ -24,9 +40,8 @@ def _sample(
         if pad:
             padding = randn(g, 3, heads, dim, dtype=dtype)
         if cosine:
-            scales = torch.linspace(1.4, 2.4, heads, dtype=torch.float64, device="cpu").to(
-                dtype
-            )  # ln 4 to ln 11
+            # ln 4 to ln 11
+            scales = torch.linspace(1.4, 2.4, heads, dtype=torch.float64, device="cpu").to(dtype)
             scales += clamped
         qkv = qkv if change is None else change(qkv)
         return (qkv, window, shift, table, padding, scales), dict(options)
@@ -34,7 +49,7 @@ def _sample(
     return Sample(name, make, frozenset(tags))
 
 
-def _axes(qkv):
+def _axes(qkv: torch.Tensor) -> torch.Tensor:
     """q and k along axes, so that their length is exact in every dtype, whatever the scale."""
     axes = torch.zeros_like(qkv)
     at = qkv.abs().argmax(-1, keepdim=True)
@@ -43,7 +58,7 @@ def _axes(qkv):
     return axes
 
 
-def _strided(qkv):
+def _strided(qkv: torch.Tensor) -> torch.Tensor:
     """Every stride but the last one other than a contiguous tensor's."""
     b, h, w, three, heads, dim = qkv.shape
     wide = qkv.new_zeros(b, w, h, heads, three, dim + 3)
@@ -107,7 +122,7 @@ SHAPES = (
 )  # fmt: skip
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     qkv, (h, w) = args[0], args[1]
     batch, high, wide, _, heads, dim = qkv.shape
     windows = -(-high // h) * -(-wide // w)

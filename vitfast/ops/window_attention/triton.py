@@ -1,4 +1,4 @@
-"""Windowed attention on the Triton kernels of triton_kernels.py and triton_large.py: launches.
+"""Windowed attention in Triton, the launches of triton_kernels.py and triton_kernels_large.py.
 
 The statistics [2, B, windows, heads, N] are each row's shift, in units of log2, and the sum of its
 weights relative to that. Sums over windows are made by a bounded number of programs, each of the
@@ -7,24 +7,26 @@ same windows every time, and added up in one order.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from vitfast.ops.window_attention import native
 from vitfast.ops.window_attention import triton_kernels as kernels
-from vitfast.ops.window_attention import triton_large as large
-from vitfast.ops.window_attention.reference import LARGEST_SCALE
+from vitfast.ops.window_attention import triton_kernels_large as large
+from vitfast.ops.window_attention.reference import LARGEST_SCALE, BackwardCall, Call
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
 
 _PROGRAMS = 2048
-"""From so many programs on, each gets several windows."""
+"""From so many programs on, each gets several windows, and gathers its biases once for all of them:
+several waves of the largest GPUs (132 to 192 multiprocessors). Chosen, not measured yet."""
 _SUMMING = 512
-"""Most programs that leave a sum [N, N] each, where there are no more tiles than that."""
+"""Most programs that leave a sum [N, N] each, where there are no more tiles than that: their sums,
+5 MB of windows of 49 tokens, are written and read once more. Chosen, not measured yet."""
 _FOLD = Launch({"BLOCK_T": 16, "BLOCK_N": 64}, 4, 1)
+"""8 elements a thread. Chosen, not measured yet: it is a small part of a backward."""
 _KERNELS = {
     "forward": kernels.forward_kernel,
     "backward": kernels.backward_kernel,
@@ -35,19 +37,28 @@ _KERNELS = {
 
 
 def in_one_tile(arch: Arch, key: dict[str, Any]) -> bool:
-    """Whether a program of the backward holds all scores of a window, and takes all gradients."""
+    """Whether a program of the backward holds all scores of a window, and takes all gradients.
+
+    64 x 64 scores and their gradients in float32 are 64 registers a thread of four warps, and q, k,
+    v and the gradient as many again. That takes 254 of NVIDIA's 255 registers for the plainest
+    windows; padding, cosines, larger windows or head dims would spill, and so would RDNA.
+    """
     if arch.name == "interpreter":
         return key["tokens"] <= 64
     if _wide(key) or key["tokens"] > 64 or key["head_dim"] > 32:
         return False
     if arch.is_amd:
         return arch.warp_size == 64
-    # NVIDIA's registers hold only just as much as the plainest windows need.
     return arch.has_dot and not key["form"]
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """Tiles that fit registers and shared memory; see tests/gpu/resources.json."""
+    """The largest tiles that spill nothing on each architecture, by tests/gpu/resources.json.
+
+    The exceptions of `_tiles` are architectures whose compiler needs more registers for the same
+    tile; sm_75 and RDNA, which may spill, do so by at most 464 bytes a thread. Which of the tiles
+    that fit is the fastest is not measured yet.
+    """
     if key["pass"] == "backward":
         return Launch({}, 8 if arch.capability // 10 in (9, 10) else 4, 1)
     whole = _power(key["tokens"])
@@ -65,6 +76,7 @@ def _wide(key: dict[str, Any]) -> bool:
 
 
 def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
+    """Queries and keys of a tile, before they are cut to the window's."""
     d, n, wide = _power(key["head_dim"]), key["tokens"], _wide(key)
     family = arch.capability // 10
     if wide and d <= 32 and key["pass"] == "keys" and not arch.is_amd:
@@ -134,20 +146,22 @@ def _packed(t: torch.Tensor | None, dtype: torch.dtype | None = None) -> torch.T
 class _Problem:
     """The arguments that all kernels share, and their launches."""
 
-    def __init__(self, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid):
+    def __init__(self, call: Call) -> None:
+        qkv, table, pad, window = call.qkv, call.table, call.pad, call.window
         batch, high, wide, _, self.heads, d = qkv.shape
-        self.qkv, self.window, self.tokens = qkv, window, window[0] * window[1]
-        self.windows = batch * triton.cdiv(high, window[0]) * triton.cdiv(wide, window[1])
-        self.shape = (any(shift), roll_first, grid)
+        self.qkv, self.window, self.tokens = qkv, window, call.wh * call.ww
+        self.windows = batch * triton.cdiv(high, call.wh) * triton.cdiv(wide, call.ww)
+        self.shape = (any(call.shift), call.roll_first, call.grid)
         if table is not None and _turns(self.tokens):
             table = table.t().contiguous().t()
-        if high % window[0] == wide % window[1] == 0:
+        if high % call.wh == wide % call.ww == 0:
             pad = None  # there is no padding
         self.arguments = {
             "qkv_ptr": qkv, "table_ptr": table, "pad_ptr": _packed(pad, qkv.dtype),
-            "logit_ptr": _packed(logit_scale), "windows": self.windows,
+            "logit_ptr": _packed(call.logit_scale), "windows": self.windows,
             "high": high, "wide": wide, "heads": self.heads,
-            "scale": d**-0.5 if scale is None else scale, "shift_y": shift[0], "shift_x": shift[1],
+            "scale": d**-0.5 if call.scale is None else call.scale,
+            "shift_y": call.sh, "shift_x": call.sw,
             **dict(zip(_STRIDES, qkv.stride(), strict=True)),
             "table_p": 0 if table is None else table.stride(0),
             "table_h": 0 if table is None else table.stride(1),
@@ -178,99 +192,130 @@ class _Problem:
             **launch.blocks, **launch.options(),
         )  # fmt: skip
 
-    def sums(self, wanted: bool, *shape: int) -> torch.Tensor | None:
+    def sums(self, *shape: int) -> torch.Tensor:
+        """Uninitialised, float32 or float64, for what kernels add up."""
         wide = torch.promote_types(self.qkv.dtype, torch.float32)
-        return self.qkv.new_empty(shape, dtype=wide) if wanted else None
+        return self.qkv.new_empty(shape, dtype=wide)
 
 
 _STRIDES = ("qkv_b", "qkv_y", "qkv_x", "qkv_3", "qkv_h", "qkv_d")
 
 
-def forward(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, save_stats):
-    problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid)
+def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [B, H, W, heads, D] and the statistics of `Call.stats_shape`."""
+    problem, qkv = _Problem(call), call.qkv
     batch, high, wide, _, heads, d = qkv.shape
     out = qkv.new_empty(batch, high, wide, heads, d)
-    stats = problem.sums(True, *(native.stats_shape(qkv, window) if save_stats else (0,)))
+    stats = problem.sums(*call.stats_shape)
     tiles = triton.cdiv(problem.tokens, problem.blocks("forward").blocks["BLOCK_M"])
     with guard(qkv):
         problem.launch(
             "forward", problem.parts(_PROGRAMS, tiles, windows=8), tiles, out_ptr=out,
-            stats_ptr=stats if save_stats else None,
+            stats_ptr=stats if call.save_stats else None,
         )  # fmt: skip
     return out, stats
 
 
-def backward(
-    grad, stats, qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, wanted
-):  # fmt: skip
-    problem = _Problem(qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid)
+class _Sums(NamedTuple):
+    """What the kernels of a backward leave to be added up, each None where not wanted."""
+
+    bias: torch.Tensor | None = None
+    """[programs, heads, N, N]: gradients of the scores."""
+    pad: torch.Tensor | None = None
+    """[windows or programs, 2, heads, D]: gradients of the padding's k and v."""
+    scale: torch.Tensor | None = None
+    """[programs, heads]: gradients of the factors exp(min(logit_scale, largest))."""
+
+
+class _Wanted(NamedTuple):
+    """Which gradients are wanted of the kernels, as `BackwardCall.wanted`."""
+
+    qkv: bool
+    table: bool
+    pad: bool
+    logit_scale: bool
+
+
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients of `INPUTS`, empty where not wanted."""
+    given, qkv, pad = call.forward, call.qkv, call.pad
+    problem = _Problem(given)
+    wanted = _Wanted(*call.wanted)
     padded = problem.arguments["pad_ptr"] is not None
-    wants_pad, wanted = wanted[2], [*wanted[:2], wanted[2] and padded, wanted[3]]
-    dqkv = qkv.new_empty(qkv.shape) if wanted[0] else None
-    grad = grad.contiguous()
+    kernels_wanted = wanted._replace(pad=wanted.pad and padded)
+    dqkv = qkv.new_empty(qkv.shape) if wanted.qkv else None
+    grad = call.grad.contiguous()
+    dtable = dpad = dscale = None
     with guard(qkv):
         if in_one_tile(arch_of(qkv.device), problem.key("backward")):
-            dbias, dpad, dscale = _backward(problem, grad, dqkv, wanted)
+            found = _backward(problem, grad, dqkv, kernels_wanted)
         else:
+            stats = call.stats
             if stats.device.type == "cpu" and stats.flatten()[-1] < 0:
                 # The forward ran on another backend, which saves none.
-                _, stats = forward(
-                    qkv, window, shift, table, pad, logit_scale, scale, roll_first, grid, True
-                )
-            dbias, dpad, dscale = _large_backward(problem, grad, stats, dqkv, wanted)
-        if dbias is not None:
-            dbias = _folded(dbias, table, window)
-    if wants_pad:
-        sums = torch.zeros_like(pad, memory_format=torch.contiguous_format)
-        if dpad is not None:  # In float64, since as many rounding errors would meet here.
-            sums[1:] = dpad.sum(0, dtype=torch.float64)
-        dpad = sums
-    if dscale is not None:  # of exp(min(x, largest))
-        x = logit_scale.to(dscale.dtype)
+                _, stats = forward(given)
+            found = _large_backward(problem, grad, stats, dqkv, kernels_wanted)
+        if found.bias is not None and call.table is not None:
+            dtable = _folded(found.bias, call.table, given.window)
+    if wanted.pad and pad is not None:
+        dpad = torch.zeros_like(pad, memory_format=torch.contiguous_format)
+        if found.pad is not None:  # In float64, since as many rounding errors would meet here.
+            dpad[1:] = found.pad.sum(0, dtype=torch.float64)
+    if found.scale is not None and call.logit_scale is not None:  # of exp(min(x, largest))
+        x = call.logit_scale.to(found.scale.dtype)
         slope = x.clamp(max=LARGEST_SCALE).exp() * (x <= LARGEST_SCALE)
-        dscale = (dscale.sum(0, dtype=torch.float64) * slope).to(logit_scale.dtype)
-    found = (dqkv, dbias, dpad, dscale)
-    return tuple(qkv.new_empty(0) if t is None else t for t in found)
+        dscale = (found.scale.sum(0, dtype=torch.float64) * slope).to(call.logit_scale.dtype)
+    results = (dqkv, dtable, dpad, dscale)
+    return tuple(qkv.new_empty(0) if t is None else t for t in results)
 
 
-def _backward(problem, grad, dqkv, wanted):
+def _backward(
+    problem: _Problem, grad: torch.Tensor, dqkv: torch.Tensor | None, wanted: _Wanted
+) -> _Sums:
+    """Writes dqkv by the kernel of windows of one tile."""
     heads, d, n = problem.heads, problem.qkv.shape[-1], problem.tokens
-    parts = problem.parts(_SUMMING if wanted[1] or wanted[3] else _PROGRAMS, 1)
-    dbias = problem.sums(wanted[1], parts, heads, n, n)
-    dpad = problem.sums(wanted[2], problem.windows, 2, heads, d)
-    dscale = problem.sums(wanted[3], parts, heads)
+    parts = problem.parts(_SUMMING if wanted.table or wanted.logit_scale else _PROGRAMS, 1)
+    sums = _Sums(
+        problem.sums(parts, heads, n, n) if wanted.table else None,
+        problem.sums(problem.windows, 2, heads, d) if wanted.pad else None,
+        problem.sums(parts, heads) if wanted.logit_scale else None,
+    )
     problem.launch(
-        "backward", parts, 1, grad_ptr=grad, dqkv_ptr=dqkv, dbias_ptr=dbias, dpad_ptr=dpad,
-        dscale_ptr=dscale,
+        "backward", parts, 1, grad_ptr=grad, dqkv_ptr=dqkv, dbias_ptr=sums.bias,
+        dpad_ptr=sums.pad, dscale_ptr=sums.scale,
     )  # fmt: skip
-    return dbias, dpad, dscale
+    return sums
 
 
-def _large_backward(problem, grad, stats, dqkv, wanted):
+def _large_backward(
+    problem: _Problem, grad: torch.Tensor, stats: torch.Tensor, dqkv: torch.Tensor | None,
+    wanted: _Wanted,
+) -> _Sums:  # fmt: skip
+    """Writes dqkv by the passes for windows of several tiles."""
     heads, d, n = problem.heads, problem.qkv.shape[-1], problem.tokens
-    others = wanted[0] or wanted[1] or wanted[2]  # than queries, and they need delta
-    delta = problem.sums(others, problem.windows, heads, n)
+    others = wanted.qkv or wanted.table or wanted.pad  # than queries, and they need delta
+    delta = problem.sums(problem.windows, heads, n) if others else None
     given = {"grad_ptr": grad, "stats_ptr": stats, "delta_ptr": delta}
     dbias = dpad = None
     tiles = triton.cdiv(n, problem.blocks("queries").blocks["BLOCK_M"])
     parts = problem.parts(_PROGRAMS, tiles)
-    dscale = problem.sums(wanted[3], parts * tiles, heads)
+    dscale = problem.sums(parts * tiles, heads) if wanted.logit_scale else None
     problem.launch("queries", parts, tiles, **given, dqkv_ptr=dqkv, dscale_ptr=dscale)
-    if wanted[0] or wanted[2]:
+    if wanted.qkv or wanted.pad:
         tiles = triton.cdiv(n, problem.blocks("keys").blocks["BLOCK_N"])
         parts = problem.parts(_PROGRAMS, tiles)
-        dpad = problem.sums(wanted[2], parts * tiles, 2, heads, d)
+        dpad = problem.sums(parts * tiles, 2, heads, d) if wanted.pad else None
         problem.launch("keys", parts, tiles, **given, dqkv_ptr=dqkv, dpad_ptr=dpad)
-    if wanted[1]:
+    if wanted.table:
         blocks = problem.blocks("bias").blocks
         tiles = triton.cdiv(n, blocks["BLOCK_M"]) * triton.cdiv(n, blocks["BLOCK_N"])
         parts = problem.parts(_SUMMING, tiles)
-        dbias = problem.sums(True, parts, heads, n, n)
+        dbias = problem.sums(parts, heads, n, n)
         problem.launch("bias", parts, tiles, **given, dbias_ptr=dbias)
-    return dbias, dpad, dscale
+    return _Sums(dbias, dpad, dscale)
 
 
-def _folded(dbias, table, window):
+def _folded(dbias: torch.Tensor, table: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
     """The gradient of the table from those of the scores, [parts, heads, N, N]."""
     heads = dbias.shape[1]
     total = dbias.sum(0) if len(dbias) > 1 else dbias[0]
@@ -296,7 +341,8 @@ _CASES = (
 
 
 def variants(arch: Arch) -> list[Variant]:
-    found = []
+    """Every pass x window of timm's models x dtype."""
+    found: list[Variant] = []
     for name, window, extra, dtypes in _CASES:
         for dtype in dtypes:
             key = _key("backward", dtype, 32, window[0] * window[1], extra)
@@ -306,7 +352,9 @@ def variants(arch: Arch) -> list[Variant]:
     return [*found, *(_fold_variant(w) for w in ((7, 7), (16, 16)))]
 
 
-def _variant(arch, which, name, window, extra, dtype):
+def _variant(
+    arch: Arch, which: str, name: str, window: tuple[int, int], extra: str, dtype: torch.dtype
+) -> Variant:
     kernel = _KERNELS[which]
     key = _key(which, dtype, 32, window[0] * window[1], extra)
     launch = launch_of(f"window_attention.{which}", arch, key, launch_heuristic)
@@ -326,7 +374,7 @@ def _variant(arch, which, name, window, extra, dtype):
     return Variant(name, kernel, signature, constants, launch, dots=dtype != torch.float32)
 
 
-def _fold_variant(window):
+def _fold_variant(window: tuple[int, int]) -> Variant:
     constants = {"WH": window[0], "WW": window[1], "ACC": tl.float32, **_FOLD.blocks}
     signature = {"dbias_ptr": "*fp32", "dtable_ptr": "*fp32", "heads": "i32"}
     name = f"fold-{window[0]}-fp32"

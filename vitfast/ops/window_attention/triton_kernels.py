@@ -4,7 +4,7 @@ Floors, a window of N tokens: 4 N^2 D flops a head forward and 10 backward; 4 to
 are read and written forward and 7 backward. A window of 49 tokens is bound by memory: 98 flops for
 each 2-byte element. There a program takes one head and several windows, gathers the bias once, and
 asks for no more of memory than these floors. Windows of more than a tile take the passes of
-triton_large.py: 18 N^2 D flops, and 4 more where the bias has a gradient.
+triton_kernels_large.py: 18 N^2 D flops, and 4 more where the bias has a gradient.
 
 Scores are in units of log2. A head dim is padded to a power of two: Swin's are 32. Index
 arithmetic does what in timm are a roll, a padding, a partition, a gather of the bias and a mask.
@@ -90,14 +90,20 @@ def position(n, table_p, WW: tl.constexpr, TURNED: tl.constexpr):
 
 
 @triton.jit
-def origin(table_ptr, h, table_p, table_h, WH: tl.constexpr, WW: tl.constexpr):
+def origin(
+    table_ptr,  # [(2 WH - 1)(2 WW - 1), heads], strides table_p, table_h
+    h, table_p, table_h, WH: tl.constexpr, WW: tl.constexpr,
+):  # fmt: skip
     """The table's entry for a token and itself."""
     middle: tl.constexpr = (WH - 1) * (2 * WW - 1) + WW - 1
     return table_ptr + h * table_h + tl.full([], middle, tl.int64) * table_p
 
 
 @triton.jit
-def biases(middle_ptr, rows, columns, real_rows, real_columns, ACC: tl.constexpr):
+def biases(
+    middle_ptr,  # the table from `origin` on
+    rows, columns, real_rows, real_columns, ACC: tl.constexpr,
+):  # fmt: skip
     """[rows, columns] of biases in units of log2, from positions (queries', or keys' negated)."""
     mask = real_rows[:, None] & real_columns[None, :]
     at = rows[:, None] - columns[None, :]
@@ -106,8 +112,10 @@ def biases(middle_ptr, rows, columns, real_rows, real_columns, ACC: tl.constexpr
 
 @triton.jit
 def rows_of(
-    qkv_ptr, at, PART: tl.constexpr, step, step_d, pad_ptr, h, width, live, padding, column,
-    D: tl.constexpr,
+    qkv_ptr,  # [B, H, W, 3, heads, D], strides qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d
+    at, PART: tl.constexpr, step, step_d,
+    pad_ptr,  # [3, heads, D], contiguous, dtype of qkv; None: zeros
+    h, width, live, padding, column, D: tl.constexpr,
 ):  # fmt: skip
     """q (0), k (1) or v (2) of tokens, [tokens, BLOCK_D]; one row for all padding; else zeros."""
     inside = column < D
@@ -121,7 +129,10 @@ def rows_of(
 
 
 @triton.jit
-def grads_of(grad_ptr, at, live, column, D: tl.constexpr):
+def grads_of(
+    grad_ptr,  # [B, H, W, heads, D], contiguous
+    at, live, column, D: tl.constexpr,
+):  # fmt: skip
     """Rows of the contiguous gradient; zeros for padding, of which there is no output."""
     mask = live[:, None] & (column < D)[None, :]
     return tl.load(grad_ptr + at[:, None] + column[None, :], mask=mask, other=0.0)
@@ -149,7 +160,11 @@ def through_units(d, x, inverse, COSINE: tl.constexpr):
 
 
 @triton.jit
-def factor_of(scale, logit_ptr, h, ACC: tl.constexpr):
+def factor_of(
+    scale,
+    logit_ptr,  # [heads]; None: no cosines
+    h, ACC: tl.constexpr,
+):  # fmt: skip
     """What a head's products are multiplied by."""
     factor = scale
     if logit_ptr is not None:
@@ -158,7 +173,11 @@ def factor_of(scale, logit_ptr, h, ACC: tl.constexpr):
 
 
 @triton.jit
-def put(ptr, value, at, live, column, D: tl.constexpr):
+def put(
+    ptr,  # rows of D beside each other, at offsets `at`
+    value, at, live, column, D: tl.constexpr,
+):  # fmt: skip
+    """Writes the rows of value, [tokens, BLOCK_D], that are in the map."""
     mask = live[:, None] & (column < D)[None, :]
     tl.store(ptr + at[:, None] + column[None, :], value.to(ptr.dtype.element_ty), mask=mask)
 
@@ -171,15 +190,21 @@ def summed(d, padding):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    qkv_ptr, table_ptr, pad_ptr, logit_ptr, out_ptr, stats_ptr, windows, per, high, wide, heads,
-    scale, shift_y, shift_x, qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
+    qkv_ptr,  # [B, H, W, 3, heads, D], strides qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d
+    table_ptr,  # [(2 WH - 1)(2 WW - 1), heads], strides table_p, table_h; or None
+    pad_ptr,  # [3, heads, D], contiguous, dtype of qkv; None: zeros
+    logit_ptr,  # [heads]; None: no cosines
+    out_ptr,  # [B, H, W, heads, D], contiguous, written
+    stats_ptr,  # [2, windows, heads, N], ACC: shifts in units of log2, and sums, written; or None
+    windows, per, high, wide, heads, scale, shift_y, shift_x,
+    qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
     SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out [B, H, W, heads, D] of a tile of queries of `per` windows, over all keys of each.
+    """The result of a tile of queries of `per` windows, over all keys of each.
 
-    Statistics [2, windows, heads, N]: each row's shift, and the sum of its weights relative to it.
+    Statistics are each row's shift, and the sum of its weights relative to it.
     """
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = logit_ptr is not None
@@ -253,7 +278,15 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    qkv_ptr, table_ptr, pad_ptr, logit_ptr, grad_ptr, dqkv_ptr, dbias_ptr, dpad_ptr, dscale_ptr,
+    qkv_ptr,  # [B, H, W, 3, heads, D], strides qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d
+    table_ptr,  # [(2 WH - 1)(2 WW - 1), heads], strides table_p, table_h; or None
+    pad_ptr,  # [3, heads, D], contiguous, dtype of qkv; None: zeros
+    logit_ptr,  # [heads]; None: no cosines
+    grad_ptr,  # [B, H, W, heads, D], contiguous
+    dqkv_ptr,  # [B, H, W, 3, heads, D], contiguous, written; or None
+    dbias_ptr,  # [programs, heads, N, N], ACC, written; or None
+    dpad_ptr,  # [windows, 2, heads, D], ACC, written: of k and v; or None
+    dscale_ptr,  # [programs, heads], ACC, written; or None
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
@@ -262,10 +295,9 @@ def backward_kernel(
 ):  # fmt: skip
     """All gradients of `per` windows of at most WHOLE tokens; softmax is made again.
 
-    Sums over the program's windows, for those wanted: dbias [programs, heads, N, N] of the scores'
-    gradients, and dscale [programs, heads] of them times the cosines. Of each window, since sums
-    kept from one to the next would take registers: dpad [windows, 2, heads, D] of k and v (a query
-    in the padding has no output).
+    Sums over the program's windows, for those wanted: dbias of the scores' gradients, and dscale of
+    them times the cosines. Of each window, since sums kept from one to the next would take
+    registers: dpad of k and v (a query in the padding has no output).
     """
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = logit_ptr is not None

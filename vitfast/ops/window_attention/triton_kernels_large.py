@@ -31,7 +31,10 @@ from vitfast.runtime.triton import COUNTS
 
 
 @triton.jit
-def _state(stats_ptr, w, windows, h, m, heads, N: tl.constexpr):
+def _state(
+    stats_ptr,  # [2, windows, heads, N], ACC: shifts in units of log2, and sums
+    w, windows, h, m, heads, N: tl.constexpr,
+):  # fmt: skip
     """Shift and 1 / sum of queries m of window w.
 
     Where the forward ran on a backend that leaves no statistics, 1 / sum is NaN, and so is all
@@ -45,14 +48,21 @@ def _state(stats_ptr, w, windows, h, m, heads, N: tl.constexpr):
 
 
 @triton.jit
-def _delta(delta_ptr, w, h, m, heads, N: tl.constexpr):
+def _delta(
+    delta_ptr,  # [windows, heads, N], ACC
+    w, h, m, heads, N: tl.constexpr,
+):  # fmt: skip
+    """Delta of queries m of window w, as `queries_kernel` left it."""
     at = (tl.full([], w, tl.int64) * heads + h) * N + m
     return tl.load(delta_ptr + at, mask=m < N, other=0.0)
 
 
 @triton.jit
 def _weights(
-    qkv_ptr, table_ptr, pad_ptr, q, g, shift, inverse, m, position_m, side, bits, factor, first,
+    qkv_ptr,  # [B, H, W, 3, heads, D], strides qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d
+    table_ptr,  # the table from `origin` on, or None
+    pad_ptr,  # [3, heads, D], contiguous, dtype of qkv; None: zeros
+    q, g, shift, inverse, m, position_m, side, bits, factor, first,
     w, b, h, high, wide, shift_y, shift_x, qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p,
     width, column, WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, ACC: tl.constexpr,
     COSINE: tl.constexpr, SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr,
@@ -83,16 +93,24 @@ def _weights(
 
 @triton.jit(do_not_specialize=COUNTS)
 def queries_kernel(
-    qkv_ptr, table_ptr, pad_ptr, logit_ptr, grad_ptr, stats_ptr, delta_ptr, dqkv_ptr, dscale_ptr,
+    qkv_ptr,  # [B, H, W, 3, heads, D], strides qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d
+    table_ptr,  # [(2 WH - 1)(2 WW - 1), heads], strides table_p, table_h; or None
+    pad_ptr,  # [3, heads, D], contiguous, dtype of qkv; None: zeros
+    logit_ptr,  # [heads]; None: no cosines
+    grad_ptr,  # [B, H, W, heads, D], contiguous
+    stats_ptr,  # [2, windows, heads, N], ACC: shifts in units of log2, and sums
+    delta_ptr,  # [windows, heads, N], ACC, written; or None
+    dqkv_ptr,  # [B, H, W, 3, heads, D], contiguous, written; or None
+    dscale_ptr,  # [programs, heads], ACC, written; or None
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
     SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Delta and gradients of a tile of queries of `per` windows; dscale [programs, heads].
+    """Delta and gradients of a tile of queries of `per` windows.
 
-    Delta [windows, heads, N] is the mean of dP by the weights P, so that dS = P (dP - delta) sums
+    Delta is the mean of dP by the weights P, so that dS = P (dP - delta) sums
     to zero over a query's keys: what the table comes from may live on differences of its gradient
     (Swin V2's MLP does), which are far below the rounding of the forward's output. So all keys are
     taken twice, first for delta.
@@ -162,14 +180,22 @@ def queries_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def keys_kernel(
-    qkv_ptr, table_ptr, pad_ptr, logit_ptr, grad_ptr, stats_ptr, delta_ptr, dqkv_ptr, dpad_ptr,
+    qkv_ptr,  # [B, H, W, 3, heads, D], strides qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d
+    table_ptr,  # [(2 WH - 1)(2 WW - 1), heads], strides table_p, table_h; or None
+    pad_ptr,  # [3, heads, D], contiguous, dtype of qkv; None: zeros
+    logit_ptr,  # [heads]; None: no cosines
+    grad_ptr,  # [B, H, W, heads, D], contiguous
+    stats_ptr,  # [2, windows, heads, N], ACC: shifts in units of log2, and sums
+    delta_ptr,  # [windows, heads, N], ACC
+    dqkv_ptr,  # [B, H, W, 3, heads, D], contiguous, written; or None
+    dpad_ptr,  # [programs, 2, heads, D], ACC, written: of k and v; or None
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
     SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values of `per` windows; dpad [programs, 2, heads, D]."""
+    """Gradients of a tile of keys and values of `per` windows."""
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = logit_ptr is not None
     TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -240,14 +266,21 @@ def keys_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def bias_kernel(
-    qkv_ptr, table_ptr, pad_ptr, logit_ptr, grad_ptr, stats_ptr, delta_ptr, dbias_ptr,
+    qkv_ptr,  # [B, H, W, 3, heads, D], strides qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d
+    table_ptr,  # [(2 WH - 1)(2 WW - 1), heads], strides table_p, table_h
+    pad_ptr,  # [3, heads, D], contiguous, dtype of qkv; None: zeros
+    logit_ptr,  # [heads]; None: no cosines
+    grad_ptr,  # [B, H, W, heads, D], contiguous
+    stats_ptr,  # [2, windows, heads, N], ACC: shifts in units of log2, and sums
+    delta_ptr,  # [windows, heads, N], ACC
+    dbias_ptr,  # [parts, heads, N, N], ACC, written
     windows, per, high, wide, heads, scale, shift_y, shift_x,
     qkv_b, qkv_y, qkv_x, qkv_3, qkv_h, qkv_d, table_p, table_h,
     WH: tl.constexpr, WW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, ACC: tl.constexpr,
     SHIFTED: tl.constexpr, ROLL_FIRST: tl.constexpr, GRID: tl.constexpr, TURNED: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the scores on one tile of one head, over `per` windows: [parts, heads, N, N]."""
+    """Gradients of the scores on one tile of one head, over `per` windows."""
     N: tl.constexpr = WH * WW
     COSINE: tl.constexpr = logit_ptr is not None
     ACROSS: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -296,10 +329,12 @@ def bias_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def fold_kernel(
-    dbias_ptr, dtable_ptr, heads, WH: tl.constexpr, WW: tl.constexpr, ACC: tl.constexpr,
+    dbias_ptr,  # [heads, N, N], float32 or float64
+    dtable_ptr,  # [(2 WH - 1)(2 WW - 1), heads], contiguous, written
+    heads, WH: tl.constexpr, WW: tl.constexpr, ACC: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """dtable [(2 WH - 1)(2 WW - 1), heads] from [heads, N, N]: sums over pairs of one position."""
+    """The table's gradient from that of the scores: sums over pairs of one relative position."""
     N: tl.constexpr = WH * WW
     ACROSS: tl.constexpr = 2 * WW - 1
     ENTRIES: tl.constexpr = (2 * WH - 1) * ACROSS
