@@ -11,6 +11,11 @@ import subprocess
 import sys
 from typing import Any
 
+import torch
+
+import vitfast.swap  # noqa: F401 so that what it takes counts before the first look at memory
+from vitfast.bench import memory, modules, peers
+from vitfast.bench.record import Row
 from vitfast.errors import VitfastError
 
 _START = (
@@ -48,11 +53,6 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
 
 def measure(arguments: dict[str, Any]) -> float | None:
     """What the child runs; imports come before the first look at memory, so they do not count."""
-    import torch
-
-    import vitfast.swap  # noqa: F401
-    from vitfast.bench import memory, modules, peers
-
     torch.set_num_threads(arguments["threads"])
     device, contender = arguments["device"], arguments["contender"]
     if contender in ("onnxruntime", "openvino") and importlib.util.find_spec(contender):
@@ -71,3 +71,14 @@ def measure(arguments: dict[str, Any]) -> float | None:
         call()
     peak = memory.peak_mb(device)
     return None if peak is None else peak - before
+
+
+def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: modules.Progress) -> None:
+    """Peak memory of every contender of a model's row, each in a fresh process."""
+    measured = [name for name, result in row.results.items() if result.median_ms is not None]
+    for i, name in enumerate(measured):
+        progress(f"memory of {name}", i / len(measured))
+        try:
+            row.results[name].peak_mb = peak_in_child({**case_arguments, "contender": name})
+        except ChildError as error:
+            row.note = "; ".join(filter(None, [row.note, f"memory of {name}: {error}"]))

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from vitfast.bench import machine, memory, peers, zoo
-from vitfast.bench.child import ChildError, peak_in_child
 from vitfast.bench.peers import PeerUnavailableError, Setting
 from vitfast.bench.record import Result, Row
 from vitfast.bench.timer import interleave, stopwatch
@@ -197,17 +196,6 @@ def measure(
     del calls
     machine.rate(row, cost, setting.device, setting.dtype)
     return row
-
-
-def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: Progress) -> None:
-    """Peak memory of every contender of a model's row, each in a fresh process."""
-    measured = [name for name, result in row.results.items() if result.median_ms is not None]
-    for i, name in enumerate(measured):
-        progress(f"memory of {name}", i / len(measured))
-        try:
-            row.results[name].peak_mb = peak_in_child({**case_arguments, "contender": name})
-        except ChildError as error:
-            row.note = "; ".join(filter(None, [row.note, f"memory of {name}: {error}"]))
 
 
 def _megabytes(module: nn.Module) -> float:

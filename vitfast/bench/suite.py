@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vitfast.bench import modules, ops
+from vitfast.bench.child import add_model_memory
 from vitfast.bench.peers import Setting, first_line
 from vitfast.bench.record import Row
 from vitfast.errors import InputValueError
@@ -130,7 +131,7 @@ def _model(part: Part, setting: Setting, options: Options, progress: modules.Pro
             "dtype": row.dtype, "device": setting.device, "train": setting.train,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
-        modules.add_model_memory(row, arguments, say)
+        add_model_memory(row, arguments, say)
     return row
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vitfast.errors import InputValueError
 
 if TYPE_CHECKING:
-    from vitfast.bench.showcase import Outcome
+    from vitfast.demo.showcase import Outcome
 
 REPORT = "vitfast-demo.html"
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from vitfast.bench import html, machine, peers, photo, record, showcase
+    from vitfast.bench import machine, peers, record
     from vitfast.bench.progress import progress_bar
+    from vitfast.demo import page, photo, showcase
 
     target = Path(args.output)
     target = record.check_writable(target / REPORT if target.is_dir() else target)
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             outcomes.append(stage.run(name, size, lambda text, share, i=i: show(text, i + share)))
     facts = machine.describe(device)
     _show(outcomes, facts["name"], credit)
-    record.write_text(target, html.page(outcomes, facts, picture, credit, args.pretrained))
+    record.write_text(target, page.render(outcomes, facts, picture, credit, args.pretrained))
     print(f"report: {target}")
     return int(not all(outcome.within_budget for outcome in outcomes))
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vitfast.bench import modules, showcase
+from vitfast.bench import modules
 from vitfast.bench.peers import Setting
-from vitfast.bench.showcase import Outcome, Showcase, parse_models
+from vitfast.demo import showcase
+from vitfast.demo.showcase import Outcome, Showcase, parse_models
 from vitfast.errors import InputValueError
 from vitfast.swap import SwapReport
 

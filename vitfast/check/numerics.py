@@ -175,8 +175,8 @@ def plain_arithmetic() -> Iterator[None]:
 
 
 def check_hardware(spec: OpSpec, seed: int) -> Iterator[Finding]:
-    """What only a GPU can show of an op's own kernels: see `vitfast.bench.hardware`."""
-    from vitfast.bench import hardware
+    """What only a GPU can show of an op's own kernels: see `vitfast.check.hardware`."""
+    from vitfast.check import hardware
 
     for backend in OWN_KERNELS & spec.dispatcher.backends.keys():
         for name, faults in hardware.all_checks(spec, backend, seed):

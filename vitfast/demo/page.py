@@ -11,7 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from vitfast.bench.report import MISSING, digits, megabytes, milliseconds
-from vitfast.bench.showcase import Outcome
+from vitfast.demo.showcase import Outcome
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -100,7 +100,7 @@ budget: {{ o.budget_from }}.</p>{% endfor %}
 """
 
 
-def page(
+def render(
     outcomes: Sequence[Outcome],
     machine: dict[str, Any],
     photo: Image | None,
