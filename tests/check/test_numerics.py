@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vitfast.bench import ops
-from vitfast.check import numerics
+from vitfast.check import findings, numerics
 from vitfast.ops.spec import Sample
 from vitfast.runtime.dispatch import Backend
 
@@ -43,14 +43,14 @@ def test_every_backend_dtype_and_pass_is_checked(layer_norm, sample):
         for dtype in layer_norm.dtypes
         for passes in ("forward", "backward")
     }
-    assert {f.state for f in found} <= {numerics.OK, numerics.REFUSED}
+    assert {f.state for f in found} <= {findings.OK, findings.REFUSED}
     assert sum(f.picked for f in found) == 2 * len(layer_norm.dtypes)
 
 
 def test_a_wrong_backend_is_found(monkeypatch, layer_norm, sample):
     with_backend(monkeypatch, layer_norm, lambda r: (1.1 * r[0], *r[1:]))
     found = list(numerics.check_op(layer_norm, sample))
-    wrong = [f for f in found if f.state == numerics.WRONG]
+    wrong = [f for f in found if f.state == findings.WRONG]
     assert {(f.backend, f.passes) for f in wrong} == {("reference", "forward")}
     assert all(f.error_over_budget > 1 and "max error" in f.reason for f in wrong)
 
@@ -60,14 +60,14 @@ def test_a_crash_is_a_finding(monkeypatch, layer_norm, sample):
         raise IndexError("out of range")
 
     with_backend(monkeypatch, layer_norm, crash)
-    wrong = [f for f in numerics.check_op(layer_norm, sample) if f.state == numerics.WRONG]
+    wrong = [f for f in numerics.check_op(layer_norm, sample) if f.state == findings.WRONG]
     assert {f.reason for f in wrong} == {"IndexError: out of range"}
 
 
 def test_a_refusal_is_no_error(monkeypatch, layer_norm, sample):
     with_backend(monkeypatch, layer_norm, tuple, can_run=lambda *args: ["no such engine"])
     refused = [f for f in numerics.check_op(layer_norm, sample) if f.backend == "reference"]
-    assert {(f.state, f.reason) for f in refused} == {(numerics.REFUSED, "no such engine")}
+    assert {(f.state, f.reason) for f in refused} == {(findings.REFUSED, "no such engine")}
 
 
 def test_a_swapped_model_is_checked(monkeypatch):
@@ -75,7 +75,7 @@ def test_a_swapped_model_is_checked(monkeypatch):
     monkeypatch.setitem(numerics.MODEL_SIZES, "vit", (64, 64))
     found = list(numerics.check_model("vit", torch.float32))
     assert [f.passes for f in found] == ["forward", "backward"]
-    assert all(f.state == numerics.OK and 0 < f.error_over_budget <= 1 for f in found), found
+    assert all(f.state == findings.OK and 0 < f.error_over_budget <= 1 for f in found), found
 
 
 def test_a_model_of_which_nothing_is_swapped_is_wrong(monkeypatch):
@@ -83,46 +83,7 @@ def test_a_model_of_which_nothing_is_swapped_is_wrong(monkeypatch):
     monkeypatch.setitem(numerics.MODEL_SIZES, "vit", (64, 64))
     monkeypatch.setitem(numerics.MODEL_OPTIONS, "vit", {})
     found = list(numerics.check_model("vit", torch.bfloat16))
-    assert [f.state for f in found] == [numerics.WRONG]
-
-
-def test_tables_show_the_worst_and_the_state():
-    def finding(**changes):
-        values = {
-            "level": "op", "name": "a", "case": "s", "dtype": "float32", "passes": "forward",
-            "backend": "cpu", "state": numerics.OK, "error_over_budget": 0.2,
-        }  # fmt: skip
-        return numerics.Finding(**{**values, **changes})
-
-    header, lines = numerics.op_table(
-        [
-            finding(picked=True),
-            finding(case="t", error_over_budget=0.7),
-            finding(backend="vendor", state=numerics.REFUSED, error_over_budget=None),
-            finding(backend="cuda", state=numerics.WRONG, error_over_budget=3.0),
-            finding(level="model"),
-        ]
-    )
-    assert header == ("op", "backend", "float32 forward", "state", "picked")
-    assert lines == [
-        ("a", "cpu", "0.70", "ok", "1 of 2"),
-        ("a", "vendor", "-", "cannot run", ""),
-        ("a", "cuda", "3.00", "wrong", ""),
-    ]
-    assert numerics.model_table([finding(level="model")])[1] == [("a", "s", "0.20", "ok")]
-
-
-def test_a_wrong_or_unfinished_op_is_not_verified():
-    def found(op, state, level="op"):
-        return numerics.Finding(level, op, "x", "", "", "triton", state)
-
-    findings = [
-        found("layer_norm", numerics.OK), found("rms_norm", numerics.OK),
-        found("rms_norm", numerics.WRONG, "hardware"), found("attention", numerics.REFUSED),
-        found("mlp", numerics.OK),
-    ]  # fmt: skip
-    assert numerics.verified(findings) == ["layer_norm", "mlp"]
-    assert numerics.verified(findings, ["mlp: hardware"]) == ["layer_norm"]
+    assert [f.state for f in found] == [findings.WRONG]
 
 
 def test_processes_find_what_one_finds():
@@ -132,14 +93,14 @@ def test_processes_find_what_one_finds():
     shared = list(numerics.check_ops(cases, "cpu", workers=2))
     assert [len(found) for found in shared] == [len(found) for found in alone]
     assert [f.case for found in shared for f in found] == [f.case for found in alone for f in found]
-    assert {f.state for found in shared for f in found} <= {numerics.OK, numerics.REFUSED}
+    assert {f.state for found in shared for f in found} <= {findings.OK, findings.REFUSED}
 
 
 def test_a_process_that_dies_condemns_its_op(monkeypatch, layer_norm):
     """Found by its name, this sample does not exist: as good as a crash."""
     (found,) = numerics.check_ops([(layer_norm, Sample("no such", lambda *_: ((), {})))], "cpu", 1)
-    assert [(f.backend, f.state) for f in found] == [("triton", numerics.WRONG)]
-    assert numerics.verified(found) == []
+    assert [(f.backend, f.state) for f in found] == [("triton", findings.WRONG)]
+    assert findings.verified(found) == []
 
 
 def test_plain_arithmetic_is_torchs_own_again_afterwards():

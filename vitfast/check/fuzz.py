@@ -1,4 +1,4 @@
-"""Random problems for an op's backend, judged as the samples of its spec are."""
+"""Fuzzing: random problems for one backend of an op, judged as the samples of its spec are."""
 
 from __future__ import annotations
 
@@ -16,27 +16,38 @@ from vitfast.testing.cases import Case
 def fuzz(
     spec: OpSpec, backend: str, device: str, seed: int, seconds: float, dtypes: list[torch.dtype]
 ) -> tuple[int, list[str]]:
-    """Random shapes until the time is over: how many ran, and the faults, each with its seed.
+    """Run random problems one after another until the time is over.
 
-    A fault is replayed by `fuzz_one` with the same number.
+    Args:
+        seed: number of the first problem; the next have the numbers that follow.
+        dtypes: working dtypes, taken in turns.
+
+    Returns:
+        How many problems ran, which leaves out those that the backend refuses, and the faults as
+        sentences. Each names its seed, with which `fuzz_one` runs the problem again.
     """
-    ran, wrong = 0, []
+    ran = 0
+    faults: list[str] = []
     end = time.monotonic() + seconds
     for number in itertools.count(seed):
         if time.monotonic() > end:
             break
         try:
-            wrong += fuzz_one(spec, backend, device, number, dtypes)
+            faults += fuzz_one(spec, backend, device, number, dtypes)
             ran += 1
         except BackendUnavailableError:
             continue
-    return ran, wrong
+    return ran, faults
 
 
 def fuzz_one(
     spec: OpSpec, backend: str, device: str, seed: int, dtypes: list[torch.dtype]
 ) -> list[str]:
-    """One random problem, drawn from its number alone."""
+    """The faults of one random problem, forward and backward; an exception is one.
+
+    Raises:
+        BackendUnavailableError: the backend refuses this problem.
+    """
     dtype = dtypes[seed % len(dtypes)]
     sample = Sample(f"seed_{seed}", lambda d, g: random_call(spec.name, d, seed))
     case = Case(spec, sample, dtype)

@@ -1,18 +1,20 @@
-"""What only the hardware can show of GPU kernels: checks beyond the samples of the specs.
+"""What only a GPU can show of an op's own kernels, beyond the samples of its spec.
 
-Each check takes an op's spec, a backend and a device, and gives the faults that it found. Those
-that need no GPU (`fuzz`, `determinism`) run on the CPU too.
+Each check runs one backend of an op and gives the faults that it found as sentences; an empty list
+is a pass. `determinism` runs on the CPU too, so that it can be tested there.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from vitfast import ops
+from vitfast.check.findings import OK, OWN_KERNELS, WRONG, Finding
 from vitfast.check.fuzz import fuzz
 from vitfast.errors import BackendUnavailableError
 from vitfast.ops.spec import OpSpec, Sample, randn
@@ -20,20 +22,28 @@ from vitfast.testing.cases import Case
 from vitfast.testing.inputs import OpCall, materialise, outputs_of
 
 REPEATS = 50
+"""Calls whose results must have the same bits."""
+FUZZ_SECONDS = 8.0
+"""Time for the random problems of one backend."""
+BEYOND_ROWS = 2**21 + 128
+"""Rows of 1024 elements: together just more than 2^31 elements."""
 
 
 def determinism(
     spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str, device: str,
     repeats: int = REPEATS,
 ) -> list[str]:  # fmt: skip
-    """The same bits every time, forward and backward."""
+    """Outputs and gradients have the same bits in every one of `repeats` calls."""
     case = Case(spec, sample, dtype)
     call = case.call.map(lambda t: t.to(device))
     grads = [g.to(device) for g in case.output_grads]
 
     def run() -> list[torch.Tensor]:
         found = call.gradients(spec.public, grads, names=case.trained, backend=backend)
-        return [*call.run(spec.public, backend=backend), *filter(_is_tensor, found.values())]
+        return [
+            *call.run(spec.public, backend=backend),
+            *(t for t in found.values() if t is not None),
+        ]
 
     first = run()
     for i in range(1, repeats):
@@ -43,11 +53,8 @@ def determinism(
     return []
 
 
-# ---- what needs a GPU ----------------------------------------------------------------------------
-
-
 def streams(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str) -> list[str]:
-    """On a side stream, with work in flight on it, the kernel waits for its inputs."""
+    """On a side stream the kernel waits for inputs that earlier work there is still writing."""
     call = _on_gpu(spec, sample, dtype)
     expected = call.run(spec.public, backend=backend)
     side = torch.cuda.Stream()
@@ -64,7 +71,7 @@ def streams(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str) -> l
 
 
 def graph_capture(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str) -> list[str]:
-    """Captured in a CUDA graph and replayed on other values."""
+    """A call captured in a CUDA graph and replayed gives what a plain call on new values gives."""
     call = _on_gpu(spec, sample, dtype)
     for _ in range(3):
         call.run(spec.public, backend=backend)
@@ -111,14 +118,16 @@ def out_of_memory(spec: OpSpec, sample: Sample, dtype: torch.dtype, backend: str
 
 
 def beyond_int32(op: str, backend: str) -> list[str]:
-    """Tensors of more than 2^31 elements: their end is as right as their beginning."""
+    """On a tensor of more than 2^31 elements, equal rows at its two ends give equal results.
+
+    An offset that overflows 32 bits reads or writes elsewhere.
+    """
     torch.cuda.empty_cache()
-    rows, run = _BEYOND[op]
-    x = torch.empty(rows, 1024, dtype=torch.float16, device="cuda")
+    x = torch.empty(BEYOND_ROWS, 1024, dtype=torch.float16, device="cuda")
     x[:64].normal_()
     x[64:-64].zero_()
     x[-64:] = x[:64]
-    y = run(x, backend)
+    y = _BEYOND[op](x, backend)
     return _different((y[:64],), (y[-64:],), "beyond 2^31 elements")
 
 
@@ -156,28 +165,45 @@ def _beyond_groups(x: torch.Tensor, backend: str) -> torch.Tensor:
     return ops.group_norm_act(x.view(-1, 64, 4, 4), 32, act="relu", backend=backend).view(-1, 1024)
 
 
-_BEYOND: dict[str, tuple[int, Callable[[torch.Tensor, str], torch.Tensor]]] = {
-    "layer_norm": (2**21 + 128, lambda x, b: ops.layer_norm(x, backend=b)),
-    "rms_norm": (2**21 + 128, lambda x, b: ops.rms_norm(x, backend=b)),
-    "residual_add": (2**21 + 128, lambda x, b: ops.residual_add(x, x, backend=b)),
-    "add_norm": (2**21 + 128, lambda x, b: ops.add_norm(x, x, backend=b)[1]),
-    "norm_add": (2**21 + 128, lambda x, b: ops.norm_add(x, x, backend=b)),
-    "patch_merge": (2**21 + 128, _beyond_merge),
-    "linear_act": (2**21 + 128, _beyond_linear),
-    "patch_embed": (2**21 + 128, _beyond_patches),
-    "grn": (2**21 + 128, _beyond_grn),
-    "window_attention": (2**21 + 128, _beyond_windows),
-    "dwconv_norm": (2**21 + 128, _beyond_maps),
-    "group_norm_act": (2**21 + 128, _beyond_groups),
-    "attention": (
-        2**21 + 128,
-        lambda x, b: ops.attention(*(x.view(-1, 64, 16, 64),) * 3, backend=b).flatten(0, 1),
-    ),
+def _beyond_attention(x: torch.Tensor, backend: str) -> torch.Tensor:
+    qkv = x.view(-1, 64, 16, 64)
+    return ops.attention(qkv, qkv, qkv, backend=backend).flatten(0, 1)
+
+
+_BEYOND: dict[str, Callable[[torch.Tensor, str], torch.Tensor]] = {
+    "layer_norm": lambda x, b: ops.layer_norm(x, backend=b),
+    "rms_norm": lambda x, b: ops.rms_norm(x, backend=b),
+    "residual_add": lambda x, b: ops.residual_add(x, x, backend=b),
+    "add_norm": lambda x, b: ops.add_norm(x, x, backend=b)[1],
+    "norm_add": lambda x, b: ops.norm_add(x, x, backend=b),
+    "patch_merge": _beyond_merge,
+    "linear_act": _beyond_linear,
+    "patch_embed": _beyond_patches,
+    "grn": _beyond_grn,
+    "window_attention": _beyond_windows,
+    "dwconv_norm": _beyond_maps,
+    "group_norm_act": _beyond_groups,
+    "attention": _beyond_attention,
 }
+"""Op -> (x [rows, 1024], backend) -> a result of as many rows, each made of rows near it in x."""
+
+
+def check_hardware(spec: OpSpec, seed: int) -> Iterator[Finding]:
+    """A finding for each check of each of the op's own GPU backends.
+
+    Args:
+        seed: number of the first random problem.
+    """
+    for backend in OWN_KERNELS & spec.dispatcher.backends.keys():
+        for name, faults in all_checks(spec, backend, seed):
+            yield Finding(
+                "hardware", spec.name, name, "", "", backend, WRONG if faults else OK,
+                reason="; ".join(faults[:3]),
+            )  # fmt: skip
 
 
 def all_checks(spec: OpSpec, backend: str, seed: int) -> Iterator[tuple[str, list[str]]]:
-    """(name, faults) of every check of one op's backend on the GPU."""
+    """(name, faults) of every check of one backend of an op on the GPU; see `check_hardware`."""
     few = [s for s in spec.samples if "check" in s.tags and "empty" not in s.tags]
     checks = {"streams": streams, "graph capture": graph_capture, "out of memory": out_of_memory}
     dtypes = [torch.bfloat16, torch.float16, torch.float32]
@@ -185,22 +211,23 @@ def all_checks(spec: OpSpec, backend: str, seed: int) -> Iterator[tuple[str, lis
         for dtype in dtypes:
             yield from _guarded(
                 f"determinism {sample.name} {dtype}",
-                lambda s=sample, d=dtype: determinism(spec, s, d, backend, "cuda"),
+                partial(determinism, spec, sample, dtype, backend, "cuda"),
             )
     for name, check in checks.items():
-        yield from _guarded(name, lambda c=check: c(spec, few[0], torch.float16, backend))
+        yield from _guarded(name, partial(check, spec, few[0], torch.float16, backend))
     if spec.name in _BEYOND:
-        yield from _guarded("2^31 elements", lambda: beyond_int32(spec.name, backend))
-    ran, wrong = fuzz(spec, backend, "cuda", seed, 8.0, dtypes)
-    yield f"fuzz: {ran} problems from seed {seed}", wrong
+        yield from _guarded("2^31 elements", partial(beyond_int32, spec.name, backend))
+    ran, faults = fuzz(spec, backend, "cuda", seed, FUZZ_SECONDS, dtypes)
+    yield f"fuzz: {ran} problems from seed {seed}", faults
 
 
 def _guarded(name: str, check: Callable[[], list[str]]) -> Iterator[tuple[str, list[str]]]:
+    """(name, faults) of one check; an exception is a fault. Nothing where the backend refuses."""
     try:
         yield name, check()
     except BackendUnavailableError:
         return
-    except Exception as error:  # one check's crash is a finding, not the end
+    except Exception as error:
         yield name, [f"{type(error).__name__}: {error}"]
 
 
@@ -209,6 +236,7 @@ def _on_gpu(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> OpCall:
 
 
 def _different(expected: Any, got: Any, when: str) -> list[str]:
+    """A fault for each output whose bits differ from the expected one's."""
     pairs = zip(outputs_of(expected), outputs_of(got), strict=True)
     return [
         f"output {i} differs {when}"
@@ -221,7 +249,3 @@ def _bits(t: torch.Tensor) -> torch.Tensor:
     """As integers, so that NaN equals itself and -0 differs from 0."""
     whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     return t.contiguous().view(whole[t.element_size()]) if t.is_floating_point() else t
-
-
-def _is_tensor(t: Any) -> bool:
-    return isinstance(t, torch.Tensor)
