@@ -374,8 +374,9 @@ class _Selection:
 
 def _matched(what: str, choice: Choice, modules: dict[str, nn.Module]) -> set[str]:
     """The paths that match, and those below them."""
-    several = isinstance(choice, Iterable) and not isinstance(choice, (str, type))
-    choices = list(choice) if several else [choice]
+    choices: list[Any] = [choice]
+    if isinstance(choice, Iterable) and not isinstance(choice, (str, type)):
+        choices = list(choice)
     found: set[str] = set()
     for item in choices:
         if isinstance(item, str):

@@ -40,7 +40,7 @@ def test_a_block_keeps_its_other_arguments():
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(InputValueError, match="test_resnet has no list of transformer blocks"):
+    with pytest.raises(InputValueError, match="test_resnet has no list of blocks"):
         modules.block_case("test_resnet", SIZE, 1, Setting())
 
 

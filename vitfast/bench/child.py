@@ -15,6 +15,7 @@ import torch
 
 import vitfast.swap  # noqa: F401 so that what it takes counts before the first look at memory
 from vitfast.bench import memory, modules, peers
+from vitfast.bench.progress import Progress
 from vitfast.bench.record import Row
 from vitfast.errors import VitfastError
 
@@ -73,7 +74,7 @@ def measure(arguments: dict[str, Any]) -> float | None:
     return None if peak is None else peak - before
 
 
-def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: modules.Progress) -> None:
+def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: Progress) -> None:
     """Peak memory of every contender of a model's row, each in a fresh process."""
     measured = [name for name, result in row.results.items() if result.median_ms is not None]
     for i, name in enumerate(measured):

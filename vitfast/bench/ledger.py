@@ -177,8 +177,8 @@ def _op_speeds(records: list[dict[str, Any]]) -> str:
         for row in record["rows"]:
             if row["level"] == "ops":
                 op = row["case"].split()[0]
-                key = (op, row["backend"], row["dtype"], row["passes"], _when(record))
-                lines.setdefault(key, []).append(row)
+                group = (op, row["backend"], row["dtype"], row["passes"], _when(record))
+                lines.setdefault(group, []).append(row)
     names = _peers(row for rows in lines.values() for row in rows)
     order = {name: i for i, name in enumerate(ops.NAMES)}
     rows = []

@@ -1,4 +1,4 @@
-"""Timing a module, a transformer block or a whole model, beside its peers."""
+"""Timing a block or a whole model beside its peers."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from vitfast.bench import machine, memory, peers, zoo
 from vitfast.bench.peers import PeerUnavailableError, Setting
+from vitfast.bench.progress import Progress
 from vitfast.bench.record import Result, Row
 from vitfast.bench.timer import interleave, stopwatch
 from vitfast.errors import InputValueError
@@ -25,8 +26,6 @@ REFERENCE_FLOPS = {"cpu": 3e12, "cuda": 3e14}
 """Above this a float64 run would take longer than the measurement itself, and is left out."""
 TRAIN_WORK = 3.0
 """A backward pass does two matrix products for each one of the forward."""
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass
@@ -102,7 +101,7 @@ def model_case(
 def block_case(
     name: str, img_size: tuple[int, int] | None, batch: int, setting: Setting, seed: int = 0
 ) -> Case:
-    """The first transformer block of a model, on the tokens that reach it there.
+    """The first block of a model, on what reaches it there when the model gets an image.
 
     Raises:
         InputValueError: no such model, no `blocks` in it, or a size that it cannot take.
@@ -111,7 +110,7 @@ def block_case(
     lists = (getattr(m, "blocks", None) for m in model.modules())  # of the model, or its stages
     blocks = next((b for b in lists if isinstance(b, (nn.ModuleList, nn.Sequential))), None)
     if not blocks:
-        raise InputValueError(f"{name} has no list of transformer blocks")
+        raise InputValueError(f"{name} has no list of blocks")
 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Captured(args, kwargs)

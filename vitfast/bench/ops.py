@@ -16,8 +16,9 @@ import torch
 
 from vitfast import ops
 from vitfast.bench import machine, memory
-from vitfast.bench.modules import TRAIN_WORK, Progress, block_case, model_case
+from vitfast.bench.modules import TRAIN_WORK, block_case, model_case
 from vitfast.bench.peers import PeerUnavailableError, Setting, first_line
+from vitfast.bench.progress import Progress
 from vitfast.bench.record import Result, Row
 from vitfast.bench.timer import interleave, stopwatch
 from vitfast.errors import BackendUnavailableError, InputValueError

@@ -71,7 +71,8 @@ def vitfast(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting)
 def compiled(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting) -> Call:
     """torch.compile with its defaults; compiles before it returns."""
     torch._dynamo.reset()
-    call = eager(torch.compile(sharing_copy(module), dynamic=False), inputs, setting)
+    faster: Any = torch.compile(sharing_copy(module), dynamic=False)
+    call = eager(faster, inputs, setting)
     try:
         call()
     except Exception as error:  # inductor raises whatever its compiler raised

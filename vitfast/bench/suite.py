@@ -16,10 +16,11 @@ import torch
 from vitfast.bench import modules, ops
 from vitfast.bench.child import add_model_memory
 from vitfast.bench.peers import Setting, first_line
+from vitfast.bench.progress import Progress, of_part
 from vitfast.bench.record import Row
 from vitfast.errors import InputValueError
 
-Measure = Callable[[modules.Progress], Row]
+Measure = Callable[[Progress], Row]
 MINUTES = {"cpu": 7.0, "cuda": 5.5}
 """Nothing starts after these. A model on a GPU takes up to two, most of them for torch.compile."""
 
@@ -107,14 +108,14 @@ def cases(part: Part, setting: Setting, options: Options) -> list[Measure]:
     return [functools.partial(_op, case, options) for case in found]
 
 
-def _op(case: ops.OpCase, options: Options, progress: modules.Progress) -> Row:
+def _op(case: ops.OpCase, options: Options, progress: Progress) -> Row:
     return ops.measure(
         case, options.wanted["ops"], seconds=options.seconds["ops"],
         with_memory=options.with_memory, progress=progress,
     )  # fmt: skip
 
 
-def _model(part: Part, setting: Setting, options: Options, progress: modules.Progress) -> Row:
+def _model(part: Part, setting: Setting, options: Options, progress: Progress) -> Row:
     build = modules.block_case if part.level == "blocks" else modules.model_case
 
     def say(text: str, share: float) -> None:
@@ -135,14 +136,9 @@ def _model(part: Part, setting: Setting, options: Options, progress: modules.Pro
     return row
 
 
-def _show(progress: modules.Progress, i: int, j: int, count: int, text: str, share: float) -> None:
-    """Progress of case `j` of `count` in part `i`."""
-    progress(text, i + (j + min(share, 1.0)) / count)
-
-
 def run(
     parts: Sequence[Part], setting: Setting, options: Options, minutes: float,
-    progress: modules.Progress, clock: Callable[[], float] = time.monotonic,
+    progress: Progress, clock: Callable[[], float] = time.monotonic,
     keep: Callable[[list[Row], list[str]], None] = lambda rows, notes: None,
 ) -> tuple[list[Row], list[str]]:  # fmt: skip
     """Rows, and a sentence for each thing that was left out: for want of time, or by an error.
@@ -161,7 +157,7 @@ def run(
                 if clock() > end:
                     notes.append(f"{part.title}: {len(found) - j} cases left out, out of time")
                     break
-                rows.append(measure(functools.partial(_show, progress, i, j, len(found))))
+                rows.append(measure(of_part(progress, i, j, len(found))))
                 keep(rows, notes)
             if not found:
                 notes.append(f"{part.title}: left out, out of time")

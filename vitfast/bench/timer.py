@@ -21,7 +21,7 @@ MIN_SAMPLE_SECONDS = 2e-4
 """Shorter calls are repeated within one sample: the clock itself costs some 100 ns."""
 
 SETTLING_SECONDS = 0.05
-"""A first call that was shorter tells little of the second; what ran before it counts."""
+"""Calls under 50 ms run once more, untimed: the first depends on what ran before it."""
 
 
 @dataclass(frozen=True)

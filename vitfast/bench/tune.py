@@ -77,7 +77,7 @@ class Terms:
     def has(self, what: str, key: Mapping[str, int | str]) -> bool:
         return any(entry["key"] == key for entry in self.known.get(what, []))
 
-    def fastest(self, calls: dict[str, Callable[[], Any]], what: str) -> str:
+    def fastest(self, calls: Mapping[str, Callable[[], Any]], what: str) -> str:
         """The call with the lowest median."""
         times = interleave(calls, seconds=self.seconds, watch=self.clock)
         best = min(times, key=lambda name: times[name].median)
@@ -119,8 +119,8 @@ def neighbours(launch: Launch) -> Iterator[list[Launch]]:
 
     for name, now in launch.blocks.items():
         yield [replace(launch, blocks={**launch.blocks, name: s}) for s in sizes(name, now)]
-    for option, now in {"num_warps": launch.num_warps, "num_stages": launch.num_stages}.items():
-        yield [replace(launch, **{option: s}) for s in sizes(option, now)]
+    yield [replace(launch, num_warps=s) for s in sizes("num_warps", launch.num_warps)]
+    yield [replace(launch, num_stages=s) for s in sizes("num_stages", launch.num_stages)]
 
 
 def runner(case: Case, train: bool, device: str) -> Callable[..., Any]:

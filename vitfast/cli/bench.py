@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vitfast.bench import machine, record, suite
-    from vitfast.bench.progress import progress_bar
+    from vitfast.bench.progress import of_part, progress_bar
 
     # Everything a user can get wrong is found before the long work.
     setting = _setting(args)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         found = suite.cases(parts[0], setting, options)
         with progress_bar(len(found)) as show:
             for i, measure in enumerate(found):
-                rows.append(measure(lambda text, share, i=i: show(text, i + min(share, 1.0))))
+                rows.append(measure(of_part(show, i)))
     else:
         with progress_bar(len(parts)) as show:
             rows, notes = suite.run(parts, setting, options, minutes, show, keep=keep)

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from vitfast.bench import machine, peers, record
-    from vitfast.bench.progress import progress_bar
+    from vitfast.bench.progress import of_part, progress_bar
     from vitfast.demo import page, photo, showcase
 
     target = Path(args.output)
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         stage = showcase.Showcase(picture, setting, pretrained=args.pretrained)
         stage.warm_up()
         for i, (name, size) in enumerate(models):
-            outcomes.append(stage.run(name, size, lambda text, share, i=i: show(text, i + share)))
+            outcomes.append(stage.run(name, size, of_part(show, i)))
     facts = machine.describe(device)
     _show(outcomes, facts["name"], credit)
     record.write_text(target, page.render(outcomes, facts, picture, credit, args.pretrained))
