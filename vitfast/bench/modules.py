@@ -23,14 +23,19 @@ from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
 
 REFERENCE_FLOPS = {"cpu": 3e12, "cuda": 3e14}
-"""Above this a float64 run would take longer than the measurement itself, and is left out."""
+"""Operations of a case by device; above, its float64 run would take longer than the timing."""
 TRAIN_WORK = 3.0
-"""A backward pass does two matrix products for each one of the forward."""
+"""Work of a training step over that of a forward, whose every product has two in the backward."""
 
 
 @dataclass
 class Case:
-    """A plain timm module, in the mode that the setting asks for, with inputs that suit it."""
+    """A plain timm module, in the mode that the setting asks for, with inputs that suit it.
+
+    Args:
+        level: "blocks" or "models".
+        name: of the timm model.
+    """
 
     level: str
     name: str
@@ -40,10 +45,14 @@ class Case:
 
     @property
     def shape(self) -> str:
+        """Of the first input, as in "1x3x224x224"."""
         return "x".join(str(n) for n in self.inputs[0].shape)
 
     def cost(self) -> Cost:
-        """Matrix products of the whole pass; weights and inputs read once."""
+        """Operations of the matrix products, and bytes of weights and inputs, each read once.
+
+        In training three times as many of both.
+        """
         work = TRAIN_WORK if self.setting.train else 1.0
         module = self.module
         if isinstance(module, Fixed):
@@ -53,7 +62,7 @@ class Case:
 
 
 class Fixed(nn.Module):
-    """A block with its other arguments (rotary embedding, relative position bias) held fast."""
+    """A block as a function of x alone; its other arguments (a rotary embedding, say) stay."""
 
     def __init__(self, block: nn.Module, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -87,7 +96,11 @@ def model_case(
     seed: int = 0,
     **timm_kwargs: Any,
 ) -> Case:
-    """A whole model on an image of N(0, 1) values.
+    """A whole model on images of N(0, 1) values.
+
+    Args:
+        img_size: (height, width); None for the model's own.
+        timm_kwargs: passed to the model's constructor.
 
     Raises:
         InputValueError: no such model, or a size that it cannot take.
@@ -138,9 +151,14 @@ def measure(
     with_memory: bool = True,
     progress: Progress | None = None,
 ) -> Row:
-    """Time vitfast and the peers wanted, in turns; judge every output against float64.
+    """Time vitfast and the peers in turns, and judge every output against float64.
 
-    Where nothing of the module is swapped, vitfast has no time and the peers have theirs.
+    Where nothing of the module is swapped, vitfast has no time and the peers have theirs. Of a
+    model on the CPU no memory is measured here; see `vitfast.bench.child`.
+
+    Args:
+        wanted: peers by name.
+        seconds: timed work, all contenders together.
     """
     say = progress or (lambda text, share: None)
     setting = case.setting
@@ -198,22 +216,25 @@ def measure(
 
 
 def _megabytes(module: nn.Module) -> float:
-    """What its parameters and buffers take."""
+    """MB (10^6 bytes) that its parameters and buffers take."""
     return sum(t.numel() * t.element_size() for t in module.state_dict().values()) / 1e6
 
 
 class Judge:
-    """Error over budget of outputs, the budget being twice what timm itself errs in this dtype.
+    """Error over budget of a contender's output: 1 is the limit.
 
-    For gradients three times, as for ops. `worst` keeps the largest of all looks by name.
+    The budget of an output is twice what timm itself errs in this dtype against float64, that of a
+    gradient three times as much, as for ops.
     """
 
     def __init__(self, case: Case) -> None:
         self.worst: dict[str, float] = {}
+        """Contender -> the largest error over budget of all its outputs that were judged."""
         self.base = _outputs(peers.eager(case.module, case.inputs, case.setting)())
         self.reference = reference_outputs(case)
 
     def __call__(self, name: str, output: Any) -> float:
+        """The error over budget of one output (or output and gradients) of a contender."""
         errors = [0.0]
         tensors = zip(_outputs(output), self.base, self.reference, strict=True)
         for i, (t, base, reference) in enumerate(tensors):
@@ -225,7 +246,7 @@ class Judge:
 
 
 def reference_outputs(case: Case) -> list[torch.Tensor]:
-    """What the module gives in float64 on the same rounded weights and inputs."""
+    """Output (and gradients, in training) in float64, of the same rounded weights and inputs."""
     module = copy.deepcopy(case.module).double()
     inputs = tuple(x.double() for x in case.inputs)
     if isinstance(module, Fixed):
@@ -235,6 +256,7 @@ def reference_outputs(case: Case) -> list[torch.Tensor]:
 
 
 def _outputs(output: Any) -> list[torch.Tensor]:
+    """Copies, which the contender's next call leaves alone."""
     tensors: Iterable[torch.Tensor] = [output] if isinstance(output, torch.Tensor) else output
     return [t.detach().clone() for t in tensors]
 

@@ -21,13 +21,22 @@ from vitfast.bench.record import Row
 from vitfast.errors import InputValueError
 
 Measure = Callable[[Progress], Row]
+"""Measures one case, and tells how far it is."""
 MINUTES = {"cpu": 7.0, "cuda": 5.5}
-"""Nothing starts after these. A model on a GPU takes up to two, most of them for torch.compile."""
+"""Nothing starts after these. A model on a GPU takes up to two, most of that for torch.compile."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the set: a model at a level; or ops on their listed samples, without a model."""
+    """One line of the set: a model at a level, or ops on samples of their specs.
+
+    Args:
+        level: "ops", "blocks" or "models".
+        model: a timm model; None for ops on the samples of their specs.
+        img_size: (height, width); None for the model's own.
+        ops: the ops that are timed at level "ops"; all where it is empty.
+        case: the only sample that is timed, without a model.
+    """
 
     level: str
     model: str | None = "vit_base_patch16_224"
@@ -39,6 +48,7 @@ class Part:
 
     @property
     def title(self) -> str:
+        """As in notes on what was left out: "ops attention vit_large_4k train"."""
         size = "" if self.img_size is None else f" {self.img_size[0]}x{self.img_size[1]}"
         names = " ".join((*self.ops, self.case or ""))
         what = f"{self.model}{size} batch {self.batch}" if self.model else names
@@ -46,6 +56,7 @@ class Part:
 
 
 UHD = (2160, 3840)
+"""(height, width) of a 4K frame."""
 PARTS = {
     "cuda": (
         Part("models", batch=256),
@@ -76,11 +87,18 @@ PARTS = {
         Part("blocks", img_size=(1024, 1024)),
     ),
 }
+"""Device -> the standard set, most important first."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run: peers and seconds of timed work a case, both by level."""
+    """Of a run.
+
+    Args:
+        wanted: level -> peers by name.
+        seconds: level -> timed work a case.
+        with_memory: whether peak memory is measured too.
+    """
 
     wanted: Mapping[str, Sequence[str]]
     seconds: Mapping[str, float]
@@ -88,7 +106,7 @@ class Options:
 
 
 def cases(part: Part, setting: Setting, options: Options) -> list[Measure]:
-    """What measures each case of a part.
+    """A `Measure` for each case of a part.
 
     Raises:
         InputValueError: no such model or op, a size that a model cannot take, or no case.
@@ -109,6 +127,7 @@ def cases(part: Part, setting: Setting, options: Options) -> list[Measure]:
 
 
 def _op(case: ops.OpCase, options: Options, progress: Progress) -> Row:
+    """The row of one op on one sample."""
     return ops.measure(
         case, options.wanted["ops"], seconds=options.seconds["ops"],
         with_memory=options.with_memory, progress=progress,
@@ -116,6 +135,7 @@ def _op(case: ops.OpCase, options: Options, progress: Progress) -> Row:
 
 
 def _model(part: Part, setting: Setting, options: Options, progress: Progress) -> Row:
+    """The row of a model or of its first block; of a model on the CPU with each peer's memory."""
     build = modules.block_case if part.level == "blocks" else modules.model_case
 
     def say(text: str, share: float) -> None:
@@ -141,10 +161,16 @@ def run(
     progress: Progress, clock: Callable[[], float] = time.monotonic,
     keep: Callable[[list[Row], list[str]], None] = lambda rows, notes: None,
 ) -> tuple[list[Row], list[str]]:  # fmt: skip
-    """Rows, and a sentence for each thing that was left out: for want of time, or by an error.
+    """Measure parts one after another.
 
     Args:
+        minutes: nothing starts after these; infinite for no limit.
+        progress: every part counts 1.
+        clock: gives seconds; for tests.
         keep: gets both after every row, so that an interrupted run keeps its work.
+
+    Returns:
+        Rows, and a sentence for each thing that was left out, for want of time or by an error.
     """
     rows: list[Row] = []
     notes: list[str] = []

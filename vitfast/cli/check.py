@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(found: Sequence[Finding], where: str) -> None:
+    """Print what is wrong first, then the tables, what cannot run, and the count."""
     wrong = [f for f in found if f.state == WRONG]
     if wrong:
         print_table(

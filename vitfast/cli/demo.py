@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show(outcomes: Sequence[Outcome], where: str, credit: str) -> None:
+    """Print what was swapped, the times beside timm's, and how errors were judged."""
     from vitfast.bench.report import MISSING, digits, megabytes, milliseconds
     from vitfast.cli.table import print_table, print_text
 

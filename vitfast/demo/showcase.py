@@ -90,6 +90,7 @@ class Outcome:
 
     @property
     def within_budget(self) -> bool:
+        """Whether the outputs are right."""
         return self.error <= self.budget
 
     def swapped_classes(self) -> str:
