@@ -299,7 +299,7 @@ def _runner(
 def _recording(
     found: Sequence[OpSpec], model: str, setting: Setting, taken: dict[Any, OpCase]
 ) -> Iterator[None]:
-    """Within, `taken` gets a case of each call of these ops by vitfast's layers; the calls run.
+    """Within, `taken` gets a case of each call of these ops in vitfast; the calls run.
 
     Args:
         found: the ops that are recorded.
@@ -310,7 +310,7 @@ def _recording(
     for spec in found:
         recorder = _recorder(spec, model, setting, taken)
         for module_name, module in list(sys.modules.items()):
-            if module_name.startswith(("vitfast.layers", "vitfast.ops")) and module is not None:
+            if module_name.startswith("vitfast.") and module is not None:
                 for name, value in list(vars(module).items()):
                     if value is spec.public:
                         replaced.append((module, name, value))
