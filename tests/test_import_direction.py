@@ -27,15 +27,18 @@ RANK = {
     "families": 8,
     "swap": 9,
     "bench": 10,
+    "check": 11,
+    "demo": 11,
     "cli": 12,
 }
+COMMANDS = ("bench/", "check/", "demo/", "cli/")
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "swap.py", "bench/", "cli/",
+        "swap.py", *COMMANDS,
     ),
-    "timm": ("layers/", "families/", "swap.py", "bench/", "cli/"),
+    "timm": ("layers/", "families/", "swap.py", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),
     "rich": ("bench/", "cli/"),
@@ -105,6 +108,8 @@ def test_every_room_has_a_rank():
         ("settings.py", "import torch"),
         ("layers/block.py", "try:\n    import xformers.ops\nexcept ImportError:\n    pass"),
         ("testing/errors.py", "from vitfast.layers import Block"),
+        ("bench/suite.py", "from vitfast.check import hardware"),
+        ("check/fuzz.py", "from vitfast.demo import photo"),
         ("__init__.py", "import torch"),
     ],
 )
@@ -119,6 +124,7 @@ def test_the_rule_rejects(path, source):
         ("ops/attention/api.py", "from . import reference\nfrom ..spec import OpSpec"),
         ("ops/spec.py", "if TYPE_CHECKING:\n    from vitfast.layers import Block"),
         ("cli/demo.py", "from vitfast.bench import timer"),
+        ("demo/showcase.py", "import timm\nfrom vitfast.bench import timer"),
     ],
 )
 def test_the_rule_accepts(path, source):

@@ -93,6 +93,7 @@ class SwapReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
+        """The whole report as values that JSON knows."""
         return {
             "model": self.model,
             "counts": self.counts,
@@ -260,7 +261,7 @@ def _decide(
 def _swapped(
     path: str, layer: type[Layer], module: nn.Module, plan: object, fused: set[int]
 ) -> Swapped:
-    """The entry of a module with this `_plan`; `fused` as for `_decide`."""
+    """The entry of a module that runs `layer`, whose `_plan` is given; `fused` as in `_decide`."""
     note = ""
     if not isinstance(plan, Unfit):
         fused.update(id(t) for t in tensors_in((plan,)))
@@ -318,7 +319,7 @@ _MADE: dict[tuple[type[Any], type[Any]], type[Any]] = {}
 
 
 def _unknown(path: str, kind: type[Any]) -> Skipped | None:
-    """A subclass of something known, else None."""
+    """The entry of an unknown class that has a known one among its bases, else None."""
     known: Any
     base: Any
     for base in kind.__mro__[1:]:
@@ -338,6 +339,7 @@ def _layers() -> dict[type[Layer], str]:
 
 @functools.cache
 def _by_shape() -> set[object]:
+    """Drop-in classes of which a module counts as known only where its plan can be read."""
     return {layer for layer in _layers() if layer.by_shape}
 
 
@@ -374,8 +376,9 @@ class _Selection:
 
 def _matched(what: str, choice: Choice, modules: dict[str, nn.Module]) -> set[str]:
     """The paths that match, and those below them."""
-    several = isinstance(choice, Iterable) and not isinstance(choice, (str, type))
-    choices = list(choice) if several else [choice]
+    choices: list[Any] = [choice]
+    if isinstance(choice, Iterable) and not isinstance(choice, (str, type)):
+        choices = list(choice)
     found: set[str] = set()
     for item in choices:
         if isinstance(item, str):
@@ -407,7 +410,10 @@ _INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
 
 
 def _table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    """Aligned lines, with paths that differ only in their indices as one: blocks.0-11.attn."""
+    """Aligned lines of (path, timm class, layer or reason, note).
+
+    Rows whose paths differ only in their indices become one line: blocks.0-11.attn.
+    """
     groups: dict[tuple[str, ...], list[list[int]]] = {}
     for path, *rest in rows:
         key = (_INDEX.sub("{}", path), *rest)

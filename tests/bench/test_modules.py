@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitfast.bench import machine, modules
-from vitfast.bench.child import ChildError, peak_in_child
+from vitfast.bench import child, machine, modules
+from vitfast.bench.child import ChildError, add_model_memory, peak_in_child
 from vitfast.bench.peers import Setting
 from vitfast.bench.record import Result, Row
 from vitfast.errors import InputValueError
@@ -40,7 +40,7 @@ def test_a_block_keeps_its_other_arguments():
 
 
 def test_a_model_without_blocks_is_refused():
-    with pytest.raises(InputValueError, match="test_resnet has no list of transformer blocks"):
+    with pytest.raises(InputValueError, match="test_resnet has no list of blocks"):
         modules.block_case("test_resnet", SIZE, 1, Setting())
 
 
@@ -123,9 +123,9 @@ def test_a_failed_child_is_a_note(monkeypatch):
             raise ChildError("killed")
         return 12.0
 
-    monkeypatch.setattr(modules, "peak_in_child", fail)
+    monkeypatch.setattr(child, "peak_in_child", fail)
     results = {"eager": Result(1.0), "vitfast": Result(1.0), "openvino": Result(reason="none")}
     row = Row("models", "m", "1", "float32", "infer", "cpu", results)
-    modules.add_model_memory(row, {}, lambda text, share: None)
+    add_model_memory(row, {}, lambda text, share: None)
     assert [r.peak_mb for r in results.values()] == [None, 12.0, None]
     assert row.note == "memory of eager: killed"

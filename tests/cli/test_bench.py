@@ -120,7 +120,7 @@ def test_a_model_without_blocks_leaves_the_others_alone(vitfast, tmp_path, words
     assert case in out
     found = json.loads(path.read_text())
     assert [row["case"] for row in found["rows"]] == [case]
-    assert "test_resnet has no list of transformer blocks" in found["left_out"][0]
+    assert "test_resnet has no list of blocks" in found["left_out"][0]
     assert found["left_out"][0] in out
 
 
@@ -176,7 +176,7 @@ def test_compare_goes_case_by_case(vitfast, tmp_path):
         (("models", "--op", "attention"), "--op and --case go with"),
         (("models", "--json", "/no/such/folder/x.json"), "there is no folder"),
         (("models", "--compare", "/no/such/file.json"), "No such file"),
-        (("blocks", "--model", "test_resnet", "--img-size", "64"), "no list of transformer blocks"),
+        (("blocks", "--model", "test_resnet", "--img-size", "64"), "no list of blocks"),
         (("blocks", "--model", "test_vit", "--img-size", "65"), "65"),
         (("ops", "--op", "attn"), "no op 'attn'"),
         (("ops", "--case", "none"), "nothing to time"),

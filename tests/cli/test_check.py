@@ -6,15 +6,16 @@ import json
 
 import pytest
 
-from vitfast.bench import ops, verify
+from vitfast.bench import ops
+from vitfast.check import numerics
 from vitfast.runtime.dispatch import Backend
 
 
 @pytest.fixture
 def one_model(monkeypatch):
-    monkeypatch.setattr(verify, "MODELS", {"vit": "test_vit"})
-    monkeypatch.setattr(verify, "MODEL_SIZES", {"vit": (64, 64)})
-    monkeypatch.setattr(verify, "op_cases", lambda specs: [])
+    monkeypatch.setattr(numerics, "MODELS", {"vit": "test_vit"})
+    monkeypatch.setattr(numerics, "MODEL_SIZES", {"vit": (64, 64)})
+    monkeypatch.setattr(numerics, "op_cases", lambda specs: [])
 
 
 def test_one_op(vitfast, tmp_path):

@@ -7,8 +7,8 @@ import os
 import pytest
 from PIL import Image
 
-from vitfast.bench import showcase
 from vitfast.cli import demo
+from vitfast.demo import showcase
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from vitfast.bench import showcase
 from vitfast.cli import table
+from vitfast.demo import showcase
 
 TITLE = "timm beside vitfast, on a machine with a name that is longer than a terminal is wide: 96c"
 HEADER = ("model", "dtype", "timm", "vitfast", "faster", "MB timm", "MB vitfast", "error", "top-5")

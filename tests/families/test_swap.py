@@ -203,7 +203,7 @@ def test_strict_accepts_what_is_complete_or_chosen(needs_native):
     assert swap(vit(), strict=True).counts["blocks_swapped"] == 3
     model = vit("vit_base_patch16_siglip_224")
     assert swap(model, strict=True, skip="attn_pool").counts["blocks_swapped"] == 3
-    model = vit("vit_small_r26_s32_224", img_size=64)  # a stem is no transformer block
+    model = vit("vit_small_r26_s32_224", img_size=64)  # a stem is no block
     assert swap(model, strict=True).counts["blocks_swapped"] == 3
 
 

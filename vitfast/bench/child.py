@@ -11,6 +11,12 @@ import subprocess
 import sys
 from typing import Any
 
+import torch
+
+import vitfast.swap  # noqa: F401 so that what it takes counts before the first look at memory
+from vitfast.bench import memory, modules, peers
+from vitfast.bench.progress import Progress
+from vitfast.bench.record import Row
 from vitfast.errors import VitfastError
 
 _START = (
@@ -19,7 +25,7 @@ _START = (
     "print(json.dumps({'peak_mb': measure(json.loads(sys.argv[2]))}))"
 )
 CALLS = 2
-"""The first call packs weights; the second has them all and works."""
+"""The first call packs weights; the second has the peak of those that follow."""
 
 
 class ChildError(VitfastError, RuntimeError):
@@ -27,10 +33,15 @@ class ChildError(VitfastError, RuntimeError):
 
 
 def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | None:
-    """MB at the peak of inference or training, weights included, over an empty process.
+    """Run one contender in a process of its own.
 
     Args:
         arguments: model, img_size, batch, dtype, device, train, threads, contender.
+        timeout: seconds.
+
+    Returns:
+        MB at the peak of inference or training, weights included, beyond what the process takes
+        before it has a model; None where this system cannot tell.
 
     Raises:
         ChildError: the child failed or took too long.
@@ -47,12 +58,10 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
 
 
 def measure(arguments: dict[str, Any]) -> float | None:
-    """What the child runs; imports come before the first look at memory, so they do not count."""
-    import torch
+    """As `peak_in_child`, in this process: what the child runs.
 
-    import vitfast.swap  # noqa: F401
-    from vitfast.bench import memory, modules, peers
-
+    Imports come before the first look at memory, so they do not count.
+    """
     torch.set_num_threads(arguments["threads"])
     device, contender = arguments["device"], arguments["contender"]
     if contender in ("onnxruntime", "openvino") and importlib.util.find_spec(contender):
@@ -71,3 +80,19 @@ def measure(arguments: dict[str, Any]) -> float | None:
         call()
     peak = memory.peak_mb(device)
     return None if peak is None else peak - before
+
+
+def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: Progress) -> None:
+    """Fill in `peak_mb` of every contender of a model's row, each from a process of its own.
+
+    Args:
+        case_arguments: those of `peak_in_child` but the contender. A child that fails leaves a note
+            in the row.
+    """
+    measured = [name for name, result in row.results.items() if result.median_ms is not None]
+    for i, name in enumerate(measured):
+        progress(f"memory of {name}", i / len(measured))
+        try:
+            row.results[name].peak_mb = peak_in_child({**case_arguments, "contender": name})
+        except ChildError as error:
+            row.note = "; ".join(filter(None, [row.note, f"memory of {name}: {error}"]))

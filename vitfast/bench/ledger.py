@@ -1,4 +1,4 @@
-"""The page that says, kernel by device, what was compiled, what has run, and how fast.
+"""benchmarks/KERNELS.md: which kernels were compiled for which GPU, which have run, and how fast.
 
     python -m vitfast.bench.ledger            # write benchmarks/KERNELS.md anew
     python -m vitfast.bench.ledger --check    # exit status 1 if it is not current
@@ -57,7 +57,7 @@ the shared memory that one block may use there.
 
 
 def page(checkout: Path) -> str:
-    """The whole page."""
+    """The text of the whole page."""
     known = json.loads((checkout / aot.TABLE).read_text())
     records = list(_records(checkout / RESULTS))
     parts = [HEAD, "## Triton kernels\n", TRITON.format(version=known["triton"])]
@@ -76,10 +76,12 @@ def _records(results: Path) -> Iterator[dict[str, Any]]:
 
 
 def _of(records: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Those that one command wrote, "check" or "bench"."""
     return [r for r in records if r["kind"] == f"vitfast {kind}"]
 
 
 def _when(record: dict[str, Any]) -> str:
+    """Date and commit."""
     return f"{record['created'][:10]}, {record['machine']['commit']}"
 
 
@@ -88,6 +90,7 @@ def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _by_target(kernels: dict[str, dict[str, Any]], records: list[dict[str, Any]]) -> str:
+    """One line a GPU architecture, one column an op with Triton kernels."""
     names = list(aot.modules())
     checked = {r["machine"].get("arch"): r for r in _of(records, "check")}
     rows = [["interpreter", "any CPU", *("fp16, fp32, fp64" for _ in names)]]
@@ -104,6 +107,11 @@ def _by_target(kernels: dict[str, dict[str, Any]], records: list[dict[str, Any]]
 
 
 def _state(target: str, op: str, count: int, record: dict[str, Any] | None) -> str:
+    """How far an op is on one architecture, of which `record` is the latest check.
+
+    Args:
+        count: compiled variants of its kernels.
+    """
     if record is None or not _ran(record, op):
         return f"compiled, not run ({count})"
     if op not in record["verified"]:
@@ -113,6 +121,7 @@ def _state(target: str, op: str, count: int, record: dict[str, Any] | None) -> s
 
 
 def _ran(record: dict[str, Any], op: str) -> bool:
+    """Whether the op's Triton kernels ran in this check."""
     return any(
         f["name"] == op and f["backend"] == "triton" and f["state"] != "cannot run"
         for f in record["findings"]
@@ -120,6 +129,7 @@ def _ran(record: dict[str, Any], op: str) -> bool:
 
 
 def _resources(kernels: dict[str, dict[str, Any]]) -> str:
+    """One line an architecture: the largest of what any kernel takes there."""
     rows = []
     for target, entries in kernels.items():
         found = list(entries.values())
@@ -139,6 +149,7 @@ def _resources(kernels: dict[str, dict[str, Any]]) -> str:
 
 
 def _measured(records: list[dict[str, Any]]) -> Iterator[str]:
+    """The section of one machine: errors, then speeds of ops, of blocks and models."""
     for record in _of(records, "check"):
         yield f"`vitfast check`, {_when(record)}: worst error over budget, 1 is the limit.\n"
         yield _errors(record["findings"])
@@ -165,6 +176,7 @@ def _errors(findings: list[dict[str, Any]]) -> str:
 
 
 def _worst(findings: list[dict[str, Any]], dtype: str) -> str:
+    """The largest error over budget in one dtype."""
     errors = [f["error_over_budget"] for f in findings if f["dtype"] == dtype]
     errors = [math.inf if e is None else e for e in errors]
     return f"{max(errors):.2f}" if errors else "-"
@@ -177,8 +189,8 @@ def _op_speeds(records: list[dict[str, Any]]) -> str:
         for row in record["rows"]:
             if row["level"] == "ops":
                 op = row["case"].split()[0]
-                key = (op, row["backend"], row["dtype"], row["passes"], _when(record))
-                lines.setdefault(key, []).append(row)
+                group = (op, row["backend"], row["dtype"], row["passes"], _when(record))
+                lines.setdefault(group, []).append(row)
     names = _peers(row for rows in lines.values() for row in rows)
     order = {name: i for i, name in enumerate(ops.NAMES)}
     rows = []
@@ -193,6 +205,7 @@ def _op_speeds(records: list[dict[str, Any]]) -> str:
 
 
 def _model_speeds(records: list[dict[str, Any]]) -> str:
+    """One line a row of a block or model."""
     found = [(r, row) for r in records for row in r["rows"] if row["level"] != "ops"]
     names = _peers(row for _, row in found)
     rows = [
@@ -206,10 +219,12 @@ def _model_speeds(records: list[dict[str, Any]]) -> str:
 
 
 def _peers(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """The peers that any of these rows has a ratio to."""
     return list(dict.fromkeys(name for row in rows for name in row["ratios"]))
 
 
 def _mean(ratios: list[float]) -> str:
+    """The geometric mean, as in "1.52x"."""
     return f"{statistics.geometric_mean(ratios):.2f}x" if ratios else "-"
 
 

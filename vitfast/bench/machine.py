@@ -1,7 +1,8 @@
-"""This machine's measured ceilings, the floors that a kernel's time is compared with.
+"""This machine: what it is, and its measured ceilings, with which a kernel's time is compared.
 
-Two numbers a dtype: the best matrix product and the best copy that a vendor library reaches here,
-today, with the threads that torch uses. They are measured once a process, in about a second.
+Two numbers a dtype: the fastest matrix product and the fastest copy that a vendor's library reaches
+here, today, with the threads that torch uses. They are measured once a process, in about a second.
+The floor of a case is the time below which no kernel can do its work under these ceilings.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ GEMM_SHAPES = ((2048, 2048, 2048), (4096, 768, 3072), (4096, 3072, 768))
 """(M, K, N): a square one, and the two products of a ViT-B MLP at 4096 tokens."""
 CUDA_GEMM_SHAPES = ((8192, 8192, 8192),)
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
-"""Well past the caches: 256 MiB on CPUs."""
+"""Tensors that are copied: well past the caches."""
 SECONDS_PER_CASE = 0.3
+"""Time for one matrix product or copy, beyond its first two calls."""
 
 
 def gemm_gflops(device: str, dtype: torch.dtype) -> float:
@@ -43,14 +45,14 @@ def copy_gbs(device: str) -> float:
 
 
 def floor_seconds(cost: Cost, device: str, dtype: torch.dtype) -> float:
-    """The time below which this machine cannot do this work: the larger of the two ceilings."""
+    """The floor: the longer of the time for the operations and the time for the bytes."""
     return max(
         cost.flops / (gemm_gflops(device, dtype) * 1e9), cost.bytes / (copy_gbs(device) * 1e9)
     )
 
 
 def rate(row: Row, cost: Cost, device: str, dtype: torch.dtype) -> None:
-    """Fill in what every contender's time comes to beside the ceilings.
+    """Fill in the rates of every contender, and the share of the floor in its time.
 
     The row's own rate is vitfast's, in the unit of the ceiling that binds.
     """
@@ -83,13 +85,14 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def device_name(device: str = "cpu") -> str:
+    """As in a table's title: the GPU's name, or the CPU's with the number of threads."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name()
     return f"{facts.cpu_model()}, {torch.get_num_threads()} threads"
 
 
 def floors(device: str, dtype: torch.dtype) -> dict[str, float]:
-    """The ceilings as a record keeps them."""
+    """The ceilings as a record keeps them, under the name "floors"."""
     return {"gflops": gemm_gflops(device, dtype), "gbs": copy_gbs(device)}
 
 
@@ -131,6 +134,7 @@ def _best(call: Callable[[], Any], device: str) -> float:
 
 @functools.cache
 def _gemm_gflops(device: str, dtype: torch.dtype, threads: int) -> float:
+    """`gemm_gflops`, kept for each number of threads."""
     best = 0.0
     shapes = CUDA_GEMM_SHAPES if device.startswith("cuda") else GEMM_SHAPES
     for m, k, n in shapes:
@@ -156,6 +160,7 @@ def _products(x: torch.Tensor, weight: torch.Tensor) -> list[Callable[[], torch.
 
 @functools.cache
 def _copy_gbs(device: str, threads: int) -> float:
+    """`copy_gbs`, kept for each number of threads."""
     source = torch.ones(COPY_BYTES[device.split(":")[0]], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.numel() / _best(lambda: target.copy_(source), device) / 1e9

@@ -32,7 +32,7 @@ def resident_mb(field: str = "VmRSS") -> float | None:
 
 
 def reset_peak(device: str = "cpu") -> bool:
-    """Set the high-water mark back to what is in use now; False where that is impossible."""
+    """Set the high-water mark to what is in use now, after garbage is gone; False if impossible."""
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
@@ -48,20 +48,24 @@ def reset_peak(device: str = "cpu") -> bool:
 
 
 def in_use_mb(device: str = "cpu") -> float | None:
+    """MB in use now; None where the system does not say."""
     if device.startswith("cuda"):
         return torch.cuda.memory_allocated() / 1e6
     return resident_mb()
 
 
 def peak_mb(device: str = "cpu") -> float | None:
-    """The high-water mark since `reset_peak`."""
+    """The high-water mark in MB since `reset_peak`; None where the system does not say."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e6
     return resident_mb("VmHWM")
 
 
 def added_by(call: Callable[[], Any], device: str = "cpu") -> float | None:
-    """MB that a call needs at its peak beyond what was in use before it, outputs included."""
+    """MB that a call needs at its peak beyond what was in use before it, outputs included.
+
+    None where the high-water mark cannot be reset.
+    """
     if not reset_peak(device):
         return None
     before = in_use_mb(device)

@@ -1,4 +1,4 @@
-"""Timing a module, a transformer block or a whole model, beside its peers."""
+"""Timing a block or a whole model beside its peers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from vitfast.bench import machine, memory, peers, zoo
-from vitfast.bench.child import ChildError, peak_in_child
 from vitfast.bench.peers import PeerUnavailableError, Setting
+from vitfast.bench.progress import Progress
 from vitfast.bench.record import Result, Row
 from vitfast.bench.timer import interleave, stopwatch
 from vitfast.errors import InputValueError
@@ -23,16 +23,19 @@ from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
 
 REFERENCE_FLOPS = {"cpu": 3e12, "cuda": 3e14}
-"""Above this a float64 run would take longer than the measurement itself, and is left out."""
+"""Operations of a case by device; above, its float64 run would take longer than the timing."""
 TRAIN_WORK = 3.0
-"""A backward pass does two matrix products for each one of the forward."""
-
-Progress = Callable[[str, float], None]
+"""Work of a training step over that of a forward, whose every product has two in the backward."""
 
 
 @dataclass
 class Case:
-    """A plain timm module, in the mode that the setting asks for, with inputs that suit it."""
+    """A plain timm module, in the mode that the setting asks for, with inputs that suit it.
+
+    Args:
+        level: "blocks" or "models".
+        name: of the timm model.
+    """
 
     level: str
     name: str
@@ -42,10 +45,14 @@ class Case:
 
     @property
     def shape(self) -> str:
+        """Of the first input, as in "1x3x224x224"."""
         return "x".join(str(n) for n in self.inputs[0].shape)
 
     def cost(self) -> Cost:
-        """Matrix products of the whole pass; weights and inputs read once."""
+        """Operations of the matrix products, and bytes of weights and inputs, each read once.
+
+        In training three times as many of both.
+        """
         work = TRAIN_WORK if self.setting.train else 1.0
         module = self.module
         if isinstance(module, Fixed):
@@ -55,7 +62,7 @@ class Case:
 
 
 class Fixed(nn.Module):
-    """A block with its other arguments (rotary embedding, relative position bias) held fast."""
+    """A block as a function of x alone; its other arguments (a rotary embedding, say) stay."""
 
     def __init__(self, block: nn.Module, rest: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -89,7 +96,11 @@ def model_case(
     seed: int = 0,
     **timm_kwargs: Any,
 ) -> Case:
-    """A whole model on an image of N(0, 1) values.
+    """A whole model on images of N(0, 1) values.
+
+    Args:
+        img_size: (height, width); None for the model's own.
+        timm_kwargs: passed to the model's constructor.
 
     Raises:
         InputValueError: no such model, or a size that it cannot take.
@@ -103,7 +114,7 @@ def model_case(
 def block_case(
     name: str, img_size: tuple[int, int] | None, batch: int, setting: Setting, seed: int = 0
 ) -> Case:
-    """The first transformer block of a model, on the tokens that reach it there.
+    """The first block of a model, on what reaches it there when the model gets an image.
 
     Raises:
         InputValueError: no such model, no `blocks` in it, or a size that it cannot take.
@@ -112,7 +123,7 @@ def block_case(
     lists = (getattr(m, "blocks", None) for m in model.modules())  # of the model, or its stages
     blocks = next((b for b in lists if isinstance(b, (nn.ModuleList, nn.Sequential))), None)
     if not blocks:
-        raise InputValueError(f"{name} has no list of transformer blocks")
+        raise InputValueError(f"{name} has no list of blocks")
 
     def capture(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _Captured(args, kwargs)
@@ -140,9 +151,14 @@ def measure(
     with_memory: bool = True,
     progress: Progress | None = None,
 ) -> Row:
-    """Time vitfast and the peers wanted, in turns; judge every output against float64.
+    """Time vitfast and the peers in turns, and judge every output against float64.
 
-    Where nothing of the module is swapped, vitfast has no time and the peers have theirs.
+    Where nothing of the module is swapped, vitfast has no time and the peers have theirs. Of a
+    model on the CPU no memory is measured here; see `vitfast.bench.child`.
+
+    Args:
+        wanted: peers by name.
+        seconds: timed work, all contenders together.
     """
     say = progress or (lambda text, share: None)
     setting = case.setting
@@ -199,34 +215,26 @@ def measure(
     return row
 
 
-def add_model_memory(row: Row, case_arguments: dict[str, Any], progress: Progress) -> None:
-    """Peak memory of every contender of a model's row, each in a fresh process."""
-    measured = [name for name, result in row.results.items() if result.median_ms is not None]
-    for i, name in enumerate(measured):
-        progress(f"memory of {name}", i / len(measured))
-        try:
-            row.results[name].peak_mb = peak_in_child({**case_arguments, "contender": name})
-        except ChildError as error:
-            row.note = "; ".join(filter(None, [row.note, f"memory of {name}: {error}"]))
-
-
 def _megabytes(module: nn.Module) -> float:
-    """What its parameters and buffers take."""
+    """MB (10^6 bytes) that its parameters and buffers take."""
     return sum(t.numel() * t.element_size() for t in module.state_dict().values()) / 1e6
 
 
 class Judge:
-    """Error over budget of outputs, the budget being twice what timm itself errs in this dtype.
+    """Error over budget of a contender's output: 1 is the limit.
 
-    For gradients three times, as for ops. `worst` keeps the largest of all looks by name.
+    The budget of an output is twice what timm itself errs in this dtype against float64, that of a
+    gradient three times as much, as for ops.
     """
 
     def __init__(self, case: Case) -> None:
         self.worst: dict[str, float] = {}
+        """Contender -> the largest error over budget of all its outputs that were judged."""
         self.base = _outputs(peers.eager(case.module, case.inputs, case.setting)())
         self.reference = reference_outputs(case)
 
     def __call__(self, name: str, output: Any) -> float:
+        """The error over budget of one output (or output and gradients) of a contender."""
         errors = [0.0]
         tensors = zip(_outputs(output), self.base, self.reference, strict=True)
         for i, (t, base, reference) in enumerate(tensors):
@@ -238,7 +246,7 @@ class Judge:
 
 
 def reference_outputs(case: Case) -> list[torch.Tensor]:
-    """What the module gives in float64 on the same rounded weights and inputs."""
+    """Output (and gradients, in training) in float64, of the same rounded weights and inputs."""
     module = copy.deepcopy(case.module).double()
     inputs = tuple(x.double() for x in case.inputs)
     if isinstance(module, Fixed):
@@ -248,6 +256,7 @@ def reference_outputs(case: Case) -> list[torch.Tensor]:
 
 
 def _outputs(output: Any) -> list[torch.Tensor]:
+    """Copies, which the contender's next call leaves alone."""
     tensors: Iterable[torch.Tensor] = [output] if isinstance(output, torch.Tensor) else output
     return [t.detach().clone() for t in tensors]
 

@@ -16,8 +16,9 @@ import torch
 
 from vitfast import ops
 from vitfast.bench import machine, memory
-from vitfast.bench.modules import TRAIN_WORK, Progress, block_case, model_case
+from vitfast.bench.modules import TRAIN_WORK, block_case, model_case
 from vitfast.bench.peers import PeerUnavailableError, Setting, first_line
+from vitfast.bench.progress import Progress
 from vitfast.bench.record import Result, Row
 from vitfast.bench.timer import interleave, stopwatch
 from vitfast.errors import BackendUnavailableError, InputValueError
@@ -28,7 +29,9 @@ from vitfast.testing.errors import compare
 from vitfast.testing.inputs import OpCall, map_tensors, materialise
 
 WHOLE_ONLY = ("onnxruntime", "openvino")
+"""Peers that run whole modules, no single ops."""
 BACKENDS = ("cuda", "triton", "vendor", "cpu")
+"""Backends that are contenders of their own."""
 ATTENTION_KERNELS = vendor.UNMASKED
 """A vendor's kernels for attention on GPUs, as contenders of their own."""
 UNTRAINED = CONSTANT | NOT_TRAINED | {"image"}
@@ -37,7 +40,11 @@ UNTRAINED = CONSTANT | NOT_TRAINED | {"image"}
 
 @dataclass(frozen=True)
 class OpCase:
-    """One op on one set of inputs; under autocast where they were taken from a model."""
+    """One op on one set of inputs.
+
+    Args:
+        autocast: whether it runs under autocast, as calls do that were taken from a model.
+    """
 
     spec: OpSpec
     sample: Sample
@@ -112,7 +119,15 @@ def measure(
     with_memory: bool = True,
     progress: Progress | None = None,
 ) -> Row:
-    """Time one op on one sample, forward or forward and backward."""
+    """Time one op on one sample, forward or forward and backward, and judge every output.
+
+    Args:
+        wanted: peers and backends by name.
+        seconds: timed work, all contenders together.
+
+    Raises:
+        BackendUnavailableError: not even backend="auto" can run the op here.
+    """
     say = progress or (lambda text, share: None)
     spec, sample, setting = case.spec, case.sample, case.setting
     call = materialise(spec, sample, setting.dtype).map(lambda t: t.to(setting.device))
@@ -156,10 +171,14 @@ def measure(
 
 
 class Judge:
-    """Error over budget of outputs and gradients by the op's own criterion, before and after."""
+    """Error over budget of a contender's outputs and gradients, by the op's own criterion.
+
+    The budget is a multiple of what the op's reference errs in the working dtype against float64.
+    """
 
     def __init__(self, case: OpCase, call: OpCall) -> None:
         self.worst: dict[str, float] = {}
+        """Contender -> the largest error over budget of all its outputs that were judged."""
         self.spec = case.spec
         seeds: list[torch.Tensor] = []
         self.base = [t.clone() for t in _runner(case, call, case.spec.reference, seeds)()]
@@ -170,6 +189,7 @@ class Judge:
         self.outputs = len(call.run(case.spec.reference)) if case.setting.train else len(self.base)
 
     def __call__(self, name: str, output: Sequence[torch.Tensor]) -> float:
+        """The error over budget of one call's outputs, and gradients after them in training."""
         errors = [0.0]
         for i, tensors in enumerate(zip(output, self.reference, self.base, strict=True)):
             factor = self.spec.forward_factor if i < self.outputs else self.spec.backward_factor
@@ -180,7 +200,12 @@ class Judge:
 
 
 def contender(case: OpCase, call: OpCall, name: str) -> Callable[[], tuple[torch.Tensor, ...]]:
-    """A contender that has run once, so that what it cannot do is known here."""
+    """The call of a contender, which has run once, so that what it cannot do is known here.
+
+    Raises:
+        PeerUnavailableError: this contender cannot run the case; the message is the reason.
+        BackendUnavailableError: the same, of one of the op's backends.
+    """
     spec = case.spec
     if name in WHOLE_ONLY:
         raise PeerUnavailableError("runs blocks and models, not single ops")
@@ -274,12 +299,18 @@ def _runner(
 def _recording(
     found: Sequence[OpSpec], model: str, setting: Setting, taken: dict[Any, OpCase]
 ) -> Iterator[None]:
-    """Inside, calls of these public ops from vitfast's layers are kept in `taken`, and run."""
+    """Within, `taken` gets a case of each call of these ops in vitfast; the calls run.
+
+    Args:
+        found: the ops that are recorded.
+        model: the name of the model, for the cases' names.
+        taken: (op, shapes and dtypes of the arguments) -> case, so that each is kept once.
+    """
     replaced: list[tuple[ModuleType, str, Any]] = []
     for spec in found:
         recorder = _recorder(spec, model, setting, taken)
         for module_name, module in list(sys.modules.items()):
-            if module_name.startswith(("vitfast.layers", "vitfast.ops")) and module is not None:
+            if module_name.startswith("vitfast.") and module is not None:
                 for name, value in list(vars(module).items()):
                     if value is spec.public:
                         replaced.append((module, name, value))
@@ -294,6 +325,7 @@ def _recording(
 def _recorder(
     spec: OpSpec, model: str, setting: Setting, taken: dict[Any, OpCase]
 ) -> Callable[..., Any]:
+    """The public op of a spec, which also takes note of what it is called with."""
     # What the formula depends on, not hints such as where else x is kept.
     meant = set(inspect.signature(spec.reference).parameters)
 

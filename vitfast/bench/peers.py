@@ -23,7 +23,9 @@ from torch import nn
 from vitfast.errors import InputValueError, VitfastError
 
 Call = Callable[[], Any]
+"""Runs a contender once and gives its output, or output and gradients."""
 CHECKED_GRADIENTS = 8
+"""Parameters of a training case, about so many, whose gradients are compared."""
 NOT_SWAPPED = "not swapped"
 """Why a model has no time of vitfast: what would be timed is timm."""
 
@@ -34,7 +36,12 @@ class PeerUnavailableError(VitfastError, RuntimeError):
 
 @dataclass(frozen=True)
 class Setting:
-    """How a case runs. float32 is plain; bfloat16 and float16 are autocast, as timm's users do."""
+    """How a case runs: in float32 plainly, in bfloat16 and float16 under autocast.
+
+    Args:
+        device: "cpu" or "cuda".
+        train: forward and backward in training mode, instead of a forward in eval mode.
+    """
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -47,13 +54,14 @@ class Setting:
         return f"{dtype} {'train' if self.train else 'infer'}"
 
     def autocast(self) -> torch.autocast:
+        """The context in which the case runs."""
         return torch.autocast(
             self.device.split(":")[0], dtype=self.dtype, enabled=self.dtype != torch.float32
         )
 
 
 def eager(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting) -> Call:
-    """The module as it is."""
+    """PyTorch's eager mode: the module as it is."""
     make = _train_call if setting.train else _infer_call
     return make(module, inputs, setting)
 
@@ -71,7 +79,8 @@ def vitfast(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting)
 def compiled(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting) -> Call:
     """torch.compile with its defaults; compiles before it returns."""
     torch._dynamo.reset()
-    call = eager(torch.compile(sharing_copy(module), dynamic=False), inputs, setting)
+    faster: Any = torch.compile(sharing_copy(module), dynamic=False)
+    call = eager(faster, inputs, setting)
     try:
         call()
     except Exception as error:  # inductor raises whatever its compiler raised
@@ -140,11 +149,12 @@ FACTORIES: dict[str, Callable[[nn.Module, Sequence[torch.Tensor], Setting], Call
     "openvino": openvino,
     "vitfast": vitfast,
 }
+"""Contender -> (module, inputs, setting) -> its call."""
 PEERS = tuple(name for name in FACTORIES if name != "vitfast")
 
 
 def parse(names: str, known: Iterable[str] = PEERS) -> list[str]:
-    """Peers out of "eager,compile", in that order.
+    """The names in "eager,compile", each once and in that order.
 
     Raises:
         InputValueError: an unknown name.
@@ -158,7 +168,7 @@ def parse(names: str, known: Iterable[str] = PEERS) -> list[str]:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of the optional peers."""
+    """Installed versions of the optional peers; None where one is not installed."""
     found: dict[str, str | None] = {}
     for name in ("onnxruntime", "openvino"):
         try:
@@ -181,6 +191,8 @@ def first_line(error: BaseException, last: bool = False) -> str:
 
 
 def _infer_call(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting) -> Call:
+    """Forward in inference mode."""
+
     def call() -> torch.Tensor:
         with torch.inference_mode(), setting.autocast():
             return module(*inputs)
@@ -208,6 +220,7 @@ def _train_call(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Sett
 
 
 def _refuse(setting: Setting, dtypes: tuple[torch.dtype, ...], peer: str) -> None:
+    """Raises PeerUnavailableError but for inference on the CPU in one of these dtypes."""
     if setting.train:
         raise PeerUnavailableError("inference only")
     if setting.device != "cpu":
@@ -217,6 +230,7 @@ def _refuse(setting: Setting, dtypes: tuple[torch.dtype, ...], peer: str) -> Non
 
 
 def _require(*packages: str) -> None:
+    """Raises PeerUnavailableError where a package is not installed."""
     missing = [p for p in packages if importlib.util.find_spec(p) is None]
     if missing:
         raise PeerUnavailableError(

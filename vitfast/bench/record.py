@@ -22,11 +22,15 @@ WORSE = 0.10
 
 @dataclass
 class Result:
-    """One contender in one row; `reason` says why there is no time.
+    """One contender in one row.
 
     Args:
-        gflops, gbs, floor_share: the case's work by this contender's time, and the floor's time
-            over it: 1 is the best that this machine does.
+        median_ms, q1_ms, q3_ms: median and quartiles of the time of one call; None where it was not
+            timed, and `reason` says why.
+        peak_mb: of memory, in MB (10^6 bytes).
+        error_over_budget: 1 is the limit.
+        gflops, gbs: the case's work by this contender's time, in GFLOP/s and GB/s.
+        floor_share: the floor's time over this contender's: 1 is the best that this machine does.
     """
 
     median_ms: float | None = None
@@ -42,6 +46,7 @@ class Result:
 
     @classmethod
     def of(cls, timing: Timing, **more: Any) -> Result:
+        """The result of a timing; `more` are fields by name."""
         low, high = timing.quartiles
         return cls(timing.median * 1e3, low * 1e3, high * 1e3, len(timing.samples), **more)
 
@@ -73,6 +78,7 @@ class Row:
 
     @property
     def key(self) -> tuple[str, ...]:
+        """What two rows of the same case have in common, in whatever file they are."""
         return (self.level, self.case, self.shape, self.dtype, self.passes, self.device)
 
     @property
@@ -88,15 +94,23 @@ class Row:
         return theirs.median_ms / ours.median_ms
 
     def ratios(self, of: str = "vitfast") -> dict[str, float]:
+        """Peer -> `ratio`, for all that have one."""
         found = {peer: self.ratio(peer, of) for peer in self.results if peer != "vitfast"}
         return {peer: ratio for peer, ratio in found.items() if ratio is not None}
 
     def as_json(self) -> dict[str, Any]:
+        """As values that JSON knows, with the ratios."""
         return {**asdict(self), "ratios": self.ratios()}
 
 
 def document(kind: str, machine: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """What a results file holds: which command wrote it, when and where, and what it found."""
+    """What a results file holds: which command wrote it, when and where, and what it found.
+
+    Args:
+        kind: the command's name, as "bench".
+        machine: what `vitfast.bench.machine.describe` gives.
+        more: what it found, by name.
+    """
     return {
         "schema": SCHEMA,
         "kind": f"vitfast {kind}",
@@ -108,7 +122,7 @@ def document(kind: str, machine: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def bench_document(rows: Iterable[Row], machine: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """`document` of `vitfast bench`."""
+    """The `document` of `vitfast bench`, with its rows."""
     return document("bench", machine, **more, rows=[row.as_json() for row in rows])
 
 
@@ -165,7 +179,11 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Change:
-    """One ratio in two files."""
+    """One ratio before and after: how many times faster than a peer vitfast is in a case.
+
+    Args:
+        key: of the case's `Row`.
+    """
 
     key: tuple[str, ...]
     peer: str
@@ -174,10 +192,12 @@ class Change:
 
     @property
     def relative(self) -> float:
+        """0.1 for a ratio that grew by a tenth."""
         return self.after / self.before - 1
 
     @property
     def worse(self) -> bool:
+        """Whether this is a regression."""
         return self.relative < -WORSE
 
 
@@ -199,6 +219,7 @@ def changes(before: dict[str, Any], rows: Iterable[Row]) -> list[Change]:
 
 
 def _finite(value: Any) -> Any:
+    """The value with None for each NaN and infinity in it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -8,6 +8,7 @@ from vitfast.bench.peers import NOT_SWAPPED
 from vitfast.bench.record import Result, Row
 
 MISSING = "-"
+"""The cell of what was not measured."""
 
 
 def milliseconds(value: float) -> str:
@@ -26,16 +27,20 @@ def digits(value: float) -> str:
 
 
 def megabytes(value: float | None) -> str:
+    """A whole number of MB, or "-" where it was not measured."""
     return MISSING if value is None else f"{value:.0f}"
 
 
 def table(
     rows: Sequence[Row], names: Sequence[str]
 ) -> tuple[tuple[str, ...], list[tuple[str, ...]], list[str]]:
-    """Header, cells and notes.
+    """Header, a line of cells for each row, and notes that go below the table.
 
     A peer's cell is its median and, in brackets, how many times faster vitfast is; the median alone
     where nothing was swapped.
+
+    Args:
+        names: peers in the order of their columns; one that has no time at all has no column.
     """
     shown = [n for n in names if any(_median(row, n) is not None for row in rows)]
     header = (

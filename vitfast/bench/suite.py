@@ -14,18 +14,29 @@ from dataclasses import dataclass, replace
 import torch
 
 from vitfast.bench import modules, ops
+from vitfast.bench.child import add_model_memory
 from vitfast.bench.peers import Setting, first_line
+from vitfast.bench.progress import Progress, of_part
 from vitfast.bench.record import Row
 from vitfast.errors import InputValueError
 
-Measure = Callable[[modules.Progress], Row]
+Measure = Callable[[Progress], Row]
+"""Measures one case, and tells how far it is."""
 MINUTES = {"cpu": 7.0, "cuda": 5.5}
-"""Nothing starts after these. A model on a GPU takes up to two, most of them for torch.compile."""
+"""Nothing starts after these. A model on a GPU takes up to two, most of that for torch.compile."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """One line of the set: a model at a level; or ops on their listed samples, without a model."""
+    """One line of the set: a model at a level, or ops on samples of their specs.
+
+    Args:
+        level: "ops", "blocks" or "models".
+        model: a timm model; None for ops on the samples of their specs.
+        img_size: (height, width); None for the model's own.
+        ops: the ops that are timed at level "ops"; all where it is empty.
+        case: the only sample that is timed, without a model.
+    """
 
     level: str
     model: str | None = "vit_base_patch16_224"
@@ -37,6 +48,7 @@ class Part:
 
     @property
     def title(self) -> str:
+        """As in notes on what was left out: "ops attention vit_large_4k train"."""
         size = "" if self.img_size is None else f" {self.img_size[0]}x{self.img_size[1]}"
         names = " ".join((*self.ops, self.case or ""))
         what = f"{self.model}{size} batch {self.batch}" if self.model else names
@@ -44,6 +56,7 @@ class Part:
 
 
 UHD = (2160, 3840)
+"""(height, width) of a 4K frame."""
 PARTS = {
     "cuda": (
         Part("models", batch=256),
@@ -74,11 +87,18 @@ PARTS = {
         Part("blocks", img_size=(1024, 1024)),
     ),
 }
+"""Device -> the standard set, most important first."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Of a run: peers and seconds of timed work a case, both by level."""
+    """Of a run.
+
+    Args:
+        wanted: level -> peers by name.
+        seconds: level -> timed work a case.
+        with_memory: whether peak memory is measured too.
+    """
 
     wanted: Mapping[str, Sequence[str]]
     seconds: Mapping[str, float]
@@ -86,7 +106,7 @@ class Options:
 
 
 def cases(part: Part, setting: Setting, options: Options) -> list[Measure]:
-    """What measures each case of a part.
+    """A `Measure` for each case of a part.
 
     Raises:
         InputValueError: no such model or op, a size that a model cannot take, or no case.
@@ -106,14 +126,16 @@ def cases(part: Part, setting: Setting, options: Options) -> list[Measure]:
     return [functools.partial(_op, case, options) for case in found]
 
 
-def _op(case: ops.OpCase, options: Options, progress: modules.Progress) -> Row:
+def _op(case: ops.OpCase, options: Options, progress: Progress) -> Row:
+    """The row of one op on one sample."""
     return ops.measure(
         case, options.wanted["ops"], seconds=options.seconds["ops"],
         with_memory=options.with_memory, progress=progress,
     )  # fmt: skip
 
 
-def _model(part: Part, setting: Setting, options: Options, progress: modules.Progress) -> Row:
+def _model(part: Part, setting: Setting, options: Options, progress: Progress) -> Row:
+    """The row of a model or of its first block; of a model on the CPU with each peer's memory."""
     build = modules.block_case if part.level == "blocks" else modules.model_case
 
     def say(text: str, share: float) -> None:
@@ -130,24 +152,25 @@ def _model(part: Part, setting: Setting, options: Options, progress: modules.Pro
             "dtype": row.dtype, "device": setting.device, "train": setting.train,
             "threads": torch.get_num_threads(),
         }  # fmt: skip
-        modules.add_model_memory(row, arguments, say)
+        add_model_memory(row, arguments, say)
     return row
-
-
-def _show(progress: modules.Progress, i: int, j: int, count: int, text: str, share: float) -> None:
-    """Progress of case `j` of `count` in part `i`."""
-    progress(text, i + (j + min(share, 1.0)) / count)
 
 
 def run(
     parts: Sequence[Part], setting: Setting, options: Options, minutes: float,
-    progress: modules.Progress, clock: Callable[[], float] = time.monotonic,
+    progress: Progress, clock: Callable[[], float] = time.monotonic,
     keep: Callable[[list[Row], list[str]], None] = lambda rows, notes: None,
 ) -> tuple[list[Row], list[str]]:  # fmt: skip
-    """Rows, and a sentence for each thing that was left out: for want of time, or by an error.
+    """Measure parts one after another.
 
     Args:
+        minutes: nothing starts after these; infinite for no limit.
+        progress: every part counts 1.
+        clock: gives seconds; for tests.
         keep: gets both after every row, so that an interrupted run keeps its work.
+
+    Returns:
+        Rows, and a sentence for each thing that was left out, for want of time or by an error.
     """
     rows: list[Row] = []
     notes: list[str] = []
@@ -160,7 +183,7 @@ def run(
                 if clock() > end:
                     notes.append(f"{part.title}: {len(found) - j} cases left out, out of time")
                     break
-                rows.append(measure(functools.partial(_show, progress, i, j, len(found))))
+                rows.append(measure(of_part(progress, i, j, len(found))))
                 keep(rows, notes)
             if not found:
                 notes.append(f"{part.title}: left out, out of time")

@@ -21,7 +21,7 @@ MIN_SAMPLE_SECONDS = 2e-4
 """Shorter calls are repeated within one sample: the clock itself costs some 100 ns."""
 
 SETTLING_SECONDS = 0.05
-"""A first call that was shorter tells little of the second; what ran before it counts."""
+"""Calls under 50 ms run once more, untimed: the first depends on what ran before it."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Timing:
 
     @property
     def iqr(self) -> float:
+        """Interquartile range: the 75th percentile less the 25th."""
         low, high = self.quartiles
         return high - low
 
@@ -53,7 +54,7 @@ Stopwatch = Callable[[Callable[[], Any], int], tuple[float, Any]]
 
 
 class WallStopwatch:
-    """Times calls by the wall clock."""
+    """Times calls by the wall clock; `clock` gives seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
@@ -106,9 +107,9 @@ def interleave(
         settle: begin a turn of short calls with one that is not timed: another contender's weights
             are in the caches, and its threads may still be waiting for work, busily.
         watch: the wall clock by default.
-        check: (name, output), raises or takes note; called on every contender's first
-            output, before the timing, and on its last one, since a kernel may be right ten times
-            and then wrong, and a fast wrong answer is no result.
+        check: (name, output) -> anything; it raises or takes note of what is wrong. It is called on
+            every contender's first output, before the timing, and on its last one, since a kernel
+            may be right ten times and then wrong, and a fast wrong answer is no result.
         on_progress: called with the share of the work that is done, 0 to 1.
 
     Returns:

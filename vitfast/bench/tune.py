@@ -35,6 +35,7 @@ class Pick:
     launch: Launch
 
     def entry(self) -> dict[str, Any]:
+        """As the launch table of an architecture keeps it."""
         return {
             "key": dict(self.key),
             "blocks": dict(self.launch.blocks),
@@ -44,7 +45,7 @@ class Pick:
 
 
 Entries = dict[str, list[dict[str, Any]]]
-"""Of a device's table: {kernel or choice: [entry]}."""
+"""Part of a launch table: kernel or choice (as "attention.vendor") -> its entries."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +69,20 @@ class Terms:
 
     @property
     def clock(self) -> Stopwatch:
+        """What measures time."""
         return self.watch or stopwatch(self.device)
 
     @property
     def over(self) -> bool:
+        """Whether the time for searching is spent."""
         return time.monotonic() > self.until
 
     def has(self, what: str, key: Mapping[str, int | str]) -> bool:
+        """Whether the table knows this kernel's (or choice's) entry for a key already."""
         return any(entry["key"] == key for entry in self.known.get(what, []))
 
-    def fastest(self, calls: dict[str, Callable[[], Any]], what: str) -> str:
-        """The call with the lowest median."""
+    def fastest(self, calls: Mapping[str, Callable[[], Any]], what: str) -> str:
+        """The name of the call with the lowest median; `what` they are goes into the line said."""
         times = interleave(calls, seconds=self.seconds, watch=self.clock)
         best = min(times, key=lambda name: times[name].median)
         shown = ", ".join(f"{name} {t.median * 1e6:.0f} us" for name, t in times.items())
@@ -106,7 +110,7 @@ _SIZES = {
     "num_warps": (2, 4, 8),
     "num_stages": (1, 2, 3, 4),
 }
-"""What a part of a config is tried with; tiles with half and twice their size, else nothing."""
+"""Part of a config -> the values that are tried. Tiles are tried at half and twice their size."""
 
 
 def neighbours(launch: Launch) -> Iterator[list[Launch]]:
@@ -119,12 +123,12 @@ def neighbours(launch: Launch) -> Iterator[list[Launch]]:
 
     for name, now in launch.blocks.items():
         yield [replace(launch, blocks={**launch.blocks, name: s}) for s in sizes(name, now)]
-    for option, now in {"num_warps": launch.num_warps, "num_stages": launch.num_stages}.items():
-        yield [replace(launch, **{option: s}) for s in sizes(option, now)]
+    yield [replace(launch, num_warps=s) for s in sizes("num_warps", launch.num_warps)]
+    yield [replace(launch, num_stages=s) for s in sizes("num_stages", launch.num_stages)]
 
 
 def runner(case: Case, train: bool, device: str) -> Callable[..., Any]:
-    """(backend="triton") -> the outputs of a case, or its gradients."""
+    """(backend="triton") -> the outputs of a case on a device, in training its gradients."""
     call = case.call.map(lambda t: t.to(device))
     grads = [g.to(device) for g in case.output_grads] if train else []
 
@@ -138,7 +142,7 @@ def runner(case: Case, train: bool, device: str) -> Callable[..., Any]:
 
 
 def tune(spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, terms: Terms) -> Entries:
-    """Launch configs for the kernels of one op on one sample."""
+    """Search launch configs for the Triton kernels that one op launches on one sample."""
     case = Case(spec, sample, dtype)
     run = runner(case, train, terms.device)
     found: Entries = {}
@@ -154,7 +158,7 @@ def tune(spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, terms: T
 
 
 def searches(spec: OpSpec) -> list[Callable[[OpSpec, Sample, torch.dtype, bool, Terms], Entries]]:
-    """What there is to find out of an op, in this order: both sides of the last are tuned then."""
+    """The searches for one op, in order: choices come last, when what they choose from is tuned."""
     has_triton = "triton" in spec.dispatcher.backends
     return [
         *([tune] if has_triton else []),
@@ -210,6 +214,7 @@ def _best(pick: Pick, run: Callable[[], Any], case: Case, train: bool, terms: Te
 
 
 def _right(case: Case, output: Any, train: bool) -> bool:
+    """Whether outputs, in training gradients, keep the error criterion."""
     if train:
         found = {n: None if t is None else t.cpu() for n, t in output.items()}
         reports = case.judge_gradients(found)
@@ -222,7 +227,7 @@ def _right(case: Case, output: Any, train: bool) -> bool:
 def tune_backend(
     spec: OpSpec, sample: Sample, dtype: torch.dtype, train: bool, terms: Terms
 ) -> Entries:
-    """Whether Triton's kernels win where the op leaves that to the table; after `tune`."""
+    """Time the op's backends where it leaves the choice among them to the table; after `tune`."""
     case = Case(spec, sample, dtype)
     run = runner(case, train, terms.device)
     with asking() as asked:

@@ -89,6 +89,7 @@ def build(
 
 
 def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """timm's `create_model`; `img_size` is left out for a model that takes no such argument."""
     try:
         return timm.create_model(name, pretrained=pretrained, **kwargs)
     except TypeError as error:
@@ -139,13 +140,15 @@ def enliven(model: nn.Module, seed: int = 0) -> None:
 
 
 def image_shape(model: nn.Module, img_size: tuple[int, int] | None) -> tuple[int, int, int]:
-    """[Cin, H, W] that a model expects."""
+    """(channels, height, width) of one image, of this size or else the model's own."""
     channels, height, width = getattr(model, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     return (channels, *(img_size or (height, width)))
 
 
 def flops(module: nn.Module, name: str, inputs: Sequence[torch.Tensor]) -> float:
-    """Floating point operations of a forward's matrix products, counted on the meta device.
+    """Floating point operations of a forward's matrix products and convolutions.
+
+    They are counted on the meta device, where nothing is computed.
 
     Raises:
         InputValueError: the module cannot take these inputs.
@@ -162,7 +165,11 @@ def flops(module: nn.Module, name: str, inputs: Sequence[torch.Tensor]) -> float
 
 
 def checked_forward(model: nn.Module, name: str, image: torch.Tensor) -> torch.Tensor:
-    """One forward; what timm raises for a size that does not fit becomes an InputValueError."""
+    """One forward of a model.
+
+    Raises:
+        InputValueError: the model cannot take an image of this size.
+    """
     try:
         return model(image)
     except UNFIT as error:

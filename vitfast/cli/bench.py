@@ -19,6 +19,7 @@ DTYPES = {"float32": "float32", "fp32": "float32", "bfloat16": "bfloat16", "bf16
           "float16": "float16", "fp16": "float16"}  # fmt: skip
 DEFAULT_MODEL = "vit_base_patch16_224"
 GPU_PEERS = "eager,compile,triton,vendor,cudnn,flash,efficient,xformers"
+"""On a GPU, for ops."""
 DEFAULT_SECONDS = {"ops": 1.0, "blocks": 4.0, "models": 8.0}
 
 
@@ -50,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vitfast.bench import machine, record, suite
-    from vitfast.bench.progress import progress_bar
+    from vitfast.bench.progress import of_part, progress_bar
 
     # Everything a user can get wrong is found before the long work.
     setting = _setting(args)
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         found = suite.cases(parts[0], setting, options)
         with progress_bar(len(found)) as show:
             for i, measure in enumerate(found):
-                rows.append(measure(lambda text, share, i=i: show(text, i + min(share, 1.0))))
+                rows.append(measure(of_part(show, i)))
     else:
         with progress_bar(len(parts)) as show:
             rows, notes = suite.run(parts, setting, options, minutes, show, keep=keep)
@@ -98,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _setting(args: argparse.Namespace) -> Setting:
+    """Dtype, device and pass."""
     import torch
 
     from vitfast.bench.peers import Setting
@@ -110,6 +112,7 @@ def _setting(args: argparse.Namespace) -> Setting:
 
 
 def _options(args: argparse.Namespace, device: str) -> Options:
+    """Peers and times by level, those of the arguments or else the device's own."""
     from vitfast.bench import ops, peers, suite
 
     if args.seconds is not None and not (args.seconds > 0 and math.isfinite(args.seconds)):
@@ -169,6 +172,7 @@ def _refuse_choices(args: argparse.Namespace) -> None:
 
 
 def _minutes(args: argparse.Namespace, default: float) -> float:
+    """The time for the standard set."""
     minutes = default if args.minutes is None else args.minutes
     if not (minutes > 0 and math.isfinite(minutes)):
         raise InputValueError(f"--minutes {args.minutes}: expected a positive number")
@@ -178,6 +182,7 @@ def _minutes(args: argparse.Namespace, default: float) -> float:
 def _show(
     rows: Sequence[Row], facts: dict[str, Any], floors: dict[str, float], names: Sequence[str]
 ) -> None:
+    """Print the table of results, with the machine and its ceilings in the title."""
     from vitfast.bench import report
 
     title = f"{facts['name']}; torch {facts['versions']['torch']}"
@@ -189,7 +194,7 @@ def _show(
 
 
 def _show_changes(found: Sequence[Change], rows: Sequence[Row], path: str) -> None:
-
+    """Print how ratios changed against an earlier file."""
     if not found:
         print_text(f"{path} has none of these cases, or no ratio of vitfast in them")
         return

@@ -8,12 +8,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
+from vitfast.check.findings import (
+    REFUSED,
+    WRONG,
+    Finding,
+    as_json,
+    model_table,
+    op_table,
+    verified,
+)
+from vitfast.cli.table import print_table
 from vitfast.errors import InputValueError
-
-if TYPE_CHECKING:
-    from vitfast.bench.verify import Finding
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from vitfast.bench import machine, record, verify
+    from vitfast.bench import machine, record
     from vitfast.bench.ops import specs
     from vitfast.bench.progress import progress_bar
+    from vitfast.check import numerics
+    from vitfast.check.hardware import check_hardware
     from vitfast.runtime import launches
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,33 +63,33 @@ def run(args: argparse.Namespace) -> int:
         arch = launches.arch_of(torch.device("cuda"))
         record.check_writable(launches.path_of(arch))
     checked = specs(args.op)
-    hardware = checked if device == "cuda" else []
-    models = [] if args.op else [(f, d) for f in verify.MODELS for d in verify.MODEL_DTYPES]
-    cases = verify.op_cases(checked)
+    on_gpu = checked if device == "cuda" else []
+    models = [] if args.op else [(f, d) for f in numerics.MODELS for d in numerics.MODEL_DTYPES]
+    cases = numerics.op_cases(checked)
     end = time.monotonic() + 60 * args.minutes
     found: list[Finding] = []
     left_out: list[str] = []
 
     def stages() -> Iterator[tuple[str, Callable[[], Iterable[Finding]]]]:
-        for spec in hardware:
-            yield f"{spec.name}: hardware", partial(verify.check_hardware, spec, args.seed)
+        for spec in on_gpu:
+            yield f"{spec.name}: hardware", partial(check_hardware, spec, args.seed)
         for family, dtype in models:
-            name = f"{family}: {verify.MODELS[family]}"
-            yield name, partial(verify.check_model, family, dtype, device)
+            name = f"{family}: {numerics.MODELS[family]}"
+            yield name, partial(numerics.check_model, family, dtype, device)
 
     def keep() -> None:
         if args.json:
             facts = machine.describe(device)
             record.write_json(args.json, record.document(
-                "check", facts, seed=args.seed, verified=verify.verified(found, left_out),
-                left_out=left_out, findings=verify.as_json(found),
+                "check", facts, seed=args.seed, verified=verified(found, left_out),
+                left_out=left_out, findings=as_json(found),
             ))  # fmt: skip
 
     with (
-        progress_bar(len(cases) + len(hardware) + len(models)) as show,
-        verify.plain_arithmetic(),
+        progress_bar(len(cases) + len(on_gpu) + len(models)) as show,
+        numerics.plain_arithmetic(),
     ):
-        results = verify.check_ops(cases, device, verify.GPU_WORKERS if device == "cuda" else 0)
+        results = numerics.check_ops(cases, device, numerics.GPU_WORKERS if device == "cuda" else 0)
         show(f"{len(cases)} cases of ops", 0)
         for i, ((spec, sample), more) in enumerate(zip(cases, results, strict=True)):
             found += more
@@ -100,15 +108,13 @@ def run(args: argparse.Namespace) -> int:
     keep()
     if args.trust:
         known = set(launches.table(arch.name)["verified"]) - {spec.name for spec in checked}
-        launches.write_table(arch, verified=sorted(known | {*verify.verified(found, left_out)}))
-    return int(any(f.state == verify.WRONG for f in found))
+        launches.write_table(arch, verified=sorted(known | {*verified(found, left_out)}))
+    return int(any(f.state == WRONG for f in found))
 
 
 def _show(found: Sequence[Finding], where: str) -> None:
-    from vitfast.bench import verify
-    from vitfast.cli.table import print_table
-
-    wrong = [f for f in found if f.state == verify.WRONG]
+    """Print what is wrong first, then the tables, what cannot run, and the count."""
+    wrong = [f for f in found if f.state == WRONG]
     if wrong:
         print_table(
             "Wrong",
@@ -116,17 +122,17 @@ def _show(found: Sequence[Finding], where: str) -> None:
             [(f.name, f.case, f.dtype, f.passes, f.backend, f.reason) for f in wrong],
         )
     for title, (header, lines) in (
-        (f"Ops on {where}: worst error over budget, 1 is the limit", verify.op_table(found)),
-        ("Swapped models: worst error over budget, 1 is the limit", verify.model_table(found)),
+        (f"Ops on {where}: worst error over budget, 1 is the limit", op_table(found)),
+        ("Swapped models: worst error over budget, 1 is the limit", model_table(found)),
     ):
         if lines:
             print_table(title, header, sorted(lines, key=lambda line: "wrong" not in line))
-    refused = Counter((f.name, f.backend, f.reason) for f in found if f.state == verify.REFUSED)
+    refused = Counter((f.name, f.backend, f.reason) for f in found if f.state == REFUSED)
     if refused:
         print_table(
             "Cannot run here",
             ("op", "backend", "cases", "reason"),
             [(op, backend, n, reason) for (op, backend, reason), n in refused.items()],
         )
-    checked = sum(f.state != verify.REFUSED for f in found)
+    checked = sum(f.state != REFUSED for f in found)
     print(f"{checked - len(wrong)} of {checked} checks passed")

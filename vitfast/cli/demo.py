@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from vitfast.errors import InputValueError
 
 if TYPE_CHECKING:
-    from vitfast.bench.showcase import Outcome
+    from vitfast.demo.showcase import Outcome
 
 REPORT = "vitfast-demo.html"
 DTYPES = {"float32": "float32", "bf16": "bfloat16", "bfloat16": "bfloat16"}
@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    from vitfast.bench import html, machine, peers, photo, record, showcase
-    from vitfast.bench.progress import progress_bar
+    from vitfast.bench import machine, peers, record
+    from vitfast.bench.progress import of_part, progress_bar
+    from vitfast.demo import page, photo, showcase
 
     target = Path(args.output)
     target = record.check_writable(target / REPORT if target.is_dir() else target)
@@ -47,15 +48,16 @@ def run(args: argparse.Namespace) -> int:
         stage = showcase.Showcase(picture, setting, pretrained=args.pretrained)
         stage.warm_up()
         for i, (name, size) in enumerate(models):
-            outcomes.append(stage.run(name, size, lambda text, share, i=i: show(text, i + share)))
+            outcomes.append(stage.run(name, size, of_part(show, i)))
     facts = machine.describe(device)
     _show(outcomes, facts["name"], credit)
-    record.write_text(target, html.page(outcomes, facts, picture, credit, args.pretrained))
+    record.write_text(target, page.render(outcomes, facts, picture, credit, args.pretrained))
     print(f"report: {target}")
     return int(not all(outcome.within_budget for outcome in outcomes))
 
 
 def _show(outcomes: Sequence[Outcome], where: str, credit: str) -> None:
+    """Print what was swapped, the times beside timm's, and how errors were judged."""
     from vitfast.bench.report import MISSING, digits, megabytes, milliseconds
     from vitfast.cli.table import print_table, print_text
 

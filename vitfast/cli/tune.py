@@ -69,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
 def _problems(
     spec: OpSpec, case: str | None, dtypes: Sequence[str]
 ) -> Iterator[tuple[Sample, str, bool]]:
+    """(sample, dtype, whether training) of what is timed of one op."""
     for sample in spec.samples:
         if sample.name == case if case else "real" in sample.tags and "large" not in sample.tags:
             for name in dtypes:
@@ -77,7 +78,7 @@ def _problems(
 
 
 def _add(entries: dict[str, Any], found: dict[str, Any]) -> None:
-    """Entries of the same key are replaced."""
+    """Add what was found to the table's entries, in place of those with the same key."""
     for kernel, new in found.items():
         keys = [e["key"] for e in new]
         entries[kernel] = [e for e in entries.get(kernel, []) if e["key"] not in keys] + new

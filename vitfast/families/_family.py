@@ -1,4 +1,4 @@
-"""What a family file says."""
+"""What a family file says: its layers, and the classes that are left to timm."""
 
 from __future__ import annotations
 
@@ -53,10 +53,10 @@ class Family:
 
 
 def blocks(module: str, *names: str, reason: str = "not implemented yet") -> tuple[Gap, ...]:
-    """Gaps for transformer blocks of one timm module."""
+    """Gaps for the blocks of one timm module, by class name."""
     return tuple(Gap(f"{module}.{name}", reason, "block") for name in names)
 
 
 def attentions(module: str, *names: str, reason: str = "not implemented yet") -> tuple[Gap, ...]:
-    """Gaps for attention modules of one timm module."""
+    """Gaps for the attention modules of one timm module, by class name."""
     return tuple(Gap(f"{module}.{name}", reason, "attention") for name in names)

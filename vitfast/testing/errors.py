@@ -165,14 +165,14 @@ def assert_close(
         AssertionError: some tensor breaks the criterion; names it, the worst element and why.
         ValueError: as `compare`.
     """
-    if isinstance(actual, torch.Tensor):
-        actual, reference, base = [actual], [reference], [base]
-    names = [name] if len(actual) == 1 else [f"{name}[{i}]" for i in range(len(actual))]
+    tensors = [[t] if isinstance(t, torch.Tensor) else t for t in (actual, reference, base)]
+    count = len(tensors[0])
+    names = [name] if count == 1 else [f"{name}[{i}]" for i in range(count)]
     reports = [
         compare(
-            *tensors, name=label, factor=factor, rms_factor=rms_factor, zero=zero, working=working
+            *three, name=label, factor=factor, rms_factor=rms_factor, zero=zero, working=working
         )
-        for label, *tensors in zip(names, actual, reference, base, strict=True)
+        for label, *three in zip(names, *tensors, strict=True)
     ]
     raise_if_wrong(reports)
     return reports

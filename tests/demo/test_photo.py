@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from vitfast.bench import photo
+from vitfast.demo import photo
 from vitfast.errors import InputValueError
 
 

@@ -1,29 +1,31 @@
-"""What `vitfast check` runs: every op and a small model of each family, judged against float64."""
+"""Every op and a small model of each family, judged against float64.
+
+An op's error is compared with that of its reference in the same dtype, a swapped model's with
+timm's; `vitfast.check.findings` keeps the result.
+"""
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vitfast.bench import modules, peers
 from vitfast.bench.peers import Setting, first_line
+from vitfast.check.findings import OK, OWN_KERNELS, REFUSED, WRONG, Finding
 from vitfast.errors import BackendUnavailableError
 from vitfast.ops import spec_of
 from vitfast.ops.spec import OpSpec, Sample
+from vitfast.swap import swap
 from vitfast.testing.cases import Case
 from vitfast.testing.errors import ErrorReport
 
-OWN_KERNELS = {"triton", "cuda"}
-"""Backends that are vitfast's own GPU code."""
-OK, WRONG, REFUSED = "ok", "wrong", "cannot run"
 GPU_WORKERS = 4
 """Processes that check ops on a GPU: compiling the kernels takes longer than running them."""
 MODELS = {
@@ -46,11 +48,12 @@ MODELS = {
     "inception_next": "inception_next_tiny",
     "metaformer": "caformer_s18",
 }
+"""Family -> the timm model that is checked, with random weights."""
 DEPTH = {"depth": 2}
 """Blocks of a checked model: enough for one to feed another."""
 DEPTHS = {"depths": (2, 2), "num_heads": (3, 6)}
 STAGES = {"depths": (1, 1, 2, 1)}
-MODEL_OPTIONS = {
+MODEL_OPTIONS: dict[str, dict[str, Any]] = {
     "swin": DEPTHS,
     "swin_v2": DEPTHS,
     "swin_v2_cr": DEPTHS,
@@ -61,45 +64,22 @@ MODEL_OPTIONS = {
     "inception_next": STAGES,
     "metaformer": {},  # its functions take no depths
 }
-"""Where `DEPTH` is not how a model is built with fewer blocks."""
+"""Family -> timm's arguments for few blocks, where these are not `DEPTH`."""
 MODEL_DTYPES = (torch.float32, torch.bfloat16)
 MODEL_SIZES = {"naflexvit": (224, 224)}
-"""Where a model's own size would only take longer."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked.
-
-    Args:
-        level: "op", "model", or "hardware": what only a GPU can show of an op's own kernels.
-        name, case: the op and its sample (or check); the family and its model.
-        passes: "forward" or "backward".
-        backend: a backend's name; for models "swap".
-        state: "ok", "wrong", or "cannot run" where a backend refuses this case.
-        error_over_budget: the worst of all outputs or gradients; 1 is the limit.
-        reason: what is wrong, or why it cannot run.
-        picked: whether this backend is what backend="auto" takes here.
-    """
-
-    level: str
-    name: str
-    case: str
-    dtype: str
-    passes: str
-    backend: str
-    state: str
-    error_over_budget: float | None = None
-    reason: str = ""
-    picked: bool = False
+"""Family -> (height, width), where the model's own size would only take longer."""
 
 
 def op_cases(specs: Iterable[OpSpec]) -> list[tuple[OpSpec, Sample]]:
+    """The samples of these ops that `vitfast check` runs."""
     return [(spec, s) for spec in specs for s in spec.samples if "check" in s.tags]
 
 
 def check_op(spec: OpSpec, sample: Sample, device: str = "cpu") -> Iterator[Finding]:
-    """Every dtype, backend and pass of one op on one sample."""
+    """A finding for every dtype, pass and backend of one op on one sample.
+
+    On a GPU in bfloat16, float16 and float32, on the CPU in the dtypes of the spec.
+    """
     dtypes = spec.dtypes if device == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
     for dtype in dtypes:
         case = Case(spec, sample, dtype)
@@ -116,11 +96,12 @@ def check_op(spec: OpSpec, sample: Sample, device: str = "cpu") -> Iterator[Find
 def check_ops(
     cases: Sequence[tuple[OpSpec, Sample]], device: str, workers: int = 0
 ) -> Iterator[list[Finding]]:
-    """What `check_op` finds for each case, in their order.
+    """What `check_op` finds for each case, a list a case, in their order.
 
     Args:
         workers: processes to share the work among, for a GPU, whose kernels are compiled on the
-            CPU; 0 for none but this one.
+            CPU; 0 for none but this one. A case whose process dies is wrong in every backend that
+            is vitfast's own.
     """
     if not workers:
         yield from ([*check_op(spec, sample, device)] for spec, sample in cases)
@@ -144,6 +125,7 @@ def check_ops(
 
 
 def _check_named(op: str, sample: str, device: str) -> list[Finding]:
+    """`check_op` in a worker, to which names can be sent and specs cannot."""
     spec = spec_of(op)
     with plain_arithmetic():
         found = [*check_op(spec, next(s for s in spec.samples if s.name == sample), device)]
@@ -174,29 +156,8 @@ def plain_arithmetic() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def check_hardware(spec: OpSpec, seed: int) -> Iterator[Finding]:
-    """What only a GPU can show of an op's own kernels: see `vitfast.bench.hardware`."""
-    from vitfast.bench import hardware
-
-    for backend in OWN_KERNELS & spec.dispatcher.backends.keys():
-        for name, faults in hardware.all_checks(spec, backend, seed):
-            yield Finding(
-                "hardware", spec.name, name, "", "", backend, WRONG if faults else OK,
-                reason="; ".join(faults[:3]),
-            )  # fmt: skip
-
-
-def verified(found: Iterable[Finding], left_out: Sequence[str] = ()) -> list[str]:
-    """Ops whose own GPU kernels ran here and were never wrong, in no check left out either."""
-    ran: dict[str, bool] = {name.split(":")[0]: False for name in left_out}
-    for f in found:
-        if f.level != "model" and f.backend in OWN_KERNELS and f.state != REFUSED:
-            ran[f.name] = ran.get(f.name, True) and f.state == OK
-    return sorted(op for op, right in ran.items() if right)
-
-
 def check_model(family: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Finding]:
-    """A swapped model beside timm's own: outputs; in float32 gradients of a training step too."""
+    """Findings of a swapped model: its outputs, and in float32 a training step's gradients too."""
     name = MODELS[family]
     for train in (False, True) if dtype == torch.float32 else (False,):
         setting = Setting(dtype, device, train)
@@ -210,6 +171,7 @@ def check_model(family: str, dtype: torch.dtype, device: str = "cpu") -> Iterato
 
 
 def _op_finding(case: Case, passes: str, backend: str, device: str) -> Finding:
+    """What one backend gives for one pass of a case."""
     blank = Finding("op", case.spec.name, case.sample.name, _name(case.dtype), passes, backend, OK)
     try:
         run = _forward if passes == "forward" else _backward
@@ -221,19 +183,20 @@ def _op_finding(case: Case, passes: str, backend: str, device: str) -> Finding:
 
 
 def _forward(case: Case, backend: str, device: str) -> list[ErrorReport]:
+    """Reports on the outputs, which are judged on the CPU."""
     outputs = case.outputs(case.call.map(lambda t: t.to(device)), backend=backend)
     return case.judge([t.cpu() for t in outputs])
 
 
 def _backward(case: Case, backend: str, device: str) -> list[ErrorReport]:
+    """Reports on the gradients of the arguments that models train, judged on the CPU."""
     call = case.call.map(lambda t: t.to(device))
     found = case.gradients(case.trained, call, backend=backend)
     return case.judge_gradients({n: None if t is None else t.cpu() for n, t in found.items()})
 
 
 def _model_finding(blank: Finding, setting: Setting) -> Finding:
-    from vitfast.swap import swap
-
+    """`blank`, which names the family and its model, with what swapping that model gives."""
     size = MODEL_SIZES.get(blank.name)
     options = MODEL_OPTIONS.get(blank.name, DEPTH)
     case = modules.model_case(blank.case, size, 1, setting, **options)
@@ -250,6 +213,7 @@ def _model_finding(blank: Finding, setting: Setting) -> Finding:
 
 
 def _judged(blank: Finding, reports: Iterable[ErrorReport]) -> Finding:
+    """`blank` with the worst error of these reports, and the first problem where there is one."""
     reports = list(reports)
     wrong = [problem for report in reports for problem in report.problems]
     worst = max((r.error_over_budget for r in reports), default=0.0)
@@ -258,49 +222,5 @@ def _judged(blank: Finding, reports: Iterable[ErrorReport]) -> Finding:
     return replace(blank, error_over_budget=worst)
 
 
-def op_table(found: Iterable[Finding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """One line an op and backend: the worst error over budget by dtype and pass."""
-    return _table(
-        [f for f in found if f.level == "op"],
-        ("op", "backend"),
-        lambda f: (f.name, f.backend),
-    )
-
-
-def model_table(found: Iterable[Finding]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """One line a family."""
-    return _table(
-        [f for f in found if f.level == "model"],
-        ("family", "model"),
-        lambda f: (f.name, f.case),
-    )
-
-
-def _table(
-    found: list[Finding], names: tuple[str, ...], key: Callable[[Finding], tuple[str, ...]]
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    columns = list(dict.fromkeys((f.dtype, f.passes) for f in found))
-    lines: list[tuple[str, ...]] = []
-    for group in dict.fromkeys(map(key, found)):
-        mine = [f for f in found if key(f) == group]
-        ran = [f for f in mine if f.state != REFUSED]
-        worst = [_worst(f for f in ran if (f.dtype, f.passes) == column) for column in columns]
-        state = "wrong" if any(f.state == WRONG for f in mine) else "ok" if ran else "cannot run"
-        picked = sum(f.picked for f in mine)
-        share = f"{picked} of {len(mine)}" if picked else ""
-        lines.append((*group, *worst, state, *([share] if names[0] == "op" else [])))
-    header = (*names, *(f"{dtype} {passes}" for dtype, passes in columns), "state")
-    return (*header, "picked") if names[0] == "op" else header, lines
-
-
-def _worst(found: Iterable[Finding]) -> str:
-    errors = [math.inf if f.error_over_budget is None else f.error_over_budget for f in found]
-    return f"{max(errors):.2f}" if errors else "-"
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def as_json(found: Iterable[Finding]) -> list[dict[str, Any]]:
-    return [vars(f) for f in found]

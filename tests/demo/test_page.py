@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from vitfast.bench import html
-from vitfast.bench.showcase import Outcome
+from vitfast.demo import page
+from vitfast.demo.showcase import Outcome
 from vitfast.swap import Skipped, Swapped, SwapReport
 
 EVIL = "<script>alert('&')</script>"
@@ -60,30 +60,30 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page() -> str:
+def rendered() -> str:
     photo = Image.new("RGB", (500, 300), "teal")
     outcomes = [outcome(EVIL, labels=[(EVIL, 0.5)]), outcome(vitfast_ms=400.0, agreement=None)]
-    return html.page(outcomes, MACHINE, photo, EVIL, pretrained=True)
+    return page.render(outcomes, MACHINE, photo, EVIL, pretrained=True)
 
 
-def test_texts_are_escaped(page):
-    found = Page(page)
+def test_texts_are_escaped(rendered):
+    found = Page(rendered)
     assert "script" not in {tag for tag, _ in found.tags}
     assert found.text.count(EVIL) >= 5  # name, machine, budget, label, swap report
 
 
-def test_nothing_comes_from_outside(page):
-    for tag, attributes in Page(page).tags:
+def test_nothing_comes_from_outside(rendered):
+    for tag, attributes in Page(rendered).tags:
         assert tag not in ("link", "iframe", "script")
         for name in ("src", "href", "xlink:href"):
             value = attributes.get(name, "")
             assert value.startswith(("data:", "#")) or not value, (tag, name, value)
-    assert "@import" not in page
-    assert "url(http" not in page
+    assert "@import" not in rendered
+    assert "url(http" not in rendered
 
 
-def test_numbers_are_in_the_table(page):
-    text = " ".join(Page(page).text.split())
+def test_numbers_are_in_the_table(rendered):
+    text = " ".join(Page(rendered).text.split())
     for expected in (
         "212 ms",
         "100 ms",
@@ -97,19 +97,19 @@ def test_numbers_are_in_the_table(page):
 
 
 def test_an_error_over_budget_shows():
-    good = html.page([outcome()], MACHINE, None, "", False)
-    bad = html.page([outcome(error=1.0)], MACHINE, None, "", False)
+    good = page.render([outcome()], MACHINE, None, "", False)
+    bad = page.render([outcome(error=1.0)], MACHINE, None, "", False)
     assert good.count('class="bad"') == 0
     assert bad.count('class="bad"') == 1
 
 
 def test_bars_are_as_long_as_the_times():
-    svg = ET.fromstring(html.chart([outcome(), outcome(vitfast_ms=424.0)]))
+    svg = ET.fromstring(page.chart([outcome(), outcome(vitfast_ms=424.0)]))
     space = "{http://www.w3.org/2000/svg}"
     widths = []
     for path in svg.iter(f"{space}path"):
         style = path.get("style", "")
-        if html.GREY in style or html.GREEN in style:
+        if page.GREY in style or page.GREEN in style:
             numbers = [
                 float(n) for n in path.get("d", "").replace("z", "").split() if n not in "ML"
             ]
@@ -120,4 +120,4 @@ def test_bars_are_as_long_as_the_times():
 
 
 def test_the_chart_is_the_same_every_time():
-    assert html.chart([outcome()]) == html.chart([outcome()])
+    assert page.chart([outcome()]) == page.chart([outcome()])

@@ -1,23 +1,23 @@
-"""The demo's report: one HTML file without anything outside it."""
+"""The demo's report as one HTML page that loads nothing from outside."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from PIL.Image import Image
 
 from vitfast.bench.report import MISSING, digits, megabytes, milliseconds
-from vitfast.bench.showcase import Outcome
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from vitfast.demo.showcase import Outcome
 
 GREY, GREEN, INK, MUTED = "#b9c0ca", "#1f8a5f", "#1d2733", "#66707c"
 THUMBNAIL = (220, 220)
+"""Pixels (width, height) that the photograph fits into."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -100,14 +100,20 @@ budget: {{ o.budget_from }}.</p>{% endfor %}
 """
 
 
-def page(
+def render(
     outcomes: Sequence[Outcome],
     machine: dict[str, Any],
     photo: Image | None,
     credit: str,
     pretrained: bool,
 ) -> str:
-    """The whole page. Every text in it is escaped."""
+    """The whole page; every text in it is escaped.
+
+    Args:
+        machine: what `vitfast.bench.machine.describe` gives.
+        photo: the photograph, None for a page without one; `credit` says where it is from.
+        pretrained: whether the weights are trained, which the page says.
+    """
     versions = machine["versions"]
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.globals |= {
@@ -125,14 +131,14 @@ def page(
 
 
 def chart(outcomes: Sequence[Outcome]) -> str:
-    """Bars as an <svg> element: a pair a model, its timm bar full length."""
+    """Times as an <svg> element: two bars a model, timm's always as long as 100 %."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 0.5 + 0.8 * len(outcomes)))
     FigureCanvasSVG(figure)
     axes = figure.add_axes((0.28, 0.02, 0.72, 0.96))
-    style = {"va": "center", "fontsize": 10, "parse_math": False}
+    style: dict[str, Any] = {"va": "center", "fontsize": 10, "parse_math": False}
     for i, outcome in enumerate(outcomes):
         share = 100 * outcome.vitfast_ms / outcome.timm_ms
         axes.barh(i - 0.19, 100, height=0.34, color=GREY)
@@ -152,8 +158,8 @@ def chart(outcomes: Sequence[Outcome]) -> str:
     return text[text.index("<svg") :]
 
 
-def _svg_text() -> Any:
-    """Letters as text in the reader's own font, and ids that do not change from run to run."""
+def _svg_text() -> AbstractContextManager[None]:
+    """Within, letters stay text, in the reader's font, and ids are the same in every run."""
     import matplotlib
 
     return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vitfast",
@@ -161,6 +167,7 @@ def _svg_text() -> Any:
 
 
 def _thumbnail(photo: Image) -> str:
+    """A small JPEG of the photograph, in base64."""
     small = photo.copy()
     small.thumbnail(THUMBNAIL)
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""The photograph of the demo: a user's own, or the one that matplotlib's wheel carries."""
+"""The demo's photograph: the user's own, or the one that matplotlib ships."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vitfast.errors import InputValueError
 
 BUILT_IN = "grace_hopper.jpg"
+"""A name among matplotlib's sample data."""
 BUILT_IN_CREDIT = "Rear Admiral Grace Hopper; US Navy, public domain; shipped with matplotlib"
 
 
 def load(path: str | os.PathLike[str] | None = None) -> tuple[Image.Image, str]:
-    """An RGB photograph, turned upright, and where it is from.
+    """(photograph, credit): an RGB image, turned upright, and where it is from.
+
+    Args:
+        path: the user's file; the built-in photograph by default.
 
     Raises:
         InputValueError: no such file, a folder, or no image that Pillow can read to its end.
@@ -29,6 +33,7 @@ def load(path: str | os.PathLike[str] | None = None) -> tuple[Image.Image, str]:
 
 
 def _read(path: Path) -> Image.Image:
+    """As `load`, of a file."""
     if not path.exists():
         raise InputValueError(f"--image {path}: no such file")
     if path.is_dir():
