@@ -1,4 +1,4 @@
-"""Residual connection and norm on the kernels of vitfast/ops/common/norm_triton.py."""
+"""Residual connection and norm on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 

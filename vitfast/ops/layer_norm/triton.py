@@ -1,4 +1,4 @@
-"""LayerNorm on the kernels of vitfast/ops/common/norm_triton.py."""
+"""LayerNorm on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 

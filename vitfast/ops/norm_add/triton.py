@@ -1,4 +1,4 @@
-"""Norm and residual connection on the kernels of vitfast/ops/common/norm_triton.py."""
+"""Norm and residual connection on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gathering patches and their norm on the kernels of vitfast/ops/common/norm_triton.py."""
+"""Gathering patches and their norm on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 

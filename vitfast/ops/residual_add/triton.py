@@ -1,4 +1,4 @@
-"""The residual connection on the kernels of vitfast/ops/common/norm_triton.py."""
+"""The residual connection on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 
