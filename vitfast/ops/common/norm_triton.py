@@ -16,38 +16,58 @@ from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
 _PROGRAMS = 512
-"""Most programs of a backward: several a multiprocessor of the largest GPUs."""
+"""Most programs of a backward: each stores a row of partial sums [C] a parameter, which are added
+up afterwards, so that there should be few; yet more than one for each of the 304 compute units of
+the largest GPU (gfx942) and 3 for each of the 148 of sm_100. Derived, not measured."""
+_MOST_ROWS = 16
+"""Most rows of a program, for narrow C: a tile of C = 128 fills the forward's 2048 elements."""
+_FORWARD, _BACKWARD = (2048, 32, 8), (1024, 16, 16)
+"""Elements of a tile [ROWS, BLOCK], those of a thread, and most warps (of 32 threads).
+
+Derived from the 255 registers of a thread: the forward holds two tiles (a row and its product with
+the weights), 2 x 32 registers, the backward six (gradient, row, their product, three sums), 6 x 16.
+Rows of more than 8192 channels have more elements a thread (see `_WIDEST` in norm.py). Compiled
+for sm_80 at C = 1408: 69 and 156 registers, none spilled (tests/gpu/resources.json).
+"""
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """About 4K elements a program, 32 to 64 a thread of it; the backward holds several tensors."""
-    block, backward = triton.next_power_of_2(key["c"]), key["pass"] == "backward"
-    rows = max(1, min(16, (1024 if backward else 2048) // block))
-    warps = max(1, min(16 if backward else 8, rows * block // (512 if backward else 1024)))
+    """Whole rows, as many as fill a tile, and warps for it; key has "pass" and "c"."""
+    elements, of_thread, most = _BACKWARD if key["pass"] == "backward" else _FORWARD
+    block = triton.next_power_of_2(key["c"])
+    rows = max(1, min(_MOST_ROWS, elements // block))
+    warps = max(1, min(most, rows * block // (32 * of_thread)))
     if arch.warp_size == 64:
         warps = max(1, warps // 2)
     return Launch({"ROWS": rows}, warps, 1)
 
 
 def _launch(x: torch.Tensor, which: str, c: int) -> Launch:
-    key = {"pass": which, "c": c, "dtype": str(x.dtype).removeprefix("torch.")}
+    """The config of a pass, "forward" or "backward", over rows of c channels in x's dtype."""
+    key: dict[str, int | str] = {
+        "pass": which, "c": c, "dtype": str(x.dtype).removeprefix("torch."),
+    }  # fmt: skip
     return launch_of(f"norm.{which}", arch_of(x.device), key, launch_heuristic)
 
 
 def _acc(dtype: torch.dtype) -> Any:
+    """Triton's dtype of statistics and sums."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _steps(t: torch.Tensor | None, nc: int, c: int) -> tuple[int, int]:
-    """Strides of the first dimension and of rows."""
+    """Strides of the first dimension and of rows; nc is the first one's of a contiguous tensor."""
     if t is None or t.is_contiguous():
         return nc, c
     return t.stride(0), t.stride(-2)
 
 
 def _map_steps(t: torch.Tensor | None) -> tuple[int, int, int]:
-    """Strides of images, of lines and of pixels."""
-    return t.stride()[:3] if t is not None else (0, 0, 0)
+    """Strides of images, of lines and of pixels of a map [B, H, W, C]."""
+    if t is None:
+        return 0, 0, 0
+    image, line, pixel, _ = t.stride()
+    return image, line, pixel
 
 
 def forward(
@@ -60,7 +80,7 @@ def forward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """As `vitfast.ops.common.norm.forward`."""
     residual = normed = stats = None
-    shape = norm_op.merged_shape(x) if merge else x.shape
+    shape: tuple[int, ...] = norm_op.merged_shape(x) if merge else x.shape
     if branch is not None or kind == NONE:
         dtype = out_dtype or x.dtype if branch is None else norm_op.residual_dtype(x, branch, gamma)
         residual = x.new_empty(shape, dtype=dtype)
@@ -101,19 +121,18 @@ def backward(
     bias: torch.Tensor | None = None, eps: float = 1e-6, x_dtype: torch.dtype | None = None,
     x_wanted: bool = True, branch_dtype: torch.dtype | None = None,
     normed_scale: torch.Tensor | None = None, merge: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """As `vitfast.ops.common.norm.backward`."""
     if grad_normed is None:
         kind = NONE
-    shape = norm_op.merged_shape(residual) if merge else residual.shape
-    absent = norm_op.absent(residual)
-    scale = branch if gamma is None else gamma
+    shape: tuple[int, ...] = norm_op.merged_shape(residual) if merge else residual.shape
     dx = residual.new_empty(residual.shape, dtype=x_dtype or residual.dtype) if x_wanted else None
     dbranch = None if branch_dtype is None else residual.new_empty(shape, dtype=branch_dtype)
-    vectors = (None if branch is None else scale, weight, bias)
+    scale = branch if branch is None or gamma is None else gamma
+    vectors = (scale, weight, bias)
     if residual.numel() == 0:
-        sums = [absent if v is None else v.new_zeros(shape[-1:]) for v in vectors]
-        return absent if dx is None else dx, absent if dbranch is None else dbranch, *sums
+        sums = [None if v is None else v.new_zeros(shape[-1:]) for v in vectors]
+        return norm_op.filled(residual, dx, dbranch, *sums)
     c = shape[-1]
     b = shape[0] if residual.ndim > 1 else 1
     nc = math.prod(shape) // b
@@ -145,10 +164,10 @@ def backward(
             **launch.blocks, **launch.options(),
         )  # fmt: skip
     sums = [
-        absent if v is None else v.new_zeros(c) if p is None else _total(p, v.dtype)
+        None if v is None else v.new_zeros(c) if p is None else _total(p, v.dtype)
         for v, p in zip(vectors, partial, strict=True)
     ]
-    return absent if dx is None else dx, absent if dbranch is None else dbranch, *sums
+    return norm_op.filled(residual, dx, dbranch, *sums)
 
 
 def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -159,14 +178,24 @@ def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # ---- ahead of time -------------------------------------------------------------------------------
 
 _WIDTHS = (384, 768, 1408)
+"""C of ViT-S, ViT-B and ViT-g: blocks of 512, 1024 and 2048 channels."""
 _SUMS = ("stats", "dgamma", "dweight", "dbias", "drop", "scale")
+"""What kernels hold in float32, whatever the dtype of x is."""
 
 
 def variants(
     arch: Arch, kind: int, present: dict[str, set[str]], widths: tuple[int, ...] = _WIDTHS,
     merge: bool = False,
 ) -> list[Variant]:  # fmt: skip
-    """Every pass x width of real models x dtype; `present` names the tensors of each pass."""
+    """Every pass x width of real models x dtype.
+
+    Args:
+        kind: LAYER, RMS or NONE.
+        present: by pass, "forward" and "backward": the kernel's pointers that are not None, without
+            their "_ptr".
+        widths: channels of a row.
+        merge: whether rows are the 2x2 patches of a map.
+    """
     found = []
     for which, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
         for c in widths:

@@ -52,12 +52,33 @@ def _pixels(row, n, outer, inner, side, height, width, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
-    x_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr, bias_ptr, base_ptr, scale_ptr,
-    residual_ptr, normed_ptr, stats_ptr, rows, n, c, x_outer, x_inner, branch_outer, branch_inner,
-    base_outer, base_inner, x_side, map_height, map_width, eps,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, MERGE: tl.constexpr,
-    ROWS: tl.constexpr,
+    x_ptr,  # [rows, C], strides (x_outer, x_inner, 1); MERGE: the map [B, H, W, C / 4]
+    branch_ptr,  # None or [rows, C], strides (branch_outer, branch_inner, 1)
+    gamma_ptr,  # None or [C]
+    drop_ptr,  # None or [B]: factor of the branch
+    weight_ptr,  # None or [C]
+    bias_ptr,  # None or [C]
+    base_ptr,  # None or [rows, C], strides (base_outer, base_inner, 1): added to the norm
+    scale_ptr,  # None or [B]: factor of the norm
+    residual_ptr,  # None or out [rows, C], contiguous
+    normed_ptr,  # None with KIND 2, else out [rows, C], contiguous
+    stats_ptr,  # None or out [rows, 2], ACC: mean (0 with RMS), 1 / sqrt(var + eps)
+    rows,  # B * n
+    n,  # rows of an entry of the first dimension
+    c,  # C
+    x_outer, x_inner,  # strides of the first dimension and of a row; MERGE: of image and line
+    branch_outer, branch_inner,
+    base_outer, base_inner,
+    x_side,  # MERGE: stride of a pixel
+    map_height, map_width,  # MERGE: H, W
+    eps,
+    KIND: tl.constexpr,  # 0 LayerNorm, 1 RMSNorm, 2 none
+    BLOCK: tl.constexpr,  # power of two, at least C
+    ACC: tl.constexpr,  # dtype of the arithmetic
+    MERGE: tl.constexpr,  # whether rows are the 2x2 patches of a map
+    ROWS: tl.constexpr,  # rows of a program
 ):  # fmt: skip
+    """residual = x + drop * gamma * branch; normed = base + scale * (norm(residual) * w + b)."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column, inside = _columns(c, BLOCK, MERGE)
     live = row < rows
@@ -109,14 +130,38 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=COUNTS)
 def backward_kernel(
-    grad_ptr, grad_residual_ptr, residual_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr,
-    scale_ptr, stats_ptr, dx_ptr, dbranch_ptr, dgamma_ptr, dweight_ptr, dbias_ptr, rows, n, c,
-    grad_outer, grad_inner, grad_residual_outer, grad_residual_inner, residual_outer,
-    residual_inner, branch_outer, branch_inner, residual_side, dx_outer, dx_inner, dx_side,
-    map_height, map_width, eps,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, MERGE: tl.constexpr,
-    ROWS: tl.constexpr,
+    grad_ptr,  # [rows, C], strides (grad_outer, grad_inner, 1): of normed; None with KIND 2
+    grad_residual_ptr,  # None or [rows, C], strides (grad_residual_outer, .._inner, 1)
+    residual_ptr,  # as x_ptr of the forward: what was normalised; None with KIND 2
+    branch_ptr,  # None or [rows, C], strides (branch_outer, branch_inner, 1)
+    gamma_ptr,  # None or [C]
+    drop_ptr,  # None or [B]: factor of the branch
+    weight_ptr,  # None or [C]
+    scale_ptr,  # None or [B]: factor of the norm
+    stats_ptr,  # None or [rows, 2], contiguous, of the forward; None: computed again
+    dx_ptr,  # None or out [rows, C], contiguous; MERGE: as x_ptr, the map [B, H, W, C / 4]
+    dbranch_ptr,  # None or out [rows, C], contiguous
+    dgamma_ptr,  # None or out [programs, C], ACC: sums over the program's rows
+    dweight_ptr,  # None or out [programs, C], ACC
+    dbias_ptr,  # None or out [programs, C], ACC
+    rows,  # B * n
+    n,  # rows of an entry of the first dimension
+    c,  # C
+    grad_outer, grad_inner,  # strides of the first dimension and of a row
+    grad_residual_outer, grad_residual_inner,
+    residual_outer, residual_inner,  # MERGE: of image and line
+    branch_outer, branch_inner,
+    residual_side,  # MERGE: stride of a pixel
+    dx_outer, dx_inner, dx_side,  # MERGE: of image, line and pixel
+    map_height, map_width,  # MERGE: H, W
+    eps,
+    KIND: tl.constexpr,  # 0 LayerNorm, 1 RMSNorm, 2 none
+    BLOCK: tl.constexpr,  # power of two, at least C
+    ACC: tl.constexpr,  # dtype of the arithmetic
+    MERGE: tl.constexpr,  # whether rows are the 2x2 patches of a map
+    ROWS: tl.constexpr,  # rows of a program at once
 ):  # fmt: skip
+    """Gradients of the forward; each program takes every programs-th block of ROWS rows."""
     first = tl.program_id(0)
     column, inside = _columns(c, BLOCK, MERGE)
     dgamma = tl.zeros([BLOCK], ACC)
