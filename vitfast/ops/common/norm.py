@@ -26,8 +26,8 @@ _WIDEST = 16384
 """Channels of the widest row that a Triton program holds in registers.
 
 Compiled for sm_80, add_norm's forward takes 124 registers a thread at this width and 254 of the
-255 at twice of it; its backward spills nothing up to 8192 channels, 824 bytes a thread at 16384 and
-3456 at 32768. The widest row of timm's models is 3072 channels (Swin-L's last patch merging).
+255 at twice that; its backward spills nothing up to 8192 channels, 824 bytes a thread at 16384 and
+3456 at 32768. Swin-L's last patch merging has rows of 3072.
 """
 
 

@@ -27,7 +27,7 @@ _FORWARD, _BACKWARD = (2048, 32, 8), (1024, 16, 16)
 Derived from the 255 registers of a thread: the forward holds two tiles (a row and its product with
 the weights), 2 x 32 registers, the backward six (gradient, row, their product, three sums), 6 x 16.
 Rows of more than 8192 channels have more elements a thread (see `_WIDEST` in norm.py). Compiled
-for sm_80 at C = 1408: 69 and 156 registers, none spilled (tests/gpu/resources.json).
+for sm_80, add_norm at C = 1408 takes at most 78 and 159 (tests/gpu/resources.json).
 """
 
 
