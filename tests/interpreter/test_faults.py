@@ -18,7 +18,7 @@ import pytest
 import vitfast
 
 PACKAGE = Path(vitfast.__file__).parent
-ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/common/norm_triton.py"
+ATTENTION, NORM = "ops/attention/triton_kernels.py", "ops/common/norm_triton_kernels.py"
 ATTENTION_BACKWARD = "ops/attention/triton_kernels_backward.py"
 WINDOW = "ops/window_attention/triton_kernels.py"
 LARGE = "ops/window_attention/triton_kernels_large.py"

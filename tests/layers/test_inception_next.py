@@ -109,7 +109,7 @@ def test_running_statistics_are_timms(lively):
 def test_inference_leaves_the_ops(lively, monkeypatch):
     module = lively(block("plain")).eval()
     swap(module)
-    monkeypatch.setattr("vitfast.layers._mlp.apply", None)
+    monkeypatch.setattr("vitfast.blocks.mlp_residual.apply_mlp", None)
     with torch.no_grad():
         module(torch.randn(2, C, 8, 8))
         with pytest.raises(TypeError, match="NoneType"):

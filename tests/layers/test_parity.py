@@ -277,7 +277,7 @@ def test_block_in_inference_leaves_the_ops(lively, monkeypatch, name, autocast):
     x = tokens()
     with torch.no_grad(), torch.autocast("cpu", autocast or torch.bfloat16, enabled=bool(autocast)):
         module(x)
-        monkeypatch.setattr("vitfast.layers._block._differentiable", None)
+        monkeypatch.setattr("vitfast.blocks.transformer._differentiable", None)
         module(x)
         with pytest.raises(TypeError, match="NoneType"):
             module(x.double())

@@ -51,6 +51,21 @@ def on_argument(index, change):
     return fault
 
 
+def on_call(change, index=0):
+    """A sound kernel that gets another call record; `index` is the record's place."""
+    return on_argument(index, change)
+
+
+def on_field(name, change, index=0):
+    """A sound kernel that gets another value of one field of its call record."""
+
+    def changed(call):
+        value = getattr(call, name)
+        return call if value is None else call._replace(**{name: change(value)})
+
+    return on_call(changed, index)
+
+
 def unwritten_last_row(t):
     fresh = torch.empty(t.shape, dtype=t.dtype)
     if t.ndim > 1:
@@ -98,118 +113,124 @@ def _norm(x, weight, bias, divisor, mean):
     return y if bias is None else y + bias.float()
 
 
-def eps_outside_the_root(sound, x, weight, bias, eps, out_dtype, save_stats):
-    x32 = x.float()
+def eps_outside_the_root(sound, call):
+    x32 = call.x.float()
     std = x32.var(-1, correction=0, keepdim=True).sqrt()
-    y = _norm(x, weight, bias, std + eps, x32.mean(-1, keepdim=True))
-    return y.to(out_dtype or x.dtype), sound(x, weight, bias, eps, out_dtype, save_stats)[1]
+    y = _norm(call.x, call.weight, call.bias, std + call.eps, x32.mean(-1, keepdim=True))
+    return y.to(call.out_dtype or call.x.dtype), sound(call)[1]
 
 
-def unbiased_variance(sound, x, weight, bias, eps, out_dtype, save_stats):
-    x32 = x.float()
-    std = (x32.var(-1, correction=1, keepdim=True) + eps).sqrt()
-    y = _norm(x, weight, bias, std, x32.mean(-1, keepdim=True))
-    return y.to(out_dtype or x.dtype), sound(x, weight, bias, eps, out_dtype, save_stats)[1]
+def unbiased_variance(sound, call):
+    x32 = call.x.float()
+    std = (x32.var(-1, correction=1, keepdim=True) + call.eps).sqrt()
+    y = _norm(call.x, call.weight, call.bias, std, x32.mean(-1, keepdim=True))
+    return y.to(call.out_dtype or call.x.dtype), sound(call)[1]
 
 
-def variance_in_one_pass(sound, x, weight, bias, eps, out_dtype, save_stats):
-    x32 = x.float()
+def variance_in_one_pass(sound, call):
+    x32 = call.x.float()
     mean = x32.mean(-1, keepdim=True)
-    std = (x32.square().mean(-1, keepdim=True) - mean.square() + eps).clamp_min(0).sqrt()
-    y = _norm(x, weight, bias, std, mean)
-    return y.to(out_dtype or x.dtype), sound(x, weight, bias, eps, out_dtype, save_stats)[1]
+    std = (x32.square().mean(-1, keepdim=True) - mean.square() + call.eps).clamp_min(0).sqrt()
+    y = _norm(call.x, call.weight, call.bias, std, mean)
+    return y.to(call.out_dtype or call.x.dtype), sound(call)[1]
 
 
-def mean_term_missing(sound, grad, x, weight, *rest):
-    dx, *others = sound(grad, x, weight, *rest)
-    scaled = grad if weight is None else grad * weight
-    stats = rest[-1]
-    return (dx + scaled.mean(-1, keepdim=True) * stats[:, 1].view(*x.shape[:-1], 1), *others)
+def mean_term_missing(sound, grad, call, stats):
+    dx, *others = sound(grad, call, stats)
+    scaled = grad if call.weight is None else grad * call.weight
+    rstd = stats[:, 1].view(*call.x.shape[:-1], 1)
+    return (dx + scaled.mean(-1, keepdim=True) * rstd, *others)
 
 
-def last_row_left_out_of_sums(sound, grad, x, *rest):
+def last_row_left_out_of_sums(sound, grad, *rest):
     short = grad.clone()
     short.view(-1, grad.shape[-1])[-1] = 0
-    return (sound(grad, x, *rest)[0], *sound(short, x, *rest)[1:])
+    return (sound(grad, *rest)[0], *sound(short, *rest)[1:])
 
 
-def bias_not_scaled(sound, x, branch, weight, bias, eps, drop_scale, *rest):
-    y, stats = sound(x, branch, weight, None, eps, drop_scale, *rest)
-    return y if bias is None else (y + bias).to(y.dtype), stats
+def residual_dropped(sound, call):
+    return (call.x, *sound(call)[1:])
 
 
-def sums_not_scaled(sound, grad, branch, weight, bias, eps, drop_scale, *rest):
-    dbranch, *_ = sound(grad, branch, weight, bias, eps, drop_scale, *rest)
-    return dbranch, *sound(grad, branch, weight, bias, eps, None, *rest)[1:]
+def sum_normalised(call):
+    return call._replace(branch=(call.x + call.branch).to(call.branch.dtype))
 
 
-def padding_left_out_of_statistics(sound, x, weight, bias, eps, norm, *rest):
+def bias_not_scaled(sound, call):
+    y, stats = sound(call._replace(bias=None))
+    return y if call.bias is None else (y + call.bias).to(y.dtype), stats
+
+
+def sums_not_scaled(sound, grad, call, stats):
+    dbranch, *_ = sound(grad, call, stats)
+    return dbranch, *sound(grad, call._replace(drop_scale=None), stats)[1:]
+
+
+def padding_left_out_of_statistics(sound, call):
     """Each row's statistics over the pixels that exist."""
-    y, stats = sound(x, weight, bias, eps, norm, *rest)
-    if norm is None:
+    y, stats = sound(call)
+    if call.norm is None:
         return y, stats
-    rows, ones = (sound(t, None, None, eps, None, *rest)[0] for t in (x, torch.ones_like(x)))
+    plain = call._replace(weight=None, bias=None, norm=None)
+    rows, ones = (sound(plain._replace(x=t))[0] for t in (call.x, torch.ones_like(call.x)))
     count = ones.float().sum(-1, keepdim=True)
-    mean = rows.float().sum(-1, keepdim=True) / count if norm == "layer" else 0.0
+    mean = rows.float().sum(-1, keepdim=True) / count if call.norm == "layer" else 0.0
     var = ((rows.float() - mean) * ones.float()).square().sum(-1, keepdim=True) / count
-    return _norm(rows, weight, bias, (var + eps).sqrt(), mean).to(y.dtype), stats
+    root = (var + call.eps).sqrt()
+    return _norm(rows, call.weight, call.bias, root, mean).to(y.dtype), stats
 
 
 NORMS = {
     "layer_norm forward eps_outside_the_root": eps_outside_the_root,
     "layer_norm forward unbiased_variance": unbiased_variance,
     "layer_norm forward variance_in_one_pass": variance_in_one_pass,
-    "layer_norm forward bias_dropped": on_argument(2, none),
-    "layer_norm forward weight_plus_one": on_argument(1, lambda w: w + 1),
-    "layer_norm forward weight_in_bfloat16": on_argument(1, in_bfloat16),
+    "layer_norm forward bias_dropped": on_field("bias", none),
+    "layer_norm forward weight_plus_one": on_field("weight", lambda w: w + 1),
+    "layer_norm forward weight_in_bfloat16": on_field("weight", in_bfloat16),
     "layer_norm forward last_row_unwritten": on_output(unwritten_last_row),
     "layer_norm forward tail_unwritten": on_output(unwritten_tail_of_channels),
     "layer_norm forward truncated": on_output(truncated),
     "layer_norm forward in_bfloat16": on_output(in_bfloat16),
-    "layer_norm backward statistics_in_bfloat16": on_argument(5, in_bfloat16),
+    "layer_norm backward statistics_in_bfloat16": on_argument(2, in_bfloat16),
     "layer_norm backward mean_term_missing": mean_term_missing,
     "layer_norm backward last_row_left_out_of_sums": last_row_left_out_of_sums,
     "layer_norm backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
     "layer_norm backward tail_unwritten": on_output(unwritten_tail_of_channels, 1),
     "layer_norm backward weight_and_bias_swapped": swapped(1, 2),
-    "rms_norm forward eps_dropped": on_argument(2, lambda eps: 0.0),
+    "rms_norm forward eps_dropped": on_field("eps", lambda eps: 0.0),
     "rms_norm backward truncated": on_output(truncated),
     "rms_norm backward last_row_unwritten": on_output(unwritten_last_row),
-    "add_norm forward residual_dropped": lambda sound, x, *rest: (x, *sound(x, *rest)[1:]),
-    "add_norm forward gamma_ignored": on_argument(5, none),
-    "add_norm forward drop_scale_ignored": on_argument(6, none),
-    "add_norm forward other_norm": on_argument(7, lambda kind: "layer"),
-    "add_norm backward stream_dropped": on_argument(0, torch.zeros_like),
-    "add_norm backward gamma_ignored": on_argument(7, torch.ones_like),
-    "add_norm backward drop_scale_of_another_sample": on_argument(8, lambda s: s.flip(0)),
+    "add_norm forward residual_dropped": residual_dropped,
+    "add_norm forward gamma_ignored": on_field("gamma", none),
+    "add_norm forward drop_scale_ignored": on_field("drop_scale", none),
+    "add_norm forward other_norm": on_field("norm", lambda kind: "layer"),
+    "add_norm backward stream_dropped": on_field("grad_residual", torch.zeros_like),
+    "add_norm backward gamma_ignored": on_field("gamma", torch.ones_like),
+    "add_norm backward drop_scale_of_another_sample": on_field("drop_scale", lambda s: s.flip(0)),
     "add_norm backward gamma_and_weight_swapped": swapped(2, 3),
-    "norm_add forward stream_dropped": on_argument(0, torch.zeros_like),
-    "norm_add forward drop_scale_ignored": on_argument(5, none),
+    "norm_add forward stream_dropped": on_field("x", torch.zeros_like),
+    "norm_add forward drop_scale_ignored": on_field("drop_scale", none),
     "norm_add forward bias_not_scaled": bias_not_scaled,
-    "norm_add forward other_norm": on_argument(6, lambda kind: "layer"),
-    "norm_add forward weight_in_bfloat16": on_argument(2, in_bfloat16),
-    "norm_add forward sum_normalised": lambda sound, x, branch, *rest: sound(
-        x, (x + branch).to(branch.dtype), *rest
-    ),
+    "norm_add forward other_norm": on_field("norm", lambda kind: "layer"),
+    "norm_add forward weight_in_bfloat16": on_field("weight", in_bfloat16),
+    "norm_add forward sum_normalised": on_call(sum_normalised),
     "norm_add forward last_row_unwritten": on_output(unwritten_last_row),
-    "norm_add backward drop_scale_ignored": on_argument(5, none),
-    "norm_add backward drop_scale_of_another_sample": on_argument(5, lambda s: s.flip(0)),
+    "norm_add backward drop_scale_ignored": on_field("drop_scale", none, 1),
+    "norm_add backward drop_scale_of_another_sample": on_field(
+        "drop_scale", lambda s: s.flip(0), 1
+    ),
     "norm_add backward sums_not_scaled": sums_not_scaled,
-    "norm_add backward statistics_in_bfloat16": on_argument(6, in_bfloat16),
+    "norm_add backward statistics_in_bfloat16": on_argument(2, in_bfloat16),
     "norm_add backward last_row_left_out_of_sums": last_row_left_out_of_sums,
     "norm_add backward weight_and_bias_swapped": swapped(1, 2),
-    "residual_add forward gamma_ignored": on_argument(2, none),
-    "residual_add forward drop_scale_ignored": on_argument(3, torch.ones_like),
+    "residual_add forward gamma_ignored": on_field("gamma", none),
+    "residual_add forward drop_scale_ignored": on_field("drop_scale", torch.ones_like),
     "residual_add forward last_row_unwritten": on_only_output(unwritten_last_row),
-    "residual_add backward gamma_ignored": on_argument(2, torch.ones_like),
+    "residual_add backward gamma_ignored": on_field("gamma", torch.ones_like),
 }
 
 
 # ---- attention -----------------------------------------------------------------------------------
-
-
-def on_call(change, index=0):
-    return on_argument(index, change)
 
 
 def later_mask(call):
@@ -386,16 +407,16 @@ def rows_before_columns(t):
 PATCHES = {
     "patch_merge forward rows_before_columns": on_output(rows_before_columns),
     "patch_merge forward padding_left_out_of_statistics": padding_left_out_of_statistics,
-    "patch_merge forward images_swapped": on_argument(0, lambda x: x.roll(1, 0)),
+    "patch_merge forward images_swapped": on_field("x", lambda x: x.roll(1, 0)),
     "patch_merge forward patches_off_by_one": on_output(lambda y: y.roll(1, 2)),
-    "patch_merge forward weight_in_bfloat16": on_argument(1, in_bfloat16),
-    "patch_merge forward bias_dropped": on_argument(2, none),
-    "patch_merge forward norm_left_out": on_argument(4, none),
+    "patch_merge forward weight_in_bfloat16": on_field("weight", in_bfloat16),
+    "patch_merge forward bias_dropped": on_field("bias", none),
+    "patch_merge forward norm_left_out": on_field("norm", none),
     "patch_merge forward last_row_unwritten": on_output(unwritten_last_row),
     "patch_merge forward truncated": on_output(truncated),
     "patch_merge backward rows_before_columns": on_argument(0, rows_before_columns),
     "patch_merge backward last_row_unwritten": on_output(unwritten_last_row),
-    "patch_merge backward statistics_in_bfloat16": on_argument(5, in_bfloat16),
+    "patch_merge backward statistics_in_bfloat16": on_argument(2, in_bfloat16),
     "patch_merge backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
     "patch_merge backward weight_and_bias_swapped": swapped(1, 2),
 }

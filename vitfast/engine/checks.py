@@ -1,4 +1,4 @@
-"""Whether the kernels of `_inference`, which check nothing, can take a call."""
+"""Whether the engine's kernels, which check nothing, can take a call."""
 
 from __future__ import annotations
 

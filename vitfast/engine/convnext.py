@@ -1,6 +1,7 @@
-"""Inference on the CPU of what makes and changes maps: patches, downsampling, ConvNeXt's block.
+"""ConvNeXt's block in inference on the CPU, and the parts of it that other blocks have.
 
-As `_inference`, some lines or images at a time.
+Some lines or images go through at a time, so that a convolution's result and the MLP's hidden
+tensor stay in the cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Steps of the CPU's inference that work row by row, and how many rows go through at a time.
 
-Nothing here checks what it is given: see `_fits`.
+Nothing here checks what it is given: see `checks`.
 """
 
 from __future__ import annotations

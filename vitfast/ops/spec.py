@@ -10,6 +10,9 @@ import torch
 
 from vitfast.runtime.dispatch import Dispatcher
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and named arguments of a public function."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -32,7 +35,7 @@ class Sample:
     """
 
     name: str
-    make: Callable[[torch.dtype, torch.Generator], tuple[tuple[Any, ...], dict[str, Any]]]
+    make: Callable[[torch.dtype, torch.Generator], Arguments]
     tags: frozenset[str] = frozenset()
 
 
@@ -64,6 +67,7 @@ class OpSpec:
 
 
 def tensor_bytes(*tensors: torch.Tensor | None) -> float:
+    """Bytes of all elements; None counts nothing."""
     return float(sum(t.numel() * t.element_size() for t in tensors if t is not None))
 
 
@@ -74,3 +78,19 @@ def randn(
     return (torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu") * scale).to(
         dtype
     )
+
+
+def affine(
+    generator: torch.Generator, channels: int, dtype: torch.dtype, norm: str = "layer"
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight and bias of a norm, [channels] each, about 1 and 0; "rms" has no bias."""
+    weight = 1 + randn(generator, channels, dtype=dtype, scale=0.1)
+    if norm == "rms":
+        return weight, None
+    return weight, randn(generator, channels, dtype=dtype, scale=0.1)
+
+
+def outlier_channels(x: torch.Tensor) -> torch.Tensor:
+    """x with its first two channels 50 times as large: the residual streams of trained models."""
+    x[..., :2] *= 50
+    return x

@@ -69,6 +69,12 @@ class Dispatcher:
                 return backend
         raise BackendUnavailableError(self.explain(args, needs_backward))
 
+    def pick_backward(self, name: str, *args: Any) -> Callable[..., Any]:
+        """The backward of the backend that `pick` gives for these arguments; raises as it does."""
+        found = self.pick(name, *args, needs_backward=True).backward
+        assert found is not None  # it was asked for
+        return found
+
     def _named(self, name: str, args: Sequence[Any], needs_backward: bool) -> Backend:
         backend = self.backends.get(name)
         if backend is None:

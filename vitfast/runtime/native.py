@@ -63,7 +63,7 @@ def reasons() -> list[str]:
 
 _applied_isa: str | None = None
 recorder: ContextVar[Any] = ContextVar("recorder", default=None)
-"""What stands for the extension where `runtime.tape` records: on one thread, for one function."""
+"""What stands for the extension where `engine.replay` records: on one thread, for one function."""
 
 
 def native() -> ModuleType:

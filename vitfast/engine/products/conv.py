@@ -1,9 +1,9 @@
 """Convolutions on oneDNN through torch, for inference: channels-last, weights packed once.
 
 A weight is standardised (Qiao et al. 2019) as it is packed, or takes the BatchNorm after it along.
-What is kept is used under the rules of `_weight_cache`; that one is unpacked costs a convolution of
-few pixels most of its time. Convolutions of disjoint patches, 1x1 ones among them, are linear
-layers: oneDNN takes up to 30 times as long for some of them.
+What is kept is used under the rules of `weights`. Without a packed weight, packing dominates a
+small convolution. Convolutions of disjoint patches, 1x1 ones among them, are linear layers: oneDNN
+takes up to 30 times as long for some of them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ plain tensors for weights. Anything else (LoRA, a quantised linear, pruning, a p
 DTensor, a user's hook) is `Called` as timm calls it: a linear layer alone, where timm's forward
 calls it and the rest can do with its result; otherwise the half of the block that it lies in. What
 neither helps makes the layer run timm's forward for that call. All of this can change between two
-calls: the check runs on every call, at about 0.3 us a child, or `_memo` sees that nothing has
+calls: the check runs on every call, at about 0.3 us a child, or `engine.memo` sees that nothing has
 changed since it last did.
 """
 

@@ -1,7 +1,7 @@
 """The biases by relative position of timm's layers as tables for `ops.window_attention`.
 
 Swin V2 and MaxViT may compute theirs from coordinates by a small MLP. Without autograd on the CPU a
-result is kept, and used while all that it was computed from is the same, as `ops._weight_cache`
+result is kept, and used while all that it was computed from is the same, as `engine.products`
 tells it for weights: computing it anew took 5 % of the time of swinv2_tiny. Autograd saves no
 inference tensors: a result of `torch.inference_mode` is used only where nothing is recorded.
 """

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.add_norm import native, reference
+from vitfast.ops.add_norm.reference import BackwardCall, Call
 from vitfast.ops.common import norm as norm_op
-from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.layer_norm import api as layer_norm_api
-from vitfast.ops.residual_add import api as residual_add_api
+from vitfast.ops.common import norm_checks
+from vitfast.ops.common.autodiff import gradients, in_order
 from vitfast.ops.residual_add.reference import drop_gradient, scale_gradients
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
@@ -54,10 +56,10 @@ def add_norm(
         InputTypeError, InputValueError, UnsupportedInputError, DeviceError: bad arguments.
         BackendUnavailableError: the backend asked for cannot run.
     """
-    residual_add_api.check("add_norm", x, branch, gamma, drop_scale)
-    layer_norm_api.check("add_norm", x, weight, bias, eps, out_dtype)
-    norm_op.check_kind("add_norm", norm, bias)
-    out_dtype = out_dtype or layer_norm_api.autocast_out_dtype(x)
+    norm_checks.check_residual("add_norm", x, branch, gamma, drop_scale)
+    norm_checks.check("add_norm", x, weight, bias, eps, out_dtype)
+    norm_checks.check_kind("add_norm", norm, bias)
+    out_dtype = out_dtype or norm_checks.autocast_out_dtype(x)
     save_stats = needs_grad(x, branch, weight, bias, gamma, drop_scale)
     residual, normed, _ = _OP(
         x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats, backend
@@ -65,44 +67,53 @@ def add_norm(
     return residual, normed
 
 
-def _reference_forward(
-    x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats
-):
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     residual, normed = reference.add_norm(
-        x, branch, weight, bias, eps, gamma=gamma, drop_scale=drop_scale, norm=norm,
-        out_dtype=out_dtype,
+        call.x, call.branch, call.weight, call.bias, call.eps, gamma=call.gamma,
+        drop_scale=call.drop_scale, norm=call.norm, out_dtype=call.out_dtype,
     )  # fmt: skip
-    kind = norm_op.KINDS[norm]
-    stats = norm_op.reference_stats(kind, residual, eps) if save_stats else norm_op.absent(x)
+    if call.save_stats:
+        stats = norm_op.reference_stats(norm_op.KINDS[call.norm], residual, call.eps)
+    else:
+        stats = norm_op.absent(residual)
     return residual.contiguous(), normed.contiguous(), stats
 
 
-def _reference_backward(
-    grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
-    x_dtype, branch_dtype,
-):  # fmt: skip
-    def normed(r, w, b):
-        return reference.normalise(r, w, b, eps, norm, grad_normed.dtype)
-
-    if grad_normed is None:
-        grad = grad_residual
-        dweight, dbias = (
-            norm_op.absent(residual) if t is None else torch.zeros_like(t) for t in (weight, bias)
+def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    grad, dweight, dbias = _of_norm(call)
+    dx = grad.to(call.x_dtype, memory_format=torch.contiguous_format, copy=True)
+    dbranch = dgamma = None
+    if call.branch_dtype is not None:
+        dbranch, dgamma = scale_gradients(
+            grad, call.branch, call.gamma, call.drop_scale, call.branch_dtype
         )
-    else:
-        grad, dweight, dbias = gradients(normed, (residual, weight, bias), (grad_normed,))
-        if grad_residual is not None:
-            grad = grad + grad_residual
-    dx = grad.to(x_dtype, memory_format=torch.contiguous_format, copy=True)
-    if branch_dtype is None:
-        return dx, norm_op.absent(dx), norm_op.absent(dx), dweight, dbias
-    dbranch, dgamma = scale_gradients(grad, branch, gamma, drop_scale, branch_dtype)
-    dgamma = norm_op.absent(dx) if dgamma is None else dgamma
-    return dx, dbranch.contiguous(), dgamma, dweight, dbias
+        dbranch = dbranch.contiguous()
+    return norm_op.filled(dx, dx, dbranch, dgamma, dweight, dbias)
 
 
-def _triton_reasons(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    return norm_op.triton_reasons(x, branch, weight, bias, gamma, out_dtype=out_dtype)
+def _of_norm(
+    call: BackwardCall,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of the residual (through both results), weight and bias."""
+    if call.grad_normed is None:
+        assert call.grad_residual is not None  # without both there is no backward
+        dweight, dbias = (
+            None if t is None else torch.zeros_like(t) for t in (call.weight, call.bias)
+        )
+        return call.grad_residual, dweight, dbias
+    dtype = call.grad_normed.dtype
+    grad, dweight, dbias = gradients(
+        lambda r, w, b: reference.normalise(r, w, b, call.eps, call.norm, dtype),
+        (call.residual, call.weight, call.bias),
+        (call.grad_normed,),
+    )
+    return grad if call.grad_residual is None else grad + call.grad_residual, dweight, dbias
+
+
+def _triton_reasons(call: Call) -> list[str]:
+    return norm_op.triton_reasons(
+        call.x, call.branch, call.weight, call.bias, call.gamma, out_dtype=call.out_dtype
+    )
 
 
 DISPATCHER = Dispatcher(
@@ -110,80 +121,86 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.add_norm.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats, backend):
-    args = (x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats)
-    return DISPATCHER.pick(backend, *args, needs_backward=save_stats).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call, backend = Call(*args[:-1]), args[-1]
+    return DISPATCHER.pick(backend, call, needs_backward=call.save_stats).forward(call)
 
 
-def _fake(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats, backend):
-    dtype = norm_op.residual_dtype(x, branch, gamma)
-    residual = x.new_empty(x.shape, dtype=dtype)
-    return (
-        residual,
-        x.new_empty(x.shape, dtype=out_dtype or dtype),
-        norm_op.fake_stats(x, save_stats),
-    )
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    dtype = norm_op.residual_dtype(call.x, call.branch, call.gamma)
+    residual = call.x.new_empty(call.x.shape, dtype=dtype)
+    normed = call.x.new_empty(call.x.shape, dtype=call.out_dtype or dtype)
+    return residual, normed, norm_op.fake_stats(call.x, call.save_stats)
 
 
-def _backward(
-    grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
-    x_dtype, branch_dtype, backend,
-):  # fmt: skip
-    like_branch = residual.new_empty(0, dtype=branch_dtype)  # it may not have been saved
-    picked = DISPATCHER.pick(
-        backend, residual, like_branch, weight, bias, eps, gamma, drop_scale, norm, x_dtype, True,
-        needs_backward=True,
-    )  # fmt: skip
-    return picked.backward(
-        grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats,
-        norm, x_dtype, branch_dtype,
-    )  # fmt: skip
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call, backend = BackwardCall(*args[:-1]), args[-1]
+    return DISPATCHER.pick_backward(backend, call.forward_call())(call)
 
 
-def _backward_fake(
-    grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
-    x_dtype, branch_dtype, backend,
-):  # fmt: skip
+def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = BackwardCall(*args[:-1])
+    residual = call.residual
     dbranch = norm_op.absent(residual)
-    if branch_dtype is not None:
-        dbranch = residual.new_empty(residual.shape, dtype=branch_dtype)
+    if call.branch_dtype is not None:
+        dbranch = residual.new_empty(residual.shape, dtype=call.branch_dtype)
     dx, *vectors = norm_op.backward_fake(
-        residual, None if branch is None else gamma, weight, bias, dtype=x_dtype
+        residual,
+        None if call.branch is None else call.gamma,
+        call.weight,
+        call.bias,
+        dtype=call.x_dtype,
     )
     return dx, dbranch, *vectors
 
 
-def _setup_context(ctx, inputs, output):
-    x, branch, weight, bias, ctx.eps, gamma, drop_scale, ctx.norm, _, _, ctx.backend = inputs
+_GAMMA, _DROP_SCALE = (Call._fields.index(name) for name in ("gamma", "drop_scale"))
+"""Their places in `ctx.needs_input_grad`."""
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    call, ctx.backend = Call(*inputs[:-1]), inputs[-1]
     residual, _, stats = output
-    ctx.dtypes = x.dtype, branch.dtype
-    branch = branch if any(ctx.needs_input_grad[5:7]) else None
-    ctx.save_for_backward(residual, branch, weight, bias, gamma, drop_scale, stats)
+    ctx.eps, ctx.norm, ctx.dtypes = call.eps, call.norm, (call.x.dtype, call.branch.dtype)
+    wanted = ctx.needs_input_grad
+    branch = call.branch if wanted[_GAMMA] or wanted[_DROP_SCALE] else None
+    ctx.save_for_backward(
+        residual, branch, call.weight, call.bias, call.gamma, call.drop_scale, stats
+    )
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, grad_residual, grad_normed, _):
+def _autograd(
+    ctx: Any, grad_residual: torch.Tensor | None, grad_normed: torch.Tensor | None, _: Any
+) -> tuple[torch.Tensor | None, ...]:
     residual, branch, weight, bias, gamma, drop_scale, stats = ctx.saved_tensors
     x_dtype, branch_dtype = ctx.dtypes
-    gamma_wanted, drop_wanted = ctx.needs_input_grad[5:7]
+    gamma_wanted, drop_wanted = (ctx.needs_input_grad[i] for i in (_GAMMA, _DROP_SCALE))
     # A plain sum has one gradient for both terms.
     shared = gamma is None and drop_scale is None and x_dtype == branch_dtype
-    dx, dbranch, dgamma, dweight, dbias = _BACKWARD_OP(
+    call = BackwardCall(
         grad_residual, grad_normed, residual, branch if gamma_wanted else None, weight, bias,
         ctx.eps, gamma, drop_scale, stats, ctx.norm, residual.dtype if drop_wanted else x_dtype,
-        None if shared else branch_dtype, ctx.backend,
+        None if shared else branch_dtype,
     )  # fmt: skip
-    dbranch = dx if shared else dbranch
-    dweight, dbias = norm_op.present((weight, dweight), (bias, dbias))
-    dgamma = dgamma if gamma_wanted else None
-    ddrop = drop_gradient(dx, branch, gamma, drop_scale) if drop_wanted else None
-    return dx.to(x_dtype), dbranch, dweight, dbias, None, dgamma, ddrop, None, None, None, None
+    dx, dbranch, dgamma, *found = _BACKWARD_OP(*call, ctx.backend)
+    dweight, dbias = norm_op.present(*zip((weight, bias), found, strict=True))
+    return in_order(
+        Call._fields,
+        x=dx.to(x_dtype),
+        branch=dx if shared else dbranch,
+        weight=dweight,
+        bias=dbias,
+        gamma=dgamma if gamma_wanted else None,
+        drop_scale=drop_gradient(dx, branch, gamma, drop_scale) if drop_wanted else None,
+    )
 
 
 _BACKWARD_OP = define(

@@ -2,49 +2,51 @@
 
 from __future__ import annotations
 
+import torch
+
+from vitfast.ops.add_norm.reference import BackwardCall, Call
 from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
-def can_run(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    return norm_op.reasons(x, branch, weight, bias, gamma, out_dtype=out_dtype)
-
-
-def forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    residual, normed, stats = norm_op.forward(
-        norm_op.KINDS[norm],
-        x,
-        branch=branch,
-        gamma=gamma,
-        drop_scale=drop_scale,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        out_dtype=out_dtype,
-        save_stats=save_stats,
+def can_run(call: Call) -> list[str]:
+    return norm_op.reasons(
+        call.x, call.branch, call.weight, call.bias, call.gamma, out_dtype=call.out_dtype
     )
-    return residual, normed, norm_op.absent(x) if stats is None else stats
 
 
-def backward(
-    grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
-    x_dtype, branch_dtype,
-):  # fmt: skip
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
+    outputs = norm_op.forward(
+        norm_op.KINDS[call.norm],
+        call.x,
+        branch=call.branch,
+        gamma=call.gamma,
+        drop_scale=call.drop_scale,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        out_dtype=call.out_dtype,
+        save_stats=call.save_stats,
+    )
+    return norm_op.filled(call.x, *outputs)
+
+
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     return norm_op.backward(
-        norm_op.KINDS[norm],
-        grad_normed,
-        residual,
-        stats,
-        grad_residual=grad_residual,
-        branch=branch,
-        gamma=gamma,
-        drop_scale=drop_scale,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        x_dtype=x_dtype,
-        branch_dtype=branch_dtype,
+        norm_op.KINDS[call.norm],
+        call.grad_normed,
+        call.residual,
+        call.stats,
+        grad_residual=call.grad_residual,
+        branch=call.branch,
+        gamma=call.gamma,
+        drop_scale=call.drop_scale,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        x_dtype=call.x_dtype,
+        branch_dtype=call.branch_dtype,
     )
 
 

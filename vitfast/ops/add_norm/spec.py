@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from vitfast.ops.add_norm.api import DISPATCHER, add_norm
 from vitfast.ops.add_norm.reference import add_norm as reference
 from vitfast.ops.residual_add.spec import drop_scale
-from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
+from vitfast.ops.spec import (
+    Arguments,
+    Cost,
+    OpSpec,
+    Sample,
+    affine,
+    outlier_channels,
+    randn,
+    tensor_bytes,
+)
 
 
 def _sample(
-    name, *shape, tags=("odd",), gamma=None, drop=False, affine=True, norm="layer", eps=1e-6,
-    x_dtype=None, weight_dtype=None, change=None, **kwargs,
-):  # fmt: skip
-    def make(dtype, g):
+    name: str,
+    *shape: int,
+    tags: tuple[str, ...] = ("odd",),
+    gamma: float | None = None,
+    drop: bool = False,
+    has_affine: bool = True,
+    norm: str = "layer",
+    eps: float = 1e-6,
+    x_dtype: torch.dtype | None = None,
+    weight_dtype: torch.dtype | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         x = randn(g, *shape, dtype=x_dtype or dtype)
         branch = randn(g, *shape, dtype=dtype)
         if change is not None:
@@ -26,20 +48,14 @@ def _sample(
         if drop:
             named["drop_scale"] = drop_scale(x.shape)
         weight = bias = None
-        if affine:
-            weight = 1 + randn(g, channels, dtype=weights, scale=0.1)
-            bias = randn(g, channels, dtype=weights, scale=0.1) if norm == "layer" else None
+        if has_affine:
+            weight, bias = affine(g, channels, weights, norm)
         return (x, branch, weight, bias, eps), named
 
     return Sample(name, make, frozenset(tags))
 
 
-def _outlier_channels(x):
-    x[..., :2] *= 50
-    return x
-
-
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, branch, weight, bias = args[:4]
     gamma = kwargs.get("gamma")
     residual = torch.promote_types(x.dtype, branch.dtype)
@@ -53,7 +69,7 @@ def _cost(args, kwargs):
     )
 
 
-_AUTOCAST = {
+_AUTOCAST: dict[str, Any] = {
     "x_dtype": torch.float32, "weight_dtype": torch.float32, "out_dtype": torch.bfloat16
 }  # fmt: skip
 
@@ -73,7 +89,7 @@ SPEC = OpSpec(
         _sample("rms", 2, 64, 384, tags=("odd", "check"), norm="rms", eps=1e-5),
         _sample("prime_width", 3, 5, 13, tags=("odd", "small", "check"), gamma=0.1, drop=True),
         _sample("rms_small", 3, 5, 13, tags=("odd", "small"), gamma=0.1, norm="rms"),
-        _sample("no_affine", 2, 7, 24, tags=("odd", "small"), affine=False),
+        _sample("no_affine", 2, 7, 24, tags=("odd", "small"), has_affine=False),
         _sample("drop_path", 4, 17, 64, drop=True),
         _sample("gamma_1e-5", 2, 17, 64, gamma=1e-5),
         _sample("autocast_training", 3, 17, 64, gamma=0.5, drop=True, **_AUTOCAST),
@@ -86,7 +102,7 @@ SPEC = OpSpec(
         _sample("strided_rows", 4, 6, 40, change=lambda x: x[:, ::2]),
         _sample("strided_last", 3, 6, 34, gamma=1.0, change=lambda x: x.mT.contiguous().mT),
         _sample("expanded", 1, 50, change=lambda x: x.expand(6, 50)),
-        _sample("outlier_channels", 33, 384, change=_outlier_channels),
+        _sample("outlier_channels", 33, 384, change=outlier_channels),
         _sample("empty", 0, 16, tags=("odd", "empty")),
     ),
 )

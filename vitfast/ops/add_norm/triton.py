@@ -1,29 +1,47 @@
-"""Residual connection and norm on the kernels of vitfast/ops/common/norm_triton.py."""
+"""Residual connection and norm on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 
+import torch
+
+from vitfast.ops.add_norm.reference import BackwardCall, Call
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
 from vitfast.runtime.launches import Arch, Variant
 
 
-def forward(x, branch, weight, bias, eps, gamma, drop_scale, norm, out_dtype, save_stats):
-    residual, normed, stats = norm_triton.forward(
-        norm_op.KINDS[norm], x, branch=branch, gamma=gamma, drop_scale=drop_scale, weight=weight,
-        bias=bias, eps=eps, out_dtype=out_dtype, save_stats=save_stats,
-    )  # fmt: skip
-    return residual, normed, norm_op.absent(x) if stats is None else stats
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
+    outputs = norm_triton.forward(
+        norm_op.KINDS[call.norm],
+        call.x,
+        branch=call.branch,
+        gamma=call.gamma,
+        drop_scale=call.drop_scale,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        out_dtype=call.out_dtype,
+        save_stats=call.save_stats,
+    )
+    return norm_op.filled(call.x, *outputs)
 
 
-def backward(
-    grad_residual, grad_normed, residual, branch, weight, bias, eps, gamma, drop_scale, stats, norm,
-    x_dtype, branch_dtype,
-):  # fmt: skip
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     return norm_triton.backward(
-        norm_op.KINDS[norm], grad_normed, residual, stats, grad_residual=grad_residual,
-        branch=branch, gamma=gamma, drop_scale=drop_scale, weight=weight, bias=bias, eps=eps,
-        x_dtype=x_dtype, branch_dtype=branch_dtype,
-    )  # fmt: skip
+        norm_op.KINDS[call.norm],
+        call.grad_normed,
+        call.residual,
+        call.stats,
+        grad_residual=call.grad_residual,
+        branch=call.branch,
+        gamma=call.gamma,
+        drop_scale=call.drop_scale,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        x_dtype=call.x_dtype,
+        branch_dtype=call.branch_dtype,
+    )
 
 
 def variants(arch: Arch) -> list[Variant]:

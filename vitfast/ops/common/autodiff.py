@@ -1,4 +1,4 @@
-"""Gradients of references through autograd, for the reference backend of every op."""
+"""Gradients of references through autograd, and the order in which an op returns gradients."""
 
 from __future__ import annotations
 
@@ -54,3 +54,15 @@ def gradients(
         g = next(found)
         result.append(torch.zeros_like(t) if g is None else g.contiguous())
     return tuple(result)
+
+
+def in_order(
+    fields: Sequence[str], **grads: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients by name as autograd takes them from an op: one for each argument.
+
+    Args:
+        fields: names of the op's arguments before `backend`, in the order of its schema.
+        grads: gradients by the argument's name; all other arguments, `backend` too, get None.
+    """
+    return *(grads.get(name) for name in fields), None

@@ -1,11 +1,8 @@
-"""Matrix products on csrc/cpu/gemm.h, for ops and for the inference path of layers.
+"""Matrix products on csrc/cpu/gemm.h: what ops and the engine call them with.
 
-`linear` is what a layer calls without autograd; for several row chunks through one weight it calls
-`prepare` once and `apply` for each. They check nothing: shapes are the caller's promise. Where the
-native kernel cannot or should not run, they go through the op `linear_act`.
-
-Weights are read where they lie and put in order in the kernel, or for products of many rows once
-beforehand, for this one call; inference keeps them in order (`_weight_cache`).
+Nothing here checks what it is given: shapes are the caller's promise. Weights are read where they
+lie and put in order in the kernel, or for products of many rows once beforehand, for this one call;
+inference keeps them in order (`engine.products`).
 """
 
 from __future__ import annotations

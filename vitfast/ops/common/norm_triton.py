@@ -1,12 +1,4 @@
-"""Triton kernels of the norms, residual_add and patch_merge: one pass over memory each.
-
-Floors, in units of one tensor read or written: a norm and patch_merge 2, norm_add 3 (read x and
-branch, write the sum), the backward of each 3, add_norm 4 (read x and branch, write residual and
-normed), its backward 5 with both gradients coming in (read grad_normed, grad_residual,
-residual; write dx, dbranch) and 6 with LayerScale (read branch). About 10 flops an element: memory
-decides. Whole rows stand in registers; sums over rows go to one partial row a program, added up
-afterwards in a fixed order, so that gradients are the same bits every time.
-"""
+"""Launches of the norms' Triton kernels, and their variants for ahead-of-time compilation."""
 
 from __future__ import annotations
 
@@ -19,217 +11,63 @@ import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common.norm import NONE
+from vitfast.ops.common.norm_triton_kernels import backward_kernel, forward_kernel
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
-from vitfast.runtime.triton import COUNTS, NAMES, guard
+from vitfast.runtime.triton import NAMES, guard
 
 _PROGRAMS = 512
-"""Most programs of a backward: several a multiprocessor of the largest GPUs."""
+"""Most programs of a backward: each stores a row of partial sums [C] a parameter, which are added
+up afterwards, so that there should be few; yet more than one for each of the 304 compute units of
+the largest GPU (gfx942) and 3 for each of the 148 of sm_100. Derived, not measured."""
+_MOST_ROWS = 16
+"""Most rows of a program, for narrow C: a tile of C = 128 fills the forward's 2048 elements."""
+_FORWARD, _BACKWARD = (2048, 32, 8), (1024, 16, 16)
+"""Elements of a tile [ROWS, BLOCK], those of a thread, and most warps (of 32 threads).
 
-
-@triton.jit
-def _offsets(row, n, outer, inner):
-    """Where rows begin; 64 bits, since a tensor may hold more than 2^31 elements."""
-    row = row.to(tl.int64)
-    return (row // n) * outer + (row % n) * inner
-
-
-@triton.jit
-def _columns(c, BLOCK: tl.constexpr, MERGE: tl.constexpr):
-    """The channel of each column of a tile, and whether it exists; with MERGE the tile's quarters
-    are the pixels of a patch, each as wide as a power of two."""
-    column = tl.arange(0, BLOCK)
-    inside = column < c
-    if MERGE:
-        channel = column % (BLOCK // 4)
-        inside = channel < c // 4
-        column = (column // (BLOCK // 4)).to(tl.int64) * (c // 4) + channel
-    return column, inside
-
-
-@triton.jit
-def _pixels(row, n, outer, inner, side, height, width, BLOCK: tl.constexpr):
-    """Where the elements of 2x2 patches are in a map, and whether they are inside it."""
-    row = row.to(tl.int64)
-    across = (width + 1) // 2
-    h, w = (row % n) // across * 2, (row % n) % across * 2
-    quarter = (tl.arange(0, BLOCK) // (BLOCK // 4)).to(tl.int64)
-    down, right = quarter % 2, quarter // 2
-    at = ((row // n) * outer + h * inner + w * side)[:, None]
-    at += (down * inner + right * side + tl.arange(0, BLOCK) % (BLOCK // 4))[None, :]
-    exists = h[:, None] + down[None, :] < height
-    return at, exists & (w[:, None] + right[None, :] < width)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def forward_kernel(
-    x_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr, bias_ptr, base_ptr, scale_ptr,
-    residual_ptr, normed_ptr, stats_ptr, rows, n, c, x_outer, x_inner, branch_outer, branch_inner,
-    base_outer, base_inner, x_side, map_height, map_width, eps,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, MERGE: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column, inside = _columns(c, BLOCK, MERGE)
-    live = row < rows
-    mask = live[:, None] & inside[None, :]
-    out = row[:, None] * c + column[None, :]
-    if MERGE:
-        at, exists = _pixels(row, n, x_outer, x_inner, x_side, map_height, map_width, BLOCK)
-        r = tl.load(x_ptr + at, mask=mask & exists, other=0.0).to(ACC)
-    else:
-        at = _offsets(row, n, x_outer, x_inner)[:, None] + column[None, :]
-        r = tl.load(x_ptr + at, mask=mask, other=0.0).to(ACC)
-    if branch_ptr is not None:
-        at = _offsets(row, n, branch_outer, branch_inner)[:, None] + column[None, :]
-        b = tl.load(branch_ptr + at, mask=mask, other=0.0).to(ACC)
-        if gamma_ptr is not None:
-            b *= tl.load(gamma_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-        if drop_ptr is not None:
-            b *= tl.load(drop_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
-        r += b
-    if residual_ptr is not None:
-        rounded = r.to(residual_ptr.dtype.element_ty)
-        tl.store(residual_ptr + out, rounded, mask=mask)
-        r = rounded.to(ACC)
-    if KIND != 2:
-        if KIND == 0:
-            mean = tl.sum(r, axis=1) / c
-            # What the mean's rounding left: the rows' sums then are as good as their elements.
-            mean += tl.sum(tl.where(mask, r - mean[:, None], 0.0), axis=1) / c
-            d = tl.where(mask, r - mean[:, None], 0.0)
-        else:
-            mean = tl.zeros([ROWS], ACC)
-            d = r
-        rstd = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / c + eps)
-        y = d * rstd[:, None]
-        if weight_ptr is not None:
-            y *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-        if bias_ptr is not None:
-            y += tl.load(bias_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-        if scale_ptr is not None:
-            y *= tl.load(scale_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
-        if base_ptr is not None:
-            at = _offsets(row, n, base_outer, base_inner)[:, None] + column[None, :]
-            y += tl.load(base_ptr + at, mask=mask, other=0.0).to(ACC)
-        tl.store(normed_ptr + out, y.to(normed_ptr.dtype.element_ty), mask=mask)
-        if stats_ptr is not None:
-            tl.store(stats_ptr + row * 2, mean, mask=live)
-            tl.store(stats_ptr + row * 2 + 1, rstd, mask=live)
-
-
-@triton.jit(do_not_specialize=COUNTS)
-def backward_kernel(
-    grad_ptr, grad_residual_ptr, residual_ptr, branch_ptr, gamma_ptr, drop_ptr, weight_ptr,
-    scale_ptr, stats_ptr, dx_ptr, dbranch_ptr, dgamma_ptr, dweight_ptr, dbias_ptr, rows, n, c,
-    grad_outer, grad_inner, grad_residual_outer, grad_residual_inner, residual_outer,
-    residual_inner, branch_outer, branch_inner, residual_side, dx_outer, dx_inner, dx_side,
-    map_height, map_width, eps,
-    KIND: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, MERGE: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    first = tl.program_id(0)
-    column, inside = _columns(c, BLOCK, MERGE)
-    dgamma = tl.zeros([BLOCK], ACC)
-    dweight = tl.zeros([BLOCK], ACC)
-    dbias = tl.zeros([BLOCK], ACC)
-    for block in range(first, tl.cdiv(rows, ROWS), tl.num_programs(0)):
-        row = tl.arange(0, ROWS).to(tl.int64) + block * ROWS
-        live = row < rows
-        mask = live[:, None] & inside[None, :]
-        dr = tl.zeros([ROWS, BLOCK], ACC)
-        if grad_residual_ptr is not None:
-            at = _offsets(row, n, grad_residual_outer, grad_residual_inner)[:, None]
-            at += column[None, :]
-            dr = tl.load(grad_residual_ptr + at, mask=mask, other=0.0).to(ACC)
-        if KIND != 2:
-            at = _offsets(row, n, grad_outer, grad_inner)[:, None] + column[None, :]
-            g = tl.load(grad_ptr + at, mask=mask, other=0.0).to(ACC)
-            if scale_ptr is not None:
-                g *= tl.load(scale_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
-            if MERGE:
-                at, exists = _pixels(
-                    row, n, residual_outer, residual_inner, residual_side, map_height, map_width,
-                    BLOCK,
-                )  # fmt: skip
-                r = tl.load(residual_ptr + at, mask=mask & exists, other=0.0).to(ACC)
-            else:
-                at = _offsets(row, n, residual_outer, residual_inner)[:, None] + column[None, :]
-                r = tl.load(residual_ptr + at, mask=mask, other=0.0).to(ACC)
-            if stats_ptr is not None:
-                mean = tl.load(stats_ptr + row * 2, mask=live, other=0.0).to(ACC)
-                rstd = tl.load(stats_ptr + row * 2 + 1, mask=live, other=0.0).to(ACC)
-                xhat = tl.where(mask, (r - mean[:, None]) * rstd[:, None], 0.0)
-            else:
-                if KIND == 0:
-                    r = tl.where(mask, r - (tl.sum(r, axis=1) / c)[:, None], 0.0)
-                rstd = 1.0 / tl.sqrt(tl.sum(r * r, axis=1) / c + eps)
-                xhat = r * rstd[:, None]
-            if dbias_ptr is not None:
-                dbias += tl.sum(g, axis=0)
-            if weight_ptr is not None:
-                dweight += tl.sum(g * xhat, axis=0)
-                g *= tl.load(weight_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-            d = g - xhat * (tl.sum(g * xhat, axis=1) / c)[:, None]
-            if KIND == 0:
-                d -= (tl.sum(g, axis=1) / c)[:, None]
-            dr += d * rstd[:, None]
-        out = row[:, None] * c + column[None, :]
-        if MERGE:
-            at, exists = _pixels(row, n, dx_outer, dx_inner, dx_side, map_height, map_width, BLOCK)
-            tl.store(dx_ptr + at, dr.to(dx_ptr.dtype.element_ty), mask=mask & exists)
-        elif dx_ptr is not None:
-            tl.store(dx_ptr + out, dr.to(dx_ptr.dtype.element_ty), mask=mask)
-        if drop_ptr is not None:
-            dr *= tl.load(drop_ptr + row // n, mask=live, other=0.0).to(ACC)[:, None]
-        if dgamma_ptr is not None:
-            at = _offsets(row, n, branch_outer, branch_inner)[:, None] + column[None, :]
-            b = tl.load(branch_ptr + at, mask=mask, other=0.0).to(ACC)
-            dgamma += tl.sum(tl.where(mask, dr * b, 0.0), axis=0)
-        if dbranch_ptr is not None:
-            if gamma_ptr is not None:
-                dr *= tl.load(gamma_ptr + column, mask=inside, other=0.0).to(ACC)[None, :]
-            tl.store(dbranch_ptr + out, dr.to(dbranch_ptr.dtype.element_ty), mask=mask)
-    at = first.to(tl.int64) * c + column
-    if dgamma_ptr is not None:
-        tl.store(dgamma_ptr + at, dgamma, mask=inside)
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + at, dweight, mask=inside)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + at, dbias, mask=inside)
-
-
-# ---- launches ------------------------------------------------------------------------------------
+Derived from the 255 registers of a thread: the forward holds two tiles (a row and its product with
+the weights), 2 x 32 registers, the backward six (gradient, row, their product, three sums), 6 x 16.
+Rows of more than 8192 channels have more elements a thread (see `_WIDEST` in norm.py). Compiled
+for sm_80, add_norm at C = 1408 takes at most 78 and 159 (tests/gpu/resources.json).
+"""
 
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
-    """About 4K elements a program, 32 to 64 a thread of it; the backward holds several tensors."""
-    block, backward = triton.next_power_of_2(key["c"]), key["pass"] == "backward"
-    rows = max(1, min(16, (1024 if backward else 2048) // block))
-    warps = max(1, min(16 if backward else 8, rows * block // (512 if backward else 1024)))
+    """Whole rows, as many as fill a tile, and warps for it; key has "pass" and "c"."""
+    elements, of_thread, most = _BACKWARD if key["pass"] == "backward" else _FORWARD
+    block = triton.next_power_of_2(key["c"])
+    rows = max(1, min(_MOST_ROWS, elements // block))
+    warps = max(1, min(most, rows * block // (32 * of_thread)))
     if arch.warp_size == 64:
         warps = max(1, warps // 2)
     return Launch({"ROWS": rows}, warps, 1)
 
 
 def _launch(x: torch.Tensor, which: str, c: int) -> Launch:
-    key = {"pass": which, "c": c, "dtype": str(x.dtype).removeprefix("torch.")}
+    """The config of a pass, "forward" or "backward", over rows of c channels in x's dtype."""
+    key: dict[str, int | str] = {
+        "pass": which, "c": c, "dtype": str(x.dtype).removeprefix("torch."),
+    }  # fmt: skip
     return launch_of(f"norm.{which}", arch_of(x.device), key, launch_heuristic)
 
 
 def _acc(dtype: torch.dtype) -> Any:
+    """Triton's dtype of statistics and sums."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def _steps(t: torch.Tensor | None, nc: int, c: int) -> tuple[int, int]:
-    """Strides of the first dimension and of rows."""
+    """Strides of the first dimension and of rows; nc is the first one's of a contiguous tensor."""
     if t is None or t.is_contiguous():
         return nc, c
     return t.stride(0), t.stride(-2)
 
 
 def _map_steps(t: torch.Tensor | None) -> tuple[int, int, int]:
-    """Strides of images, of lines and of pixels."""
-    return t.stride()[:3] if t is not None else (0, 0, 0)
+    """Strides of images, of lines and of pixels of a map [B, H, W, C]."""
+    if t is None:
+        return 0, 0, 0
+    image, line, pixel, _ = t.stride()
+    return image, line, pixel
 
 
 def forward(
@@ -242,7 +80,7 @@ def forward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """As `vitfast.ops.common.norm.forward`."""
     residual = normed = stats = None
-    shape = norm_op.merged_shape(x) if merge else x.shape
+    shape: tuple[int, ...] = norm_op.merged_shape(x) if merge else x.shape
     if branch is not None or kind == NONE:
         dtype = out_dtype or x.dtype if branch is None else norm_op.residual_dtype(x, branch, gamma)
         residual = x.new_empty(shape, dtype=dtype)
@@ -283,19 +121,18 @@ def backward(
     bias: torch.Tensor | None = None, eps: float = 1e-6, x_dtype: torch.dtype | None = None,
     x_wanted: bool = True, branch_dtype: torch.dtype | None = None,
     normed_scale: torch.Tensor | None = None, merge: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
     """As `vitfast.ops.common.norm.backward`."""
     if grad_normed is None:
         kind = NONE
-    shape = norm_op.merged_shape(residual) if merge else residual.shape
-    absent = norm_op.absent(residual)
-    scale = branch if gamma is None else gamma
+    shape: tuple[int, ...] = norm_op.merged_shape(residual) if merge else residual.shape
     dx = residual.new_empty(residual.shape, dtype=x_dtype or residual.dtype) if x_wanted else None
     dbranch = None if branch_dtype is None else residual.new_empty(shape, dtype=branch_dtype)
-    vectors = (None if branch is None else scale, weight, bias)
+    scale = branch if branch is None or gamma is None else gamma
+    vectors = (scale, weight, bias)
     if residual.numel() == 0:
-        sums = [absent if v is None else v.new_zeros(shape[-1:]) for v in vectors]
-        return absent if dx is None else dx, absent if dbranch is None else dbranch, *sums
+        sums = [None if v is None else v.new_zeros(shape[-1:]) for v in vectors]
+        return norm_op.filled(residual, dx, dbranch, *sums)
     c = shape[-1]
     b = shape[0] if residual.ndim > 1 else 1
     nc = math.prod(shape) // b
@@ -327,10 +164,10 @@ def backward(
             **launch.blocks, **launch.options(),
         )  # fmt: skip
     sums = [
-        absent if v is None else v.new_zeros(c) if p is None else _total(p, v.dtype)
+        None if v is None else v.new_zeros(c) if p is None else _total(p, v.dtype)
         for v, p in zip(vectors, partial, strict=True)
     ]
-    return absent if dx is None else dx, absent if dbranch is None else dbranch, *sums
+    return norm_op.filled(residual, dx, dbranch, *sums)
 
 
 def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -341,14 +178,24 @@ def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 # ---- ahead of time -------------------------------------------------------------------------------
 
 _WIDTHS = (384, 768, 1408)
+"""C of ViT-S, ViT-B and ViT-g: blocks of 512, 1024 and 2048 channels."""
 _SUMS = ("stats", "dgamma", "dweight", "dbias", "drop", "scale")
+"""What kernels hold in float32, whatever the dtype of x is."""
 
 
 def variants(
     arch: Arch, kind: int, present: dict[str, set[str]], widths: tuple[int, ...] = _WIDTHS,
     merge: bool = False,
 ) -> list[Variant]:  # fmt: skip
-    """Every pass x width of real models x dtype; `present` names the tensors of each pass."""
+    """Every pass x width of real models x dtype.
+
+    Args:
+        kind: LAYER, RMS or NONE.
+        present: by pass, "forward" and "backward": the kernel's pointers that are not None, without
+            their "_ptr".
+        widths: channels of a row.
+        merge: whether rows are the 2x2 patches of a map.
+    """
     found = []
     for which, kernel in (("forward", forward_kernel), ("backward", backward_kernel)):
         for c in widths:

@@ -1,4 +1,4 @@
-"""Operands that are a norm of something kept anyway: computed again for the backward, not saved."""
+"""Recompute a normalised operand in the backward instead of saving it."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def again(
     if not kind:
         return x
     if kind == "rms":
-        dispatcher, args = rms_norm.DISPATCHER, (x, weight, eps, dtype, False)
-    else:
-        dispatcher, args = layer_norm.DISPATCHER, (x, weight, bias, eps, dtype, False)
-    return dispatcher.pick("auto", *args).forward(*args)[0]
+        rms_call = rms_norm.Call(x, weight, eps, dtype, False)
+        return rms_norm.DISPATCHER.pick("auto", rms_call).forward(rms_call)[0]
+    call = layer_norm.Call(x, weight, bias, eps, dtype, False)
+    return layer_norm.DISPATCHER.pick("auto", call).forward(call)[0]

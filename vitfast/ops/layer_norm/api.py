@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.common import norm as norm_op
-from vitfast.ops.common.autodiff import gradients
+from vitfast.ops.common.autodiff import gradients, in_order
+from vitfast.ops.common.norm_checks import autocast_out_dtype, check
 from vitfast.ops.layer_norm import native, reference
-from vitfast.runtime import checks
+from vitfast.ops.layer_norm.reference import Call
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.library import autocast_dtype, define, needs_grad
+from vitfast.runtime.library import define, needs_grad
 from vitfast.runtime.triton import lazy
 
 
@@ -45,51 +48,26 @@ def layer_norm(
     return y
 
 
-def check(
-    op: str,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-    out_dtype: torch.dtype | None,
-    channels: int | None = None,
-) -> None:
-    """The checks that all norms share; weight and bias are [channels], by default x's."""
-    checks.check_tensor(op, "x", x)
-    if x.ndim == 0:
-        raise checks.InputValueError(f"{op}: x must have at least one dimension, got a scalar")
-    for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
-            checks.check_tensor(op, name, t)
-            checks.check_shape(op, name, t, (x.shape[-1] if channels is None else channels,))
-    checks.check_same_device(op, x=x, weight=weight, bias=bias)
-    checks.check_eps(op, eps)
-    if out_dtype is not None and out_dtype not in checks.FLOATS:
-        raise checks.InputTypeError(f"{op}: out_dtype must be a floating dtype, got {out_dtype}")
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    x, eps = call.x, call.eps
+    y = reference.layer_norm(x, call.weight, call.bias, eps, out_dtype=call.out_dtype).contiguous()
+    if not call.save_stats:
+        return y, norm_op.absent(x)
+    return y, norm_op.reference_stats(norm_op.LAYER, x, eps)
 
 
-def autocast_out_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """torch's autocast rule for norms: float32 on CUDA, none on the CPU."""
-    if x.device.type != "cuda" or x.dtype == torch.float64 or autocast_dtype(x.device) is None:
-        return None
-    return torch.float32
-
-
-def _reference_forward(x, weight, bias, eps, out_dtype, save_stats):
-    y = reference.layer_norm(x, weight, bias, eps, out_dtype=out_dtype).contiguous()
-    return y, norm_op.reference_stats(norm_op.LAYER, x, eps) if save_stats else norm_op.absent(x)
-
-
-def _reference_backward(grad, x, weight, bias, eps, stats):
+def _reference_backward(
+    grad: torch.Tensor, call: Call, stats: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     return gradients(
-        lambda x, w, b: reference.layer_norm(x, w, b, eps, out_dtype=grad.dtype),
-        (x, weight, bias),
+        lambda x, w, b: reference.layer_norm(x, w, b, call.eps, out_dtype=grad.dtype),
+        (call.x, call.weight, call.bias),
         (grad,),
     )
 
 
-def _triton_reasons(x, weight, bias, eps, out_dtype, save_stats):
-    return norm_op.triton_reasons(x, weight, bias, out_dtype=out_dtype)
+def _triton_reasons(call: Call) -> list[str]:
+    return norm_op.triton_reasons(call.x, call.weight, call.bias, out_dtype=call.out_dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -97,41 +75,56 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.layer_norm.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, weight, bias, eps, out_dtype, save_stats, backend):
-    args = (x, weight, bias, eps, out_dtype, save_stats)
-    return DISPATCHER.pick(backend, *args, needs_backward=save_stats).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call, backend = Call(*args[:-1]), args[-1]
+    return DISPATCHER.pick(backend, call, needs_backward=call.save_stats).forward(call)
 
 
-def _fake(x, weight, bias, eps, out_dtype, save_stats, backend):
-    return norm_op.fake(x, out_dtype, save_stats)
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    return norm_op.fake(call.x, call.out_dtype, call.save_stats)
 
 
-def _backward(grad, x, weight, bias, eps, stats, backend):
-    args = (x, weight, bias, eps, grad.dtype, True)
-    return DISPATCHER.pick(backend, *args, needs_backward=True).backward(
-        grad, x, weight, bias, eps, stats
-    )
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    stats: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
+    call = Call(x, weight, bias, eps, grad.dtype, True)
+    return DISPATCHER.pick_backward(backend, call)(grad, call, stats)
 
 
-def _backward_fake(grad, x, weight, bias, eps, stats, backend):
+def _backward_fake(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *others: Any,
+) -> tuple[torch.Tensor, ...]:
     return norm_op.backward_fake(x, weight, bias)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.eps, _, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, bias, output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    call, ctx.backend = Call(*inputs[:-1]), inputs[-1]
+    ctx.eps = call.eps
+    ctx.save_for_backward(call.x, call.weight, call.bias, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, stats = ctx.saved_tensors
-    dx, dweight, dbias = _BACKWARD_OP(grad, x, weight, bias, ctx.eps, stats, ctx.backend)
-    return dx, *norm_op.present((weight, dweight), (bias, dbias)), None, None, None, None
+    dx, *found = _BACKWARD_OP(grad, x, weight, bias, ctx.eps, stats, ctx.backend)
+    dweight, dbias = norm_op.present(*zip((weight, bias), found, strict=True))
+    return in_order(Call._fields, x=dx, weight=dweight, bias=dbias)
 
 
 _BACKWARD_OP = define(

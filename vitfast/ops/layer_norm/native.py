@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import torch
+
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.layer_norm.reference import Call
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
-def can_run(x, weight, bias, eps, out_dtype, save_stats):
-    return norm_op.reasons(x, weight, bias, out_dtype=out_dtype)
+def can_run(call: Call) -> list[str]:
+    return norm_op.reasons(call.x, call.weight, call.bias, out_dtype=call.out_dtype)
 
 
-def forward(x, weight, bias, eps, out_dtype, save_stats):
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
     _, y, stats = norm_op.forward(
         norm_op.LAYER,
-        x,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        out_dtype=out_dtype,
-        save_stats=save_stats,
+        call.x,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        out_dtype=call.out_dtype,
+        save_stats=call.save_stats,
     )
-    return y, norm_op.absent(x) if stats is None else stats
+    return norm_op.filled(call.x, y, stats)
 
 
-def backward(grad, x, weight, bias, eps, stats):
+def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
     dx, _, _, dweight, dbias = norm_op.backward(
-        norm_op.LAYER, grad, x, stats, weight=weight, bias=bias, eps=eps
+        norm_op.LAYER, grad, call.x, stats, weight=call.weight, bias=call.bias, eps=call.eps
     )
     return dx, dweight, dbias
 

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::layer_norm` before `backend`, in the order of its schema.
+
+    As in `vitfast.ops.layer_norm`; save_stats says whether the statistics that the backward needs,
+    [rows, 2] of mean and 1 / sqrt(var + eps), are returned beside the result.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+    out_dtype: torch.dtype | None
+    save_stats: bool
 
 
 def layer_norm(

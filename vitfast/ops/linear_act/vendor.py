@@ -18,12 +18,13 @@ _MOST_SUMMED = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
 """Products that oneDNN may sum in float32 at a time: it adds them up one after the other, where MKL
 adds up blocks.
 
-Not `EXACT_WIDTH` of `vitfast.ops._onednn`, since other errors are allowed: there, in inference, up
-to twice the rms error of `torch.nn.functional.linear`; of a backend, which training uses too, 1.25
-times (`OpSpec.rms_factor`). Against float64 on AVX2, where MKL's blocks are smaller (197 x K times
-K x 256 and 384, three seeds), pieces of 192 have 1.00 times that error for every K from 384 on.
-Pieces of 256 have 1.06 to 1.19 times, but 1.27 to 1.41 for K from 208 to 288; 384 has 1.32 to 1.41
-times, 768 1.64 to 1.97 times, 1024 1.95 to 2.33 times. With AVX-512 chains of 768 have 1.5 times.
+Not `EXACT_WIDTH` of `engine.products.onednn`, since other errors are allowed: there, in inference,
+up to twice the rms error of `torch.nn.functional.linear`; of a backend, which training uses too,
+1.25 times (`OpSpec.rms_factor`). Against float64 on AVX2, where MKL's blocks are smaller (197 x K
+times K x 256 and 384, three seeds), pieces of 192 have 1.00 times that error for every K from 384
+on. Pieces of 256 have 1.06 to 1.19 times, but 1.27 to 1.41 for K from 208 to 288; 384 has 1.32 to
+1.41 times, 768 1.64 to 1.97 times, 1024 1.95 to 2.33 times. With AVX-512 chains of 768 have 1.5
+times.
 """
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.add_norm.reference import normalise
 from vitfast.ops.common import norm as norm_op
-from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.layer_norm import api as layer_norm_api
+from vitfast.ops.common import norm_checks
+from vitfast.ops.common.autodiff import gradients, in_order
 from vitfast.ops.norm_add import native, reference
-from vitfast.ops.residual_add import api as residual_add_api
+from vitfast.ops.norm_add.reference import Call
 from vitfast.ops.residual_add.reference import drop_gradient, per_sample
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
@@ -52,35 +54,40 @@ def norm_add(
         InputTypeError, InputValueError, UnsupportedInputError, DeviceError: bad arguments.
         BackendUnavailableError: the backend asked for cannot run.
     """
-    residual_add_api.check("norm_add", x, branch, None, drop_scale)
-    layer_norm_api.check("norm_add", branch, weight, bias, eps, None)
-    norm_op.check_kind("norm_add", norm, bias)
-    normed_dtype = layer_norm_api.autocast_out_dtype(branch) or branch.dtype
+    norm_checks.check_residual("norm_add", x, branch, None, drop_scale)
+    norm_checks.check("norm_add", branch, weight, bias, eps, None)
+    norm_checks.check_kind("norm_add", norm, bias)
+    normed_dtype = norm_checks.autocast_out_dtype(branch) or branch.dtype
     dtype = torch.promote_types(x.dtype, normed_dtype)
     save_stats = needs_grad(x, branch, weight, bias, drop_scale)
     y, _ = _OP(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats, backend)
     return y
 
 
-def _reference_forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     y = reference.norm_add(
-        x.to(dtype), branch, weight, bias, eps, drop_scale=drop_scale, norm=norm
+        call.x.to(call.dtype), call.branch, call.weight, call.bias, call.eps,
+        drop_scale=call.drop_scale, norm=call.norm,
     ).contiguous()  # fmt: skip
-    if not save_stats:
-        return y, norm_op.absent(x)
-    return y, norm_op.reference_stats(norm_op.KINDS[norm], branch, eps)
+    if not call.save_stats:
+        return y, norm_op.absent(y)
+    return y, norm_op.reference_stats(norm_op.KINDS[call.norm], call.branch, call.eps)
 
 
-def _reference_backward(grad, branch, weight, bias, eps, drop_scale, stats, norm):
-    if drop_scale is not None:
-        grad = grad * per_sample(drop_scale, grad)
+def _reference_backward(
+    grad: torch.Tensor, call: Call, stats: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    if call.drop_scale is not None:
+        grad = grad * per_sample(call.drop_scale, grad)
     return gradients(
-        lambda b, w, c: normalise(b, w, c, eps, norm, grad.dtype), (branch, weight, bias), (grad,)
+        lambda x, w, b: normalise(x, w, b, call.eps, call.norm, grad.dtype),
+        (call.branch, call.weight, call.bias),
+        (grad,),
     )
 
 
-def _triton_reasons(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
-    return norm_op.triton_reasons(x, branch, weight, bias, out_dtype=dtype)
+def _triton_reasons(call: Call) -> list[str]:
+    return norm_op.triton_reasons(call.x, call.branch, call.weight, call.bias, out_dtype=call.dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -88,51 +95,78 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.norm_add.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats, backend):
-    args = (x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats)
-    return DISPATCHER.pick(backend, *args, needs_backward=save_stats).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call, backend = Call(*args[:-1]), args[-1]
+    return DISPATCHER.pick(backend, call, needs_backward=call.save_stats).forward(call)
 
 
-def _fake(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats, backend):
-    return x.new_empty(x.shape, dtype=dtype), norm_op.fake_stats(branch, save_stats)
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    y = call.x.new_empty(call.x.shape, dtype=call.dtype)
+    return y, norm_op.fake_stats(call.branch, call.save_stats)
 
 
-def _backward(grad, branch, weight, bias, eps, drop_scale, stats, norm, backend):
-    picked = DISPATCHER.pick(
-        backend, grad, branch, weight, bias, eps, drop_scale, norm, grad.dtype, True,
-        needs_backward=True,
-    )  # fmt: skip
-    return picked.backward(grad, branch, weight, bias, eps, drop_scale, stats, norm)
+def _backward(
+    grad: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    drop_scale: torch.Tensor | None,
+    stats: torch.Tensor,
+    norm: str,
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
+    call = Call(grad, branch, weight, bias, eps, drop_scale, norm, grad.dtype, True)
+    return DISPATCHER.pick_backward(backend, call)(grad, call, stats)
 
 
-def _backward_fake(grad, branch, weight, bias, eps, drop_scale, stats, norm, backend):
+def _backward_fake(
+    grad: torch.Tensor,
+    branch: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *others: Any,
+) -> tuple[torch.Tensor, ...]:
     return norm_op.backward_fake(branch, weight, bias)
 
 
-def _setup_context(ctx, inputs, output):
-    x, branch, weight, bias, ctx.eps, drop_scale, ctx.norm, _, _, ctx.backend = inputs
-    ctx.x_dtype = x.dtype
-    ctx.save_for_backward(branch, weight, bias, drop_scale, output[1])
+_DROP_SCALE = Call._fields.index("drop_scale")
+_NORMED = [Call._fields.index(name) for name in ("branch", "weight", "bias")]
+"""Their places in `ctx.needs_input_grad`."""
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    call, ctx.backend = Call(*inputs[:-1]), inputs[-1]
+    ctx.eps, ctx.norm, ctx.x_dtype = call.eps, call.norm, call.x.dtype
+    ctx.save_for_backward(call.branch, call.weight, call.bias, call.drop_scale, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     branch, weight, bias, drop_scale, stats = ctx.saved_tensors
     dbranch = dweight = dbias = ddrop = None
-    if any(ctx.needs_input_grad[1:4]):
-        dbranch, *vectors = _BACKWARD_OP(
+    if any(ctx.needs_input_grad[i] for i in _NORMED):
+        dbranch, *found = _BACKWARD_OP(
             grad, branch, weight, bias, ctx.eps, drop_scale, stats, ctx.norm, ctx.backend
         )
-        dweight, dbias = norm_op.present(*zip((weight, bias), vectors, strict=True))
-    if ctx.needs_input_grad[5]:
+        dweight, dbias = norm_op.present(*zip((weight, bias), found, strict=True))
+    if ctx.needs_input_grad[_DROP_SCALE]:
         normed = normalise(branch, weight, bias, ctx.eps, ctx.norm, grad.dtype)
         ddrop = drop_gradient(grad, normed, None, drop_scale)
-    return grad.to(ctx.x_dtype), dbranch, dweight, dbias, None, ddrop, None, None, None, None
+    return in_order(
+        Call._fields,
+        x=grad.to(ctx.x_dtype),
+        branch=dbranch,
+        weight=dweight,
+        bias=dbias,
+        drop_scale=ddrop,
+    )
 
 
 _BACKWARD_OP = define(

@@ -2,40 +2,43 @@
 
 from __future__ import annotations
 
+import torch
+
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.norm_add.reference import Call
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
-def can_run(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
-    return norm_op.reasons(x, branch, weight, bias, out_dtype=dtype)
+def can_run(call: Call) -> list[str]:
+    return norm_op.reasons(call.x, call.branch, call.weight, call.bias, out_dtype=call.dtype)
 
 
-def forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
     _, y, stats = norm_op.forward(
-        norm_op.KINDS[norm],
-        branch,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        out_dtype=dtype,
-        save_stats=save_stats,
-        base=x,
-        normed_scale=drop_scale,
+        norm_op.KINDS[call.norm],
+        call.branch,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        out_dtype=call.dtype,
+        save_stats=call.save_stats,
+        base=call.x,
+        normed_scale=call.drop_scale,
     )
-    return y, norm_op.absent(x) if stats is None else stats
+    return norm_op.filled(call.x, y, stats)
 
 
-def backward(grad, branch, weight, bias, eps, drop_scale, stats, norm):
+def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
     dbranch, _, _, dweight, dbias = norm_op.backward(
-        norm_op.KINDS[norm],
+        norm_op.KINDS[call.norm],
         grad,
-        branch,
+        call.branch,
         stats,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        normed_scale=drop_scale,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        normed_scale=call.drop_scale,
     )
     return dbranch, dweight, dbias
 

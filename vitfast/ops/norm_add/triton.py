@@ -1,25 +1,41 @@
-"""Norm and residual connection on the kernels of vitfast/ops/common/norm_triton.py."""
+"""Norm and residual connection on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 
+import torch
+
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
+from vitfast.ops.norm_add.reference import Call
 from vitfast.runtime.launches import Arch, Variant
 
 
-def forward(x, branch, weight, bias, eps, drop_scale, norm, dtype, save_stats):
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
     _, y, stats = norm_triton.forward(
-        norm_op.KINDS[norm], branch, weight=weight, bias=bias, eps=eps, out_dtype=dtype,
-        save_stats=save_stats, base=x, normed_scale=drop_scale,
-    )  # fmt: skip
-    return y, norm_op.absent(x) if stats is None else stats
+        norm_op.KINDS[call.norm],
+        call.branch,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        out_dtype=call.dtype,
+        save_stats=call.save_stats,
+        base=call.x,
+        normed_scale=call.drop_scale,
+    )
+    return norm_op.filled(call.x, y, stats)
 
 
-def backward(grad, branch, weight, bias, eps, drop_scale, stats, norm):
+def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
     dbranch, _, _, dweight, dbias = norm_triton.backward(
-        norm_op.KINDS[norm], grad, branch, stats, weight=weight, bias=bias, eps=eps,
-        normed_scale=drop_scale,
-    )  # fmt: skip
+        norm_op.KINDS[call.norm],
+        grad,
+        call.branch,
+        stats,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        normed_scale=call.drop_scale,
+    )
     return dbranch, dweight, dbias
 
 

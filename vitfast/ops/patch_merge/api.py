@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.common import norm as norm_op
-from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.layer_norm import api as layer_norm_api
+from vitfast.ops.common import norm_checks
+from vitfast.ops.common.autodiff import gradients, in_order
 from vitfast.ops.patch_merge import native, reference
+from vitfast.ops.patch_merge.reference import BackwardCall, Call
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
@@ -54,34 +57,43 @@ def patch_merge(
         raise checks.InputValueError(
             f"patch_merge: x must be [B, H, W, C], got shape {tuple(x.shape)}"
         )
-    layer_norm_api.check("patch_merge", x, weight, bias, eps, out_dtype, 4 * x.shape[3])
+    norm_checks.check("patch_merge", x, weight, bias, eps, out_dtype, 4 * x.shape[3])
     if norm is None:
         if weight is not None or bias is not None:
             raise checks.InputValueError("patch_merge: norm=None takes no weight and no bias")
     else:
-        norm_op.check_kind("patch_merge", norm, bias, "'layer', 'rms' or None")
-        out_dtype = out_dtype or layer_norm_api.autocast_out_dtype(x)
+        norm_checks.check_kind("patch_merge", norm, bias, "'layer', 'rms' or None")
+        out_dtype = out_dtype or norm_checks.autocast_out_dtype(x)
     y, _ = _OP(x, weight, bias, eps, norm, out_dtype, needs_grad(x, weight, bias), backend)
     return y
 
 
-def _reference_forward(x, weight, bias, eps, norm, out_dtype, save_stats):
-    y = reference.patch_merge(x, weight, bias, eps, norm=norm, out_dtype=out_dtype).contiguous()
-    if not save_stats or norm is None:
-        return y, norm_op.absent(x)
-    return y, norm_op.reference_stats(norm_op.KINDS[norm], reference.patch_merge(x, norm=None), eps)
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    y = reference.patch_merge(
+        call.x, call.weight, call.bias, call.eps, norm=call.norm, out_dtype=call.out_dtype
+    ).contiguous()
+    if not call.save_stats or call.norm is None:
+        return y, norm_op.absent(y)
+    rows = reference.patch_merge(call.x, norm=None)
+    return y, norm_op.reference_stats(norm_op.KINDS[call.norm], rows, call.eps)
 
 
-def _reference_backward(grad, x, weight, bias, eps, stats, norm):
+def _reference_backward(
+    grad: torch.Tensor, call: Call, stats: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     return gradients(
-        lambda x, w, b: reference.patch_merge(x, w, b, eps, norm=norm, out_dtype=grad.dtype),
-        (x, weight, bias),
+        lambda x, w, b: reference.patch_merge(
+            x, w, b, call.eps, norm=call.norm, out_dtype=grad.dtype
+        ),
+        (call.x, call.weight, call.bias),
         (grad,),
     )
 
 
-def _triton_reasons(x, weight, bias, eps, norm, out_dtype, save_stats):
-    return norm_op.triton_reasons(x, weight, bias, out_dtype=out_dtype, channels=4 * x.shape[3])
+def _triton_reasons(call: Call) -> list[str]:
+    return norm_op.triton_reasons(
+        call.x, call.weight, call.bias, out_dtype=call.out_dtype, channels=4 * call.x.shape[3]
+    )
 
 
 DISPATCHER = Dispatcher(
@@ -89,47 +101,48 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.patch_merge.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, weight, bias, eps, norm, out_dtype, save_stats, backend):
-    args = (x, weight, bias, eps, norm, out_dtype, save_stats)
-    return DISPATCHER.pick(backend, *args, needs_backward=save_stats).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call, backend = Call(*args[:-1]), args[-1]
+    return DISPATCHER.pick(backend, call, needs_backward=call.save_stats).forward(call)
 
 
-def _fake(x, weight, bias, eps, norm, out_dtype, save_stats, backend):
-    rows = x.new_empty(norm_op.merged_shape(x))
-    return norm_op.fake(rows, out_dtype, save_stats and norm is not None)
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    rows = call.x.new_empty(norm_op.merged_shape(call.x))
+    return norm_op.fake(rows, call.out_dtype, call.save_stats and call.norm is not None)
 
 
-def _backward(grad, x, weight, bias, eps, stats, norm, shape, dtype, backend):
-    if x is None:  # without a norm only its shape counts
-        x = grad.new_empty((), dtype=dtype).expand(shape)
-    picked = DISPATCHER.pick(
-        backend, x, weight, bias, eps, norm, grad.dtype, True, needs_backward=True
-    )
-    return picked.backward(grad, x, weight, bias, eps, stats, norm)
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    given, backend = BackwardCall(*args[:-1]), args[-1]
+    call = given.forward_call()
+    return DISPATCHER.pick_backward(backend, call)(given.grad, call, given.stats)
 
 
-def _backward_fake(grad, x, weight, bias, eps, stats, norm, shape, dtype, backend):
-    return norm_op.backward_fake(grad.new_empty(shape, dtype=dtype), weight, bias)
+def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = BackwardCall(*args[:-1])
+    like_x = call.grad.new_empty(call.shape, dtype=call.dtype)
+    return norm_op.backward_fake(like_x, call.weight, call.bias)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, bias, ctx.eps, ctx.norm, _, _, ctx.backend = inputs
-    ctx.shape, ctx.dtype = x.shape, x.dtype
-    ctx.save_for_backward(None if ctx.norm is None else x, weight, bias, output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    call, ctx.backend = Call(*inputs[:-1]), inputs[-1]
+    ctx.eps, ctx.norm, ctx.shape, ctx.dtype = call.eps, call.norm, call.x.shape, call.x.dtype
+    x = None if call.norm is None else call.x  # without a norm only its shape counts
+    ctx.save_for_backward(x, call.weight, call.bias, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     x, weight, bias, stats = ctx.saved_tensors
-    dx, dweight, dbias = _BACKWARD_OP(
-        grad, x, weight, bias, ctx.eps, stats, ctx.norm, ctx.shape, ctx.dtype, ctx.backend
-    )
-    return dx, *norm_op.present((weight, dweight), (bias, dbias)), None, None, None, None, None
+    call = BackwardCall(grad, x, weight, bias, ctx.eps, stats, ctx.norm, ctx.shape, ctx.dtype)
+    dx, *found = _BACKWARD_OP(*call, ctx.backend)
+    dweight, dbias = norm_op.present(*zip((weight, bias), found, strict=True))
+    return in_order(Call._fields, x=dx, weight=dweight, bias=dbias)
 
 
 _BACKWARD_OP = define(

@@ -2,41 +2,43 @@
 
 from __future__ import annotations
 
+import torch
+
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.patch_merge.reference import Call
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
 
 
-def can_run(x, weight, bias, eps, norm, out_dtype, save_stats):
-    return norm_op.reasons(x, weight, bias, out_dtype=out_dtype)
+def can_run(call: Call) -> list[str]:
+    return norm_op.reasons(call.x, call.weight, call.bias, out_dtype=call.out_dtype)
 
 
-def forward(x, weight, bias, eps, norm, out_dtype, save_stats):
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
     gathered, normed, stats = norm_op.forward(
-        norm_op.NONE if norm is None else norm_op.KINDS[norm],
-        x,
-        weight=weight,
-        bias=bias,
-        eps=eps,
-        out_dtype=out_dtype,
-        save_stats=save_stats and norm is not None,
+        norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm],
+        call.x,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        out_dtype=call.out_dtype,
+        save_stats=call.save_stats and call.norm is not None,
         merge=True,
     )
-    y = gathered if norm is None else normed
-    return y, norm_op.absent(x) if stats is None else stats
+    return norm_op.filled(call.x, gathered if call.norm is None else normed, stats)
 
 
-def backward(grad, x, weight, bias, eps, stats, norm):
-    gathered = norm is None
+def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    gathered = call.norm is None
     dx, _, _, dweight, dbias = norm_op.backward(
-        norm_op.NONE if gathered else norm_op.KINDS[norm],
+        norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm],
         None if gathered else grad,
-        x,
+        call.x,
         stats,
         grad_residual=grad if gathered else None,
-        weight=weight,
-        bias=bias,
-        eps=eps,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
         merge=True,
     )
     return dx, dweight, dbias

@@ -2,10 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 
 from vitfast.ops.add_norm.reference import normalise
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::patch_merge` before `backend`, in the order of its schema.
+
+    As in `vitfast.ops.patch_merge`; save_stats says whether the statistics that the backward needs,
+    [rows, 2] of mean (0 with "rms") and 1 / sqrt(var + eps), are returned beside the result.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+    norm: str | None
+    out_dtype: torch.dtype | None
+    save_stats: bool
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `vitfast::patch_merge_backward` before `backend`, in its schema's order.
+
+    grad [B, ceil(H / 2), ceil(W / 2), 4 C] is the gradient of the result, stats what the forward
+    saved; shape and dtype are x's, which is not given where norm is None. The others as in
+    `vitfast.ops.patch_merge`.
+    """
+
+    grad: torch.Tensor
+    x: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    eps: float
+    stats: torch.Tensor
+    norm: str | None
+    shape: Sequence[int]
+    dtype: torch.dtype
+
+    def forward_call(self) -> Call:
+        """The forward's call; an x that was not given is one number, expanded to x's shape."""
+        x = self.x
+        if x is None:
+            x = self.grad.new_empty((), dtype=self.dtype).expand(self.shape)
+        return Call(x, self.weight, self.bias, self.eps, self.norm, self.grad.dtype, True)
 
 
 def patch_merge(

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
 from vitfast.ops.common.norm import merged_shape
 from vitfast.ops.patch_merge.api import DISPATCHER, patch_merge
 from vitfast.ops.patch_merge.reference import patch_merge as reference
-from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
+from vitfast.ops.spec import (
+    Arguments,
+    Cost,
+    OpSpec,
+    Sample,
+    affine,
+    outlier_channels,
+    randn,
+    tensor_bytes,
+)
 
 
 def _sample(
-    name, *shape, tags=("odd",), affine=True, norm="layer", affine_dtype=None, change=None, **kwargs
-):
-    def make(dtype, g):
+    name: str,
+    *shape: int,
+    tags: tuple[str, ...] = ("odd",),
+    has_affine: bool = True,
+    norm: str | None = "layer",
+    affine_dtype: torch.dtype | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         x = randn(g, *shape, dtype=dtype)
         if change is not None:
             x = change(x)
         weight = bias = None
-        if affine and norm is not None:
-            channels, weights = 4 * x.shape[-1], affine_dtype or dtype
-            weight = 1 + randn(g, channels, dtype=weights, scale=0.1)
-            bias = randn(g, channels, dtype=weights, scale=0.1) if norm == "layer" else None
+        if has_affine and norm is not None:
+            weight, bias = affine(g, 4 * x.shape[-1], affine_dtype or dtype, norm)
         return (x, weight, bias, 1e-5), {"norm": norm, **kwargs}
 
     return Sample(name, make, frozenset(tags))
 
 
-def _outlier_channels(x):
-    x[..., :2] *= 50
-    return x
-
-
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, weight, bias = args[:3]
     elements = math.prod(merged_shape(x))
     dtype = kwargs.get("out_dtype") or x.dtype
@@ -61,7 +72,7 @@ SPEC = OpSpec(
         _sample("odd_sizes", 2, 5, 7, 13, tags=("odd", "small", "check")),
         _sample("gathered", 2, 3, 6, 5, tags=("odd", "small", "check"), norm=None),
         _sample("rms_small", 2, 4, 3, 5, tags=("odd", "small"), norm="rms"),
-        _sample("no_affine", 1, 4, 6, 7, tags=("odd", "small"), affine=False),
+        _sample("no_affine", 1, 4, 6, 7, tags=("odd", "small"), has_affine=False),
         _sample("even_sizes", 3, 6, 8, 24),
         _sample("odd_height", 2, 7, 8, 32),
         _sample("odd_width", 2, 8, 7, 32),
@@ -80,7 +91,7 @@ SPEC = OpSpec(
         _sample("crossed_gathered", 2, 5, 7, 24, norm=None, change=lambda x: x.transpose(1, 2)),
         _sample("cropped", 2, 9, 9, 24, change=lambda x: x[:, 1:8, 2:]),
         _sample("expanded", 1, 5, 6, 24, change=lambda x: x.expand(3, 5, 6, 24)),
-        _sample("outlier_channels", 2, 6, 6, 96, change=_outlier_channels),
+        _sample("outlier_channels", 2, 6, 6, 96, change=outlier_channels),
         _sample("far_odd_sizes", 2, 5, 7, 12, change=lambda x: x + 1000),
         _sample("rms_odd_sizes", 1, 3, 5, 12, norm="rms"),
         _sample("empty", 0, 4, 4, 8, tags=("odd", "empty")),

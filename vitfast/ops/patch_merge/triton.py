@@ -1,29 +1,44 @@
-"""Gathering patches and their norm on the kernels of vitfast/ops/common/norm_triton.py."""
+"""Gathering patches and their norm on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
+from vitfast.ops.patch_merge.reference import Call
 from vitfast.runtime.launches import Arch, Variant
 
 
-def forward(x, weight, bias, eps, norm, out_dtype, save_stats):
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
     gathered, normed, stats = norm_triton.forward(
-        norm_op.NONE if norm is None else norm_op.KINDS[norm], x, weight=weight, bias=bias, eps=eps,
-        out_dtype=out_dtype, save_stats=save_stats, merge=True,
-    )  # fmt: skip
-    y = gathered if norm is None else normed
-    return y, norm_op.absent(x) if stats is None else stats
+        norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm],
+        call.x,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        out_dtype=call.out_dtype,
+        save_stats=call.save_stats and call.norm is not None,
+        merge=True,
+    )
+    return norm_op.filled(call.x, gathered if call.norm is None else normed, stats)
 
 
-def backward(grad, x, weight, bias, eps, stats, norm):
-    gathered = norm is None
+def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    gathered = call.norm is None
     dx, _, _, dweight, dbias = norm_triton.backward(
-        norm_op.NONE if gathered else norm_op.KINDS[norm], None if gathered else grad, x, stats,
-        grad_residual=grad if gathered else None, weight=weight, bias=bias, eps=eps, merge=True,
-    )  # fmt: skip
+        norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm],
+        None if gathered else grad,
+        call.x,
+        stats,
+        grad_residual=grad if gathered else None,
+        weight=call.weight,
+        bias=call.bias,
+        eps=call.eps,
+        merge=True,
+    )
     return dx, dweight, dbias
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.common.autodiff import in_order
+from vitfast.ops.common.norm_checks import check_residual
 from vitfast.ops.residual_add import native, reference
-from vitfast.runtime import checks
+from vitfast.ops.residual_add.reference import BackwardCall, Call
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define
 from vitfast.runtime.triton import lazy
@@ -38,45 +42,23 @@ def residual_add(
         InputTypeError, InputValueError, UnsupportedInputError, DeviceError: bad arguments.
         BackendUnavailableError: the backend asked for cannot run.
     """
-    check("residual_add", x, branch, gamma, drop_scale)
+    check_residual("residual_add", x, branch, gamma, drop_scale)
     return _OP(x, branch, gamma, drop_scale, backend)
 
 
-def check(
-    op: str,
-    x: torch.Tensor,
-    branch: torch.Tensor,
-    gamma: torch.Tensor | None,
-    drop_scale: torch.Tensor | None,
-) -> None:
-    """The checks that residual_add and add_norm share."""
-    checks.check_tensor(op, "x", x)
-    checks.check_tensor(op, "branch", branch)
-    if x.ndim == 0:
-        raise checks.InputValueError(f"{op}: x must have at least one dimension, got a scalar")
-    checks.check_shape(op, "branch", branch, tuple(x.shape))
-    if gamma is not None:
-        checks.check_tensor(op, "gamma", gamma)
-        checks.check_shape(op, "gamma", gamma, (x.shape[-1],))
-    if drop_scale is not None:
-        checks.check_tensor(op, "drop_scale", drop_scale)
-        if x.ndim == 1:
-            raise checks.InputValueError(f"{op}: drop_scale needs x [B, ..., C], got {x.ndim}-D x")
-        checks.check_shape(op, "drop_scale", drop_scale, (x.shape[0],))
-    checks.check_same_device(op, x=x, branch=branch, gamma=gamma, drop_scale=drop_scale)
+def _reference_forward(call: Call) -> torch.Tensor:
+    return reference.residual_add(
+        call.x, call.branch, gamma=call.gamma, drop_scale=call.drop_scale
+    ).contiguous()
 
 
-def _reference_forward(x, branch, gamma, drop_scale):
-    return reference.residual_add(x, branch, gamma=gamma, drop_scale=drop_scale).contiguous()
+def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    dbranch, dgamma = reference.scale_gradients(*call)
+    return norm_op.filled(dbranch, dbranch.contiguous(), dgamma)
 
 
-def _reference_backward(grad, branch, gamma, drop_scale, branch_dtype):
-    dbranch, dgamma = reference.scale_gradients(grad, branch, gamma, drop_scale, branch_dtype)
-    return dbranch.contiguous(), norm_op.absent(grad) if dgamma is None else dgamma
-
-
-def _triton_reasons(x, branch, gamma, drop_scale):
-    return norm_op.triton_reasons(x, branch, gamma)
+def _triton_reasons(call: Call) -> list[str]:
+    return norm_op.triton_reasons(call.x, call.branch, call.gamma)
 
 
 DISPATCHER = Dispatcher(
@@ -84,50 +66,63 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.residual_add.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, branch, gamma, drop_scale, backend):
-    args = (x, branch, gamma, drop_scale)
-    return DISPATCHER.pick(backend, *args).forward(*args)
+def _forward(*args: Any) -> torch.Tensor:
+    call, backend = Call(*args[:-1]), args[-1]
+    return DISPATCHER.pick(backend, call).forward(call)
 
 
-def _fake(x, branch, gamma, drop_scale, backend):
-    return x.new_empty(x.shape, dtype=norm_op.residual_dtype(x, branch, gamma))
+def _fake(*args: Any) -> torch.Tensor:
+    call = Call(*args[:-1])
+    dtype = norm_op.residual_dtype(call.x, call.branch, call.gamma)
+    return call.x.new_empty(call.x.shape, dtype=dtype)
 
 
-def _backward(grad, branch, gamma, drop_scale, branch_dtype, backend):
-    like_branch = grad.new_empty(0, dtype=branch_dtype)  # it may not have been saved
-    picked = DISPATCHER.pick(backend, grad, like_branch, gamma, drop_scale, needs_backward=True)
-    return picked.backward(grad, branch, gamma, drop_scale, branch_dtype)
+def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call, backend = BackwardCall(*args[:-1]), args[-1]
+    return DISPATCHER.pick_backward(backend, call.forward_call())(call)
 
 
-def _backward_fake(grad, branch, gamma, drop_scale, branch_dtype, backend):
-    dgamma = norm_op.absent(grad) if branch is None else gamma.new_empty(gamma.shape)
-    return grad.new_empty(grad.shape, dtype=branch_dtype), dgamma
+def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:
+    call = BackwardCall(*args[:-1])
+    gamma = None if call.branch is None else call.gamma
+    return norm_op.backward_fake(call.grad, gamma, dtype=call.branch_dtype)
 
 
-def _setup_context(ctx, inputs, output):
-    x, branch, gamma, drop_scale, ctx.backend = inputs
-    ctx.dtypes = x.dtype, branch.dtype
-    branch = branch if any(ctx.needs_input_grad[2:4]) else None
-    ctx.save_for_backward(branch, gamma, drop_scale)
+_GAMMA, _DROP_SCALE = (Call._fields.index(name) for name in ("gamma", "drop_scale"))
+"""Their places in `ctx.needs_input_grad`."""
 
 
-def _autograd(ctx, grad):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    call, ctx.backend = Call(*inputs[:-1]), inputs[-1]
+    ctx.dtypes = call.x.dtype, call.branch.dtype
+    wanted = ctx.needs_input_grad
+    branch = call.branch if wanted[_GAMMA] or wanted[_DROP_SCALE] else None
+    ctx.save_for_backward(branch, call.gamma, call.drop_scale)
+
+
+def _autograd(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     branch, gamma, drop_scale = ctx.saved_tensors
     x_dtype, branch_dtype = ctx.dtypes
     dx = grad.to(x_dtype)
     if gamma is None and drop_scale is None:
-        return dx, grad.to(branch_dtype), None, None, None
-    gamma_wanted, drop_wanted = ctx.needs_input_grad[2:4]
+        return in_order(Call._fields, x=dx, branch=grad.to(branch_dtype))
+    gamma_wanted, drop_wanted = (ctx.needs_input_grad[i] for i in (_GAMMA, _DROP_SCALE))
     dbranch, dgamma = _BACKWARD_OP(
         grad, branch if gamma_wanted else None, gamma, drop_scale, branch_dtype, ctx.backend
     )
     ddrop = reference.drop_gradient(grad, branch, gamma, drop_scale) if drop_wanted else None
-    return dx, dbranch, dgamma if gamma_wanted else None, ddrop, None
+    return in_order(
+        Call._fields,
+        x=dx,
+        branch=dbranch,
+        gamma=dgamma if gamma_wanted else None,
+        drop_scale=ddrop,
+    )
 
 
 _BACKWARD_OP = define(

@@ -2,7 +2,40 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::residual_add` before `backend`, in the order of its schema.
+
+    As in `vitfast.ops.residual_add`.
+    """
+
+    x: torch.Tensor
+    branch: torch.Tensor
+    gamma: torch.Tensor | None
+    drop_scale: torch.Tensor | None
+
+
+class BackwardCall(NamedTuple):
+    """The arguments of `vitfast::residual_add_backward` before `backend`, in its schema's order.
+
+    grad [..., C] is the gradient of the sum. branch is given only where gamma's gradient is wanted;
+    branch_dtype is its dtype and that of its gradient. The others as in `vitfast.ops.residual_add`.
+    """
+
+    grad: torch.Tensor
+    branch: torch.Tensor | None
+    gamma: torch.Tensor | None
+    drop_scale: torch.Tensor | None
+    branch_dtype: torch.dtype
+
+    def forward_call(self) -> Call:
+        """The call that a backend's `can_run` is asked about; its x is the gradient."""
+        branch = self.grad.new_empty(0, dtype=self.branch_dtype)  # it may not have been saved
+        return Call(self.grad, branch, self.gamma, self.drop_scale)
 
 
 def residual_add(
@@ -32,11 +65,11 @@ def scale_gradients(
     drop_scale: torch.Tensor | None,
     branch_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Gradients of the above for branch, and for gamma where the branch is given."""
+    """Gradients of `residual_add` for branch, and for gamma where the branch is given."""
     if drop_scale is not None:
         grad = grad * per_sample(drop_scale, grad)
     dgamma = None
-    if branch is not None:
+    if branch is not None and gamma is not None:
         dgamma = (grad * branch).flatten(0, -2).sum(0).to(gamma.dtype)
     if gamma is not None:
         grad = grad * gamma
@@ -46,7 +79,7 @@ def scale_gradients(
 def drop_gradient(
     grad: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None, drop_scale: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of the above for drop_scale. Nobody trains it, so no backend has a kernel for it."""
+    """Gradient of `residual_add` for drop_scale, which nobody trains: no backend has a kernel."""
     dtype = torch.promote_types(grad.dtype, torch.float32)
     product = grad.to(dtype) * branch
     if gamma is not None:

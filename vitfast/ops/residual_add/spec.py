@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from vitfast.ops.residual_add.api import DISPATCHER, residual_add
 from vitfast.ops.residual_add.reference import residual_add as reference
-from vitfast.ops.spec import Cost, OpSpec, Sample, randn, tensor_bytes
+from vitfast.ops.spec import Arguments, Cost, OpSpec, Sample, randn, tensor_bytes
 
 
-def drop_scale(shape, keep=0.75):
-    """DropPath's factors with the first sample dropped and the others kept."""
+def drop_scale(shape: torch.Size, keep: float = 0.75) -> torch.Tensor:
+    """DropPath's factors [B] with the first sample dropped and the others kept."""
     scale = torch.full(shape[:1], 1 / keep, device="cpu")
     scale[0] = 0
     return scale
 
 
 def _sample(
-    name, *shape, tags=("odd",), gamma=None, drop=False, x_dtype=None, gamma_dtype=None, change=None
-):
-    def make(dtype, g):
+    name: str,
+    *shape: int,
+    tags: tuple[str, ...] = ("odd",),
+    gamma: float | None = None,
+    drop: bool = False,
+    x_dtype: torch.dtype | None = None,
+    gamma_dtype: torch.dtype | None = None,
+    change: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> Sample:
+    def make(dtype: torch.dtype, g: torch.Generator) -> Arguments:
         x = randn(g, *shape, dtype=x_dtype or dtype)
         branch = randn(g, *shape, dtype=dtype)
         if change is not None:
@@ -36,7 +46,7 @@ def _sample(
     return Sample(name, make, frozenset(tags))
 
 
-def _cost(args, kwargs):
+def _cost(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cost:
     x, branch = args
     gamma = kwargs.get("gamma")
     dtype = torch.promote_types(x.dtype, branch.dtype)

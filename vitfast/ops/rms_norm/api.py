@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vitfast.ops.common import norm as norm_op
-from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.layer_norm.api import autocast_out_dtype, check
+from vitfast.ops.common.autodiff import gradients, in_order
+from vitfast.ops.common.norm_checks import autocast_out_dtype, check
 from vitfast.ops.rms_norm import native, reference
+from vitfast.ops.rms_norm.reference import Call
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
 from vitfast.runtime.triton import lazy
@@ -44,19 +47,26 @@ def rms_norm(
     return y
 
 
-def _reference_forward(x, weight, eps, out_dtype, save_stats):
-    y = reference.rms_norm(x, weight, eps, out_dtype=out_dtype).contiguous()
-    return y, norm_op.reference_stats(norm_op.RMS, x, eps) if save_stats else norm_op.absent(x)
+def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    x, eps = call.x, call.eps
+    y = reference.rms_norm(x, call.weight, eps, out_dtype=call.out_dtype).contiguous()
+    if not call.save_stats:
+        return y, norm_op.absent(x)
+    return y, norm_op.reference_stats(norm_op.RMS, x, eps)
 
 
-def _reference_backward(grad, x, weight, eps, stats):
+def _reference_backward(
+    grad: torch.Tensor, call: Call, stats: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
     return gradients(
-        lambda x, w: reference.rms_norm(x, w, eps, out_dtype=grad.dtype), (x, weight), (grad,)
+        lambda x, w: reference.rms_norm(x, w, call.eps, out_dtype=grad.dtype),
+        (call.x, call.weight),
+        (grad,),
     )
 
 
-def _triton_reasons(x, weight, eps, out_dtype, save_stats):
-    return norm_op.triton_reasons(x, weight, out_dtype=out_dtype)
+def _triton_reasons(call: Call) -> list[str]:
+    return norm_op.triton_reasons(call.x, call.weight, out_dtype=call.out_dtype)
 
 
 DISPATCHER = Dispatcher(
@@ -64,41 +74,50 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.rms_norm.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda *args: [], _reference_backward),
+        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
 
 
-def _forward(x, weight, eps, out_dtype, save_stats, backend):
-    args = (x, weight, eps, out_dtype, save_stats)
-    return DISPATCHER.pick(backend, *args, needs_backward=save_stats).forward(*args)
+def _forward(*args: Any) -> tuple[torch.Tensor, ...]:
+    call, backend = Call(*args[:-1]), args[-1]
+    return DISPATCHER.pick(backend, call, needs_backward=call.save_stats).forward(call)
 
 
-def _fake(x, weight, eps, out_dtype, save_stats, backend):
-    return norm_op.fake(x, out_dtype, save_stats)
+def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    call = Call(*args[:-1])
+    return norm_op.fake(call.x, call.out_dtype, call.save_stats)
 
 
-def _backward(grad, x, weight, eps, stats, backend):
-    args = (x, weight, eps, grad.dtype, True)
-    return DISPATCHER.pick(backend, *args, needs_backward=True).backward(
-        grad, x, weight, eps, stats
-    )
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    stats: torch.Tensor,
+    backend: str,
+) -> tuple[torch.Tensor, ...]:
+    call = Call(x, weight, eps, grad.dtype, True)
+    return DISPATCHER.pick_backward(backend, call)(grad, call, stats)
 
 
-def _backward_fake(grad, x, weight, eps, stats, backend):
+def _backward_fake(
+    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None, *others: Any
+) -> tuple[torch.Tensor, ...]:
     return norm_op.backward_fake(x, weight)
 
 
-def _setup_context(ctx, inputs, output):
-    x, weight, ctx.eps, _, _, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, output[1])
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    call, ctx.backend = Call(*inputs[:-1]), inputs[-1]
+    ctx.eps = call.eps
+    ctx.save_for_backward(call.x, call.weight, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _autograd(ctx, grad, _):
+def _autograd(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     x, weight, stats = ctx.saved_tensors
     dx, dweight = _BACKWARD_OP(grad, x, weight, ctx.eps, stats, ctx.backend)
-    return dx, *norm_op.present((weight, dweight)), None, None, None, None
+    return in_order(Call._fields, x=dx, weight=None if weight is None else dweight)
 
 
 _BACKWARD_OP = define(

@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
+
+
+class Call(NamedTuple):
+    """The arguments of `vitfast::rms_norm` before `backend`, in the order of its schema.
+
+    As in `vitfast.ops.rms_norm`; save_stats says whether the statistics that the backward needs,
+    [rows, 2] of 0 and 1 / sqrt(mean(x^2) + eps), are returned beside the result.
+    """
+
+    x: torch.Tensor
+    weight: torch.Tensor | None
+    eps: float
+    out_dtype: torch.dtype | None
+    save_stats: bool
 
 
 def rms_norm(

@@ -1,21 +1,31 @@
-"""RMSNorm on the kernels of vitfast/ops/common/norm_triton.py."""
+"""RMSNorm on the kernels of vitfast/ops/common/norm_triton_kernels.py."""
 
 from __future__ import annotations
 
+import torch
+
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
+from vitfast.ops.rms_norm.reference import Call
 from vitfast.runtime.launches import Arch, Variant
 
 
-def forward(x, weight, eps, out_dtype, save_stats):
+def forward(call: Call) -> tuple[torch.Tensor, ...]:
     _, y, stats = norm_triton.forward(
-        norm_op.RMS, x, weight=weight, eps=eps, out_dtype=out_dtype, save_stats=save_stats
+        norm_op.RMS,
+        call.x,
+        weight=call.weight,
+        eps=call.eps,
+        out_dtype=call.out_dtype,
+        save_stats=call.save_stats,
     )
-    return y, norm_op.absent(x) if stats is None else stats
+    return norm_op.filled(call.x, y, stats)
 
 
-def backward(grad, x, weight, eps, stats):
-    dx, _, _, dweight, _ = norm_triton.backward(norm_op.RMS, grad, x, stats, weight=weight, eps=eps)
+def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    dx, _, _, dweight, _ = norm_triton.backward(
+        norm_op.RMS, grad, call.x, stats, weight=call.weight, eps=call.eps
+    )
     return dx, dweight
 
 
