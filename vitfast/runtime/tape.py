@@ -22,7 +22,7 @@ from vitfast.runtime import native
 
 _ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 _ON_TAPE, _REACH = 1 << 62, 1 << 44
-"""As in csrc/bindings.cpp: how a tape tells a buffer from memory that stays where it is."""
+"""As in csrc/bindings/replay.h: how a tape tells a buffer from memory that stays where it is."""
 _LEAST_ADDRESS = 1 << 32
 """No size or stride that comes here is as large; where memory begins below, there are no tapes."""
 _ALIGNMENT = 64
@@ -87,7 +87,7 @@ class _Recorder:
         found = getattr(self._module, name)
         if threading.get_ident() != self._thread:  # it may inherit the context
             return found
-        if not hasattr(self._module.Tape, name):
+        if not hasattr(self._module.Replay, name):
             self.strange = True
             return found
 
@@ -158,7 +158,7 @@ def _tape(
     written = [(name, moved(args, i)) for i, (name, args) in enumerate(calls)]
     sizes = [end - begin for begin, end in room]
     offsets, total = _lay_out(sizes, users[len(given) :])
-    tape = native.native().Tape(total, offsets)
+    tape = native.native().Replay(total, offsets)
     for name, args in written:
         getattr(tape, name)(*args)
     return Tape(tape, out.shape, out.dtype)

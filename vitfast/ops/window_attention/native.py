@@ -131,7 +131,7 @@ def _unit_stride(qkv: torch.Tensor) -> torch.Tensor:
 
 
 def _problem(qkv, size, window, shift, terms, roll_first, grid, stripe=None):
-    """`WindowProblem` of csrc/bindings.cpp."""
+    """`WindowProblem` of csrc/bindings/window.cpp."""
     sb, sy, sx, s3, sh, _ = qkv.stride()
     return (
         DTYPE_CODES[qkv.dtype], (qkv.shape[0], *size, *qkv.shape[-2:]), (*window, *shift),

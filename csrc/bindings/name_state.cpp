@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "python.h"
-#include "state.h"
+#include "module.h"
 
 namespace py = pybind11;
 

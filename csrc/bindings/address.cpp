@@ -1,5 +1,6 @@
 #include "address.h"
 
+#include "module.h"
 #include "python.h"
 
 namespace py = pybind11;

@@ -1,4 +1,4 @@
-#include "common/pages.h"
+#include "common/huge_pages.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -8,7 +8,7 @@ namespace vitfast {
 
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 
-void ask_for_large_pages(void* begin, int64_t bytes) {
+void ask_for_huge_pages(void* begin, int64_t bytes) {
   constexpr uintptr_t kPage = 4096;  // smaller than the system's: then this is refused, which is all
   const auto address = reinterpret_cast<uintptr_t>(begin);
   const uintptr_t first = (address + kPage - 1) / kPage * kPage, last = (address + bytes) / kPage * kPage;
@@ -17,7 +17,7 @@ void ask_for_large_pages(void* begin, int64_t bytes) {
 
 #else
 
-void ask_for_large_pages(void*, int64_t) {}
+void ask_for_huge_pages(void*, int64_t) {}
 
 #endif
 

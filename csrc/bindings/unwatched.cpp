@@ -7,7 +7,7 @@
 #include "dlpack.h"
 #include "lines.h"
 #include "python.h"
-#include "state.h"
+#include "module.h"
 
 namespace py = pybind11;
 

@@ -11,11 +11,11 @@
 #include <vector>
 
 #include "address.h"
-#include "cpu/weights.h"
+#include "cpu/fingerprint.h"
 #include "dlpack.h"
 #include "lines.h"
 #include "python.h"
-#include "state.h"
+#include "module.h"
 
 namespace py = pybind11;
 

@@ -12,7 +12,7 @@
 #include "lines.h"
 #include "name_state.h"
 #include "python.h"
-#include "state.h"
+#include "module.h"
 
 namespace py = pybind11;
 

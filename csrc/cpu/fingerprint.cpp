@@ -1,6 +1,6 @@
 // Floor: of a fingerprint one cache miss an element, as many of them at a time as the cores can track;
 // of a section its bytes at the bandwidth of memory.
-#include "weights.h"
+#include "fingerprint.h"
 
 #include <cstring>
 
