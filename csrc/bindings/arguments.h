@@ -31,7 +31,7 @@ inline void require(bool condition, const char* message) {
 
 inline DType float_dtype(int code) {
   require(code == static_cast<int>(DType::f32) || code == static_cast<int>(DType::bf16),
-          "norm: dtype code must be that of float32 or bfloat16");
+          "dtype code must be that of float32 or bfloat16");
   return static_cast<DType>(code);
 }
 
@@ -39,11 +39,11 @@ inline Rows rows(const RowsArg& arg) {
   if (!arg) return {};
   if (const PlainArg* plain = std::get_if<PlainArg>(&*arg)) {
     const auto& [address, dtype, outer, inner] = *plain;
-    require(address != 0, "norm: null address");
+    require(address != 0, "null address of a tensor");
     return {reinterpret_cast<void*>(address), float_dtype(dtype), outer, inner};
   }
   const auto& [address, dtype, outer, inner, H, W, column] = std::get<MapArg>(*arg);
-  require(address != 0, "norm: null address");
+  require(address != 0, "null address of a tensor");
   require(H > 0 && W > 0, "norm: a map's sizes must be positive");
   return {reinterpret_cast<void*>(address), float_dtype(dtype), outer, inner, H, W, column};
 }
@@ -51,7 +51,7 @@ inline Rows rows(const RowsArg& arg) {
 inline Channels channels(const ChannelsArg& arg) {
   if (!arg) return {};
   const auto& [address, dtype] = *arg;
-  require(address != 0, "norm: null address");
+  require(address != 0, "null address of a tensor");
   return {reinterpret_cast<void*>(address), float_dtype(dtype)};
 }
 

@@ -62,12 +62,10 @@ AttnPrologue attn_prologue(const AttnQk& arg, const AttnArgs& a) {
 AttnArgs attn_args(const AttnProblem& problem, const AttnQk& prologue, const AttnView& out,
                    uintptr_t stats, int threads) {
   const auto& [dtype, sizes, scale, causal, q, k, v, mask, bias] = problem;
-  require(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16),
-          "attention: dtype must be float32 or bfloat16");
   require(threads > 0, "attention: threads must be positive");
   for (const int64_t size : sizes) require(size > 0, "attention: sizes must be positive");
   AttnArgs a{};
-  a.dtype = static_cast<DType>(dtype);
+  a.dtype = float_dtype(dtype);
   a.B = sizes[0];
   a.H = sizes[1];
   a.Nq = sizes[2];

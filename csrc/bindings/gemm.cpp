@@ -12,25 +12,17 @@ namespace {
 
 using GemmRowsArg = std::optional<std::tuple<uintptr_t, int, int64_t, int64_t, int64_t>>;
 
-DType gemm_dtype(int code) {
-  require(code == static_cast<int>(DType::f32) || code == static_cast<int>(DType::bf16),
-          "gemm: dtype code must be that of float32 or bfloat16");
-  return static_cast<DType>(code);
-}
-
 GemmRows gemm_rows(const GemmRowsArg& arg, int64_t m) {
   if (!arg) return {};
   const auto& [address, dtype, rows, outer, inner] = *arg;
   require(address != 0, "gemm: null address");
   require(rows > 0 && m % rows == 0, "gemm: rows must come in whole groups");
-  return {reinterpret_cast<void*>(address), gemm_dtype(dtype), rows, outer, inner};
+  return {reinterpret_cast<void*>(address), float_dtype(dtype), rows, outer, inner};
 }
 
 GemmVector gemm_vector(const ChannelsArg& arg) {
-  if (!arg) return {};
-  const auto& [address, dtype] = *arg;
-  require(address != 0, "gemm: null address");
-  return {reinterpret_cast<const void*>(address), gemm_dtype(dtype)};
+  const Channels found = channels(arg);
+  return {found.ptr, found.dtype};
 }
 
 Act gemm_act(int act) {
@@ -46,7 +38,7 @@ GemmB gemm_b(const GemmBArg& arg) {
   require(b != 0, "gemm: null address");
   require(n > 0 && k > 0, "gemm: sizes must be positive");
   return {reinterpret_cast<const void*>(b), reinterpret_cast<const void*>(gate),
-          gemm_dtype(dtype),                n,
+          float_dtype(dtype),                n,
           k,                                n_stride,
           k_stride};
 }
@@ -59,7 +51,7 @@ void gemm_checked(int64_t m, int compute, const GemmRowsArg& a, bool a_transpose
   require(m > 0, "gemm: sizes must be positive");
   require(threads > 0, "gemm: threads must be positive");
   const Gemm g = {m,
-                  gemm_dtype(compute),
+                  float_dtype(compute),
                   gemm_rows(a, a_transposed ? 1 : m),
                   a_transposed,
                   gemm_b(b),
@@ -83,7 +75,7 @@ void gemm_checked(int64_t m, int compute, const GemmRowsArg& a, bool a_transpose
 void gemm_pack_checked(const GemmBArg& b, int compute, uintptr_t packed, int threads) {
   require(packed != 0, "gemm_pack: null address");
   require(threads > 0, "gemm_pack: threads must be positive");
-  gemm_pack(gemm_b(b), gemm_dtype(compute), reinterpret_cast<void*>(packed), threads);
+  gemm_pack(gemm_b(b), float_dtype(compute), reinterpret_cast<void*>(packed), threads);
 }
 
 void linear_backward_checked(int64_t m, int64_t n, int act, const GemmRowsArg& grad,
@@ -126,7 +118,7 @@ void bind_gemm(py::module_& m, py::class_<Replay>& replay) {
   m.def(
       "gemm_packed_bytes",
       [](const GemmBArg& b, int compute) {
-        return gemm_packed_bytes(gemm_b(b), gemm_dtype(compute));
+        return gemm_packed_bytes(gemm_b(b), float_dtype(compute));
       },
       "Size of what gemm_pack writes.");
   m.def("linear_backward", &linear_backward_checked, Release(), "See csrc/cpu/linear_backward.h.");

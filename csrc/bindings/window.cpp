@@ -2,6 +2,7 @@
 #include <array>
 
 #include "arguments.h"
+#include "common/math.h"
 #include "cpu/window.h"
 #include "module.h"
 #include "replay.h"
@@ -21,8 +22,6 @@ using WindowProblem =
 WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
   const auto& [dtype, sizes, window, roll_first, spread, cosine, qkv, strides, scale, table, pad,
                stripe] = problem;
-  require(dtype == static_cast<int>(DType::f32) || dtype == static_cast<int>(DType::bf16),
-          "window_attention: dtype must be float32 or bfloat16");
   require(threads > 0, "window_attention: threads must be positive");
   require(qkv != 0 && scale != 0, "window_attention: null address");
   for (const int64_t size : sizes) require(size > 0, "window_attention: sizes must be positive");
@@ -32,7 +31,7 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
   require(0 <= sh && sh < wh && 0 <= sw && sw < ww, "window_attention: shift out of range");
   require(sizes[4] <= 256, "window_attention: head dim must be at most 256");
   WindowArgs a{};
-  a.dtype = static_cast<DType>(dtype);
+  a.dtype = float_dtype(dtype);
   a.B = sizes[0];
   a.H = sizes[1];
   a.W = sizes[2];
@@ -42,7 +41,7 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
   a.ww = ww;
   a.sh = sh;
   a.sw = sw;
-  const int64_t high = (a.H + wh - 1) / wh;
+  const int64_t high = common::ceil_div(a.H, wh);
   a.stripe = stripe.has_value();
   a.first = stripe ? (*stripe)[0] : 0;
   a.last = stripe ? (*stripe)[1] : high;

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "../common/math.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 
@@ -35,7 +36,7 @@ struct Walk {
 
 int64_t length(const Fingerprint& f) {
   if (f.rows == 0 || f.columns == 0) return 0;
-  return f.rows > f.columns ? f.rows : f.columns;
+  return max(f.rows, f.columns);
 }
 
 template <class T>
@@ -69,7 +70,7 @@ uint64_t hash_bytes(const char* bytes, int64_t n, uint64_t seed) {
   for (const uint64_t lane : lanes) h = mixed(h, lane ^ (lane >> 32));
   for (; i < n; i += 8) {
     uint64_t word = 0;
-    std::memcpy(&word, bytes + i, static_cast<size_t>(n - i < 8 ? n - i : 8));
+    std::memcpy(&word, bytes + i, static_cast<size_t>(min(n - i, 8)));
     h = mixed(h, word);
   }
   return h;
@@ -81,7 +82,7 @@ uint64_t hash_section(const Section& s) {
   uint64_t h = 1;
   for (int64_t at = s.first; at < s.last;) {
     const int64_t row = at / f.columns, column = at % f.columns;
-    const int64_t rest = s.last - at, n = rest < f.columns - column ? rest : f.columns - column;
+    const int64_t n = min(s.last - at, f.columns - column);
     const char* const from = weight + (row * f.row_stride + column * f.column_stride) * f.item_bytes;
     if (f.column_stride == 1) {
       h = hash_bytes(from, n * f.item_bytes, h);

@@ -9,6 +9,8 @@
 
 #include "../common/dtype.h"
 
+#define VITFAST_INLINE __attribute__((always_inline))
+
 #ifndef VITFAST_ISA
 #error "kernel bodies are compiled through CMake, once per instruction set"
 #endif
@@ -43,6 +45,9 @@ typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
+
+// Bytes of a float or bfloat16.
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline vf splat(float x) { return x - vf{}; }  // not "+": compilers drop only "- 0"
 inline vf zero() { return vf{}; }
