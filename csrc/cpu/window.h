@@ -20,7 +20,7 @@ struct WindowArgs {
   int spread;      // a window's tokens lie H / wh and W / ww apart (MaxViT's grid); then no shift or padding
   int cosine;      // q and k are scaled to length 1
   const void* qkv;  // [B, H, W, 3, heads, D], unit stride along D
-  int64_t sb, sy, sx, s3, shead;
+  int64_t sb, sy, sx, s3, shead;  // its strides in elements
   void* out;           // [B, H, W, heads, D], contiguous; not for the backward
   const float* scale;  // [heads], of the scores
   const float* table;  // [heads, 2 wh - 1, 2 ww - 1], added by relative position; or null

@@ -1,5 +1,6 @@
 // Where the tokens of a window lie in the map, and their rows.
 #pragma once
+#include "../common/scratch.h"
 #include "attention_tile.h"
 #include "window.h"
 
@@ -30,8 +31,8 @@ inline int band(int64_t i, int64_t padded, int64_t window, int64_t shift) {
   return shift == 0 ? 0 : i < padded - window ? 0 : i < padded - shift ? 1 : 2;
 }
 
-// The tokens of window number `index`: y * W + x or -1 for padding; and for each its band, as floats
-// ready to be compared. Returns whether there is more than one band.
+// The tokens [wh * ww] of window number `index`: y * W + x or -1 for padding; and for each its band, as
+// floats ready to be compared, [wh * ww]. Returns whether there is more than one band.
 inline bool map_window(const WindowArgs& a, int64_t index, int64_t* token, float* bands) {
   const Grid g = grid(a);
   if (a.spread) {
@@ -60,7 +61,7 @@ inline bool map_window(const WindowArgs& a, int64_t index, int64_t* token, float
   return several;
 }
 
-// The middle of a table's values if all are of one sign; else 0, as where one is not finite.
+// The middle of a table's values, [count], if all are of one sign; else 0, as where one is not finite.
 inline float middle(const float* table, int64_t count) {
   float low = kInf, high = -kInf;
   for (int64_t i = 0; i < count; ++i) {
@@ -71,7 +72,7 @@ inline float middle(const float* table, int64_t count) {
   return low > 0.f || high < 0.f ? 0.5f * low + 0.5f * high : 0.f;
 }
 
-// bias[key][query] of one head in powers of two, rows of `ld` queries. What all of a table have in common
+// bias[key][query] of one head in powers of two, [wh * ww][ld]. What all of a table have in common
 // changes no softmax, but would cost every score the last bits: Swin V2's biases lie around 8.
 inline void fill_bias(const WindowArgs& a, int64_t head, int64_t ld, float* bias) {
   const int64_t across = 2 * a.ww - 1;
@@ -88,9 +89,40 @@ inline void fill_bias(const WindowArgs& a, int64_t head, int64_t ld, float* bias
     }
 }
 
+// What a thread knows of the window and of the head that it is at. `ld` is N, the tokens of a window,
+// rounded up to whole blocks.
+struct WindowMap {
+  int64_t* token;  // [ld], see map_window
+  float* bands;    // [ld], zeros past N
+  float* bias;     // [N][ld], see fill_bias
+  int64_t ld, index, head;
+  bool several;  // bands
+
+  // pairs: N * ld, or 0 where no bias is kept here.
+  static int64_t bytes(int64_t N, int64_t pairs) { return WindowMap().carve(nullptr, N, pairs); }
+  int64_t carve(char* base, int64_t N, int64_t pairs) {
+    ld = ceil_div(N, kBlock) * kBlock;
+    index = head = -1;
+    several = false;
+    int64_t used = 0;
+    used = take(base, used, token, ld);
+    used = take(base, used, bands, ld);
+    for (int64_t i = N; base && i < ld; ++i) bands[i] = 0.f;
+    return take(base, used, bias, pairs);
+  }
+  void go_to_window(const WindowArgs& a, int64_t to) {
+    if (to != index) several = map_window(a, to, token, bands);
+    index = to;
+  }
+  void go_to_head(const WindowArgs& a, int64_t to) {
+    if (to != head && a.table) fill_bias(a, to, ld, bias);
+    head = to;
+  }
+};
+
 inline vf rounded(vf x, DType dtype) { return dtype == DType::f32 ? x : from_bf16(to_bf16(x)); }
 
-// 1 / max(|x|, 1e-12), as torch.nn.functional.normalize.
+// 1 / max(|x|, 1e-12), x: [D], as torch.nn.functional.normalize.
 inline float inverse_length(const float* x, int64_t D) {
   vf squares = zero();
   int64_t d = 0;
@@ -101,7 +133,7 @@ inline float inverse_length(const float* x, int64_t D) {
   return static_cast<float>(1.0 / (length > 1e-12 ? length : 1e-12));
 }
 
-// One of q (0), k (1) and v (2) of a token, as floats.
+// One of q (0), k (1) and v (2) of a token, as floats; row: [D].
 inline void read_token(const WindowArgs& a, int64_t batch, int64_t head, int part, int64_t token, float* row) {
   if (token < 0) {
     const float* pad = a.pad ? a.pad + (part * a.heads + head) * a.D : nullptr;
@@ -130,7 +162,7 @@ inline void fetch_token(const WindowArgs& a, int64_t batch, int64_t head, int pa
   for (; d < a.D; ++d) row[d] = rounded(row[d] * inverse[0], a.dtype);
 }
 
-// Rows of tokens, `width` elements each and zero beyond D, into `out`.
+// Rows of tokens, [count], zero beyond D, into out: [count][width]. row: scratch [D].
 template <class Row>
 inline void gather(const WindowArgs& a, int64_t batch, int64_t head, int part, const int64_t* token,
                    int64_t count, int64_t width, float* row, Row* out) {
