@@ -219,7 +219,7 @@ void backward(const AttnArgs& a, const AttnGrads& g) {
   const int threads = a.threads;
   const int64_t heads = a.B * a.H, D = a.D;
   // Enough tasks for many threads at batch 1; a function of the shape only.
-  const int64_t parts = min(op.supers > 0 ? op.supers : 1, ceil_div(32, heads));
+  const int64_t parts = min(max(op.supers, 1), ceil_div(32, heads));
   const int64_t dq_size = op.query_blocks * D * kBlock;
   const int64_t bytes = align64(Workspace<M>::bytes(D));
   // dQ partials live per task where they must outlive it, else per thread.

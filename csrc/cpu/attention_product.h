@@ -68,8 +68,8 @@ inline vf load_bits(const uint32_t* p) {
   return v;
 }
 
-// Rows of A of a product over `units`, R at a time: `unit<R>(k, r)` is where the k-th of row r lies.
-// Panels that are packed (see below):
+// A of a product says where its k-th unit of row r of a group of R rows lies, `unit<R>(k, r)`, and what
+// the group from a row on is, `from(row, units)`. Here it lies in packed panels, see for_groups.
 template <class M>
 struct Panels {
   const typename M::Elem* first;  // [row][unit], in groups of rows
@@ -99,7 +99,7 @@ inline VITFAST_INLINE void multiply(const A& a,
   }
 }
 
-// Calls f with compile-time constants: f.template operator()<R, NV>().
+// Calls f with compile-time constants: f.template run<R, NV>().
 template <int NV, class F>
 inline void with_rows(int rows, const F& f) {
   switch (rows) {
