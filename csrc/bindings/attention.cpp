@@ -55,8 +55,8 @@ AttnPrologue attn_prologue(const AttnQk& arg, const AttnArgs& a) {
   require(rope == 0 || a.Nq == a.Nk, "attention: rope needs as many queries as keys");
   require(prefix >= 0 && prefix <= a.Nq, "attention: rope prefix out of range");
   require(sb >= 0 && sh >= 0 && sn >= 0, "attention: negative stride of rope");
-  return {norm, eps, floats(qw), floats(qb), floats(kw), floats(kb), floats(rope), sb, sh, sn,
-          prefix, half};
+  return {norm,         eps, floats(qw), floats(qb), floats(kw), floats(kb),
+          floats(rope), sb,  sh,         sn,         prefix,     half};
 }
 
 AttnArgs attn_args(const AttnProblem& problem, const AttnQk& prologue, const AttnView& out,

@@ -28,13 +28,19 @@ DwconvSizes dwconv_sizes(const DwconvSizesArg& arg) {
 DwconvMap dwconv_map(const DwconvMapArg& arg) {
   const auto& [address, dtype, strides, rounded] = arg;
   require(address != 0, "dwconv: null address");
-  return {reinterpret_cast<const void*>(address), float_dtype(dtype), strides[0], strides[1],
-          strides[2], strides[3], rounded};
+  return {reinterpret_cast<const void*>(address),
+          float_dtype(dtype),
+          strides[0],
+          strides[1],
+          strides[2],
+          strides[3],
+          rounded};
 }
 
 void dwconv_forward_checked(const DwconvSizesArg& sizes, int kind, const DwconvMapArg& x,
-                            const ChannelsArg& weight, bool rounded, bool flipped, const ChannelsArg& bias,
-                            const ChannelsArg& norm_weight, const ChannelsArg& norm_bias, float eps,
+                            const ChannelsArg& weight, bool rounded, bool flipped,
+                            const ChannelsArg& bias, const ChannelsArg& norm_weight,
+                            const ChannelsArg& norm_bias, float eps,
                             const std::array<int64_t, 2>& lines, const ChannelsArg& y,
                             uintptr_t stats) {
   const Channels out = channels(y);
@@ -62,8 +68,8 @@ void dwconv_forward_checked(const DwconvSizesArg& sizes, int kind, const DwconvM
 void dwconv_weight_grad_checked(const DwconvSizesArg& sizes, const DwconvMapArg& x,
                                 const DwconvMapArg& grad, const ChannelsArg& weight,
                                 const ChannelsArg& bias) {
-  dwconv_weight_grad({dwconv_sizes(sizes), dwconv_map(x), dwconv_map(grad), channels(weight),
-                      channels(bias)});
+  dwconv_weight_grad(
+      {dwconv_sizes(sizes), dwconv_map(x), dwconv_map(grad), channels(weight), channels(bias)});
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // Bindings of linear_act: products, packed weights, the backward of bias and activation.
-#include "arguments.h"
 #include "cpu/gemm.h"
+#include "arguments.h"
 #include "cpu/linear_backward.h"
 #include "module.h"
 #include "replay.h"
@@ -37,9 +37,12 @@ GemmB gemm_b(const GemmBArg& arg) {
   const auto& [b, gate, dtype, n, k, n_stride, k_stride] = arg;
   require(b != 0, "gemm: null address");
   require(n > 0 && k > 0, "gemm: sizes must be positive");
-  return {reinterpret_cast<const void*>(b), reinterpret_cast<const void*>(gate),
-          float_dtype(dtype),                n,
-          k,                                n_stride,
+  return {reinterpret_cast<const void*>(b),
+          reinterpret_cast<const void*>(gate),
+          float_dtype(dtype),
+          n,
+          k,
+          n_stride,
           k_stride};
 }
 

@@ -23,8 +23,17 @@ void grn_forward_checked(bool planar, int64_t B, int64_t N, int64_t C, const Row
                          float eps, uintptr_t norms, int threads) {
   check_norm_sizes(B, N, C, threads);
   require(norms != 0, "grn_forward: norms are missing");
-  const GrnForward a = {planar,         B,   N, C, rows(x), rows(y), channels(weight),
-                        channels(bias), eps, reinterpret_cast<float*>(norms), threads};
+  const GrnForward a = {planar,
+                        B,
+                        N,
+                        C,
+                        rows(x),
+                        rows(y),
+                        channels(weight),
+                        channels(bias),
+                        eps,
+                        reinterpret_cast<float*>(norms),
+                        threads};
   check_grn({a.x, a.y});
   grn_forward(a);
 }

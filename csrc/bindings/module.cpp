@@ -42,10 +42,12 @@ py::dict build_info() {
 }
 
 void bind_isa(py::module_& m) {
-  m.def("best_isa", [] { return static_cast<int>(best_isa()); },
-        "Highest instruction set of this CPU and build, as an index into ISA_LEVELS.");
-  m.def("selected_isa", [] { return static_cast<int>(selected_isa()); },
-        "Instruction set that kernels run with.");
+  m.def(
+      "best_isa", [] { return static_cast<int>(best_isa()); },
+      "Highest instruction set of this CPU and build, as an index into ISA_LEVELS.");
+  m.def(
+      "selected_isa", [] { return static_cast<int>(selected_isa()); },
+      "Instruction set that kernels run with.");
   m.def(
       "select_isa",
       [](int level) {
@@ -57,11 +59,12 @@ void bind_isa(py::module_& m) {
 }
 
 void bind_huge_pages(py::module_& m) {
-  m.def("ask_for_huge_pages",
-        [](uintptr_t begin, int64_t bytes) {
-          ask_for_huge_pages(reinterpret_cast<void*>(begin), bytes);
-        },
-        "See csrc/common/huge_pages.h.");
+  m.def(
+      "ask_for_huge_pages",
+      [](uintptr_t begin, int64_t bytes) {
+        ask_for_huge_pages(reinterpret_cast<void*>(begin), bytes);
+      },
+      "See csrc/common/huge_pages.h.");
 }
 
 }  // namespace

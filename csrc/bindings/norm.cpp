@@ -1,7 +1,7 @@
 // Bindings of the norms, norm_forward and norm_backward.
+#include "cpu/norm.h"
 #include "arguments.h"
 #include "common/math.h"
-#include "cpu/norm.h"
 #include "module.h"
 #include "replay.h"
 
@@ -13,7 +13,8 @@ namespace {
 // Whether these rows are patches of a map, as many as there are rows.
 bool are_patches(const Rows& r, int64_t N, int64_t C) {
   if (r.H == 0) return false;
-  require(N == common::ceil_div(r.H, 2) * common::ceil_div(r.W, 2) && C % 4 == 0, "norm: rows do not fit the map");
+  require(N == common::ceil_div(r.H, 2) * common::ceil_div(r.W, 2) && C % 4 == 0,
+          "norm: rows do not fit the map");
   return true;
 }
 

@@ -8,7 +8,8 @@ namespace py = pybind11;
 
 namespace vitfast {
 
-Replay::Replay(int64_t bytes, std::vector<int64_t> offsets) : bytes_(bytes), offsets_(std::move(offsets)) {
+Replay::Replay(int64_t bytes, std::vector<int64_t> offsets)
+    : bytes_(bytes), offsets_(std::move(offsets)) {
   for (const int64_t offset : offsets_) require(offset >= 0 && offset < bytes, "replay: offset");
 }
 

@@ -15,8 +15,8 @@
 
 namespace vitfast {
 
-// Addresses in a replay: bit 62, a buffer's number, and how far into it. No address of memory and no
-// size or stride is as large.
+// Addresses in a replay: bit 62, a buffer's number, and how far into it. No address of memory and
+// no size or stride is as large.
 constexpr int64_t kInBuffer = int64_t{1} << 62, kReach = int64_t{1} << 44;
 
 using Bases = std::vector<uintptr_t>;

@@ -14,10 +14,9 @@ namespace {
 
 // dtype, (B, H, W, heads, D), (wh, ww, sh, sw), roll_first, grid, cosine, qkv, its strides of
 // (B, H, W, 3, heads), scale, table, pad; (first, last) of a stripe or None
-using WindowProblem =
-    std::tuple<int, std::array<int64_t, 5>, std::array<int64_t, 4>, bool, bool, bool, uintptr_t,
-               std::array<int64_t, 5>, uintptr_t, uintptr_t, uintptr_t,
-               std::optional<std::array<int64_t, 2>>>;
+using WindowProblem = std::tuple<int, std::array<int64_t, 5>, std::array<int64_t, 4>, bool, bool,
+                                 bool, uintptr_t, std::array<int64_t, 5>, uintptr_t, uintptr_t,
+                                 uintptr_t, std::optional<std::array<int64_t, 2>>>;
 
 WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
   const auto& [dtype, sizes, window, roll_first, spread, cosine, qkv, strides, scale, table, pad,
@@ -45,7 +44,8 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
   a.stripe = stripe.has_value();
   a.first = stripe ? (*stripe)[0] : 0;
   a.last = stripe ? (*stripe)[1] : high;
-  require(0 <= a.first && a.first < a.last && a.last <= high, "window_attention: stripe out of range");
+  require(0 <= a.first && a.first < a.last && a.last <= high,
+          "window_attention: stripe out of range");
   require(!a.stripe || (a.B == 1 && roll_first && stats == 0), "window_attention: not for stripes");
   require(!spread || (sh == 0 && sw == 0 && a.H % wh == 0 && a.W % ww == 0 && !stripe),
           "window_attention: a grid divides the map, without shift or stripe");
@@ -67,7 +67,8 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
   return a;
 }
 
-void window_forward_checked(const WindowProblem& problem, uintptr_t out, uintptr_t stats, int threads) {
+void window_forward_checked(const WindowProblem& problem, uintptr_t out, uintptr_t stats,
+                            int threads) {
   require(out != 0, "window_forward: null address");
   window_forward(window_args(problem, out, stats, threads));
 }

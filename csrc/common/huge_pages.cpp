@@ -9,9 +9,11 @@ namespace vitfast {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
 
 void ask_for_huge_pages(void* begin, int64_t bytes) {
-  constexpr uintptr_t kPage = 4096;  // smaller than the system's: then this is refused, which is all
+  // Where the system's are larger, this is refused, which is all.
+  constexpr uintptr_t kPage = 4096;
   const auto address = reinterpret_cast<uintptr_t>(begin);
-  const uintptr_t first = (address + kPage - 1) / kPage * kPage, last = (address + bytes) / kPage * kPage;
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (address + bytes) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 }
 

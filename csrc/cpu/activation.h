@@ -88,9 +88,7 @@ inline vf gelu_size(vf x) { return absolute(vmin(splat(15.f), x)); }
 
 // sqrt(2 / pi) (x + 0.044715 x^3), twice; and its derivative.
 constexpr float kTanhLinear = 1.595769122f, kTanhCubic = 0.0713548163f;
-inline vf tanh_argument(vf x) {
-  return x * fma(x * x, splat(kTanhCubic), splat(kTanhLinear));
-}
+inline vf tanh_argument(vf x) { return x * fma(x * x, splat(kTanhCubic), splat(kTanhLinear)); }
 
 // f(Kind<A>{}) for the activation A that is asked for.
 template <Act A>

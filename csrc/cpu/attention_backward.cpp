@@ -101,9 +101,15 @@ struct Backward {
   float factor;  // scale * log2(e)
 
   Backward(const AttnArgs& args, const AttnGrads& grads)
-      : a(args), g(grads), D(args.D), units(ceil_div(args.D, M::kPair)), width(units * M::kPair),
-        query_blocks(ceil_div(args.Nq, kBlock)), supers(ceil_div(args.Nk, kBlock * kTilesPerSuper)),
-        terms(args.mask.ptr || args.bias.ptr || args.causal), factor(args.scale * kLog2e) {}
+      : a(args),
+        g(grads),
+        D(args.D),
+        units(ceil_div(args.D, M::kPair)),
+        width(units * M::kPair),
+        query_blocks(ceil_div(args.Nq, kBlock)),
+        supers(ceil_div(args.Nk, kBlock * kTilesPerSuper)),
+        terms(args.mask.ptr || args.bias.ptr || args.causal),
+        factor(args.scale * kLog2e) {}
 
   Source query(int64_t b, int64_t h) const {
     return with_prologue(source(a, a.q, b, h), a.pro, b, h, a.pro.q_weight, a.pro.q_bias);
@@ -145,8 +151,10 @@ struct Backward {
       const RowGradient value_gradient{value, 1.f, nullptr, nullptr};
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t first = k0 + t * kBlock, count = min(kBlock, k1 - first);
-        write_rows(a, g.dk, b, h, first, count, w.dk + t * D * kBlock, 1, 0, key_gradient, w.row, w.x);
-        write_rows(a, g.dv, b, h, first, count, w.dv + t * D * kBlock, 1, 0, value_gradient, w.row, w.x);
+        write_rows(a, g.dk, b, h, first, count, w.dk + t * D * kBlock, 1, 0, key_gradient, w.row,
+                   w.x);
+        write_rows(a, g.dv, b, h, first, count, w.dv + t * D * kBlock, 1, 0, value_gradient, w.row,
+                   w.x);
       }
     }
   }
@@ -177,11 +185,13 @@ struct Backward {
     }
   }
 
-  void tile(int64_t b, int64_t h, int64_t q0, int64_t queries, int64_t k0, int64_t keys, int64_t t, float* dq,
-            const Workspace<M>& w) const {
+  void tile(int64_t b, int64_t h, int64_t q0, int64_t queries, int64_t k0, int64_t keys, int64_t t,
+            float* dq, const Workspace<M>& w) const {
     const int q_vecs = static_cast<int>(ceil_div(queries, kLanes));
-    product<M>(Panels<M>{w.k_rows + t * kBlock * units}, keys, w.q_lanes, q_vecs, units, Store{w.p});
-    product<M>(Panels<M>{w.v_rows + t * kBlock * units}, keys, w.g_lanes, q_vecs, units, Store{w.ds});
+    product<M>(Panels<M>{w.k_rows + t * kBlock * units}, keys, w.q_lanes, q_vecs, units,
+               Store{w.p});
+    product<M>(Panels<M>{w.v_rows + t * kBlock * units}, keys, w.g_lanes, q_vecs, units,
+               Store{w.ds});
     float c = factor;
     if (terms || is_large(w.shift, q_vecs)) {
       scale_scores(w.p, keys, q_vecs, factor);
@@ -209,7 +219,8 @@ struct Backward {
         float* out = g.dbias + h * g.dbias_sh + (q0 + m) * g.dbias_sq + k0;
         for (int64_t k = 0; k < keys; ++k) out[k] += w.ds[k * kBlock + m];
       }
-    w.add_gradients(t, keys, queries, D, w.p, w.ds, dq, w.dk + t * D * kBlock, w.dv + t * D * kBlock);
+    w.add_gradients(t, keys, queries, D, w.p, w.ds, dq, w.dk + t * D * kBlock,
+                    w.dv + t * D * kBlock);
   }
 };
 
@@ -233,13 +244,15 @@ void backward(const AttnArgs& a, const AttnGrads& g) {
   auto sum_of = [&](bool wanted, int64_t head, int64_t slot) {
     return wanted ? sums.as<float>() + (head * (2 + 2 * parts) + slot) * D : nullptr;
   };
-  auto finish_dq = [&](int64_t b, int64_t h, const float* dq, int64_t count, const Workspace<M>& w) {
+  auto finish_dq = [&](int64_t b, int64_t h, const float* dq, int64_t count,
+                       const Workspace<M>& w) {
     const int64_t head = b * a.H + h;
     const Source q = op.query(b, h);
-    const RowGradient gradient{q, a.scale, sum_of(g.dq_weight, head, 0), sum_of(g.dq_bias, head, 1)};
+    const RowGradient gradient{q, a.scale, sum_of(g.dq_weight, head, 0),
+                               sum_of(g.dq_bias, head, 1)};
     for (int64_t i = 0; i < op.query_blocks; ++i)
-      write_rows(a, g.dq, b, h, i * kBlock, min(kBlock, a.Nq - i * kBlock), dq + i * D * kBlock, count,
-                 dq_size, gradient, w.row, w.x);
+      write_rows(a, g.dq, b, h, i * kBlock, min(kBlock, a.Nq - i * kBlock), dq + i * D * kBlock,
+                 count, dq_size, gradient, w.row, w.x);
   };
   auto run = [&](int64_t b, int64_t h, int64_t part, int thread) {
     Workspace<M> w;

@@ -1,5 +1,5 @@
-// The forward of flash attention over a block of queries, whatever the queries and keys are: rows of a
-// dense problem (attention_forward.cpp) or of a window (window_forward.cpp).
+// The forward of flash attention over a block of queries, whatever the queries and keys are: rows
+// of a dense problem (attention_forward.cpp) or of a window (window_forward.cpp).
 #pragma once
 #include "attention_tile.h"
 
@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kTileKeys = 96;  // S (24 KiB) and one panel of V stay in L1
 
-// Scores of one block of queries against a tile of keys, and the running maximum. `value`(key, lane,
-// product) is the score: the product itself, or what a problem makes of it.
+// Scores of one block of queries against a tile of keys, and the running maximum. `value`(key,
+// lane, product) is the score: the product itself, or what a problem makes of it.
 struct Product {
   inline vf operator()(int64_t, int, vf product) const { return product; }
 };
@@ -54,10 +54,11 @@ struct Rescale {
   }
 };
 
-// P = 2^(S * c - shift), in place (s: [keys][kBlock]) or as bfloat16 pairs ([keys / 2][kBlock]), and
-// its sums over keys; shift, sum: [kBlock].
+// P = 2^(S * c - shift), in place (s: [keys][kBlock]) or as bfloat16 pairs ([keys / 2][kBlock]),
+// and its sums over keys; shift, sum: [kBlock].
 template <int NV>
-inline void exponentials(F32, float* s, int64_t keys, float c, const float* shift, float* sum, float*) {
+inline void exponentials(F32, float* s, int64_t keys, float c, const float* shift, float* sum,
+                         float*) {
   vf offset[NV], total[NV];
   for (int v = 0; v < NV; ++v) {
     offset[v] = load(shift + v * kLanes);
@@ -149,10 +150,11 @@ inline const float* probabilities(const Workspace<F32>& w, F32) { return w.s; }
 inline const uint32_t* probabilities(const Workspace<Bf16>& w, Bf16) { return w.pairs; }
 #endif
 
-// o[d][query] / sum[query] -> out(query)[d] for queries [0, count); out gives null for one that nobody
-// wants. o: [D][kBlock]; sum: [kBlock].
+// o[d][query] / sum[query] -> out(query)[d] for queries [0, count); out gives null for one that
+// nobody wants. o: [D][kBlock]; sum: [kBlock].
 template <class T, class Out>
-inline void write_output(const float* o, const float* sum, int64_t count, int64_t D, int64_t sd, const Out& out) {
+inline void write_output(const float* o, const float* sum, int64_t count, int64_t D, int64_t sd,
+                         const Out& out) {
   for (int64_t m = 0; m < count; m += kLanes) {
     const int n = static_cast<int>(min(kLanes, count - m));
     const vf total = load(sum + m);
@@ -185,12 +187,13 @@ inline void flip_signs(uint32_t* p, int64_t n) {
 }
 
 // Queries [q0, q1) of a problem P, which has
-//   D; scale; terms (whether something is added to the scores); last_key(q1), past the keys they see;
-//   hidden(first, count, k0): no query of a block sees a key from k0 on;
-//   queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
-//   add_scores(w, lanes, units, factor, first, count, k0, keys, top): w.s = scores * factor with what is
-//     added to them, in powers of two, and their maximum with `top`;
-//   write(first, count, o, sum, shift): takes O, its sums, and what was taken off the scores.
+// - D, scale, and terms: whether something is added to the scores;
+// - last_key(q1): past the keys they see;
+// - hidden(first, count, k0): no query of a block sees a key from k0 on;
+// - queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
+// - add_scores(w, lanes, units, factor, first, count, k0, keys, top): w.s = scores * factor with
+//   what is added to them, in powers of two, and their maximum with `top`;
+// - write(first, count, o, sum, shift): takes O, its sums, and what was taken off the scores.
 template <class M, class P>
 inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
   typedef typename M::Row Row;
@@ -243,8 +246,9 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
         const vf now = load(top + m);
         // All keys so far masked: any finite shift keeps exp2(-inf) = 0 and avoids inf - inf.
         const vf safe = select(now == -kInf, zero(), now) * splat(c);
-        // From one rounded shift to the next. The product max * c, fused into this difference, would
-        // leave the rounding of the shift in alpha, and a tile's share off by it once per later tile.
+        // From one rounded shift to the next. The product max * c, fused into this difference,
+        // would leave the rounding of the shift in alpha, and a tile's share off by it once per
+        // later tile.
         const vf before = select(load(max + m) == -kInf, splat(-kInf), load(shift + m));
         store(alpha + m, exp2_nonpositive(before - safe));
         store(shift + m, safe);

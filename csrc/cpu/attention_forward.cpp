@@ -1,5 +1,5 @@
-// Flash attention, forward. Floor: 4 B H Nq Nk D flops at the machine's product rate; memory traffic
-// is q, k, v, out once plus K and V once per superblock of queries, far below it.
+// Flash attention, forward. Floor: 4 B H Nq Nk D flops at the machine's product rate; memory
+// traffic is q, k, v, out once plus K and V once per superblock of queries, far below it.
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "attention.h"
@@ -28,25 +28,30 @@ struct Dense {
         bias_base(batch * args.bias.sb + head * args.bias.sh),
         scale(args.scale),
         terms(args.mask.ptr || args.bias.ptr || args.causal),
-        query(with_prologue(source(args, args.q, batch, head), args.pro, batch, head, args.pro.q_weight,
-                            args.pro.q_bias)),
-        key(with_prologue(source(args, args.k, batch, head), args.pro, batch, head, args.pro.k_weight,
-                          args.pro.k_bias)),
+        query(with_prologue(source(args, args.q, batch, head), args.pro, batch, head,
+                            args.pro.q_weight, args.pro.q_bias)),
+        key(with_prologue(source(args, args.k, batch, head), args.pro, batch, head,
+                          args.pro.k_weight, args.pro.k_bias)),
         value(source(args, args.v, batch, head)) {}
 
   int64_t last_key(int64_t q1) const { return a.causal ? min(a.Nk, q1) : a.Nk; }
-  bool hidden(int64_t first, int64_t count, int64_t k0) const { return a.causal && k0 > first + count - 1; }
-  const Row* queries(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  bool hidden(int64_t first, int64_t count, int64_t k0) const {
+    return a.causal && k0 > first + count - 1;
+  }
+  const Row* queries(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                     int64_t* ld) const {
     return fetch_rows<Row>(query, begin, count, width, w.rows, w.row, ld);
   }
-  const Row* keys(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* keys(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                  int64_t* ld) const {
     return fetch_rows<Row>(key, begin, count, width, w.rows, w.row, ld);
   }
-  const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                    int64_t* ld) const {
     return fetch_rows<Row>(value, begin, count, width, w.rows, w.row, ld);
   }
-  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor, int64_t first,
-                  int64_t count, int64_t k0, int64_t keys, float* top) const {
+  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor,
+                  int64_t first, int64_t count, int64_t k0, int64_t keys, float* top) const {
     const int vecs = static_cast<int>(ceil_div(count, kLanes));
     product<M>(Panels<M>{w.k}, keys, lanes, vecs, units, Store{w.s});
     scale_scores(w.s, keys, vecs, factor);
@@ -62,7 +67,8 @@ struct Dense {
     T* out = static_cast<T*>(a.out.ptr) + b * a.out.sb + first * a.out.sn + h * a.out.sh;
     write_output<T>(o, sum, count, D, a.out.sd, [&](int64_t m) { return out + m * a.out.sn; });
   }
-  void write(int64_t first, int64_t count, const float* o, const float* sum, const float* shift) const {
+  void write(int64_t first, int64_t count, const float* o, const float* sum,
+             const float* shift) const {
     if (a.dtype == DType::f32)
       write_as<float>(first, count, o, sum);
     else

@@ -7,8 +7,8 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-// A tile [kBlock keys][kBlock queries] as B operand of products over keys, [unit of keys][kBlock], and
-// transposed, over queries, [unit of queries][kBlock].
+// A tile [kBlock keys][kBlock queries] as B operand of products over keys, [unit of keys][kBlock],
+// and transposed, over queries, [unit of queries][kBlock].
 inline const float* pair_keys(F32, const float* tile, int64_t, float*) { return tile; }
 inline const float* pair_queries(F32, const float* tile, float* buffer) {
   for (int i = 0; i < kBlock; i += kLanes)
@@ -21,8 +21,9 @@ inline const float* pair_queries(F32, const float* tile, float* buffer) {
 inline const uint32_t* pair_keys(Bf16, const float* tile, int64_t keys, uint32_t* buffer) {
   for (int64_t k = 0; k < keys; k += 2)
     for (int m = 0; m < kBlock; m += kLanes)
-      _mm512_storeu_si512(buffer + k / 2 * kBlock + m,
-                          pair_bf16(load(tile + k * kBlock + m), load(tile + (k + 1) * kBlock + m)));
+      _mm512_storeu_si512(
+          buffer + k / 2 * kBlock + m,
+          pair_bf16(load(tile + k * kBlock + m), load(tile + (k + 1) * kBlock + m)));
   return buffer;
 }
 // Neighbouring queries of a row are the pairs already: round, then transpose 32-bit units.
@@ -69,19 +70,19 @@ struct Operands {
     return take(base, used, over_queries, block_units * kBlock);
   }
 
-  // What a tile adds to the gradients: dq += k^T dS, dv += dout^T P and dk += q^T dS, [D][kBlock] each.
+  // What a tile adds to the gradients: dq += k^T dS, dv += dout^T P and dk += q^T dS, [D][kBlock]
+  // each.
   void add_gradients(int64_t tile, int64_t keys, int64_t queries, int64_t D, const float* p,
                      const float* ds, float* dq, float* dk, float* dv) const {
     const int q_vecs = static_cast<int>(ceil_div(queries, kLanes));
     const int k_vecs = static_cast<int>(ceil_div(keys, kLanes));
     const int64_t key_units = ceil_div(keys, M::kPair), query_units = ceil_div(queries, M::kPair);
     product<M>(Panels<M>{k_columns + tile * block_units * D}, D,
-               pair_keys(M{}, ds, keys, over_keys), q_vecs, key_units,
-               Accumulate{dq});
-    product<M>(Panels<M>{g_columns}, D, pair_queries(M{}, p, over_queries),
-               k_vecs, query_units, Accumulate{dv});
-    product<M>(Panels<M>{q_columns}, D, pair_queries(M{}, ds, over_queries),
-               k_vecs, query_units, Accumulate{dk});
+               pair_keys(M{}, ds, keys, over_keys), q_vecs, key_units, Accumulate{dq});
+    product<M>(Panels<M>{g_columns}, D, pair_queries(M{}, p, over_queries), k_vecs, query_units,
+               Accumulate{dv});
+    product<M>(Panels<M>{q_columns}, D, pair_queries(M{}, ds, over_queries), k_vecs, query_units,
+               Accumulate{dk});
   }
 };
 

@@ -1,8 +1,8 @@
 // The one micro-kernel that all matrix products of the attention kernels run on.
 //
 // Every product is C[r, m] += sum_k A[k, r] * B[k, m] with m across lanes: A is a panel of kRows
-// scalars per k (broadcast), B a row of kMaxVec vectors per k. With AVX512-BF16 one k holds a pair of
-// bfloat16 and one instruction multiplies both. A tile of C is loaded, computed and finished in
+// scalars per k (broadcast), B a row of kMaxVec vectors per k. With AVX512-BF16 one k holds a pair
+// of bfloat16 and one instruction multiplies both. A tile of C is loaded, computed and finished in
 // registers; what becomes of it is up to a functor, `finish`.
 #pragma once
 #include "../common/math.h"
@@ -13,8 +13,8 @@ namespace VITFAST_ISA {
 namespace {
 
 constexpr int kRows = 6;
-constexpr int kMaxVec = kLanes == 16 ? 4 : 2;       // 24 or 12 accumulators
-constexpr int kBlock = kMaxVec * kLanes;            // queries (or keys) across lanes
+constexpr int kMaxVec = kLanes == 16 ? 4 : 2;  // 24 or 12 accumulators
+constexpr int kBlock = kMaxVec * kLanes;       // queries (or keys) across lanes
 constexpr float kLog2e = 1.44269504088896340736f;
 constexpr float kLn2 = 0.69314718055994530942f;
 constexpr float kInf = __builtin_inff();
@@ -54,10 +54,11 @@ inline void with_products([[maybe_unused]] DType dtype, const F& f) {
 #if defined(VITFAST_HAS_BF16_DOT)
 // Lane i of `low` and of `high`, rounded to bfloat16, as one 32-bit pair.
 inline __m512i pair_bf16(vf low, vf high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high),
-                                                                      reinterpret_cast<__m512>(low)));
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(
+      order,
+      (__m512i)_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high), reinterpret_cast<__m512>(low)));
 }
 #endif
 
@@ -68,8 +69,9 @@ inline vf load_bits(const uint32_t* p) {
   return v;
 }
 
-// A of a product says where its k-th unit of row r of a group of R rows lies, `unit<R>(k, r)`, and what
-// the group from a row on is, `from(row, units)`. Here it lies in packed panels, see for_groups.
+// A of a product says where its k-th unit of row r of a group of R rows lies, `unit<R>(k, r)`, and
+// what the group from a row on is, `from(row, units)`. Here it lies in packed panels, see
+// for_groups.
 template <class M>
 struct Panels {
   const typename M::Elem* first;  // [row][unit], in groups of rows
@@ -82,9 +84,8 @@ struct Panels {
 
 // acc[r][v] += sum_k A[k, r] * b[k][v], b: [units][kBlock].
 template <class M, class A, int R, int NV>
-inline VITFAST_INLINE void multiply(const A& a,
-                                                    const typename M::Elem* __restrict__ b,
-                                                    int64_t units, vf (&acc)[R][NV]) {
+inline VITFAST_INLINE void multiply(const A& a, const typename M::Elem* __restrict__ b,
+                                    int64_t units, vf (&acc)[R][NV]) {
   for (int64_t k = 0; k < units; ++k, b += kBlock) {
     vf row[NV];
 #pragma GCC unroll 8
@@ -145,7 +146,8 @@ struct Tile {
   }
 };
 
-// A B for `rows` rows of A and `vecs` vectors of b, [units][kBlock]: finish(row, acc) takes rows from `row` on.
+// A B for `rows` rows of A and `vecs` vectors of b, [units][kBlock]: finish(row, acc) takes rows
+// from `row` on.
 template <class M, class A, class Finish>
 inline void product(const A& a, int64_t rows, const typename M::Elem* b, int vecs, int64_t units,
                     const Finish& finish) {
@@ -167,7 +169,8 @@ struct Store {
   }
 };
 
-// C += A B. A tile is summed on its own: fewer roundings in a chain than on top of all tiles before.
+// C += A B. A tile is summed on its own: fewer roundings in a chain than on top of all tiles
+// before.
 struct Accumulate {
   float* c;  // [row][kBlock]
   template <int R, int NV>

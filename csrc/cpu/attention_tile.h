@@ -34,7 +34,7 @@ inline void transpose_rows(const T* src, int64_t lds, int rows, int64_t cols, T*
   }
 }
 
-// ---- rows through the prologue -------------------------------------------------------------------
+// ---- rows through the prologue ------------------------------------------------------------------
 
 // One side (q or k) of one (batch, head).
 struct Source {
@@ -51,12 +51,13 @@ struct Source {
 
 inline Source source(const AttnArgs& a, const AttnTensor& t, int64_t b, int64_t h) {
   const int64_t offset = b * t.sb + h * t.sh;
-  const void* p = a.dtype == DType::f32 ? static_cast<const void*>(static_cast<const float*>(t.ptr) + offset)
-                                        : static_cast<const void*>(static_cast<const bf16_t*>(t.ptr) + offset);
+  const void* p = a.dtype == DType::f32
+                      ? static_cast<const void*>(static_cast<const float*>(t.ptr) + offset)
+                      : static_cast<const void*>(static_cast<const bf16_t*>(t.ptr) + offset);
   return Source{p, a.dtype, t.sn, t.sd, a.D, 0, 0.f, nullptr, nullptr, nullptr, 0, 0, 0};
 }
-inline Source with_prologue(Source s, const AttnPrologue& p, int64_t b, int64_t h, const float* weight,
-                            const float* bias) {
+inline Source with_prologue(Source s, const AttnPrologue& p, int64_t b, int64_t h,
+                            const float* weight, const float* bias) {
   s.norm = p.norm;
   s.eps = p.eps;
   s.weight = weight;
@@ -127,7 +128,8 @@ inline void rotate(const Source& s, int64_t n, float* x, float sign) {
   }
 }
 
-// x: [D], row n as the products see it, rounded where timm rounds (after the norm, after the rotation).
+// x: [D], row n as the products see it, rounded where timm rounds (after the norm, after the
+// rotation).
 inline void fetch_row(const Source& s, int64_t n, float* x) {
   read_row(s, n, x);
   if (s.norm) {
@@ -145,10 +147,11 @@ inline void fetch_row(const Source& s, int64_t n, float* x) {
 }
 
 // Rows [begin, begin + count) with unit stride: in place where the source allows it, else in
-// `buffer` ([count][width], zero beyond D; row: scratch [D]). Returns the first row and sets its leading dimension.
+// `buffer` ([count][width], zero beyond D; row: scratch [D]). Returns the first row and sets its
+// leading dimension.
 template <class Row>
-inline const Row* fetch_rows(const Source& s, int64_t begin, int64_t count, int64_t width, Row* buffer,
-                             float* row, int64_t* ld) {
+inline const Row* fetch_rows(const Source& s, int64_t begin, int64_t count, int64_t width,
+                             Row* buffer, float* row, int64_t* ld) {
   const bool same = sizeof(Row) == (s.dtype == DType::f32 ? 4 : 2);
   if (same && !s.norm && !s.rope && s.sd == 1 && width == s.D) {
     *ld = s.sn;
@@ -166,7 +169,7 @@ inline const Row* fetch_rows(const Source& s, int64_t begin, int64_t count, int6
   return buffer;
 }
 
-// ---- panels ---------------------------------------------------------------------------------------
+// ---- panels -------------------------------------------------------------------------------------
 
 // A panels whose k runs along the row: group of rows r0.., element [k][r] = row r, k-th unit.
 // rows: [count][ld]; panels: [count][units], where `units` = width / kPair.
@@ -178,7 +181,8 @@ inline void pack_rows(const typename M::Row* rows, int64_t ld, int64_t count, in
     Elem* out = panels + r0 * units;
     for (int r = 0; r < n; ++r) {
       const typename M::Row* p = rows + (r0 + r) * ld;
-      for (int64_t k = 0; k < units; ++k) std::memcpy(out + k * n + r, p + k * M::kPair, sizeof(Elem));
+      for (int64_t k = 0; k < units; ++k)
+        std::memcpy(out + k * n + r, p + k * M::kPair, sizeof(Elem));
     }
   });
 }
@@ -198,7 +202,8 @@ inline void pack_columns(const float* rows, int64_t ld, int64_t count, int64_t D
     }
   });
 }
-inline void pack_columns(const bf16_t* rows, int64_t ld, int64_t count, int64_t D, uint32_t* panels) {
+inline void pack_columns(const bf16_t* rows, int64_t ld, int64_t count, int64_t D,
+                         uint32_t* panels) {
   const int64_t units = ceil_div(count, 2);
   for_groups(D, [&](int64_t d0, int n) {
     uint32_t* out = panels + d0 * units;
@@ -225,19 +230,20 @@ inline void pack_lanes(const typename M::Row* rows, int64_t ld, int64_t count, i
     } else {
       for (int64_t k = 0; k < units; ++k) {
         Elem* out = dst + k * kBlock + m;
-        for (int i = 0; i < n; ++i) std::memcpy(out + i, rows + (m + i) * ld + k * M::kPair, sizeof(Elem));
+        for (int i = 0; i < n; ++i)
+          std::memcpy(out + i, rows + (m + i) * ld + k * M::kPair, sizeof(Elem));
         for (int i = n; i < kLanes; ++i) out[i] = Elem(0);
       }
     }
   }
 }
 
-// ---- scores --------------------------------------------------------------------------------------
+// ---- scores -------------------------------------------------------------------------------------
 
-// Whether one of some shifts (maxima of scores, in powers of two) is so large that what its rounding left
-// would matter by itself: a product of score and factor that is subtracted unrounded keeps it, and 2 to
-// that power may be infinite. Below 2^16 it is 1/256 at most.
-// shift: [vecs * kLanes].
+// Whether one of some shifts (maxima of scores, in powers of two) is so large that what its
+// rounding left would matter by itself: a product of score and factor that is subtracted unrounded
+// keeps it, and 2 to that power may be infinite. Below 2^16 it is 1/256 at most. shift: [vecs *
+// kLanes].
 inline bool is_large(const float* shift, int vecs) {
   for (int m = 0; m < vecs * kLanes; ++m)
     if (!(__builtin_fabsf(shift[m]) < 65536.f)) return true;  // or it is NaN
@@ -253,7 +259,7 @@ inline void scale_scores(float* s, int64_t keys, int vecs, float factor) {
     }
 }
 
-// ---- additive terms --------------------------------------------------------------------------------
+// ---- additive terms -----------------------------------------------------------------------------
 
 inline float add_at(const AttnAdd& t, int64_t offset) {
   switch (t.dtype) {
@@ -273,8 +279,8 @@ inline float log2_term(float x) {
 }
 
 // s[k][m] += term(q0 + m, k0 + k) * log2(e) for a tile [keys][kBlock] of `count` queries.
-inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, int64_t k0, int64_t keys,
-                     float* s) {
+inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, int64_t k0,
+                     int64_t keys, float* s) {
   for (int64_t k = 0; k < keys; ++k) {
     float* row = s + k * kBlock;
     const int64_t offset = base + (k0 + k) * t.sk;

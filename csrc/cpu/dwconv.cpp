@@ -143,7 +143,8 @@ void normalise(const Plan& plan, const float* z, int count, T* y, float* stats) 
   store(scale, splat(1.f) / square_root(var + splat(plan.a.eps)));
   const auto write = plan.stream_out ? write_pixels<T, true> : write_pixels<T, false>;
   for (int i = 0; i < count; i += kSide)
-    write(z + i * step, step, count - i, mean + i, scale + i, plan.weight, plan.shift, y + i * C, C);
+    write(z + i * step, step, count - i, mean + i, scale + i, plan.weight, plan.shift, y + i * C,
+          C);
   if (stats != nullptr)
     for (int i = 0; i < count; ++i) {
       stats[2 * i] = mean[i];
@@ -187,8 +188,8 @@ inline void finish_until(const Plan& plan, Convolved& c, int64_t end) {
   }
 }
 
-// What the window takes from a line of x later on, to be asked for bit by bit: all at once, requests
-// would be lost.
+// What the window takes from a line of x later on, to be asked for bit by bit: all at once,
+// requests would be lost.
 struct Ahead {
   const char *at, *end;
   int64_t step;
@@ -279,18 +280,17 @@ void dwconv_forward(const DwconvForward& a) {
   float* const packed = scratch.as<float>();
   float* const shared = packed + vectors * taps * kLanes;
   float* const own = shared + 3 * padded;
-  parallel_for(vectors, team_size(vectors * taps * kLanes, threads),
-               [&](int64_t begin, int64_t end, int) {
-                 for (int64_t v = begin; v < end; ++v) {
-                   float* const to = packed + v * taps * kLanes;
-                   if (a.weight.dtype == DType::f32)
-                     pack_taps(static_cast<const float*>(a.weight.ptr), v, C, taps, a.flipped,
-                               a.rounded, to);
-                   else
-                     pack_taps(static_cast<const bf16_t*>(a.weight.ptr), v, C, taps, a.flipped,
-                               false, to);
-                 }
-               });
+  parallel_for(
+      vectors, team_size(vectors * taps * kLanes, threads), [&](int64_t begin, int64_t end, int) {
+        for (int64_t v = begin; v < end; ++v) {
+          float* const to = packed + v * taps * kLanes;
+          if (a.weight.dtype == DType::f32)
+            pack_taps(static_cast<const float*>(a.weight.ptr), v, C, taps, a.flipped, a.rounded,
+                      to);
+          else
+            pack_taps(static_cast<const bf16_t*>(a.weight.ptr), v, C, taps, a.flipped, false, to);
+        }
+      });
   const auto vector = [&](const Channels& from, float* to, float absent) {
     for (int64_t c = C; c < padded; ++c) to[c] = 0.f;
     const float* const found = floats(from, to, C, absent);

@@ -32,9 +32,9 @@ struct DwconvForward {
   DwconvSizes size;
   NormKind kind;
   DwconvMap x;
-  Channels weight;  // contiguous [C, kh, kw]
-  bool rounded;     // weight and bias are, to bfloat16
-  bool flipped;     // both ways: the gradient of x
+  Channels weight;                        // contiguous [C, kh, kw]
+  bool rounded;                           // weight and bias are, to bfloat16
+  bool flipped;                           // both ways: the gradient of x
   Channels bias, norm_weight, norm_bias;  // [C]; null: zero, one, zero
   float eps;
   int64_t first, last;  // lines of each image to compute

@@ -9,8 +9,9 @@ constexpr int kPixels = kLanes == 16 ? 8 : 4;
 constexpr int kLines = kLanes == 16 ? 2 : 1;
 constexpr int64_t kMostBlocks = 32, kFewestPixels = 96;
 
-// sums[y][kx] += sum over pixels of grad[p] * lines[y][p + kx], for L lines of the input that belong
-// to rows of taps one below the other. The grad is zero past the last pixel, up to whole tiles.
+// sums[y][kx] += sum over pixels of grad[p] * lines[y][p + kx], for L lines of the input that
+// belong to rows of taps one below the other. The grad is zero past the last pixel, up to whole
+// tiles.
 template <int K, int L>
 void add_products(const float* const* lines, const float* grad, int64_t pixels, int64_t width,
                   float* sums) {
@@ -116,7 +117,8 @@ void write_taps(const float* partials, int64_t blocks, int64_t step, int64_t tap
   for (int64_t t0 = 0; t0 < taps; t0 += kLanes) {
     const int count = static_cast<int>(min(kLanes, taps - t0));
     vf r[kLanes] = {};
-    for (int i = 0; i < count; ++i) r[i] = sum_blocks(partials + (t0 + i) * kLanes, blocks, step, Whole{});
+    for (int i = 0; i < count; ++i)
+      r[i] = sum_blocks(partials + (t0 + i) * kLanes, blocks, step, Whole{});
     transpose(r);
     for (int64_t c = 0; c < channels; ++c) {
       if (count == kLanes)
@@ -165,8 +167,7 @@ void dwconv_weight_grad(const DwconvWeightGrad& a) {
     for (int64_t block = first; block < last; ++block) {
       float* const sums = partials + block * step;
       for (int64_t i = 0; i < step; i += kLanes) store(sums + i, zero());
-      add_lines(a, s, block * block_lines, min((block + 1) * block_lines, lines), mine, own,
-                sums);
+      add_lines(a, s, block * block_lines, min((block + 1) * block_lines, lines), mine, own, sums);
     }
   });
   parallel_for(s.vectors, team_size(blocks * step, threads), [&](int64_t first, int64_t last, int) {

@@ -26,11 +26,11 @@ struct Window {
   }
 };
 
-// `count` pixels of C channels, these side by side, or else in planes, square by square; to vectors of
-// channels, `step` floats apart, of [count][kLanes].
+// `count` pixels of C channels, these side by side, or else in planes, square by square; to vectors
+// of channels, `step` floats apart, of [count][kLanes].
 template <class T>
-void copy_pixels(const T* from, int64_t w_stride, int64_t count, int64_t C, bool rounded,
-                 float* to, int64_t step) {
+void copy_pixels(const T* from, int64_t w_stride, int64_t count, int64_t C, bool rounded, float* to,
+                 int64_t step) {
   const int64_t whole = C / kLanes;
   const int rest = static_cast<int>(C % kLanes);
   for (int64_t p = 0; p < count; ++p, from += w_stride, to += kLanes) {
@@ -94,8 +94,8 @@ inline void fill_line(const DwconvMap& x, const DwconvSizes& size, int64_t b, in
     copy(static_cast<const bf16_t*>(x.ptr), false);
 }
 
-// Taps of kLanes channels from v * kLanes on, of weight [C, taps], to [taps][kLanes]; zeros for channels
-// past the end.
+// Taps of kLanes channels from v * kLanes on, of weight [C, taps], to [taps][kLanes]; zeros for
+// channels past the end.
 template <class T>
 void pack_taps(const T* weight, int64_t v, int64_t C, int64_t taps, bool flipped, bool rounded,
                float* to) {
@@ -104,8 +104,7 @@ void pack_taps(const T* weight, int64_t v, int64_t C, int64_t taps, bool flipped
     const int count = static_cast<int>(min(kLanes, taps - t0));
     if (count == 1) {  // of 9, 25, 49 or 81
       vf r = {};
-      for (int64_t c = 0; c < channels; ++c)
-        r[c] = to_float(weight[(v * kLanes + c) * taps + t0]);
+      for (int64_t c = 0; c < channels; ++c) r[c] = to_float(weight[(v * kLanes + c) * taps + t0]);
       store(to + (flipped ? 0 : t0) * kLanes, rounded ? as_bf16(r) : r);
       break;
     }

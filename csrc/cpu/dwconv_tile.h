@@ -9,9 +9,9 @@ namespace {
 
 constexpr int kWidestTile = kLanes == 16 ? 16 : 8;
 
-// z[p] = bias + sum over taps, for P pixels from lines[ky] on; the sum's order does not depend on P.
-// K is the width of the kernel, 0: `width` at run time. lines: [height] of [P + width - 1][kLanes];
-// taps: [height][width][kLanes]; z: [P] of [kLanes], z_step floats apart.
+// z[p] = bias + sum over taps, for P pixels from lines[ky] on; the sum's order does not depend on
+// P. K is the width of the kernel, 0: `width` at run time. Pixels are kLanes floats apart, in z
+// z_step. lines: [height], of a line's pixels under the taps; taps: [height][width][kLanes].
 template <int K, int P>
 void convolve(const float* const* lines, int64_t height, int64_t width, const float* taps, vf bias,
               float* z, int64_t z_step) {

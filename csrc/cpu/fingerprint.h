@@ -1,4 +1,5 @@
-// Fingerprints and hashes of weights, by which what is kept of them notices edits that nobody announced.
+// Fingerprints and hashes of weights, by which what is kept of them notices edits that nobody
+// announced.
 #pragma once
 #include <cstdint>
 
@@ -27,7 +28,8 @@ inline void contents(const Section* sections, int64_t count, uint64_t* out, int 
 }
 
 // matrices, out: [count]. A hash each, as above.
-VITFAST_DECLARE(void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out, int threads))
+VITFAST_DECLARE(void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out,
+                                  int threads))
 inline void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out, int threads) {
   VITFAST_DISPATCH(fingerprints(matrices, count, out, threads))
 }

@@ -35,7 +35,8 @@ Plan plan_of(const Gemm& g) {
   // Rows that share the sets of the L1 cache push each other out of it.
   const bool shared_sets =
       g.a.inner * size_of(g.a.dtype) % 4096 == 0 && g.m >= kTileRows && p.panels > 4;
-  p.staged = g.a_transposed || shared_sets || (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
+  p.staged = g.a_transposed || shared_sets ||
+             (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
              (!one_group && g.a.rows < 4 * kTileRows);
   p.group_rows = one_group || p.staged ? g.m : g.a.rows;
   int64_t most = kBlockRows;
@@ -113,12 +114,8 @@ void stage(const Gemm& g, bool pairs, int64_t begin, int64_t end, uint32_t* to, 
 // ---- what happens to the sums -------------------------------------------------------------------
 
 struct Absent {};
-constexpr bool is_absent(const Absent*) {
-  return true;
-}
-constexpr bool is_absent(const void*) {
-  return false;
-}
+constexpr bool is_absent(const Absent*) { return true; }
+constexpr bool is_absent(const void*) { return false; }
 
 struct Offsets {
   int64_t out[kBlockRows], residual[kBlockRows], z[kBlockRows], gate_z[kBlockRows];

@@ -58,9 +58,7 @@ VITFAST_DECLARE(void gemm(const Gemm&))
 VITFAST_DECLARE(void gemm_pack(const GemmB&, DType compute, void* packed, int threads))
 VITFAST_DECLARE(int64_t gemm_packed_bytes(const GemmB&, DType compute))
 
-inline void gemm(const Gemm& g) {
-  VITFAST_DISPATCH(gemm(g))
-}
+inline void gemm(const Gemm& g) { VITFAST_DISPATCH(gemm(g)) }
 inline void gemm_pack(const GemmB& b, DType compute, void* packed, int threads) {
   VITFAST_DISPATCH(gemm_pack(b, compute, packed, threads))
 }

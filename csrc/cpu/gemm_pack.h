@@ -8,24 +8,16 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-inline bool in_pairs(DType compute) {
-  return kHasPairs && compute == DType::bf16;
-}
-inline int64_t steps_of(int64_t k, DType compute) {
-  return in_pairs(compute) ? ceil_div(k, 2) : k;
-}
-inline int64_t panels_of(int64_t n) {
-  return ceil_div(n, kPanel);
-}
+inline bool in_pairs(DType compute) { return kHasPairs && compute == DType::bf16; }
+inline int64_t steps_of(int64_t k, DType compute) { return in_pairs(compute) ? ceil_div(k, 2) : k; }
+inline int64_t panels_of(int64_t n) { return ceil_div(n, kPanel); }
 
 inline uint32_t word_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   return u;
 }
-inline uint32_t half_of(bf16_t x) {
-  return x.bits;
-}
+inline uint32_t half_of(bf16_t x) { return x.bits; }
 inline uint32_t half_of(float x) {
   bf16_t rounded;
   from_float(x, &rounded);

@@ -54,7 +54,7 @@ using Pairs = Floats;  // never chosen
 // other, and the tile for them.
 struct Ahead {
   const char* line = nullptr;  // the next cache line
-  int64_t every = 0;  // 0: nothing
+  int64_t every = 0;           // 0: nothing
   int64_t left = 0, run = 0, jump = 0;
 
   void fetch() {
@@ -67,8 +67,8 @@ struct Ahead {
   }
 };
 
-// total = (first ? 0 : total) + A B over `steps`. a: [Rows] of [steps] steps, a_stride bytes apart; b:
-// [steps][kPanel] steps; total: [Rows][kPanel].
+// total = (first ? 0 : total) + A B over `steps`. a: [Rows] of [steps] steps, a_stride bytes apart;
+// b: [steps][kPanel] steps; total: [Rows][kPanel].
 template <class Multiply, int Rows>
 void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* total, bool first,
           Ahead& shared_ahead) {

@@ -60,8 +60,8 @@ void sums_of_row(const TG* grad, const TX* x, float* product, float* plain, int6
 
 // dx = grad + (grad * scale + x * along), where scale = weight n and along is x's factor.
 template <class TG, class TX>
-void write_row(const TG* grad, const TX* x, const float* scale, const float* along, TX* dx, bool past,
-               int64_t C) {
+void write_row(const TG* grad, const TX* x, const float* scale, const float* along, TX* dx,
+               bool past, int64_t C) {
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
     const vf g = load(grad + c, span);
     const vf through = load(x + c, span) * load(along + c, span);
@@ -147,7 +147,8 @@ void backward(const GrnBackward& a) {
           return write_planar_row(at<TG>(a.grad, b, unit), at<TX>(a.x, b, unit), scale[unit],
                                   along[unit], at<TX>(a.dx, b, unit), past, a.N);
         for (int64_t n = cut.begin(unit); n < cut.end(unit); ++n)
-          write_row(at<TG>(a.grad, b, n), at<TX>(a.x, b, n), scale, along, at<TX>(a.dx, b, n), past, C);
+          write_row(at<TG>(a.grad, b, n), at<TX>(a.x, b, n), scale, along, at<TX>(a.dx, b, n), past,
+                    C);
       });
   double* const sums = reinterpret_cast<double*>(of_slot(0));
   over_images(of_images, a.B, 2 * vector, sums, a.dweight, C);

@@ -35,7 +35,7 @@ struct GroupNormForward {
   GroupNormShape shape;
   FeatureMap x, residual, y;
   Channels weight, bias;  // [C]
-  float* stats;  // [B, groups, 2]: mean, 1 / sqrt(var + eps); null: not wanted
+  float* stats;           // [B, groups, 2]: mean, 1 / sqrt(var + eps); null: not wanted
 };
 
 // y is the forward's, and given with ReLU. dresidual: null, not wanted.

@@ -18,8 +18,6 @@ struct LinearBackward {
 };
 
 VITFAST_DECLARE(void linear_backward(const LinearBackward&))
-inline void linear_backward(const LinearBackward& a) {
-  VITFAST_DISPATCH(linear_backward(a))
-}
+inline void linear_backward(const LinearBackward& a) { VITFAST_DISPATCH(linear_backward(a)) }
 
 }  // namespace vitfast

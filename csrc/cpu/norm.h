@@ -60,8 +60,8 @@ struct NormBackward {
   Rows dx, dbranch;                 // either may be null
   Channels gamma, weight;
   Channels dgamma, dweight, dbias;  // overwritten; null: not wanted
-  const float* drop_scale;    // [B] or null
-  const float* normed_scale;  // [B] or null, with a kind
+  const float* drop_scale;          // [B] or null
+  const float* normed_scale;        // [B] or null, with a kind
   float eps;
   const float* stats;  // [B * N, 2], of the forward; null: computed again
   int threads;

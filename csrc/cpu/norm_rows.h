@@ -187,8 +187,8 @@ inline double row_sum(const float* row, int64_t C, bool square) {
   return sums.total();
 }
 
-// The sum of partials[block * step] in the order of the blocks, with Kahan's correction (which turns
-// infinity into NaN: then the plain sum counts).
+// The sum of partials[block * step] in the order of the blocks, with Kahan's correction (which
+// turns infinity into NaN: then the plain sum counts).
 template <class Span>
 inline vf sum_blocks(const float* partials, int64_t blocks, int64_t step, Span span) {
   vf sum = zero(), lost = zero(), plain = zero();
@@ -214,9 +214,10 @@ inline int padded_quarters(const Rows& r, int64_t n) {
   return (n / across * 2 + 1 == r.H ? 0b1010 : 0) | (n % across * 2 + 1 == r.W ? 0b1100 : 0);
 }
 
-// From the row, [C], and its sum (rms: its sum of squares). The second pass also sums the deviations:
-// they are exact where the mean is far from zero, and correct both the mean and the variance.
-// Deviations of padding are all the same, and would all be rounded the same way in a float sum.
+// From the row, [C], and its sum (rms: its sum of squares). The second pass also sums the
+// deviations: they are exact where the mean is far from zero, and correct both the mean and the
+// variance. Deviations of padding are all the same, and would all be rounded the same way in a
+// float sum.
 inline Moments moments(const float* row, int64_t C, double sum, bool rms, double eps, int padded) {
   const double n = static_cast<double>(C);
   if (rms) return {0.f, static_cast<float>(1. / __builtin_sqrt(sum / n + eps)), 0.f};
@@ -244,8 +245,8 @@ inline Moments moments(const float* row, int64_t C, double sum, bool rms, double
   return {mean[0], static_cast<float>(rstd), static_cast<float>(-delta * rstd)};
 }
 
-// Rows of a block over which a sum goes as floats. It depends on the number of rows alone: blocks of
-// 16 to 64 keep a float's accuracy; more than 1024 of them would cost memory.
+// Rows of a block over which a sum goes as floats. It depends on the number of rows alone: blocks
+// of 16 to 64 keep a float's accuracy; more than 1024 of them would cost memory.
 inline int64_t block_of(int64_t rows) {
   return max(clamp(ceil_div(rows, 64), 16, 64), ceil_div(rows, 1024));
 }

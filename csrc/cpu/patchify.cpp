@@ -72,12 +72,9 @@ void run_to(const Patchify& a) {
 void patchify(const Patchify& a) {
   if (a.count == 0) return;
   switch (a.dtype) {
-    case DType::f32:
-      return run_to<float>(a);
-    case DType::bf16:
-      return run_to<bf16_t>(a);
-    default:
-      return run_to<uint8_t>(a);
+    case DType::f32: return run_to<float>(a);
+    case DType::bf16: return run_to<bf16_t>(a);
+    default: return run_to<uint8_t>(a);
   }
 }
 

@@ -11,7 +11,7 @@ namespace vitfast {
 // in the order channel, row, column; rows [first, first + count) of it are written.
 struct Patchify {
   const void* image;  // [B, channels, grid_h * p, grid_w * q]
-  DType dtype;  // f32, bf16 or u8
+  DType dtype;        // f32, bf16 or u8
   int64_t b_stride, c_stride, h_stride, w_stride;
   int64_t channels, grid_h, grid_w, p, q;
   const float *scale, *shift;  // [channels]: value * scale + shift; null: the value itself
@@ -22,8 +22,6 @@ struct Patchify {
 };
 
 VITFAST_DECLARE(void patchify(const Patchify&))
-inline void patchify(const Patchify& a) {
-  VITFAST_DISPATCH(patchify(a))
-}
+inline void patchify(const Patchify& a) { VITFAST_DISPATCH(patchify(a)) }
 
 }  // namespace vitfast

@@ -2,9 +2,10 @@
 // saved maximum and sum. Floor: 10 B heads windows N^2 D flops, or 7 reads and writes of
 // [B, H, W, heads, D] (qkv, dout in; dqkv out), whichever takes longer.
 //
-// One task is a head and a range of (batch, window)s, which depends on the shape alone. What windows
-// share (table, padding, scale) is summed within a task in order, then over tasks in order: the same
-// bits at any thread count. A token lies in one window, so no two tasks write the same gradient.
+// One task is a head and a range of (batch, window)s, which depends on the shape alone. What
+// windows share (table, padding, scale) is summed within a task in order, then over tasks in order:
+// the same bits at any thread count. A token lies in one window, so no two tasks write the same
+// gradient.
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "attention_operands.h"
@@ -20,11 +21,11 @@ constexpr int64_t kSummed = 8;            // keys
 
 template <class M>
 struct Workspace : Operands<M> {
-  float *p, *ds, *raw;   // [key][query], all keys; ds is dP at first, raw q k where wanted
-  float *dq, *dk, *dv;   // [d][query]; [tile][d][key]
-  float *row, *x;        // [D]
+  float *p, *ds, *raw;  // [key][query], all keys; ds is dP at first, raw q k where wanted
+  float *dq, *dk, *dv;  // [d][query]; [tile][d][key]
+  float *row, *x;       // [D]
   float *shift, *inverse, *delta, *weight, *scale, *rest, *mean;  // [kBlock], of each query
-  float* grads;          // [kBlock][D rounded up to whole vectors]
+  float* grads;           // [kBlock][D rounded up to whole vectors]
   typename M::Row* rows;  // [kBlock][width]
 
   static int64_t bytes(int64_t N, int64_t D, bool cosine) {
@@ -68,15 +69,21 @@ struct Backward {
   int64_t N, D, units, width, tiles, ld, windows;
 
   Backward(const WindowArgs& args, const WindowGrads& grads)
-      : a(args), g(grads), N(grid(args).tokens), D(args.D), units(ceil_div(args.D, M::kPair)),
-        width(units * M::kPair), tiles(ceil_div(N, kBlock)), ld(tiles * kBlock),
+      : a(args),
+        g(grads),
+        N(grid(args).tokens),
+        D(args.D),
+        units(ceil_div(args.D, M::kPair)),
+        width(units * M::kPair),
+        tiles(ceil_div(N, kBlock)),
+        ld(tiles * kBlock),
         windows(grid(args).high * grid(args).wide) {}
 
   // A row of dout as floats; zeros in the padding, which leaves the window unseen.
   void read_gradient(int64_t batch, int64_t head, int64_t token, float* row) const {
     const int64_t at = ((batch * a.H * a.W + token) * a.heads + head) * D;
     for (int64_t d = 0; d < D; ++d)
-      row[d] = token < 0                ? 0.f
+      row[d] = token < 0               ? 0.f
                : a.dtype == DType::f32 ? static_cast<const float*>(g.dout)[at + d]
                                        : to_float(static_cast<const bf16_t*>(g.dout)[at + d]);
   }
@@ -136,10 +143,10 @@ struct Backward {
     pack_columns(w.rows, width, count, D, w.g_columns);
   }
 
-  // P and dP of a tile, and what its keys add to the sums of P dP and of P. Their quotient is delta, the
-  // mean of dP by the weights P: only where it comes from the very same P does dS sum to zero over the
-  // keys, and only as a mean is it free of what P's rounding makes of all dP have in common. The table's
-  // gradient lives on that.
+  // P and dP of a tile, and what its keys add to the sums of P dP and of P. Their quotient is
+  // delta, the mean of dP by the weights P: only where it comes from the very same P does dS sum to
+  // zero over the keys, and only as a mean is it free of what P's rounding makes of all dP have in
+  // common. The table's gradient lives on that.
   void scores(int64_t head, int64_t q0, int vecs, int64_t t, bool cosine, const WindowMap& map,
               const Workspace<M>& w) const {
     const int64_t k0 = t * kBlock, keys = min(kBlock, N - k0);
@@ -147,18 +154,20 @@ struct Backward {
     product<M>(Panels<M>{w.k_rows + k0 * units}, keys, w.q_lanes, vecs, units, Store{p});
     product<M>(Panels<M>{w.v_rows + k0 * units}, keys, w.g_lanes, vecs, units, Store{dp});
     const vf factor = splat(a.scale[head] * kLog2e);
-    // A few keys are summed on their own: those of padding are all alike, and one long chain of like
-    // terms rounds them all the same way.
+    // A few keys are summed on their own: those of padding are all alike, and one long chain of
+    // like terms rounds them all the same way.
     for (int64_t first = 0; first < keys; first += kSummed)
       for (int m = 0; m < vecs * kLanes; m += kLanes) {
         vf delta = zero(), weight = zero();
         for (int64_t k = first; k < min(first + kSummed, keys); ++k) {
           float* at = p + k * kBlock + m;
           const vf raw = load(at);
-          vf s = unfused(raw * factor);  // as the forward: of large scores the rounding exceeds all else
+          // As the forward: of large scores the rounding exceeds all else.
+          vf s = unfused(raw * factor);
           if (a.table) s = s + load(map.bias + (k0 + k) * ld + q0 + m);
           if (map.several)
-            s = s + select(load(map.bands + q0 + m) == splat(map.bands[k0 + k]), zero(), splat(kHidden));
+            s = s + select(load(map.bands + q0 + m) == splat(map.bands[k0 + k]), zero(),
+                           splat(kHidden));
           const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
           store(at, value);
           delta = fma(value, load(dp + k * kBlock + m), delta);
@@ -199,12 +208,12 @@ struct Backward {
   }
 
   // factor * acc[d][i] through the normalisation, to tokens first + i of part 0, 1 or 2 of dqkv.
-  void write(int64_t batch, int64_t head, int part, int64_t first, int64_t count, const float* acc, float factor,
-             const WindowMap& map, const Sums& sums, const Workspace<M>& w) const {
+  void write(int64_t batch, int64_t head, int part, int64_t first, int64_t count, const float* acc,
+             float factor, const WindowMap& map, const Sums& sums, const Workspace<M>& w) const {
     const int64_t across = ceil_div(D, kLanes) * kLanes;
     for (int64_t d = 0; d < D; d += kLanes)
-      transpose_rows(acc + d * kBlock, static_cast<int64_t>(kBlock), static_cast<int>(min(kLanes, D - d)),
-                     count, w.grads + d, across);
+      transpose_rows(acc + d * kBlock, static_cast<int64_t>(kBlock),
+                     static_cast<int>(min(kLanes, D - d)), count, w.grads + d, across);
     for (int64_t i = 0; i < count; ++i) {
       float* row = w.grads + i * across;
       const int64_t token = map.token[first + i];

@@ -1,5 +1,6 @@
-// Windowed attention, forward. Floor: 4 B heads windows N^2 D flops at the machine's product rate and
-// 4 reads and writes of [B, H, W, heads, D], whichever takes longer: at 7 x 7 windows, the traffic.
+// Windowed attention, forward. Floor: 4 B heads windows N^2 D flops at the machine's product rate
+// and 4 reads and writes of [B, H, W, heads, D], whichever takes longer: at 7 x 7 windows, the
+// traffic.
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "window_tile.h"
@@ -15,7 +16,8 @@ struct Window {
   const WindowArgs& a;
   int64_t batch, index, head, D;
   float scale;
-  static constexpr bool terms = true;  // scores are stored rounded, as a tile's and the backward's are
+  // Scores are stored rounded, as a tile's and the backward's are.
+  static constexpr bool terms = true;
   const int64_t* token;  // [N]
   const float* bands;    // [N], or null where all are the same
   const float* bias;     // [N][ld], or null
@@ -23,27 +25,31 @@ struct Window {
 
   int64_t last_key(int64_t) const { return N; }
   bool hidden(int64_t, int64_t, int64_t) const { return false; }
-  const Row* rows(int part, int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* rows(int part, int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                  int64_t* ld) const {
     gather(a, batch, head, part, token + begin, count, width, w.row, w.rows);
     *ld = width;
     return w.rows;
   }
-  const Row* queries(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* queries(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                     int64_t* ld) const {
     return rows(0, begin, count, width, w, ld);
   }
-  const Row* keys(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* keys(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                  int64_t* ld) const {
     return rows(1, begin, count, width, w, ld);
   }
-  const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                    int64_t* ld) const {
     return rows(2, begin, count, width, w, ld);
   }
   // What makes scores of the products of queries from `first` on and keys from k on.
   Terms added(float factor, int64_t first, int64_t k) const {
-    return {factor, bias ? bias + k * ld_bias + first : nullptr, ld_bias, bands ? bands + first : nullptr,
-            bands ? bands + k : nullptr};
+    return {factor, bias ? bias + k * ld_bias + first : nullptr, ld_bias,
+            bands ? bands + first : nullptr, bands ? bands + k : nullptr};
   }
-  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor, int64_t first,
-                  int64_t count, int64_t k0, int64_t keys, float* top) const {
+  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor,
+                  int64_t first, int64_t count, int64_t k0, int64_t keys, float* top) const {
     const int vecs = static_cast<int>(ceil_div(count, kLanes));
     product<M>(Panels<M>{w.k}, keys, lanes, vecs, units,
                Scores<Terms>{added(factor, first, k0), w.s, top});
@@ -55,7 +61,8 @@ struct Window {
       return token[first + m] < 0 ? nullptr : out + token[first + m] * a.heads * D;
     });
   }
-  void write(int64_t first, int64_t count, const float* o, const float* sum, const float* shift) const {
+  void write(int64_t first, int64_t count, const float* o, const float* sum,
+             const float* shift) const {
     if (a.dtype == DType::f32)
       write_as<float>(first, count, o, sum);
     else
@@ -109,7 +116,8 @@ inline void attend_tile(const Window<M>& p, const TileRows<M>& t, const Workspac
   constexpr int64_t kLine = 64 / sizeof(Row);
   const int64_t right = (a.spread ? 1 : a.ww) * a.sx;
   const bool same = sizeof(Row) == (a.dtype == DType::f32 ? 4 : 2);
-  const bool ahead = 3 * a.B * a.H * a.W * a.heads * D * static_cast<int64_t>(sizeof(Row)) > kCached && !a.stripe;
+  const bool ahead =
+      3 * a.B * a.H * a.W * a.heads * D * static_cast<int64_t>(sizeof(Row)) > kCached && !a.stripe;
   for (int part = 0; part < 3; ++part) {
     const int64_t offset = p.batch * a.sb + part * a.s3 + p.head * a.shead;
     const Row** rows = t.rows + part * kBlock;
@@ -150,8 +158,8 @@ void forward(const WindowArgs& a) {
   const Grid g = grid(a);
   const int64_t N = g.tokens, blocks = ceil_div(N, kBlock), ld = blocks * kBlock;
   const int64_t windows = a.B * (a.last - a.first) * g.wide, pairs = a.table ? N * ld : 0;
-  // A window's heads one after the other read memory in order; but a large bias is filled for one head
-  // and used for all windows.
+  // A window's heads one after the other read memory in order; but a large bias is filled for one
+  // head and used for all windows.
   const bool by_window = a.heads * pairs <= kSharedBias;
   const bool tile = is_tile<M>(a);
   const int64_t own_pairs = by_window ? 0 : pairs;
@@ -160,7 +168,8 @@ void forward(const WindowArgs& a) {
   Scratch scratch(bytes * threads), shared(by_window ? a.heads * pairs * 4 : 0);
   if (by_window && pairs)
     parallel_for(a.heads, threads, [&](int64_t begin, int64_t end, int) {
-      for (int64_t head = begin; head < end; ++head) fill_bias(a, head, ld, shared.as<float>() + head * pairs);
+      for (int64_t head = begin; head < end; ++head)
+        fill_bias(a, head, ld, shared.as<float>() + head * pairs);
     });
   parallel_for(a.heads * windows, threads, [&](int64_t begin, int64_t end, int thread) {
     char* base = scratch.as<char>(thread * bytes);
@@ -173,12 +182,22 @@ void forward(const WindowArgs& a) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t window = by_window ? task / a.heads : task % windows;
       const int64_t head = by_window ? task % a.heads : task / windows;
-      const int64_t batch = window / (windows / a.B), index = a.first * g.wide + window % (windows / a.B);
+      const int64_t batch = window / (windows / a.B);
+      const int64_t index = a.first * g.wide + window % (windows / a.B);
       map.go_to_window(a, index);
       if (!by_window) map.go_to_head(a, head);
       const float* bias = by_window ? shared.as<float>() + head * pairs : map.bias;
-      const Window<M> p{a, batch, index, head, a.D, a.scale[head], map.token,
-                        map.several ? map.bands : nullptr, a.table ? bias : nullptr, ld, N};
+      const Window<M> p{a,
+                        batch,
+                        index,
+                        head,
+                        a.D,
+                        a.scale[head],
+                        map.token,
+                        map.several ? map.bands : nullptr,
+                        a.table ? bias : nullptr,
+                        ld,
+                        N};
       if (tile)
         attend_tile<M>(p, t, w);
       else

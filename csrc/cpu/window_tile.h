@@ -1,5 +1,5 @@
-// A window of at most kBlock tokens as one tile. Rows are read where they lie: no copies of k, nor of v
-// in float32. The bias, the mask and the maximum go along with the scores.
+// A window of at most kBlock tokens as one tile. Rows are read where they lie: no copies of k, nor
+// of v in float32. The bias, the mask and the maximum go along with the scores.
 #pragma once
 #include "attention_block.h"
 #include "window_rows.h"
@@ -18,7 +18,8 @@ struct RowKeys {
     return rows[r] + k * M::kPair;
   }
 };
-// Values transposed, one pointer for each unit of keys: [unit] rows of [D], of which columns from d.
+// Values transposed, one pointer for each unit of keys: [unit] rows of [D], of which columns from
+// d.
 template <class M>
 struct ValueColumns {
   const typename M::Elem* const* rows;
@@ -40,7 +41,8 @@ struct Terms {
     vf value = unfused(product * factor);  // the backward has to come to the same
     if (bias) value = value + load(bias + key * ld + lane);
     if (query_bands)
-      value = value + select(load(query_bands + lane) == splat(key_bands[key]), zero(), splat(kHidden));
+      value =
+          value + select(load(query_bands + lane) == splat(key_bands[key]), zero(), splat(kHidden));
     return value;
   }
 };
@@ -70,9 +72,10 @@ inline void pack_lanes_of(const typename M::Row* const* rows, int64_t count, int
   }
 }
 
-// Rows of values, [count] of [D], as the units that products over keys take: units, [count / kPair] of
-// [D], which lie in `pairs`, or are the rows.
-inline void pair_values(const float* const* rows, int64_t count, int64_t, float*, const float** units) {
+// Rows of values, [count] of [D], as the units that products over keys take: units, [count / kPair]
+// of [D], which lie in `pairs`, or are the rows.
+inline void pair_values(const float* const* rows, int64_t count, int64_t, float*,
+                        const float** units) {
   for (int64_t k = 0; k < count; ++k) units[k] = rows[k];
 }
 #if defined(VITFAST_HAS_BF16_DOT)
