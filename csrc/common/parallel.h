@@ -1,5 +1,6 @@
-// Static work split over OpenMP threads. The thread count is the caller's (torch.get_num_threads()),
-// and one thread never opens a parallel region, so that a forked worker is safe.
+// Static work split over OpenMP threads. The thread count is the caller's
+// (torch.get_num_threads()), and one thread never opens a parallel region, so that a forked worker
+// is safe.
 #pragma once
 #include <cstdint>
 

@@ -16,7 +16,8 @@ namespace {
 struct Scratch {
   void* ptr = nullptr;
   explicit Scratch(int64_t bytes) {
-    if (bytes > 0 && posix_memalign(&ptr, 64, static_cast<size_t>(bytes)) != 0) throw std::bad_alloc();
+    if (bytes > 0 && posix_memalign(&ptr, 64, static_cast<size_t>(bytes)) != 0)
+      throw std::bad_alloc();
   }
   ~Scratch() { std::free(ptr); }
   Scratch(const Scratch&) = delete;
@@ -29,8 +30,8 @@ struct Scratch {
 
 inline int64_t align64(int64_t bytes) { return (bytes + 63) & ~static_cast<int64_t>(63); }
 
-// Hands out `count` elements at `used` bytes past base; returns the bytes used after it. With a null
-// base it only measures.
+// Hands out `count` elements at `used` bytes past base; returns the bytes used after it. With a
+// null base it only measures.
 template <class T>
 inline int64_t take(char* base, int64_t used, T*& pointer, int64_t count) {
   pointer = base ? reinterpret_cast<T*>(base + used) : nullptr;

@@ -88,8 +88,24 @@ inline vf gelu_size(vf x) { return absolute(vmin(splat(15.f), x)); }
 
 // sqrt(2 / pi) (x + 0.044715 x^3), twice; and its derivative.
 constexpr float kTanhLinear = 1.595769122f, kTanhCubic = 0.0713548163f;
-inline vf tanh_argument(vf x) {
-  return x * fma(x * x, splat(kTanhCubic), splat(kTanhLinear));
+inline vf tanh_argument(vf x) { return x * fma(x * x, splat(kTanhCubic), splat(kTanhLinear)); }
+
+// f(Kind<A>{}) for the activation A that is asked for.
+template <Act A>
+struct Kind {
+  static constexpr Act value = A;
+};
+template <class F>
+inline auto with_act(Act act, const F& f) {
+  switch (act) {
+    case Act::relu: return f(Kind<Act::relu>{});
+    case Act::gelu: return f(Kind<Act::gelu>{});
+    case Act::gelu_tanh: return f(Kind<Act::gelu_tanh>{});
+    case Act::quick_gelu: return f(Kind<Act::quick_gelu>{});
+    case Act::silu: return f(Kind<Act::silu>{});
+    case Act::sigmoid: return f(Kind<Act::sigmoid>{});
+    default: return f(Kind<Act::none>{});
+  }
 }
 
 template <Act A>

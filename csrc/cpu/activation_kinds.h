@@ -1,5 +1,5 @@
 // The activation functions that kernels know. The numbers are part of the Python contract
-// (vitfast/ops/_gemm.py).
+// (vitfast/ops/common/gemm.py).
 #pragma once
 
 namespace vitfast {

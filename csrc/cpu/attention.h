@@ -13,13 +13,13 @@
 namespace vitfast {
 
 struct AttnTensor {
-  void* ptr;
-  int64_t sb, sn, sh, sd;  // strides in elements of [B, N, H, D]
+  void* ptr;               // [B, N, H, D]
+  int64_t sb, sn, sh, sd;  // strides in elements
 };
 
 // A term added to the scaled scores, broadcast where a stride is 0.
 struct AttnAdd {
-  const void* ptr;  // null: absent
+  const void* ptr;  // [B, H, Nq, Nk]; null: absent
   int dtype;        // 0 float32, 1 bfloat16, 3 bool (nonzero keeps the key)
   int64_t sb, sh, sq, sk;
 };
@@ -29,7 +29,7 @@ struct AttnPrologue {
   int norm;  // 0 none, 1 LayerNorm, 2 RMSNorm over D
   float eps;
   const float *q_weight, *q_bias, *k_weight, *k_bias;  // [D] or null
-  const float* rope;  // cat(sin, cos), [.., N - rope_prefix, 2 D]; null: absent
+  const float* rope;  // cat(sin, cos), [B, H, N - rope_prefix, 2 D]; null: absent
   int64_t rope_sb, rope_sh, rope_sn;
   int64_t rope_prefix;  // leading tokens left alone
   int rope_half;        // rotate halves instead of neighbouring pairs

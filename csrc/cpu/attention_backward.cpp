@@ -7,7 +7,7 @@
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "attention.h"
-#include "attention_products.h"
+#include "attention_operands.h"
 
 namespace vitfast {
 namespace VITFAST_ISA {
@@ -16,29 +16,16 @@ namespace {
 constexpr int64_t kTilesPerSuper = 8;  // key tiles of kBlock whose panels and gradients stay in L2
 
 template <class M>
-struct Workspace {
-  typedef typename M::Elem Elem;
-  Elem *k_rows, *v_rows, *k_columns;                    // panels of a superblock of keys
-  Elem *q_lanes, *g_lanes, *q_columns, *g_columns;      // one block of queries; g is dout
-  Elem *over_keys, *over_queries;                       // a tile as operand of a product
-  float *p, *ds;                                        // [key][query] tiles
-  float *dk, *dv;                                       // [tile][d][key]
-  float *row, *x, *shift, *inverse, *delta;
-  typename M::Row* rows;
+struct Workspace : Operands<M> {
+  float *p, *ds;                   // [key][query] tiles
+  float *dk, *dv;                  // [tile][d][key]
+  float *row, *x;                  // [D]
+  float *shift, *inverse, *delta;  // [kBlock], of each query
+  typename M::Row* rows;           // [kBlock][width]
 
   static int64_t bytes(int64_t D) { return Workspace().carve(nullptr, D); }
   int64_t carve(char* base, int64_t D) {
-    const int64_t units = ceil_div(D, M::kPair), block_units = kBlock / M::kPair;
-    int64_t used = 0;
-    used = take(base, used, k_rows, kTilesPerSuper * kBlock * units);
-    used = take(base, used, v_rows, kTilesPerSuper * kBlock * units);
-    used = take(base, used, k_columns, kTilesPerSuper * block_units * D);
-    used = take(base, used, q_lanes, units * kBlock);
-    used = take(base, used, g_lanes, units * kBlock);
-    used = take(base, used, q_columns, block_units * D);
-    used = take(base, used, g_columns, block_units * D);
-    used = take(base, used, over_keys, block_units * kBlock);
-    used = take(base, used, over_queries, block_units * kBlock);
+    int64_t used = Operands<M>::carve(base, kTilesPerSuper, D);
     used = take(base, used, p, kBlock * kBlock);
     used = take(base, used, ds, kBlock * kBlock);
     used = take(base, used, dk, kTilesPerSuper * D * kBlock);
@@ -48,7 +35,7 @@ struct Workspace {
     used = take(base, used, shift, static_cast<int64_t>(kBlock));
     used = take(base, used, inverse, static_cast<int64_t>(kBlock));
     used = take(base, used, delta, static_cast<int64_t>(kBlock));
-    return take(base, used, rows, kBlock * units * M::kPair);
+    return take(base, used, rows, kBlock * ceil_div(D, M::kPair) * M::kPair);
   }
 };
 
@@ -114,9 +101,15 @@ struct Backward {
   float factor;  // scale * log2(e)
 
   Backward(const AttnArgs& args, const AttnGrads& grads)
-      : a(args), g(grads), D(args.D), units(ceil_div(args.D, M::kPair)), width(units * M::kPair),
-        query_blocks(ceil_div(args.Nq, kBlock)), supers(ceil_div(args.Nk, kBlock * kTilesPerSuper)),
-        terms(args.mask.ptr || args.bias.ptr || args.causal), factor(args.scale * kLog2e) {}
+      : a(args),
+        g(grads),
+        D(args.D),
+        units(ceil_div(args.D, M::kPair)),
+        width(units * M::kPair),
+        query_blocks(ceil_div(args.Nq, kBlock)),
+        supers(ceil_div(args.Nk, kBlock * kTilesPerSuper)),
+        terms(args.mask.ptr || args.bias.ptr || args.causal),
+        factor(args.scale * kLog2e) {}
 
   Source query(int64_t b, int64_t h) const {
     return with_prologue(source(a, a.q, b, h), a.pro, b, h, a.pro.q_weight, a.pro.q_bias);
@@ -131,35 +124,37 @@ struct Backward {
     const Source k = key(b, h), v = source(a, a.v, b, h);
     std::memset(dq, 0, static_cast<size_t>(query_blocks * D * kBlock) * 4);
     for (int64_t s = s0; s < s1; ++s) {
-      const int64_t k0 = s * kTilesPerSuper * kBlock, k1 = min64(a.Nk, k0 + kTilesPerSuper * kBlock);
+      const int64_t k0 = s * kTilesPerSuper * kBlock, k1 = min(a.Nk, k0 + kTilesPerSuper * kBlock);
       const int64_t tiles = ceil_div(k1 - k0, kBlock);
       std::memset(w.dk, 0, static_cast<size_t>(tiles * D * kBlock) * 4);
       std::memset(w.dv, 0, static_cast<size_t>(tiles * D * kBlock) * 4);
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t first = k0 + t * kBlock, count = min64(kBlock, k1 - first);
+        const int64_t first = k0 + t * kBlock, count = min(kBlock, k1 - first);
         int64_t ld;
         const Row* rows = fetch_rows<Row>(k, first, count, width, w.rows, w.row, &ld);
         pack_rows<M>(rows, ld, count, units, w.k_rows + t * kBlock * units);
-        pack_columns(rows, ld, count, D, w.k_columns + t * (kBlock / M::kPair) * D);
+        pack_columns(rows, ld, count, D, w.k_columns + t * w.block_units * D);
         rows = fetch_rows<Row>(v, first, count, width, w.rows, w.row, &ld);
         pack_rows<M>(rows, ld, count, units, w.v_rows + t * kBlock * units);
       }
       for (int64_t i = 0; i < query_blocks; ++i) {
-        const int64_t q0 = i * kBlock, count = min64(kBlock, a.Nq - q0);
+        const int64_t q0 = i * kBlock, count = min(kBlock, a.Nq - q0);
         if (a.causal && k0 > q0 + count - 1) continue;
         load_queries(b, h, q0, count, w);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t first = k0 + t * kBlock;
           if (a.causal && first > q0 + count - 1) break;
-          tile(b, h, q0, count, first, min64(kBlock, k1 - first), t, dq + i * D * kBlock, w);
+          tile(b, h, q0, count, first, min(kBlock, k1 - first), t, dq + i * D * kBlock, w);
         }
       }
       const Source value = source(a, a.v, b, h);
       const RowGradient value_gradient{value, 1.f, nullptr, nullptr};
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t first = k0 + t * kBlock, count = min64(kBlock, k1 - first);
-        write_rows(a, g.dk, b, h, first, count, w.dk + t * D * kBlock, 1, 0, key_gradient, w.row, w.x);
-        write_rows(a, g.dv, b, h, first, count, w.dv + t * D * kBlock, 1, 0, value_gradient, w.row, w.x);
+        const int64_t first = k0 + t * kBlock, count = min(kBlock, k1 - first);
+        write_rows(a, g.dk, b, h, first, count, w.dk + t * D * kBlock, 1, 0, key_gradient, w.row,
+                   w.x);
+        write_rows(a, g.dv, b, h, first, count, w.dv + t * D * kBlock, 1, 0, value_gradient, w.row,
+                   w.x);
       }
     }
   }
@@ -190,12 +185,13 @@ struct Backward {
     }
   }
 
-  void tile(int64_t b, int64_t h, int64_t q0, int64_t queries, int64_t k0, int64_t keys, int64_t t, float* dq,
-            const Workspace<M>& w) const {
+  void tile(int64_t b, int64_t h, int64_t q0, int64_t queries, int64_t k0, int64_t keys, int64_t t,
+            float* dq, const Workspace<M>& w) const {
     const int q_vecs = static_cast<int>(ceil_div(queries, kLanes));
-    const int k_vecs = static_cast<int>(ceil_div(keys, kLanes));
-    product<Store, M>(w.k_rows + t * kBlock * units, keys, w.q_lanes, q_vecs, units, w.p);
-    product<Store, M>(w.v_rows + t * kBlock * units, keys, w.g_lanes, q_vecs, units, w.ds);
+    product<M>(Panels<M>{w.k_rows + t * kBlock * units}, keys, w.q_lanes, q_vecs, units,
+               Store{w.p});
+    product<M>(Panels<M>{w.v_rows + t * kBlock * units}, keys, w.g_lanes, q_vecs, units,
+               Store{w.ds});
     float c = factor;
     if (terms || is_large(w.shift, q_vecs)) {
       scale_scores(w.p, keys, q_vecs, factor);
@@ -223,23 +219,18 @@ struct Backward {
         float* out = g.dbias + h * g.dbias_sh + (q0 + m) * g.dbias_sq + k0;
         for (int64_t k = 0; k < keys; ++k) out[k] += w.ds[k * kBlock + m];
       }
-    const int64_t key_units = ceil_div(keys, M::kPair), query_units = ceil_div(queries, M::kPair);
-    product<Accumulate, M>(w.k_columns + t * (kBlock / M::kPair) * D, D,
-                           over_keys(M{}, w.ds, keys, w.over_keys), q_vecs, key_units, dq);
-    product<Accumulate, M>(w.g_columns, D, over_queries(M{}, w.p, w.over_queries), k_vecs, query_units,
-                           w.dv + t * D * kBlock);
-    product<Accumulate, M>(w.q_columns, D, over_queries(M{}, w.ds, w.over_queries), k_vecs, query_units,
-                           w.dk + t * D * kBlock);
+    w.add_gradients(t, keys, queries, D, w.p, w.ds, dq, w.dk + t * D * kBlock,
+                    w.dv + t * D * kBlock);
   }
 };
 
 template <class M>
 void backward(const AttnArgs& a, const AttnGrads& g) {
   const Backward<M> op(a, g);
-  const int threads = a.threads < 1 ? 1 : a.threads;
+  const int threads = a.threads;
   const int64_t heads = a.B * a.H, D = a.D;
   // Enough tasks for many threads at batch 1; a function of the shape only.
-  const int64_t parts = min64(op.supers > 0 ? op.supers : 1, ceil_div(32, heads));
+  const int64_t parts = min(max(op.supers, 1), ceil_div(32, heads));
   const int64_t dq_size = op.query_blocks * D * kBlock;
   const int64_t bytes = align64(Workspace<M>::bytes(D));
   // dQ partials live per task where they must outlive it, else per thread.
@@ -253,13 +244,15 @@ void backward(const AttnArgs& a, const AttnGrads& g) {
   auto sum_of = [&](bool wanted, int64_t head, int64_t slot) {
     return wanted ? sums.as<float>() + (head * (2 + 2 * parts) + slot) * D : nullptr;
   };
-  auto finish_dq = [&](int64_t b, int64_t h, const float* dq, int64_t count, const Workspace<M>& w) {
+  auto finish_dq = [&](int64_t b, int64_t h, const float* dq, int64_t count,
+                       const Workspace<M>& w) {
     const int64_t head = b * a.H + h;
     const Source q = op.query(b, h);
-    const RowGradient gradient{q, a.scale, sum_of(g.dq_weight, head, 0), sum_of(g.dq_bias, head, 1)};
+    const RowGradient gradient{q, a.scale, sum_of(g.dq_weight, head, 0),
+                               sum_of(g.dq_bias, head, 1)};
     for (int64_t i = 0; i < op.query_blocks; ++i)
-      write_rows(a, g.dq, b, h, i * kBlock, min64(kBlock, a.Nq - i * kBlock), dq + i * D * kBlock, count,
-                 dq_size, gradient, w.row, w.x);
+      write_rows(a, g.dq, b, h, i * kBlock, min(kBlock, a.Nq - i * kBlock), dq + i * D * kBlock,
+                 count, dq_size, gradient, w.row, w.x);
   };
   auto run = [&](int64_t b, int64_t h, int64_t part, int thread) {
     Workspace<M> w;
@@ -314,10 +307,7 @@ void backward(const AttnArgs& a, const AttnGrads& g) {
 
 void attention_backward(const AttnArgs& a, const AttnGrads& g) {
   if (a.B == 0 || a.H == 0) return;
-#if defined(VITFAST_HAS_BF16_DOT)
-  if (a.dtype == DType::bf16) return backward<Bf16>(a, g);
-#endif
-  backward<F32>(a, g);
+  with_products(a.dtype, [&](auto m) { backward<decltype(m)>(a, g); });
 }
 
 }  // namespace VITFAST_ISA

@@ -1,5 +1,5 @@
-// The forward of flash attention over a block of queries, whatever the queries and keys are: rows of a
-// dense problem (attention_forward.cpp) or of a window (window_forward.cpp).
+// The forward of flash attention over a block of queries, whatever the queries and keys are: rows
+// of a dense problem (attention_forward.cpp) or of a window (window_forward.cpp).
 #pragma once
 #include "attention_tile.h"
 
@@ -9,56 +9,56 @@ namespace {
 
 constexpr int64_t kTileKeys = 96;  // S (24 KiB) and one panel of V stay in L1
 
-// Scores of one block of queries against a tile of keys: S[key][query], and the running maximum.
-template <class M>
+// Scores of one block of queries against a tile of keys, and the running maximum. `value`(key,
+// lane, product) is the score: the product itself, or what a problem makes of it.
+struct Product {
+  inline vf operator()(int64_t, int, vf product) const { return product; }
+};
+template <class Value>
 struct Scores {
-  const typename M::Elem *panel, *lanes;
-  int64_t units;
-  float *s, *max;
+  Value value;
+  float* s;    // [key][kBlock]
+  float* max;  // [kBlock]
   template <int R, int NV>
-  inline void run() const {
-    vf acc[R][NV] = {};
-    multiply<M, R, NV>(panel, lanes, units, acc);
+  inline VITFAST_INLINE void operator()(int64_t key, const vf (&acc)[R][NV]) const {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       vf top = load(max + v * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        store(s + r * kBlock + v * kLanes, acc[r][v]);
-        top = vmax(top, acc[r][v]);
+        const vf score = value(key + r, v * kLanes, acc[r][v]);
+        store(s + (key + r) * kBlock + v * kLanes, score);
+        top = vmax(top, score);
       }
       store(max + v * kLanes, top);
     }
   }
 };
 
-// O[d][query] = O * alpha + V^T P for a group of d.
-template <class M>
-struct Output {
-  const typename M::Elem *panel, *lanes;
-  int64_t units;
-  float* o;
-  const float* alpha;
+// O = O * alpha + V^T P. A tile is summed on its own: fewer roundings in a chain than on top of all
+// tiles before.
+struct Rescale {
+  float* o;            // [d][kBlock]
+  const float* alpha;  // [kBlock]
   template <int R, int NV>
-  inline void run() const {
-    // A tile is summed on its own: fewer roundings in a chain than on top of all tiles before.
-    vf acc[R][NV] = {};
-    multiply<M, R, NV>(panel, lanes, units, acc);
+  inline VITFAST_INLINE void operator()(int64_t d, const vf (&acc)[R][NV]) const {
 #pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       const vf scale = load(alpha + v * kLanes);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        float* at = o + r * kBlock + v * kLanes;
+        float* at = o + (d + r) * kBlock + v * kLanes;
         store(at, fma(load(at), scale, acc[r][v]));
       }
     }
   }
 };
 
-// P = 2^(S * c - max * c), in place or as bfloat16 pairs; returns the sums over keys.
+// P = 2^(S * c - shift), in place (s: [keys][kBlock]) or as bfloat16 pairs ([keys / 2][kBlock]),
+// and its sums over keys; shift, sum: [kBlock].
 template <int NV>
-inline void exponentials(F32, float* s, int64_t keys, float c, const float* shift, float* sum, float*) {
+inline void exponentials(F32, float* s, int64_t keys, float c, const float* shift, float* sum,
+                         float*) {
   vf offset[NV], total[NV];
   for (int v = 0; v < NV; ++v) {
     offset[v] = load(shift + v * kLanes);
@@ -119,10 +119,13 @@ template <class M>
 struct Workspace {
   typedef typename M::Elem Elem;
   typedef typename M::Row Row;
-  Elem *q, *k, *v, *pairs;  // q: [block][unit][kBlock]; k, v: panels
-  float *o, *s, *row;       // o: [block][d][kBlock]
+  Elem *q, *k, *v;           // q: [block][unit][kBlock]; k, v: panels of kTileKeys keys
+  Elem* pairs;               // [kTileKeys / 2][kBlock]: bfloat16 probabilities
+  float* o;                  // [block][D][kBlock]
+  float* s;                  // [kTileKeys][kBlock]
+  float* row;                // [D]
   float *max, *shift, *sum;  // [block][kBlock]
-  Row* rows;
+  Row* rows;                 // [kTileKeys or kBlock][width]
 
   static int64_t bytes(int64_t blocks, int64_t D) { return Workspace().carve(nullptr, blocks, D); }
   int64_t carve(char* base, int64_t blocks, int64_t D) {
@@ -147,11 +150,13 @@ inline const float* probabilities(const Workspace<F32>& w, F32) { return w.s; }
 inline const uint32_t* probabilities(const Workspace<Bf16>& w, Bf16) { return w.pairs; }
 #endif
 
-// O[d][query] / sum -> out(query)[d] for queries [0, count); out gives null for one that nobody wants.
+// o[d][query] / sum[query] -> out(query)[d] for queries [0, count); out gives null for one that
+// nobody wants. o: [D][kBlock]; sum: [kBlock].
 template <class T, class Out>
-inline void write_output(const float* o, const float* sum, int64_t count, int64_t D, int64_t sd, const Out& out) {
+inline void write_output(const float* o, const float* sum, int64_t count, int64_t D, int64_t sd,
+                         const Out& out) {
   for (int64_t m = 0; m < count; m += kLanes) {
-    const int n = static_cast<int>(min64(kLanes, count - m));
+    const int n = static_cast<int>(min(kLanes, count - m));
     const vf total = load(sum + m);
     const vf inverse = select(total == 0.f, zero(), splat(1.f) / total);
     T* rows[kLanes];
@@ -173,6 +178,7 @@ inline void write_output(const float* o, const float* sum, int64_t count, int64_
   }
 }
 
+// p: [n].
 inline void flip_signs(float* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = -p[i];
 }
@@ -181,12 +187,13 @@ inline void flip_signs(uint32_t* p, int64_t n) {
 }
 
 // Queries [q0, q1) of a problem P, which has
-//   D; scale; terms (whether something is added to the scores); last_key(q1), past the keys they see;
-//   hidden(first, count, k0): no query of a block sees a key from k0 on;
-//   queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
-//   add_scores(w, lanes, units, factor, first, count, k0, keys, top): w.s = scores * factor with what is
-//     added to them, in powers of two, and their maximum with `top`;
-//   write(first, count, o, sum, shift): takes O, its sums, and what was taken off the scores.
+// - D, scale, and terms: whether something is added to the scores;
+// - last_key(q1): past the keys they see;
+// - hidden(first, count, k0): no query of a block sees a key from k0 on;
+// - queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
+// - add_scores(w, lanes, units, factor, first, count, k0, keys, top): w.s = scores * factor with
+//   what is added to them, in powers of two, and their maximum with `top`;
+// - write(first, count, o, sum, shift): takes O, its sums, and what was taken off the scores.
 template <class M, class P>
 inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
   typedef typename M::Row Row;
@@ -199,7 +206,7 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
   const float factor = (negate ? -p.scale : p.scale) * kLog2e;
   int64_t ld;
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
+    const int64_t first = q0 + i * kBlock, count = min(kBlock, q1 - first);
     const Row* rows = p.queries(first, count, width, w, &ld);
     pack_lanes<M>(rows, ld, count, units, w.q + i * units * kBlock);
     if (negate) flip_signs(w.q + i * units * kBlock, units * kBlock);
@@ -213,14 +220,14 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
 
   const int64_t last_key = p.last_key(q1);
   for (int64_t k0 = 0; k0 < last_key; k0 += kTileKeys) {
-    const int64_t keys = min64(kTileKeys, last_key - k0);
+    const int64_t keys = min(kTileKeys, last_key - k0);
     const Row* rows = p.keys(k0, keys, width, w, &ld);
     pack_rows<M>(rows, ld, keys, units, w.k);
     rows = p.values(k0, keys, D, w, &ld);
     pack_columns(rows, ld, keys, D, w.v);
     const int64_t key_units = ceil_div(keys, M::kPair);
     for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
+      const int64_t first = q0 + i * kBlock, count = min(kBlock, q1 - first);
       if (p.hidden(first, count, k0)) continue;
       const int vecs = static_cast<int>(ceil_div(count, kLanes));
       alignas(64) float top[kBlock], alpha[kBlock], sum[kBlock];
@@ -232,17 +239,16 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
       if (terms) {
         p.add_scores(w, lanes, units, factor, first, count, k0, keys, top);
       } else {
-        for_groups(keys, [&](int64_t r, int n) {
-          with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, top});
-        });
+        product<M>(Panels<M>{w.k}, keys, lanes, vecs, units, Scores<Product>{{}, w.s, top});
       }
       float c = terms ? 1.f : factor;
       for (int m = 0; m < vecs * kLanes; m += kLanes) {
         const vf now = load(top + m);
         // All keys so far masked: any finite shift keeps exp2(-inf) = 0 and avoids inf - inf.
         const vf safe = select(now == -kInf, zero(), now) * splat(c);
-        // From one rounded shift to the next. The product max * c, fused into this difference, would
-        // leave the rounding of the shift in alpha, and a tile's share off by it once per later tile.
+        // From one rounded shift to the next. The product max * c, fused into this difference,
+        // would leave the rounding of the shift in alpha, and a tile's share off by it once per
+        // later tile.
         const vf before = select(load(max + m) == -kInf, splat(-kInf), load(shift + m));
         store(alpha + m, exp2_nonpositive(before - safe));
         store(shift + m, safe);
@@ -255,16 +261,13 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
       exponentials<M>(vecs, w.s, keys, c, shift, sum, w.pairs);
       for (int m = 0; m < vecs * kLanes; m += kLanes)
         store(total + m, load(total + m) * load(alpha + m) + load(sum + m));
-      const typename M::Elem* p = probabilities(w, M{});
-      for_groups(D, [&](int64_t d, int n) {
-        with_tile(n, vecs,
-                  Output<M>{w.v + d * key_units, p, key_units, w.o + (i * D + d) * kBlock, alpha});
-      });
+      product<M>(Panels<M>{w.v}, D, probabilities(w, M{}), vecs, key_units,
+                 Rescale{w.o + i * D * kBlock, alpha});
     }
   }
 
   for (int64_t i = 0; i < blocks; ++i) {
-    const int64_t first = q0 + i * kBlock, count = min64(kBlock, q1 - first);
+    const int64_t first = q0 + i * kBlock, count = min(kBlock, q1 - first);
     p.write(first, count, w.o + i * D * kBlock, w.sum + i * kBlock, w.shift + i * kBlock);
   }
 }

@@ -1,5 +1,5 @@
-// Flash attention, forward. Floor: 4 B H Nq Nk D flops at the machine's product rate; memory traffic
-// is q, k, v, out once plus K and V once per superblock of queries, far below it.
+// Flash attention, forward. Floor: 4 B H Nq Nk D flops at the machine's product rate; memory
+// traffic is q, k, v, out once plus K and V once per superblock of queries, far below it.
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "attention.h"
@@ -28,31 +28,32 @@ struct Dense {
         bias_base(batch * args.bias.sb + head * args.bias.sh),
         scale(args.scale),
         terms(args.mask.ptr || args.bias.ptr || args.causal),
-        query(with_prologue(source(args, args.q, batch, head), args.pro, batch, head, args.pro.q_weight,
-                            args.pro.q_bias)),
-        key(with_prologue(source(args, args.k, batch, head), args.pro, batch, head, args.pro.k_weight,
-                          args.pro.k_bias)),
+        query(with_prologue(source(args, args.q, batch, head), args.pro, batch, head,
+                            args.pro.q_weight, args.pro.q_bias)),
+        key(with_prologue(source(args, args.k, batch, head), args.pro, batch, head,
+                          args.pro.k_weight, args.pro.k_bias)),
         value(source(args, args.v, batch, head)) {}
 
-  int64_t last_key(int64_t q1) const { return a.causal ? min64(a.Nk, q1) : a.Nk; }
-  bool hidden(int64_t first, int64_t count, int64_t k0) const { return a.causal && k0 > first + count - 1; }
-  const Row* queries(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  int64_t last_key(int64_t q1) const { return a.causal ? min(a.Nk, q1) : a.Nk; }
+  bool hidden(int64_t first, int64_t count, int64_t k0) const {
+    return a.causal && k0 > first + count - 1;
+  }
+  const Row* queries(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                     int64_t* ld) const {
     return fetch_rows<Row>(query, begin, count, width, w.rows, w.row, ld);
   }
-  const Row* keys(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* keys(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                  int64_t* ld) const {
     return fetch_rows<Row>(key, begin, count, width, w.rows, w.row, ld);
   }
-  const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w, int64_t* ld) const {
+  const Row* values(int64_t begin, int64_t count, int64_t width, const Workspace<M>& w,
+                    int64_t* ld) const {
     return fetch_rows<Row>(value, begin, count, width, w.rows, w.row, ld);
   }
-  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor, int64_t first,
-                  int64_t count, int64_t k0, int64_t keys, float* top) const {
-    alignas(64) float unused[kBlock];
-    for (int m = 0; m < kBlock; m += kLanes) store(unused + m, zero());
+  void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor,
+                  int64_t first, int64_t count, int64_t k0, int64_t keys, float* top) const {
     const int vecs = static_cast<int>(ceil_div(count, kLanes));
-    for_groups(keys, [&](int64_t r, int n) {
-      with_tile(n, vecs, Scores<M>{w.k + r * units, lanes, units, w.s + r * kBlock, unused});
-    });
+    product<M>(Panels<M>{w.k}, keys, lanes, vecs, units, Store{w.s});
     scale_scores(w.s, keys, vecs, factor);
     if (a.mask.ptr) add_term(a.mask, mask_base, first, count, k0, keys, w.s);
     if (a.bias.ptr) add_term(a.bias, bias_base, first, count, k0, keys, w.s);
@@ -66,7 +67,8 @@ struct Dense {
     T* out = static_cast<T*>(a.out.ptr) + b * a.out.sb + first * a.out.sn + h * a.out.sh;
     write_output<T>(o, sum, count, D, a.out.sd, [&](int64_t m) { return out + m * a.out.sn; });
   }
-  void write(int64_t first, int64_t count, const float* o, const float* sum, const float* shift) const {
+  void write(int64_t first, int64_t count, const float* o, const float* sum,
+             const float* shift) const {
     if (a.dtype == DType::f32)
       write_as<float>(first, count, o, sum);
     else
@@ -102,7 +104,7 @@ inline int64_t superblocks(int64_t heads, int64_t blocks, int64_t D, int threads
 
 template <class M>
 void forward(const AttnArgs& a) {
-  const int threads = a.threads < 1 ? 1 : a.threads;
+  const int threads = a.threads;
   const int64_t blocks = ceil_div(a.Nq, kBlock);
   const int64_t parts = superblocks(a.B * a.H, blocks, a.D, threads);
   const int64_t each = ceil_div(blocks, parts);
@@ -113,7 +115,7 @@ void forward(const AttnArgs& a) {
     w.carve(scratch.as<char>(thread * bytes), each, a.D);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task % parts, head = task / parts % a.H, batch = task / parts / a.H;
-      const int64_t q0 = part * each * kBlock, q1 = min64(a.Nq, q0 + each * kBlock);
+      const int64_t q0 = part * each * kBlock, q1 = min(a.Nq, q0 + each * kBlock);
       if (q0 < q1) attend<M>(Dense<M>(a, batch, head), q0, q1, w);
     }
   });
@@ -123,10 +125,7 @@ void forward(const AttnArgs& a) {
 
 void attention_forward(const AttnArgs& a) {
   if (a.B == 0 || a.H == 0 || a.Nq == 0) return;
-#if defined(VITFAST_HAS_BF16_DOT)
-  if (a.dtype == DType::bf16) return forward<Bf16>(a);
-#endif
-  forward<F32>(a);
+  with_products(a.dtype, [&](auto m) { forward<decltype(m)>(a); });
 }
 
 }  // namespace VITFAST_ISA

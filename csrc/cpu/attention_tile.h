@@ -1,136 +1,15 @@
-// Tiles shared by the attention kernels: loading rows through the prologue, packing panels, and the
-// one micro-kernel that all matrix products here run on.
-//
-// Every product is C[r, m] += sum_k A[k, r] * B[k, m] with m across lanes: A is a panel of kRows
-// scalars per k (packed, broadcast), B a row of kMaxVec vectors per k. With AVX512-BF16 one k holds
-// a pair of bfloat16 and one instruction multiplies both.
+// What the attention kernels share about their operands: rows through the prologue, panels of them,
+// and what is added to a tile of scores.
 #pragma once
 #include "../common/dtype.h"
+#include "../common/math.h"
 #include "attention.h"
-#include "simd.h"
+#include "attention_product.h"
+#include "transpose.h"
 
 namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
-
-constexpr int kRows = 6;
-constexpr int kMaxVec = kLanes == 16 ? 4 : 2;       // 24 or 12 accumulators
-constexpr int kBlock = kMaxVec * kLanes;            // queries (or keys) across lanes
-constexpr float kLog2e = 1.44269504088896340736f;
-constexpr float kLn2 = 0.69314718055994530942f;
-constexpr float kInf = __builtin_inff();
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-
-// Products of float32 values.
-struct F32 {
-  typedef float Elem;  // one k of a panel
-  typedef float Row;   // element of a tile of rows
-  static constexpr int kPair = 1;
-  static inline vf mac(vf acc, vf b, float a) { return fma(b, splat(a), acc); }
-};
-
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
-#define VITFAST_HAS_BF16_DOT 1
-// Products of bfloat16 values, two at a time, accumulated in float32.
-struct Bf16 {
-  typedef uint32_t Elem;
-  typedef bf16_t Row;
-  static constexpr int kPair = 2;
-  static inline vf mac(vf acc, vf b, uint32_t a) {
-    return reinterpret_cast<vf>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc),
-                                                 reinterpret_cast<__m512bh>(b),
-                                                 (__m512bh)_mm512_set1_epi32(static_cast<int>(a))));
-  }
-};
-#endif
-
-#if defined(VITFAST_HAS_BF16_DOT)
-// Lane i of `low` and of `high`, rounded to bfloat16, as one 32-bit pair.
-inline __m512i pair_bf16(vf low, vf high) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7,
-                                         22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(high),
-                                                                      reinterpret_cast<__m512>(low)));
-}
-#endif
-
-inline vf load_bits(const float* p) { return load(p); }
-inline vf load_bits(const uint32_t* p) {
-  vf v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// acc[r][v] += sum_k A[k * R + r] * B[k * kBlock + v]
-template <class M, int R, int NV>
-inline __attribute__((always_inline)) void multiply(const typename M::Elem* __restrict__ a,
-                                                    const typename M::Elem* __restrict__ b,
-                                                    int64_t k, vf (&acc)[R][NV]) {
-  for (int64_t i = 0; i < k; ++i, a += R, b += kBlock) {
-    vf row[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) row[v] = load_bits(b + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = M::mac(acc[r][v], row[v], a[r]);
-    }
-  }
-}
-
-// Calls f with compile-time constants: f.template operator()<R, NV>().
-template <int NV, class F>
-inline void with_rows(int rows, const F& f) {
-  switch (rows) {
-    case 6: f.template run<6, NV>(); break;
-    case 5: f.template run<5, NV>(); break;
-    case 4: f.template run<4, NV>(); break;
-    case 3: f.template run<3, NV>(); break;
-    case 2: f.template run<2, NV>(); break;
-    default: f.template run<1, NV>(); break;
-  }
-}
-template <class F>
-inline void with_tile(int rows, int vecs, const F& f) {
-  switch (vecs) {
-    case 1: with_rows<1>(rows, f); break;
-#if defined(__AVX512F__)
-    case 4: with_rows<4>(rows, f); break;
-    case 3: with_rows<3>(rows, f); break;
-#endif
-    default: with_rows<2>(rows, f); break;
-  }
-}
-
-// Panels of `rows` rows: group g starts at element g * kRows * k; the last group is narrower.
-template <class F>
-inline void for_groups(int64_t rows, const F& f) {
-  for (int64_t r = 0; r < rows; r += kRows) f(r, static_cast<int>(min64(kRows, rows - r)));
-}
-
-// ---- transposition ------------------------------------------------------------------------------
-
-// In registers: row i, lane j becomes row j, lane i.
-inline void transpose(vf (&r)[kLanes]) {
-#pragma GCC unroll 8
-  for (int s = 1; s < kLanes; s *= 2) {
-    vi low, high;
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = (j & s) ? kLanes + j - s : j;
-      high[j] = (j & s) ? kLanes + j : j + s;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & s) continue;
-      const vf a = r[i], b = r[i + s];
-      r[i] = __builtin_shuffle(a, b, low);
-      r[i + s] = __builtin_shuffle(a, b, high);
-    }
-  }
-}
 
 // A square of kLanes x kLanes 32-bit units.
 template <class T>
@@ -155,29 +34,30 @@ inline void transpose_rows(const T* src, int64_t lds, int rows, int64_t cols, T*
   }
 }
 
-// ---- rows through the prologue -------------------------------------------------------------------
+// ---- rows through the prologue ------------------------------------------------------------------
 
 // One side (q or k) of one (batch, head).
 struct Source {
-  const void* ptr;
+  const void* ptr;  // [N, D]
   DType dtype;
   int64_t sn, sd, D;
   int norm;
   float eps;
-  const float *weight, *bias;
-  const float* rope;  // row of token `prefix`
+  const float *weight, *bias;  // [D] or null
+  const float* rope;           // [N - prefix, 2 D], sines before cosines; or null
   int64_t rope_sn, prefix;
   int half;
 };
 
 inline Source source(const AttnArgs& a, const AttnTensor& t, int64_t b, int64_t h) {
   const int64_t offset = b * t.sb + h * t.sh;
-  const void* p = a.dtype == DType::f32 ? static_cast<const void*>(static_cast<const float*>(t.ptr) + offset)
-                                        : static_cast<const void*>(static_cast<const bf16_t*>(t.ptr) + offset);
+  const void* p = a.dtype == DType::f32
+                      ? static_cast<const void*>(static_cast<const float*>(t.ptr) + offset)
+                      : static_cast<const void*>(static_cast<const bf16_t*>(t.ptr) + offset);
   return Source{p, a.dtype, t.sn, t.sd, a.D, 0, 0.f, nullptr, nullptr, nullptr, 0, 0, 0};
 }
-inline Source with_prologue(Source s, const AttnPrologue& p, int64_t b, int64_t h, const float* weight,
-                            const float* bias) {
+inline Source with_prologue(Source s, const AttnPrologue& p, int64_t b, int64_t h,
+                            const float* weight, const float* bias) {
   s.norm = p.norm;
   s.eps = p.eps;
   s.weight = weight;
@@ -196,6 +76,7 @@ inline float rounded(float x, DType dtype) {
   return to_float(h);
 }
 
+// out: [D].
 inline void read_row(const Source& s, int64_t n, float* out) {
   if (s.dtype == DType::f32) {
     const float* p = static_cast<const float*>(s.ptr) + n * s.sn;
@@ -216,6 +97,7 @@ inline void read_row(const Source& s, int64_t n, float* out) {
 struct Moments {
   float mean, rstd;
 };
+// x: [D].
 inline Moments moments(const Source& s, const float* x) {
   double sum = 0, sq = 0;
   if (s.norm == 1) {
@@ -227,7 +109,7 @@ inline Moments moments(const Source& s, const float* x) {
           static_cast<float>(1.0 / __builtin_sqrt(sq / static_cast<double>(s.D) + s.eps))};
 }
 
-// x * cos + rotate(x) * sin in place; `sign` -1 applies the transposed rotation.
+// x * cos + rotate(x) * sin in place, [D]; `sign` -1 applies the transposed rotation.
 inline void rotate(const Source& s, int64_t n, float* x, float sign) {
   const float* sine = s.rope + (n - s.prefix) * s.rope_sn;
   const float* cosine = sine + s.D;
@@ -246,7 +128,8 @@ inline void rotate(const Source& s, int64_t n, float* x, float sign) {
   }
 }
 
-// Row n as the products see it, rounded where timm rounds (after the norm, after the rotation).
+// x: [D], row n as the products see it, rounded where timm rounds (after the norm, after the
+// rotation).
 inline void fetch_row(const Source& s, int64_t n, float* x) {
   read_row(s, n, x);
   if (s.norm) {
@@ -264,10 +147,11 @@ inline void fetch_row(const Source& s, int64_t n, float* x) {
 }
 
 // Rows [begin, begin + count) with unit stride: in place where the source allows it, else in
-// `buffer` ([count][width], zero beyond D). Returns the first row and sets its leading dimension.
+// `buffer` ([count][width], zero beyond D; row: scratch [D]). Returns the first row and sets its
+// leading dimension.
 template <class Row>
-inline const Row* fetch_rows(const Source& s, int64_t begin, int64_t count, int64_t width, Row* buffer,
-                             float* row, int64_t* ld) {
+inline const Row* fetch_rows(const Source& s, int64_t begin, int64_t count, int64_t width,
+                             Row* buffer, float* row, int64_t* ld) {
   const bool same = sizeof(Row) == (s.dtype == DType::f32 ? 4 : 2);
   if (same && !s.norm && !s.rope && s.sd == 1 && width == s.D) {
     *ld = s.sn;
@@ -285,10 +169,10 @@ inline const Row* fetch_rows(const Source& s, int64_t begin, int64_t count, int6
   return buffer;
 }
 
-// ---- panels ---------------------------------------------------------------------------------------
+// ---- panels -------------------------------------------------------------------------------------
 
 // A panels whose k runs along the row: group of rows r0.., element [k][r] = row r, k-th unit.
-// `units` = width / kPair; rows are read as 32-bit units.
+// rows: [count][ld]; panels: [count][units], where `units` = width / kPair.
 template <class M>
 inline void pack_rows(const typename M::Row* rows, int64_t ld, int64_t count, int64_t units,
                       typename M::Elem* panels) {
@@ -297,13 +181,15 @@ inline void pack_rows(const typename M::Row* rows, int64_t ld, int64_t count, in
     Elem* out = panels + r0 * units;
     for (int r = 0; r < n; ++r) {
       const typename M::Row* p = rows + (r0 + r) * ld;
-      for (int64_t k = 0; k < units; ++k) std::memcpy(out + k * n + r, p + k * M::kPair, sizeof(Elem));
+      for (int64_t k = 0; k < units; ++k)
+        std::memcpy(out + k * n + r, p + k * M::kPair, sizeof(Elem));
     }
   });
 }
 
 // A panels whose k runs across rows: group of columns d0.., element [k][c] = column d0 + c of row k
-// (of the row pair 2k, 2k + 1). A missing second row counts as zero.
+// (of the row pair 2k, 2k + 1). A missing second row counts as zero. rows: [count][ld]; panels:
+// [D][units of count].
 inline void pack_columns(const float* rows, int64_t ld, int64_t count, int64_t D, float* panels) {
   for_groups(D, [&](int64_t d0, int n) {
     float* out = panels + d0 * count;
@@ -316,7 +202,8 @@ inline void pack_columns(const float* rows, int64_t ld, int64_t count, int64_t D
     }
   });
 }
-inline void pack_columns(const bf16_t* rows, int64_t ld, int64_t count, int64_t D, uint32_t* panels) {
+inline void pack_columns(const bf16_t* rows, int64_t ld, int64_t count, int64_t D,
+                         uint32_t* panels) {
   const int64_t units = ceil_div(count, 2);
   for_groups(D, [&](int64_t d0, int n) {
     uint32_t* out = panels + d0 * units;
@@ -330,37 +217,40 @@ inline void pack_columns(const bf16_t* rows, int64_t ld, int64_t count, int64_t 
 }
 
 // B rows: dst[unit * kBlock + m] = unit of row m, for m < count <= kBlock; zero lanes beyond.
+// rows: [count][ld]; dst: [units][kBlock].
 template <class M>
 inline void pack_lanes(const typename M::Row* rows, int64_t ld, int64_t count, int64_t units,
                        typename M::Elem* dst) {
   typedef typename M::Elem Elem;
   for (int64_t m = 0; m < count; m += kLanes) {
-    const int n = static_cast<int>(min64(kLanes, count - m));
+    const int n = static_cast<int>(min(kLanes, count - m));
     if (ld % M::kPair == 0 && reinterpret_cast<uintptr_t>(rows) % sizeof(Elem) == 0) {
       transpose_rows(reinterpret_cast<const Elem*>(rows + m * ld), ld / M::kPair, n, units, dst + m,
                      static_cast<int64_t>(kBlock));
     } else {
       for (int64_t k = 0; k < units; ++k) {
         Elem* out = dst + k * kBlock + m;
-        for (int i = 0; i < n; ++i) std::memcpy(out + i, rows + (m + i) * ld + k * M::kPair, sizeof(Elem));
+        for (int i = 0; i < n; ++i)
+          std::memcpy(out + i, rows + (m + i) * ld + k * M::kPair, sizeof(Elem));
         for (int i = n; i < kLanes; ++i) out[i] = Elem(0);
       }
     }
   }
 }
 
-// ---- scores --------------------------------------------------------------------------------------
+// ---- scores -------------------------------------------------------------------------------------
 
-// Whether one of some shifts (maxima of scores, in powers of two) is so large that what its rounding left
-// would matter by itself: a product of score and factor that is subtracted unrounded keeps it, and 2 to
-// that power may be infinite. Below 2^16 it is 1/256 at most.
+// Whether one of some shifts (maxima of scores, in powers of two) is so large that what its
+// rounding left would matter by itself: a product of score and factor that is subtracted unrounded
+// keeps it, and 2 to that power may be infinite. Below 2^16 it is 1/256 at most. shift: [vecs *
+// kLanes].
 inline bool is_large(const float* shift, int vecs) {
   for (int m = 0; m < vecs * kLanes; ++m)
     if (!(__builtin_fabsf(shift[m]) < 65536.f)) return true;  // or it is NaN
   return false;
 }
 
-// S *= factor, for keys x vecs.
+// s *= factor, [keys][kBlock], for `vecs` vectors of queries.
 inline void scale_scores(float* s, int64_t keys, int vecs, float factor) {
   for (int64_t k = 0; k < keys; ++k)
     for (int m = 0; m < vecs * kLanes; m += kLanes) {
@@ -369,7 +259,7 @@ inline void scale_scores(float* s, int64_t keys, int vecs, float factor) {
     }
 }
 
-// ---- additive terms --------------------------------------------------------------------------------
+// ---- additive terms -----------------------------------------------------------------------------
 
 inline float add_at(const AttnAdd& t, int64_t offset) {
   switch (t.dtype) {
@@ -388,9 +278,9 @@ inline float log2_term(float x) {
   return y < -3.402823466e38f && x != -kInf ? -3.402823466e38f : y;
 }
 
-// S[k][m] += term(q0 + m, k0 + k) * log2(e) for a tile of keys x count queries.
-inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, int64_t k0, int64_t keys,
-                     float* s) {
+// s[k][m] += term(q0 + m, k0 + k) * log2(e) for a tile [keys][kBlock] of `count` queries.
+inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, int64_t k0,
+                     int64_t keys, float* s) {
   for (int64_t k = 0; k < keys; ++k) {
     float* row = s + k * kBlock;
     const int64_t offset = base + (k0 + k) * t.sk;
@@ -404,7 +294,7 @@ inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, 
       for (int64_t m = 0; m < count; m += kLanes) {
         vf r[kLanes];
         for (int i = 0; i < kLanes; ++i) {
-          const int64_t q = q0 + min64(m + i, count - 1);
+          const int64_t q = q0 + min(m + i, count - 1);
           r[i] = load(static_cast<const float*>(t.ptr) + offset + q * t.sq);
         }
         transpose(r);
@@ -420,10 +310,10 @@ inline void add_term(const AttnAdd& t, int64_t base, int64_t q0, int64_t count, 
   }
 }
 
-// Keys after the query become -inf.
+// Keys after the query become -inf in s, [keys][kBlock].
 inline void add_causal(int64_t q0, int64_t count, int64_t k0, int64_t keys, float* s) {
   for (int64_t k = 0; k < keys; ++k) {
-    const int64_t hidden = min64(count, k0 + k - q0);
+    const int64_t hidden = min(count, k0 + k - q0);
     for (int64_t m = 0; m < hidden; ++m) s[k * kBlock + m] = -kInf;
   }
 }

@@ -124,7 +124,7 @@ void write_pixels(const float* z, int64_t step, int count, const float* means, c
     }
   for (; c < C; c += kLanes) {
     const vf w = load(weight + c), b = load(bias + c);
-    for (int p = 0; p < dw_min(count, kSide); ++p) {
+    for (int p = 0; p < min(count, kSide); ++p) {
       if (c + kLanes <= C)
         write(p, c, w, b, Whole{});
       else
@@ -143,7 +143,8 @@ void normalise(const Plan& plan, const float* z, int count, T* y, float* stats) 
   store(scale, splat(1.f) / square_root(var + splat(plan.a.eps)));
   const auto write = plan.stream_out ? write_pixels<T, true> : write_pixels<T, false>;
   for (int i = 0; i < count; i += kSide)
-    write(z + i * step, step, count - i, mean + i, scale + i, plan.weight, plan.shift, y + i * C, C);
+    write(z + i * step, step, count - i, mean + i, scale + i, plan.weight, plan.shift, y + i * C,
+          C);
   if (stats != nullptr)
     for (int i = 0; i < count; ++i) {
       stats[2 * i] = mean[i];
@@ -162,7 +163,7 @@ void finish(const Plan& plan, const float* z, int64_t count, int64_t pixel) {
   }
   float* const stats = plan.a.stats != nullptr ? plan.a.stats + 2 * pixel : nullptr;
   for (int64_t i = 0; i < count; i += kLanes)
-    normalise(plan, z + i * plan.z_step, static_cast<int>(dw_min(kLanes, count - i)), y + i * C,
+    normalise(plan, z + i * plan.z_step, static_cast<int>(min(kLanes, count - i)), y + i * C,
               stats != nullptr ? stats + 2 * i : nullptr);
 }
 
@@ -176,7 +177,7 @@ struct Convolved {
 inline void finish_until(const Plan& plan, Convolved& c, int64_t end) {
   while (c.done < end) {
     const int64_t line = c.done / c.columns, column = c.done % c.columns;
-    const int64_t count = dw_min(end - c.done, c.columns - column);
+    const int64_t count = min(end - c.done, c.columns - column);
     const float* const z = c.z + c.done * plan.z_step;
     const int64_t pixel = c.pixel + line * plan.a.size.W + column;
     if (plan.a.y_dtype == DType::f32)
@@ -187,8 +188,8 @@ inline void finish_until(const Plan& plan, Convolved& c, int64_t end) {
   }
 }
 
-// What the window takes from a line of x later on, to be asked for bit by bit: all at once, requests
-// would be lost.
+// What the window takes from a line of x later on, to be asked for bit by bit: all at once,
+// requests would be lost.
 struct Ahead {
   const char *at, *end;
   int64_t step;
@@ -203,7 +204,7 @@ inline Ahead ahead(const Plan& plan, int64_t b, int64_t h, int64_t left, int64_t
                    int64_t parts) {
   const DwconvMap& x = plan.a.x;
   if (x.c != 1 || h >= plan.a.size.H) return {};
-  const int64_t begin = dw_max(left, 0), end = dw_min(left + columns, plan.a.size.W);
+  const int64_t begin = max(left, 0), end = min(left + columns, plan.a.size.W);
   const int64_t element = size_of(x.dtype), bytes = (end - begin) * x.w * element;
   const char* const line =
       static_cast<const char*>(x.ptr) + (b * x.b + h * x.h + begin * x.w) * element;
@@ -219,27 +220,27 @@ void run_lines(const Plan& plan, int64_t b, int64_t first, int64_t last, int64_t
   const int64_t above = size.kh / 2, beside = size.kw / 2, taps = size.kh * size.kw;
   Convolved before = {};
   for (int64_t left = 0; left < size.W; left += plan.columns) {
-    const int64_t columns = dw_min(plan.columns, size.W - left);
+    const int64_t columns = min(plan.columns, size.W - left);
     const Tiles tiles = tiles_for(columns, size.kw);
-    int64_t filled = dw_max(first - above, 0);
+    int64_t filled = max(first - above, 0);
     for (int64_t h = first; h < last; h += kGroup) {
-      const int64_t lines = dw_min(kGroup, last - h);
-      for (; filled < dw_min(h + lines + above, size.H); ++filled)
+      const int64_t lines = min(kGroup, last - h);
+      for (; filled < min(h + lines + above, size.H); ++filled)
         fill_line(plan.a.x, size, b, filled, left - beside, window);
       float* const now = before.z == z ? z + z_floats : z;
-      const int64_t parts = plan.vectors * ((columns + tiles.pixels - 1) / tiles.pixels);
+      const int64_t parts = plan.vectors * ceil_div(columns, tiles.pixels);
       Ahead next[kGroup];
       for (int64_t i = 0; i < kGroup; ++i)
         next[i] = ahead(plan, b, filled + i, left - beside, window.width, parts);
       for (int64_t v = 0; v < plan.vectors; ++v) {
         const vf bias = load(plan.bias + v * kLanes);
         for (int64_t i = 0; i < lines; ++i) {
-          const int64_t top = dw_max(h + i - above, 0);
-          const int64_t height = dw_min(h + i + above + 1, size.H) - top;
+          const int64_t top = max(h + i - above, 0);
+          const int64_t height = min(h + i + above + 1, size.H) - top;
           const float* const kernel =
               plan.taps + (v * taps + (top - (h + i - above)) * size.kw) * kLanes;
           for (int64_t p = 0; p < columns; p += tiles.pixels) {
-            const int64_t at = dw_max(dw_min(p, columns - tiles.pixels), 0);
+            const int64_t at = max(min(p, columns - tiles.pixels), 0);
             next[i].fetch();
             const float* in[kDwconvWidest];
             for (int64_t ky = 0; ky < height; ++ky) in[ky] = window.line(v, top + ky) + at * kLanes;
@@ -267,7 +268,7 @@ void dwconv_forward(const DwconvForward& a) {
   Plan plan = {a, vectors, 0, padded + kLanes, nullptr, nullptr, nullptr, nullptr, false};
   Window window = {nullptr, vectors, size.kh - 1 + kGroup, 0};
   plan.columns = block_columns(size, window.lines + 2 * kGroup);
-  window.width = dw_max(plan.columns, kWidestTile) + size.kw - 1;
+  window.width = max(plan.columns, kWidestTile) + size.kw - 1;
   const int64_t z_floats = (kGroup * plan.columns + kWidestTile) * plan.z_step;
   const Rows out = {a.y, a.y_dtype, C, C};
   plan.stream_out =
@@ -279,18 +280,17 @@ void dwconv_forward(const DwconvForward& a) {
   float* const packed = scratch.as<float>();
   float* const shared = packed + vectors * taps * kLanes;
   float* const own = shared + 3 * padded;
-  parallel_for(vectors, team_size(vectors * taps * kLanes, threads),
-               [&](int64_t begin, int64_t end, int) {
-                 for (int64_t v = begin; v < end; ++v) {
-                   float* const to = packed + v * taps * kLanes;
-                   if (a.weight.dtype == DType::f32)
-                     pack_taps(static_cast<const float*>(a.weight.ptr), v, C, taps, a.flipped,
-                               a.rounded, to);
-                   else
-                     pack_taps(static_cast<const bf16_t*>(a.weight.ptr), v, C, taps, a.flipped,
-                               false, to);
-                 }
-               });
+  parallel_for(
+      vectors, team_size(vectors * taps * kLanes, threads), [&](int64_t begin, int64_t end, int) {
+        for (int64_t v = begin; v < end; ++v) {
+          float* const to = packed + v * taps * kLanes;
+          if (a.weight.dtype == DType::f32)
+            pack_taps(static_cast<const float*>(a.weight.ptr), v, C, taps, a.flipped, a.rounded,
+                      to);
+          else
+            pack_taps(static_cast<const bf16_t*>(a.weight.ptr), v, C, taps, a.flipped, false, to);
+        }
+      });
   const auto vector = [&](const Channels& from, float* to, float absent) {
     for (int64_t c = C; c < padded; ++c) to[c] = 0.f;
     const float* const found = floats(from, to, C, absent);
@@ -311,7 +311,7 @@ void dwconv_forward(const DwconvForward& a) {
     float* const z = mine.data + window.floats();
     while (begin < end) {
       const int64_t b = begin / lines_each, line = begin % lines_each;
-      const int64_t stop = dw_min(end - begin, lines_each - line);
+      const int64_t stop = min(end - begin, lines_each - line);
       run_lines(plan, b, a.first + line, a.first + line + stop, begin * size.W, mine, z, z_floats);
       begin += stop;
     }

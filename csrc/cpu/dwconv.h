@@ -16,7 +16,7 @@ constexpr int64_t kDwconvWidest = 31;  // of a kernel, in both directions
 
 // Strides in elements.
 struct DwconvMap {
-  const void* ptr;
+  const void* ptr;  // [B, H, W, C]
   DType dtype;
   int64_t b, h, w, c;
   bool rounded;  // to bfloat16 first
@@ -32,10 +32,10 @@ struct DwconvForward {
   DwconvSizes size;
   NormKind kind;
   DwconvMap x;
-  Channels weight;  // contiguous [C, kh, kw]
-  bool rounded;     // weight and bias are, to bfloat16
-  bool flipped;     // both ways: the gradient of x
-  Channels bias, norm_weight, norm_bias;  // null: zero, one, zero
+  Channels weight;                        // contiguous [C, kh, kw]
+  bool rounded;                           // weight and bias are, to bfloat16
+  bool flipped;                           // both ways: the gradient of x
+  Channels bias, norm_weight, norm_bias;  // [C]; null: zero, one, zero
   float eps;
   int64_t first, last;  // lines of each image to compute
   void* y;              // contiguous [B, last - first, W, C]
@@ -49,7 +49,7 @@ struct DwconvWeightGrad {
   DwconvMap x;
   DwconvMap grad;   // of the convolution's result
   Channels weight;  // contiguous [C, kh, kw], overwritten
-  Channels bias;
+  Channels bias;    // [C], overwritten
 };
 
 VITFAST_DECLARE(void dwconv_forward(const DwconvForward&))

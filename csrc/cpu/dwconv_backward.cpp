@@ -9,8 +9,9 @@ constexpr int kPixels = kLanes == 16 ? 8 : 4;
 constexpr int kLines = kLanes == 16 ? 2 : 1;
 constexpr int64_t kMostBlocks = 32, kFewestPixels = 96;
 
-// sums[y][kx] += sum over pixels of grad[p] * lines[y][p + kx], for L lines of the input that belong
-// to rows of taps one below the other. The grad is zero past the last pixel, up to whole tiles.
+// sums[y][kx] += sum over pixels of grad[p] * lines[y][p + kx], for L lines of the input that
+// belong to rows of taps one below the other. The grad is zero past the last pixel, up to whole
+// tiles.
 template <int K, int L>
 void add_products(const float* const* lines, const float* grad, int64_t pixels, int64_t width,
                   float* sums) {
@@ -78,12 +79,12 @@ void add_lines(const DwconvWeightGrad& a, const Sizes& s, int64_t begin, int64_t
   const DwconvSizes& size = a.size;
   const int64_t above = size.kh / 2, beside = size.kw / 2;
   for (int64_t left = 0; left < size.W; left += s.columns) {
-    const int64_t columns = dw_min(s.columns, size.W - left);
-    const int64_t pixels = (columns + kPixels - 1) / kPixels * kPixels;
+    const int64_t columns = min(s.columns, size.W - left);
+    const int64_t pixels = ceil_div(columns, kPixels) * kPixels;
     int64_t filled = 0, image = -1;
     for (int64_t line = begin; line < end; ++line) {
       const int64_t b = line / size.H, h = line % size.H;
-      const int64_t top = dw_max(h - above, 0), bottom = dw_min(h + above + 1, size.H);
+      const int64_t top = max(h - above, 0), bottom = min(h + above + 1, size.H);
       if (b != image) filled = top, image = b;
       for (; filled < bottom; ++filled) fill_line(a.x, size, b, filled, left - beside, window);
       fill_line(a.grad, size, b, h, left, grads);
@@ -110,26 +111,14 @@ void add_lines(const DwconvWeightGrad& a, const Sizes& s, int64_t begin, int64_t
   }
 }
 
-// The sum over blocks with Kahan's correction (which turns infinity into NaN: then the plain sum
-// counts).
-inline vf sum_blocks(const float* partials, int64_t blocks, int64_t step) {
-  vf sum = zero(), lost = zero(), plain = zero();
-  for (int64_t i = 0; i < blocks; ++i) {
-    const vf value = load(partials + i * step), next = value - lost, longer = sum + next;
-    lost = (longer - sum) - next;
-    sum = longer;
-    plain = plain + value;
-  }
-  return select(sum == sum, sum, plain);
-}
-
 template <class T>
 void write_taps(const float* partials, int64_t blocks, int64_t step, int64_t taps, int64_t channels,
                 T* to) {
   for (int64_t t0 = 0; t0 < taps; t0 += kLanes) {
-    const int count = static_cast<int>(dw_min(kLanes, taps - t0));
+    const int count = static_cast<int>(min(kLanes, taps - t0));
     vf r[kLanes] = {};
-    for (int i = 0; i < count; ++i) r[i] = sum_blocks(partials + (t0 + i) * kLanes, blocks, step);
+    for (int i = 0; i < count; ++i)
+      r[i] = sum_blocks(partials + (t0 + i) * kLanes, blocks, step, Whole{});
     transpose(r);
     for (int64_t c = 0; c < channels; ++c) {
       if (count == kLanes)
@@ -142,7 +131,7 @@ void write_taps(const float* partials, int64_t blocks, int64_t step, int64_t tap
 
 template <class T>
 void write_bias(const float* partials, int64_t blocks, int64_t step, int64_t channels, T* to) {
-  const vf sum = sum_blocks(partials, blocks, step);
+  const vf sum = sum_blocks(partials, blocks, step, Whole{});
   if (channels == kLanes)
     store(to, sum);
   else
@@ -159,10 +148,10 @@ void dwconv_weight_grad(const DwconvWeightGrad& a) {
   s.columns = block_columns(size, size.kh + 1);
 
   // Blocks depend on the map alone.
-  const int64_t by_count = (lines + kMostBlocks - 1) / kMostBlocks;
-  const int64_t by_pixels = (kFewestPixels + size.W - 1) / size.W;
-  const int64_t block_lines = dw_max(by_count, by_pixels);
-  const int64_t blocks = (lines + block_lines - 1) / block_lines;
+  const int64_t by_count = ceil_div(lines, kMostBlocks);
+  const int64_t by_pixels = ceil_div(kFewestPixels, size.W);
+  const int64_t block_lines = max(by_count, by_pixels);
+  const int64_t blocks = ceil_div(lines, block_lines);
   const int64_t step = s.vectors * (s.taps + 1) * kLanes;
 
   Window window = {nullptr, s.vectors, size.kh, s.columns + kPixels + size.kw - 1};
@@ -178,14 +167,13 @@ void dwconv_weight_grad(const DwconvWeightGrad& a) {
     for (int64_t block = first; block < last; ++block) {
       float* const sums = partials + block * step;
       for (int64_t i = 0; i < step; i += kLanes) store(sums + i, zero());
-      add_lines(a, s, block * block_lines, dw_min((block + 1) * block_lines, lines), mine, own,
-                sums);
+      add_lines(a, s, block * block_lines, min((block + 1) * block_lines, lines), mine, own, sums);
     }
   });
   parallel_for(s.vectors, team_size(blocks * step, threads), [&](int64_t first, int64_t last, int) {
     for (int64_t v = first; v < last; ++v) {
       const float* const sums = partials + v * (s.taps + 1) * kLanes;
-      const int64_t c = v * kLanes, channels = dw_min(kLanes, C - c);
+      const int64_t c = v * kLanes, channels = min(kLanes, C - c);
       if (a.weight.ptr != nullptr && a.weight.dtype == DType::f32)
         write_taps(sums, blocks, step, s.taps, channels,
                    static_cast<float*>(a.weight.ptr) + c * s.taps);

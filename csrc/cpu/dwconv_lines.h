@@ -12,21 +12,11 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-inline int64_t dw_min(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t dw_max(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t vectors_of(int64_t C) { return (C + kLanes - 1) / kLanes; }
+inline int64_t vectors_of(int64_t C) { return ceil_div(C, kLanes); }
 inline vf as_bf16(vf v) { return from_bf16(to_bf16(v)); }
-inline void transpose(vf (&r)[kLanes]) {
-  vu words[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) words[i] = reinterpret_cast<vu>(r[i]);
-  transpose(words);
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) r[i] = reinterpret_cast<vf>(words[i]);
-}
 
 struct Window {
-  float* data;
+  float* data;                    // [vectors][lines][width][kLanes]
   int64_t vectors, lines, width;  // width: pixels with padding
 
   int64_t floats() const { return vectors * lines * width * kLanes; }
@@ -36,10 +26,11 @@ struct Window {
   }
 };
 
-// `count` pixels: with their channels side by side, or else in planes, square by square.
+// `count` pixels of C channels, these side by side, or else in planes, square by square; to vectors
+// of channels, `step` floats apart, of [count][kLanes].
 template <class T>
-void copy_pixels(const T* from, int64_t w_stride, int64_t count, int64_t C, bool rounded,
-                 float* to, int64_t step) {
+void copy_pixels(const T* from, int64_t w_stride, int64_t count, int64_t C, bool rounded, float* to,
+                 int64_t step) {
   const int64_t whole = C / kLanes;
   const int rest = static_cast<int>(C % kLanes);
   for (int64_t p = 0; p < count; ++p, from += w_stride, to += kLanes) {
@@ -59,9 +50,9 @@ template <class T>
 void copy_planes(const T* from, int64_t w_stride, int64_t c_stride, int64_t count, int64_t C,
                  bool rounded, float* to, int64_t step) {
   for (int64_t c0 = 0; c0 < C; c0 += kLanes, to += step, from += kLanes * c_stride) {
-    const int64_t channels = dw_min(kLanes, C - c0);
+    const int64_t channels = min(kLanes, C - c0);
     for (int64_t p = 0; p < count; p += kLanes) {
-      const int pixels = static_cast<int>(dw_min(kLanes, count - p));
+      const int pixels = static_cast<int>(min(kLanes, count - p));
       vf r[kLanes] = {};
       for (int64_t c = 0; c < channels; ++c) {
         const T* const row = from + c * c_stride + p * w_stride;
@@ -81,8 +72,8 @@ void copy_planes(const T* from, int64_t w_stride, int64_t c_stride, int64_t coun
 inline void fill_line(const DwconvMap& x, const DwconvSizes& size, int64_t b, int64_t h,
                       int64_t first, const Window& window) {
   const int64_t step = window.lines * window.width * kLanes;
-  const int64_t left = dw_min(dw_max(-first, 0), window.width);
-  const int64_t right = dw_max(dw_min(size.W - first, window.width), left);
+  const int64_t left = min(max(-first, 0), window.width);
+  const int64_t right = max(min(size.W - first, window.width), left);
   float* const to = window.line(0, h);
   for (int64_t v = 0; v < window.vectors; ++v) {
     float* const line = to + v * step;
@@ -103,17 +94,17 @@ inline void fill_line(const DwconvMap& x, const DwconvSizes& size, int64_t b, in
     copy(static_cast<const bf16_t*>(x.ptr), false);
 }
 
-// Taps of kLanes channels from v * kLanes on, kLanes floats a tap; zeros for channels past the end.
+// Taps of kLanes channels from v * kLanes on, of weight [C, taps], to [taps][kLanes]; zeros for
+// channels past the end.
 template <class T>
 void pack_taps(const T* weight, int64_t v, int64_t C, int64_t taps, bool flipped, bool rounded,
                float* to) {
-  const int64_t channels = dw_min(kLanes, C - v * kLanes);
+  const int64_t channels = min(kLanes, C - v * kLanes);
   for (int64_t t0 = 0; t0 < taps; t0 += kLanes) {
-    const int count = static_cast<int>(dw_min(kLanes, taps - t0));
+    const int count = static_cast<int>(min(kLanes, taps - t0));
     if (count == 1) {  // of 9, 25, 49 or 81
       vf r = {};
-      for (int64_t c = 0; c < channels; ++c)
-        r[c] = to_float(weight[(v * kLanes + c) * taps + t0]);
+      for (int64_t c = 0; c < channels; ++c) r[c] = to_float(weight[(v * kLanes + c) * taps + t0]);
       store(to + (flipped ? 0 : t0) * kLanes, rounded ? as_bf16(r) : r);
       break;
     }
@@ -133,10 +124,10 @@ void pack_taps(const T* weight, int64_t v, int64_t C, int64_t taps, bool flipped
 // besides, in the second-level cache.
 inline int64_t block_columns(const DwconvSizes& size, int64_t lines) {
   const int64_t pixel = vectors_of(size.C) * kLanes * 4 * lines;
-  const int64_t fits = dw_max((int64_t{720} << 10) / pixel - size.kw, 16);
-  const int64_t most = dw_max(dw_min(fits, 72), 2 * size.kw);
-  const int64_t blocks = (size.W + most - 1) / most;
-  return blocks > 0 ? (size.W + blocks - 1) / blocks : 0;
+  const int64_t fits = max((int64_t{720} << 10) / pixel - size.kw, 16);
+  const int64_t most = max(min(fits, 72), 2 * size.kw);
+  const int64_t blocks = ceil_div(size.W, most);
+  return blocks > 0 ? ceil_div(size.W, blocks) : 0;
 }
 
 }  // namespace

@@ -1,5 +1,6 @@
 // The inner loops of the convolution: some pixels of a line for one vector of channels.
 #pragma once
+#include "../common/math.h"
 #include "simd.h"
 
 namespace vitfast {
@@ -8,8 +9,9 @@ namespace {
 
 constexpr int kWidestTile = kLanes == 16 ? 16 : 8;
 
-// z[p] = bias + sum over taps, for P pixels from lines[ky] on; the sum's order does not depend on P.
-// K is the width of the kernel, 0: `width` at run time. Pixels are kLanes floats apart.
+// z[p] = bias + sum over taps, for P pixels from lines[ky] on; the sum's order does not depend on
+// P. K is the width of the kernel, 0: `width` at run time. Pixels are kLanes floats apart, in z
+// z_step. lines: [height], of a line's pixels under the taps; taps: [height][width][kLanes].
 template <int K, int P>
 void convolve(const float* const* lines, int64_t height, int64_t width, const float* taps, vf bias,
               float* z, int64_t z_step) {
@@ -63,7 +65,7 @@ struct Tiles {
 
 // The tiles that cover a line of so many pixels with the least work.
 inline Tiles tiles_for(int64_t columns, int64_t width) {
-  const auto work = [&](int64_t pixels) { return (columns + pixels - 1) / pixels * (pixels + 1); };
+  const auto work = [&](int64_t pixels) { return ceil_div(columns, pixels) * (pixels + 1); };
   int best = kWidestTile;
   constexpr int choices[] = {14, 12, 10, 8, 7, 6, 4};
   for (const int pixels : choices)

@@ -35,18 +35,19 @@ Plan plan_of(const Gemm& g) {
   // Rows that share the sets of the L1 cache push each other out of it.
   const bool shared_sets =
       g.a.inner * size_of(g.a.dtype) % 4096 == 0 && g.m >= kTileRows && p.panels > 4;
-  p.staged = g.a_transposed || shared_sets || (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
+  p.staged = g.a_transposed || shared_sets ||
+             (g.compute == DType::bf16 && (!p.pairs || g.b.k % 2 != 0)) ||
              (!one_group && g.a.rows < 4 * kTileRows);
   p.group_rows = one_group || p.staged ? g.m : g.a.rows;
   int64_t most = kBlockRows;
   if (p.staged) {
     const int64_t fit = kStagedBytes / (p.steps * kStepBytes);
-    most = larger(smaller(most, fit / kTileRows * kTileRows), kTileRows);
+    most = max(min(most, fit / kTileRows * kTileRows), kTileRows);
   }
   // Enough pieces for an even split over the threads, unless blocks became too low for it.
   const int64_t wanted = ceil_div(ceil_div(8 * g.threads, p.panels), g.m / p.group_rows);
   p.blocks_per_group =
-      larger(ceil_div(p.group_rows, most), smaller(wanted, ceil_div(p.group_rows, 4 * kTileRows)));
+      max(ceil_div(p.group_rows, most), min(wanted, ceil_div(p.group_rows, 4 * kTileRows)));
   p.blocks = p.blocks_per_group * (g.m / p.group_rows);
   p.block_rows = ceil_div(p.group_rows, p.blocks_per_group);
   return p;
@@ -74,9 +75,9 @@ void stage_transposed(const Gemm& g, int64_t begin, int64_t end, uint32_t* to, i
   const T* const a = static_cast<const T*>(g.a.ptr) + begin;
   const int64_t rows = end - begin, line = g.a.inner, whole = InPairs ? g.b.k / 2 : g.b.k;
   for (int64_t j0 = 0; j0 < whole; j0 += kSquare) {
-    const int64_t j1 = smaller(j0 + kSquare, whole);
+    const int64_t j1 = min(j0 + kSquare, whole);
     for (int64_t i0 = 0; i0 < rows; i0 += kSquare) {
-      const int64_t i1 = smaller(i0 + kSquare, rows);
+      const int64_t i1 = min(i0 + kSquare, rows);
       for (int64_t i = i0; i < i1; ++i) {
         for (int64_t j = j0; j < j1; ++j) {
           if constexpr (InPairs) {
@@ -113,12 +114,8 @@ void stage(const Gemm& g, bool pairs, int64_t begin, int64_t end, uint32_t* to, 
 // ---- what happens to the sums -------------------------------------------------------------------
 
 struct Absent {};
-constexpr bool is_absent(const Absent*) {
-  return true;
-}
-constexpr bool is_absent(const void*) {
-  return false;
-}
+constexpr bool is_absent(const Absent*) { return true; }
+constexpr bool is_absent(const void*) { return false; }
 
 struct Offsets {
   int64_t out[kBlockRows], residual[kBlockRows], z[kBlockRows], gate_z[kBlockRows];
@@ -139,9 +136,9 @@ void locate(const Gemm& g, int64_t begin, int64_t end, Offsets& o) {
 template <Act A>
 void finish(const Gemm& g, const Offsets& o, int64_t rows, int64_t column, const float* total,
             const float* gate_total) {
-  for (int64_t c = column; c < smaller(column + kPanel, g.b.n);
+  for (int64_t c = column; c < min(column + kPanel, g.b.n);
        c += kLanes, total += kLanes, gate_total += kLanes) {
-    const int n = static_cast<int>(smaller(kLanes, g.b.n - c));
+    const int n = static_cast<int>(min(kLanes, g.b.n - c));
     const vf bias = get(g.bias, c, n), gate_bias = get(g.gate_bias, c, n);
     const vf gamma = get(g.gamma, c, n);
     for (int64_t i = 0; i < rows; ++i) {
@@ -196,22 +193,7 @@ Finish finish_as(const Gemm& g, bool whole) {
 }
 
 Finish finish_of(const Gemm& g, bool whole) {
-  switch (g.act) {
-    case Act::relu:
-      return finish_as<Act::relu>(g, whole);
-    case Act::gelu:
-      return finish_as<Act::gelu>(g, whole);
-    case Act::gelu_tanh:
-      return finish_as<Act::gelu_tanh>(g, whole);
-    case Act::quick_gelu:
-      return finish_as<Act::quick_gelu>(g, whole);
-    case Act::silu:
-      return finish_as<Act::silu>(g, whole);
-    case Act::sigmoid:
-      return finish_as<Act::sigmoid>(g, whole);
-    default:
-      return finish_as<Act::none>(g, whole);
-  }
+  return with_act(g.act, [&](auto kind) { return finish_as<decltype(kind)::value>(g, whole); });
 }
 
 // ---- the product --------------------------------------------------------------------------------
@@ -245,7 +227,7 @@ class Panel {
     if (packed_ != nullptr) return packed_ + step * kPanel * kStepBytes;
     const int64_t at = step % kSlabSteps;
     if (at == 0) {
-      const int64_t end = smaller(step + kSlabSteps, p_.steps);
+      const int64_t end = min(step + kSlabSteps, p_.steps);
       pack_steps(g_.b, g_.compute, half_, panel_, step, end, room_);
     }
     return reinterpret_cast<const char*>(room_ + at * kPanel);
@@ -257,22 +239,22 @@ class Panel {
     if (packed_ != nullptr) {
       constexpr int64_t step_bytes = kPanel * kStepBytes;
       if (step == 0)
-        to = {packed_ + kMostSteps * step_bytes, larger(tiles * 64 / step_bytes, 1),
+        to = {packed_ + kMostSteps * step_bytes, max(tiles * 64 / step_bytes, 1),
               p_.steps * step_bytes, 0, 0};
       return;
     }
     if (step % kSlabSteps != 0) return;
     to = {};
-    const int64_t end = smaller(step + kSlabSteps, p_.steps);
+    const int64_t end = min(step + kSlabSteps, p_.steps);
     const bool last = end == p_.steps;
     const int64_t column = (last ? panel_ + 1 : panel_) * kPanel, next = last ? 0 : end;
-    const int64_t columns = smaller(kPanel, g_.b.n - column);
+    const int64_t columns = min(kPanel, g_.b.n - column);
     if (columns <= 0 || g_.b.k_stride != 1) return;
     const int64_t item = size_of(g_.b.dtype), per = p_.pairs ? 2 : 1;
     const int64_t stride = g_.b.n_stride * item;
-    const int64_t run = ceil_div(smaller(kSlabSteps, p_.steps - next) * per * item, 64);
+    const int64_t run = ceil_div(min(kSlabSteps, p_.steps - next) * per * item, 64);
     to = {static_cast<const char*>(half_) + column * stride + next * per * item,
-          larger((end - step) * tiles / (columns * run), 1), run, run, stride - run * 64};
+          max((end - step) * tiles / (columns * run), 1), run, run, stride - run * 64};
   }
 
  private:
@@ -294,7 +276,7 @@ void panel_product(const Tiles& tiles, const Plan& p, int64_t rows, const char* 
     b.look_ahead(s, count, ahead);
     for (int64_t t = 0; t < count; ++t) {
       const int64_t first = rows * t / count, last = rows * (t + 1) / count;
-      tiles.of[last - first](smaller(stretch, steps - s), a + first * a_stride + s * kStepBytes,
+      tiles.of[last - first](min(stretch, steps - s), a + first * a_stride + s * kStepBytes,
                              a_stride, in_order, total + first * kPanel, s == 0, ahead);
     }
   }
@@ -315,11 +297,11 @@ void gemm(const Gemm& g) {
   const int64_t total_bytes = align64(halves * p.block_rows * kPanel * 4);
   const int64_t offset_bytes = align64(sizeof(Offsets));
   const int64_t room_bytes =
-      g.packed == nullptr ? align64(smaller(kSlabSteps, p.steps) * kPanel * kStepBytes) : 0;
+      g.packed == nullptr ? align64(min(kSlabSteps, p.steps) * kPanel * kStepBytes) : 0;
   const int64_t thread_bytes =
       total_bytes + offset_bytes + room_bytes + align64(p.block_rows * staged_words * kStepBytes);
   const int64_t tasks = p.blocks * p.panels;
-  const int threads = static_cast<int>(smaller(g.threads, tasks));
+  const int threads = static_cast<int>(min(g.threads, tasks));
   const Scratch scratch(thread_bytes * threads);
 
   parallel_for(tasks, threads, [&](int64_t begin, int64_t end, int thread) {

@@ -16,21 +16,21 @@ namespace vitfast {
 
 // Row i begins at element (i / rows) * outer + (i % rows) * inner. Null: absent.
 struct GemmRows {
-  void* ptr = nullptr;
+  void* ptr = nullptr;  // [m, columns], contiguous columns
   DType dtype = DType::f32;
   int64_t rows = 1, outer = 0, inner = 0;
 };
 
 // A vector over the columns. Null: absent.
 struct GemmVector {
-  const void* ptr = nullptr;
+  const void* ptr = nullptr;  // [n]
   DType dtype = DType::f32;
 };
 
 // B[j, c] = ptr[j * k_stride + c * n_stride], j < k, c < n.
 struct GemmB {
-  const void* ptr;
-  const void* gate;  // a second B of the same kind, for the gated form; null: none
+  const void* ptr;   // [k, n]
+  const void* gate;  // [k, n], a second B of the same kind, for the gated form; null: none
   DType dtype;
   int64_t n, k, n_stride, k_stride;
 };
@@ -42,24 +42,23 @@ struct Gemm {
   GemmRows a;
   bool a_transposed;
   GemmB b;
-  const void* packed;  // all of B, from gemm_pack for the same instruction set; null: not done
+  const void* packed;  // [gemm_packed_bytes], from gemm_pack for the same instruction set; or null
   // With a gate: out = act(A B + bias) * (A B_gate + gate_bias).
-  GemmVector bias, gate_bias;
+  GemmVector bias, gate_bias;  // [n]
   Act act;
-  GemmRows z, gate_z;  // sums with bias, before the activation
-  GemmVector gamma;
-  GemmRows residual;  // may lie exactly over out
-  GemmRows out;
+  GemmRows z, gate_z;  // [m, n]: sums with bias, before the activation
+  GemmVector gamma;    // [n]
+  GemmRows residual;   // [m, n], may lie exactly over out
+  GemmRows out;        // [m, n]
   int threads;
 };
 
 VITFAST_DECLARE(void gemm(const Gemm&))
+// packed: [gemm_packed_bytes], overwritten.
 VITFAST_DECLARE(void gemm_pack(const GemmB&, DType compute, void* packed, int threads))
 VITFAST_DECLARE(int64_t gemm_packed_bytes(const GemmB&, DType compute))
 
-inline void gemm(const Gemm& g) {
-  VITFAST_DISPATCH(gemm(g))
-}
+inline void gemm(const Gemm& g) { VITFAST_DISPATCH(gemm(g)) }
 inline void gemm_pack(const GemmB& b, DType compute, void* packed, int threads) {
   VITFAST_DISPATCH(gemm_pack(b, compute, packed, threads))
 }

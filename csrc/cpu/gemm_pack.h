@@ -8,24 +8,16 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-inline bool in_pairs(DType compute) {
-  return kHasPairs && compute == DType::bf16;
-}
-inline int64_t steps_of(int64_t k, DType compute) {
-  return in_pairs(compute) ? (k + 1) / 2 : k;
-}
-inline int64_t panels_of(int64_t n) {
-  return (n + kPanel - 1) / kPanel;
-}
+inline bool in_pairs(DType compute) { return kHasPairs && compute == DType::bf16; }
+inline int64_t steps_of(int64_t k, DType compute) { return in_pairs(compute) ? ceil_div(k, 2) : k; }
+inline int64_t panels_of(int64_t n) { return ceil_div(n, kPanel); }
 
 inline uint32_t word_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, sizeof u);
   return u;
 }
-inline uint32_t half_of(bf16_t x) {
-  return x.bits;
-}
+inline uint32_t half_of(bf16_t x) { return x.bits; }
 inline uint32_t half_of(float x) {
   bf16_t rounded;
   from_float(x, &rounded);
@@ -60,14 +52,15 @@ inline vu words(const T* p) {
   }
 }
 
-// Steps [begin, end) of `width` columns, from step 0 of the first column; the other columns are 0.
+// Steps [begin, end) of `width` columns of b, [k, width], to [end - begin][kPanel] words; the other
+// columns are 0.
 template <class T, Words W>
 void pack_columns(const T* b, int64_t n_stride, int64_t k_stride, int64_t width, int64_t k,
                   int64_t begin, int64_t end, uint32_t* to) {
   constexpr int64_t per = W == Words::pairs ? 2 : 1;
   const int64_t whole = k / per;  // steps that take all their elements
   const int64_t squares =
-      k_stride == 1 ? begin + ((end < whole ? end : whole) - begin) / kLanes * kLanes : begin;
+      k_stride == 1 ? begin + (min(end, whole) - begin) / kLanes * kLanes : begin;
   for (int64_t s = begin; s < squares; s += kLanes) {
     uint32_t* const row = to + (s - begin) * kPanel;
 #pragma GCC unroll 2
@@ -99,10 +92,10 @@ void pack_as(const GemmB& b, const void* half, int64_t panel, int64_t begin, int
              uint32_t* to) {
   const int64_t first = panel * kPanel, left = b.n - first;
   pack_columns<T, W>(static_cast<const T*>(half) + first * b.n_stride, b.n_stride, b.k_stride,
-                     left < kPanel ? left : kPanel, b.k, begin, end, to);
+                     min(left, kPanel), b.k, begin, end, to);
 }
 
-// Steps [begin, end) of a panel of one half of B.
+// Steps [begin, end) of a panel of one half of B, [k, n], to [end - begin][kPanel] words.
 inline void pack_steps(const GemmB& b, DType compute, const void* half, int64_t panel,
                        int64_t begin, int64_t end, uint32_t* to) {
   const bool from_floats = b.dtype == DType::f32;

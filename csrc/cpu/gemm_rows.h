@@ -1,5 +1,6 @@
 // Addressing of GemmRows, and loads and stores of one vector in either dtype, for kernel bodies.
 #pragma once
+#include "../common/math.h"
 #include "gemm.h"
 #include "simd.h"
 
@@ -7,23 +8,11 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-inline int64_t smaller(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-inline int64_t larger(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-inline int64_t size_of(DType t) {
-  return t == DType::f32 ? 4 : 2;
-}
 inline int64_t offset(const GemmRows& r, int64_t i) {
   return i / r.rows * r.outer + i % r.rows * r.inner;
 }
 
-// n <= kLanes elements from element i.
+// n <= kLanes elements of a row or vector, from element i.
 inline vf get(const void* p, DType t, int64_t i, int n) {
   if (t == DType::f32) {
     const float* const q = static_cast<const float*>(p) + i;

@@ -1,5 +1,6 @@
 // The inner loop of gemm: one tile of the product, its sums in registers.
 #pragma once
+#include "../common/math.h"
 #include "simd.h"
 
 namespace vitfast {
@@ -52,8 +53,8 @@ using Pairs = Floats;  // never chosen
 // end of one to the next, a line every so many steps. In bursts the fetches would wait for each
 // other, and the tile for them.
 struct Ahead {
-  const char* line = nullptr;
-  int64_t every = 0;  // 0: nothing
+  const char* line = nullptr;  // the next cache line
+  int64_t every = 0;           // 0: nothing
   int64_t left = 0, run = 0, jump = 0;
 
   void fetch() {
@@ -66,7 +67,8 @@ struct Ahead {
   }
 };
 
-// total[kPanel per row] = (first ? 0 : total) + A B over `steps`.
+// total = (first ? 0 : total) + A B over `steps`. a: [Rows] of [steps] steps, a_stride bytes apart;
+// b: [steps][kPanel] steps; total: [Rows][kPanel].
 template <class Multiply, int Rows>
 void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* total, bool first,
           Ahead& shared_ahead) {
@@ -76,7 +78,7 @@ void tile(int64_t steps, const char* a, int64_t a_stride, const char* b, float* 
   Ahead ahead = shared_ahead;
   const int64_t every = ahead.every > 0 ? ahead.every : steps;
   for (int64_t done = 0; done < steps;) {
-    const int64_t until = done + every < steps ? done + every : steps;
+    const int64_t until = min(done + every, steps);
     if (ahead.every > 0) ahead.fetch();
     for (; done < until; ++done) {
 #pragma GCC unroll 16

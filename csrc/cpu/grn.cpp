@@ -11,7 +11,7 @@ void squares(const Rows& x, int64_t b, int64_t begin, int64_t end, float* out, i
   for (int64_t c = 0; c < C; ++c) out[c] = 0.f;
   int64_t n = begin;
   for (; n + 8 <= end; n += 8) {
-    const T* const rows = reinterpret_cast<const T*>(at(x, b, n));
+    const T* const rows = at<T>(x, b, n);
     over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
       vf sum[4];
       for (int k = 0; k < 4; ++k) {
@@ -23,7 +23,7 @@ void squares(const Rows& x, int64_t b, int64_t begin, int64_t end, float* out, i
     });
   }
   for (; n < end; ++n) {
-    const T* const row = reinterpret_cast<const T*>(at(x, b, n));
+    const T* const row = at<T>(x, b, n);
     over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
       const vf v = load(row + c, span);
       store(out + c, fma(v, v, load(out + c, span)), span);
@@ -33,12 +33,11 @@ void squares(const Rows& x, int64_t b, int64_t begin, int64_t end, float* out, i
 
 // The same of one planar row.
 template <class T>
-float squares_of_row(const void* row_, int64_t N) {
-  const T* row = static_cast<const T*>(row_);
+float squares_of_row(const T* row, int64_t N) {
   double total = 0.;
   for (int64_t n = 0; n < N; n += kStretch) {
     Sums sums;
-    over(N - n < kStretch ? N - n : kStretch, [&](int64_t i, int slot, auto span) VITFAST_INLINE {
+    over(min(N - n, kStretch), [&](int64_t i, int slot, auto span) VITFAST_INLINE {
       const vf v = load(row + n + i, span);
       sums.v[slot] = fma(v, v, sums.v[slot]);
     });
@@ -49,19 +48,14 @@ float squares_of_row(const void* row_, int64_t N) {
 
 // y = x + (x * scale + bias).
 template <class TX, class TY>
-void write_row(const void* x_, const float* scale, const float* bias, void* y_, bool past,
-               int64_t C) {
-  const TX* x = static_cast<const TX*>(x_);
-  TY* y = static_cast<TY*>(y_);
+void write_row(const TX* x, const float* scale, const float* bias, TY* y, bool past, int64_t C) {
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
     const vf v = load(x + c, span);
     put(y + c, v + fma(v, load(scale + c, span), load(bias + c, span)), span, past);
   });
 }
 template <class TX, class TY>
-void write_planar_row(const void* x_, float scale_, float bias_, void* y_, bool past, int64_t N) {
-  const TX* x = static_cast<const TX*>(x_);
-  TY* y = static_cast<TY*>(y_);
+void write_planar_row(const TX* x, float scale_, float bias_, TY* y, bool past, int64_t N) {
   const vf scale = splat(scale_), bias = splat(bias_);
   over(N, [&](int64_t n, int, auto span) VITFAST_INLINE {
     const vf v = load(x + n, span);
@@ -76,7 +70,7 @@ void forward(const GrnForward& a) {
   const int64_t elements = a.N * C, bytes = size_of(a.x.dtype) + size_of(a.y.dtype);
   const bool past = past_cache(a.y, a.B * elements * bytes);
   const int threads = team_size(a.B * elements, a.threads);
-  const int64_t vector = align64(C * 4) / 4, slot_size = (cut.partials + 3) * vector;
+  const int64_t vector = padded(C), slot_size = (cut.partials + 3) * vector;
   const Scratch scratch((2 * vector + threads * slot_size) * 4);
   float* const shared = scratch.as<float>();
   const float* weight = floats(a.weight, shared, C, 1.f);
@@ -88,7 +82,7 @@ void forward(const GrnForward& a) {
       [&](int64_t b, int64_t unit, int slot) {
         float* const partials = of_slot(slot);
         if (a.planar)
-          partials[unit] = squares_of_row<TX>(at(a.x, b, unit), a.N);
+          partials[unit] = squares_of_row(at<TX>(a.x, b, unit), a.N);
         else
           squares<TX>(a.x, b, cut.begin(unit), cut.end(unit), partials + unit * vector, C);
       },
@@ -104,10 +98,10 @@ void forward(const GrnForward& a) {
       [&](int64_t b, int64_t unit, int slot) {
         const float* const scale = of_slot(slot) + cut.partials * vector;
         if (a.planar)
-          return write_planar_row<TX, TY>(at(a.x, b, unit), scale[unit], bias[unit],
-                                          at(a.y, b, unit), past, a.N);
+          return write_planar_row(at<TX>(a.x, b, unit), scale[unit], bias[unit],
+                                  at<TY>(a.y, b, unit), past, a.N);
         for (int64_t n = cut.begin(unit); n < cut.end(unit); ++n)
-          write_row<TX, TY>(at(a.x, b, n), scale, bias, at(a.y, b, n), past, C);
+          write_row(at<TX>(a.x, b, n), scale, bias, at<TY>(a.y, b, n), past, C);
       });
 }
 
@@ -123,7 +117,7 @@ void grn_forward(const GrnForward& a) {
 
 void grn_accumulate(const GrnAccumulate& a) {
   const Cut cut(false, a.N, a.C);
-  const int64_t vector = align64(a.C * 4) / 4;
+  const int64_t vector = padded(a.C);
   const Scratch scratch(cut.units * vector * 4);
   float* const partials = scratch.as<float>();
   parallel_for(cut.units, team_size(a.N * a.C, a.threads), [&](int64_t begin, int64_t end, int) {

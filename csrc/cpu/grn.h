@@ -13,8 +13,8 @@ namespace vitfast {
 struct GrnForward {
   bool planar;
   int64_t B, N, C;
-  Rows x, y;
-  Channels weight, bias;
+  Rows x, y;              // [B, N, C]; planar [B, C, N]
+  Channels weight, bias;  // [C]
   float eps;
   float* norms;  // [B, C]: g
   int threads;
@@ -23,29 +23,29 @@ struct GrnForward {
 struct GrnBackward {
   bool planar;
   int64_t B, N, C;
-  Rows grad, x, dx;
-  Channels weight, dweight, dbias;  // dweight and dbias are overwritten
+  Rows grad, x, dx;                 // [B, N, C]; planar [B, C, N]
+  Channels weight, dweight, dbias;  // [C]; dweight and dbias are overwritten
   float eps;
   const float* norms;  // [B, C], of the forward
   int threads;
 };
 
-// sums[c] (+)= sum of squares of channel c over the rows of a chunk; [C] each.
+// sums[c] (+)= sum of squares of channel c over the rows of a chunk.
 struct GrnAccumulate {
   int64_t N, C;
-  Rows x;
-  double* sums;
+  Rows x;        // [N, C]
+  double* sums;  // [C]
   bool adds;
   int threads;
 };
 
-// scale = 1 + weight * n [B, C], of sums of squares [B, C]: y = x * scale + bias.
+// scale = 1 + weight * n, of sums of squares: y = x * scale + bias.
 struct GrnScale {
   int64_t B, C;
-  const double* sums;
-  Channels weight;
+  const double* sums;  // [B, C]
+  Channels weight;     // [C]
   float eps;
-  float* scale;
+  float* scale;  // [B, C]
 };
 
 VITFAST_DECLARE(void grn_forward(const GrnForward&))

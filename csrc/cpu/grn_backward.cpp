@@ -16,8 +16,8 @@ void sums_of_rows(const Rows& grad, const Rows& x, int64_t b, int64_t begin, int
   for (int64_t c = 0; c < C; ++c) products[c] = plain[c] = 0.f;
   int64_t n = begin;
   for (; n + 4 <= end; n += 4) {
-    const TG* const grads = reinterpret_cast<const TG*>(at(grad, b, n));
-    const TX* const rows = reinterpret_cast<const TX*>(at(x, b, n));
+    const TG* const grads = at<TG>(grad, b, n);
+    const TX* const rows = at<TX>(x, b, n);
     over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
       vf g[4], v[4];
       for (int k = 0; k < 4; ++k) {
@@ -30,8 +30,8 @@ void sums_of_rows(const Rows& grad, const Rows& x, int64_t b, int64_t begin, int
     });
   }
   for (; n < end; ++n) {
-    const TG* const grads = reinterpret_cast<const TG*>(at(grad, b, n));
-    const TX* const rows = reinterpret_cast<const TX*>(at(x, b, n));
+    const TG* const grads = at<TG>(grad, b, n);
+    const TX* const rows = at<TX>(x, b, n);
     over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
       const vf g = load(grads + c, span);
       store(products + c, fma(g, load(rows + c, span), load(products + c, span)), span);
@@ -42,13 +42,11 @@ void sums_of_rows(const Rows& grad, const Rows& x, int64_t b, int64_t begin, int
 
 // The same of one planar row.
 template <class TG, class TX>
-void sums_of_row(const void* grad_, const void* x_, float* product, float* plain, int64_t N) {
-  const TG* grad = static_cast<const TG*>(grad_);
-  const TX* x = static_cast<const TX*>(x_);
+void sums_of_row(const TG* grad, const TX* x, float* product, float* plain, int64_t N) {
   double products = 0., plains = 0.;
   for (int64_t n = 0; n < N; n += kStretch) {
     Sums of_products, of_grads;
-    over(N - n < kStretch ? N - n : kStretch, [&](int64_t i, int slot, auto span) VITFAST_INLINE {
+    over(min(N - n, kStretch), [&](int64_t i, int slot, auto span) VITFAST_INLINE {
       const vf g = load(grad + n + i, span);
       of_products.v[slot] = fma(g, load(x + n + i, span), of_products.v[slot]);
       of_grads.v[slot] = of_grads.v[slot] + g;
@@ -62,11 +60,8 @@ void sums_of_row(const void* grad_, const void* x_, float* product, float* plain
 
 // dx = grad + (grad * scale + x * along), where scale = weight n and along is x's factor.
 template <class TG, class TX>
-void write_row(const void* grad_, const void* x_, const float* scale, const float* along, void* dx_,
+void write_row(const TG* grad, const TX* x, const float* scale, const float* along, TX* dx,
                bool past, int64_t C) {
-  const TG* grad = static_cast<const TG*>(grad_);
-  const TX* x = static_cast<const TX*>(x_);
-  TX* dx = static_cast<TX*>(dx_);
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
     const vf g = load(grad + c, span);
     const vf through = load(x + c, span) * load(along + c, span);
@@ -74,11 +69,8 @@ void write_row(const void* grad_, const void* x_, const float* scale, const floa
   });
 }
 template <class TG, class TX>
-void write_planar_row(const void* grad_, const void* x_, float scale_, float along_, void* dx_,
-                      bool past, int64_t N) {
-  const TG* grad = static_cast<const TG*>(grad_);
-  const TX* x = static_cast<const TX*>(x_);
-  TX* dx = static_cast<TX*>(dx_);
+void write_planar_row(const TG* grad, const TX* x, float scale_, float along_, TX* dx, bool past,
+                      int64_t N) {
   const vf scale = splat(scale_), along = splat(along_);
   over(N, [&](int64_t n, int, auto span) VITFAST_INLINE {
     const vf g = load(grad + n, span);
@@ -109,13 +101,7 @@ void factors(const float* norms, const float* weight, const double* products, fl
 void over_images(const float* sums, int64_t B, int64_t step, double* scratch, const Channels& out,
                  int64_t C) {
   add_up(sums, B, step, scratch, false, C);
-  for (int64_t c = 0; c < C; ++c) {
-    const float sum = static_cast<float>(scratch[c]);
-    if (out.dtype == DType::f32)
-      from_float(sum, static_cast<float*>(out.ptr) + c);
-    else
-      from_float(sum, static_cast<bf16_t*>(out.ptr) + c);
-  }
+  for (int64_t c = 0; c < C; ++c) put(out, c, static_cast<float>(scratch[c]));
 }
 
 template <class TG, class TX>
@@ -126,7 +112,7 @@ void backward(const GrnBackward& a) {
   const bool past = past_cache(a.dx, a.B * elements * (read + size_of(a.dx.dtype)));
   const int threads = team_size(a.B * elements, a.threads);
   // A slot: partial sums, scale, along, and P in double.
-  const int64_t vector = align64(C * 4) / 4, slot_size = (2 * cut.partials + 4) * vector;
+  const int64_t vector = padded(C), slot_size = (2 * cut.partials + 4) * vector;
   const Scratch scratch((vector * (1 + 2 * a.B) + threads * slot_size) * 4);
   float* const shared = scratch.as<float>();
   float* const of_images = shared + vector;  // [B, 2, vector]: each one's dweight and dbias
@@ -138,8 +124,8 @@ void backward(const GrnBackward& a) {
       [&](int64_t b, int64_t unit, int slot) {
         float* const partials = of_slot(slot);
         if (a.planar)
-          return sums_of_row<TG, TX>(at(a.grad, b, unit), at(a.x, b, unit), partials + unit,
-                                     partials + vector + unit, a.N);
+          return sums_of_row(at<TG>(a.grad, b, unit), at<TX>(a.x, b, unit), partials + unit,
+                             partials + vector + unit, a.N);
         float* const mine = partials + 2 * unit * vector;
         sums_of_rows<TG, TX>(a.grad, a.x, b, cut.begin(unit), cut.end(unit), mine, mine + vector,
                              C);
@@ -158,10 +144,11 @@ void backward(const GrnBackward& a) {
         const float* const scale = of_slot(slot) + 2 * cut.partials * vector;
         const float* const along = scale + vector;
         if (a.planar)
-          return write_planar_row<TG, TX>(at(a.grad, b, unit), at(a.x, b, unit), scale[unit],
-                                          along[unit], at(a.dx, b, unit), past, a.N);
+          return write_planar_row(at<TG>(a.grad, b, unit), at<TX>(a.x, b, unit), scale[unit],
+                                  along[unit], at<TX>(a.dx, b, unit), past, a.N);
         for (int64_t n = cut.begin(unit); n < cut.end(unit); ++n)
-          write_row<TG, TX>(at(a.grad, b, n), at(a.x, b, n), scale, along, at(a.dx, b, n), past, C);
+          write_row(at<TG>(a.grad, b, n), at<TX>(a.x, b, n), scale, along, at<TX>(a.dx, b, n), past,
+                    C);
       });
   double* const sums = reinterpret_cast<double*>(of_slot(0));
   over_images(of_images, a.B, 2 * vector, sums, a.dweight, C);

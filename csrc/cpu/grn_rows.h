@@ -7,14 +7,6 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-// Blocks of positions depend on their number alone. Of 16 to 64 of them float sums keep their
-// accuracy; more than 1024 blocks would cost memory.
-inline int64_t block_of(int64_t N) {
-  const int64_t by_count = (N + 63) / 64, by_memory = (N + 1023) / 1024;
-  const int64_t few = by_count < 16 ? 16 : by_count > 64 ? 64 : by_count;
-  return few > by_memory ? few : by_memory;
-}
-
 // How an image is cut: into blocks of rows with a partial sum each; planar into channels, which
 // have one sum together.
 struct Cut {
@@ -24,10 +16,10 @@ struct Cut {
       : planar(planar),
         N(N),
         rows(block_of(N)),
-        units(planar ? C : (N + rows - 1) / rows),
+        units(planar ? C : ceil_div(N, rows)),
         partials(planar ? 1 : units) {}
   int64_t begin(int64_t unit) const { return unit * rows; }
-  int64_t end(int64_t unit) const { return (unit + 1) * rows < N ? (unit + 1) * rows : N; }
+  int64_t end(int64_t unit) const { return min((unit + 1) * rows, N); }
 };
 
 // first(b, unit, slot) over an image, middle(b, slot), then second(b, unit, slot) in reverse, so
@@ -57,7 +49,7 @@ inline void each_image(int64_t B, int64_t units, int64_t image_bytes, int thread
   }
 }
 
-// sums[c] (+)= partials[i * step + c], in the order of i.
+// sums[c] (+)= partials[i * step + c], in the order of i < count. sums: [C].
 inline void add_up(const float* partials, int64_t count, int64_t step, double* sums, bool more,
                    int64_t C) {
   for (int64_t c = 0; !more && c < C; ++c) sums[c] = 0.;
@@ -67,7 +59,7 @@ inline void add_up(const float* partials, int64_t count, int64_t step, double* s
   }
 }
 
-// 1 / (mean of the norms + eps).
+// 1 / (mean of the norms, [C], + eps).
 inline double reciprocal_mean(const float* norms, float eps, int64_t C) {
   return 1. / (row_sum(norms, C, false) / static_cast<double>(C) + static_cast<double>(eps));
 }

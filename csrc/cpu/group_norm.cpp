@@ -19,7 +19,7 @@ struct Sums3 {
 template <int K, class T, class Span>
 inline void sum_column(const T* x, int64_t n, int64_t step, const Sums3& out, int64_t c,
                        Span span) {
-  const int64_t head = n < kFirst ? n : kFirst;
+  const int64_t head = min(n, kFirst);
   vf shift[K] = {}, plain[K] = {}, square[K] = {};
   for (int64_t p = 0; p < head; ++p)
     for (int k = 0; k < K; ++k) shift[k] = shift[k] + load(x + p * step + k * kLanes, span);
@@ -51,7 +51,7 @@ void sum_pixels(const void* x_, int64_t n, int64_t step, const Sums3& out, int64
 template <class T>
 void sum_plane(const void* x_, int64_t n, const Sums3& out, int64_t c) {
   const T* x = static_cast<const T*>(x_);
-  const int64_t head = n < kFirstOfPlane ? n : kFirstOfPlane;
+  const int64_t head = min(n, kFirstOfPlane);
   float shift = 0.f;
   for (int64_t p = 0; p < head; ++p) shift += to_float(x[p]);
   shift /= static_cast<float>(head);
@@ -126,7 +126,7 @@ void group_norm_forward(const GroupNormForward& a) {
   const GroupNormShape& s = a.shape;
   const Blocks blocks(s);
   const int64_t C = s.C, width = C / s.groups;
-  const int64_t vector = align64(C * 4) / 4;
+  const int64_t vector = padded(C);
   const int threads = team_size(s.B * blocks.pixels * C, s.threads);
   // A slot: the blocks' sums, the affine map, and two rows of doubles.
   const int64_t slot = vector * (3 * blocks.count + 3 + 4);

@@ -16,7 +16,7 @@ namespace vitfast {
 // pixels of a line `pixel` and lines `line` apart; or its pixels are (`pixel` 1, `line` W), and
 // channels `channel` apart. Null: absent.
 struct FeatureMap {
-  void* ptr = nullptr;
+  void* ptr = nullptr;  // [B, C, H, W]
   DType dtype = DType::f32;
   int64_t sample = 0, channel = 0, line = 0, pixel = 0;
 };
@@ -34,17 +34,17 @@ struct GroupNormShape {
 struct GroupNormForward {
   GroupNormShape shape;
   FeatureMap x, residual, y;
-  Channels weight, bias;
-  float* stats;  // [B, groups, 2]: mean, 1 / sqrt(var + eps); null: not wanted
+  Channels weight, bias;  // [C]
+  float* stats;           // [B, groups, 2]: mean, 1 / sqrt(var + eps); null: not wanted
 };
 
 // y is the forward's, and given with ReLU. dresidual: null, not wanted.
 struct GroupNormBackward {
   GroupNormShape shape;
   FeatureMap grad, x, y, dx, dresidual;
-  Channels weight;
-  Channels dweight, dbias;  // overwritten; null: not wanted
-  const float* stats;
+  Channels weight;          // [C]
+  Channels dweight, dbias;  // [C], overwritten; null: not wanted
+  const float* stats;       // [B, groups, 2], of the forward
 };
 
 VITFAST_DECLARE(void group_norm_forward(const GroupNormForward&))

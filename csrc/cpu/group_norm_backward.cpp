@@ -137,20 +137,13 @@ char* moved(char* p, const FeatureMap& m, int64_t elements) {
   return p == nullptr ? nullptr : p + elements * size_of(m.dtype);
 }
 
-void write(const Channels& out, int64_t c, double value) {
-  if (out.dtype == DType::f32)
-    from_float(static_cast<float>(value), static_cast<float*>(out.ptr) + c);
-  else
-    from_float(static_cast<float>(value), static_cast<bf16_t*>(out.ptr) + c);
-}
-
 }  // namespace
 
 void group_norm_backward(const GroupNormBackward& a) {
   const GroupNormShape& s = a.shape;
   const Blocks blocks(s);
   const int64_t C = s.C, width = C / s.groups;
-  const int64_t vector = align64(C * 4) / 4;
+  const int64_t vector = padded(C);
   const int threads = team_size(s.B * blocks.pixels * C, s.threads);
   // Sums of every sample, as doubles; a slot: the blocks' sums, and what a pixel needs.
   const int64_t slot = vector * (2 * blocks.count + 4);
@@ -258,8 +251,8 @@ void group_norm_backward(const GroupNormBackward& a) {
         dbias += totals[2 * b * vector + c];
         dweight += totals[(2 * b + 1) * vector + c];
       }
-      if (a.dweight.ptr != nullptr) write(a.dweight, c, dweight);
-      if (a.dbias.ptr != nullptr) write(a.dbias, c, dbias);
+      if (a.dweight.ptr != nullptr) put(a.dweight, c, static_cast<float>(dweight));
+      if (a.dbias.ptr != nullptr) put(a.dbias, c, static_cast<float>(dbias));
     }
   });
 }

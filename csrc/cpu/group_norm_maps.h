@@ -13,13 +13,12 @@ namespace {
 struct Blocks {
   int64_t pixels, size, count, shares;
   explicit Blocks(const GroupNormShape& s) : pixels(s.H * s.W) {
-    const int64_t wanted = (pixels + 31) / 32;
-    size = !s.channels_last ? 2048 : wanted < 16 ? 16 : wanted > 128 ? 128 : wanted;
-    count = (pixels + size - 1) / size;
+    size = s.channels_last ? clamp(ceil_div(pixels, 32), 16, 128) : 2048;
+    count = ceil_div(pixels, size);
     shares = s.channels_last ? count : s.C;
   }
   int64_t begin(int64_t i) const { return i * size; }
-  int64_t length(int64_t i) const { return (i + 1) * size < pixels ? size : pixels - i * size; }
+  int64_t length(int64_t i) const { return min(size, pixels - i * size); }
 };
 
 // Stores past the caches pay where a call touches more than they hold, and need aligned vectors.

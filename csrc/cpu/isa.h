@@ -12,6 +12,7 @@ void select_isa(Isa isa);  // may only lower: throws std::invalid_argument above
 
 }  // namespace vitfast
 
+// clang-format off
 #if defined(__x86_64__) || defined(_M_X64)
 #define VITFAST_X86 1
 #define VITFAST_DECLARE(signature)            \
@@ -31,3 +32,4 @@ void select_isa(Isa isa);  // may only lower: throws std::invalid_argument above
   namespace baseline { signature; }
 #define VITFAST_DISPATCH(call) return baseline::call;
 #endif
+// clang-format on

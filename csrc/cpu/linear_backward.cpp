@@ -91,7 +91,7 @@ void columns(const LinearBackward& a, int64_t begin, int64_t end, const Sums& bi
   };
   int64_t pending = 0;
   for (int64_t first = 0; first < a.m; first += kRows) {
-    const int64_t rows = smaller(kRows, a.m - first);
+    const int64_t rows = min(kRows, a.m - first);
     fill(a.grad, first, rows, o.grad);
     fill(a.z, first, rows, o.z);
     fill(a.gate_z, first, rows, o.gate_z);
@@ -101,7 +101,7 @@ void columns(const LinearBackward& a, int64_t begin, int64_t end, const Sums& bi
     for (; c + kVectors * kLanes <= end; c += kVectors * kLanes)
       block<T, A, kVectors>(a, o, rows, c, kLanes, bias, gate_bias);
     for (; c < end; c += kLanes)
-      block<T, A, 1>(a, o, rows, c, static_cast<int>(smaller(kLanes, end - c)), bias, gate_bias);
+      block<T, A, 1>(a, o, rows, c, static_cast<int>(min(kLanes, end - c)), bias, gate_bias);
     if (++pending == kBlocks || first + kRows >= a.m) {
       flush(bias, begin, end);
       flush(gate_bias, begin, end);
@@ -114,22 +114,7 @@ using Columns = void (*)(const LinearBackward&, int64_t, int64_t, const Sums&, c
 
 template <class T>
 Columns columns_of(Act act) {
-  switch (act) {
-    case Act::relu:
-      return columns<T, Act::relu>;
-    case Act::gelu:
-      return columns<T, Act::gelu>;
-    case Act::gelu_tanh:
-      return columns<T, Act::gelu_tanh>;
-    case Act::quick_gelu:
-      return columns<T, Act::quick_gelu>;
-    case Act::silu:
-      return columns<T, Act::silu>;
-    case Act::sigmoid:
-      return columns<T, Act::sigmoid>;
-    default:
-      return columns<T, Act::none>;
-  }
+  return with_act(act, [](auto kind) -> Columns { return columns<T, decltype(kind)::value>; });
 }
 
 }  // namespace
@@ -147,7 +132,7 @@ void linear_backward(const LinearBackward& a) {
   const Columns columns =
       a.grad.dtype == DType::f32 ? columns_of<float>(a.act) : columns_of<bf16_t>(a.act);
   parallel_for(ceil_div(a.n, kLanes), a.threads, [&](int64_t begin, int64_t end, int) {
-    columns(a, begin * kLanes, smaller(end * kLanes, a.n), bias, gate_bias);
+    columns(a, begin * kLanes, min(end * kLanes, a.n), bias, gate_bias);
   });
 }
 

@@ -10,16 +10,14 @@ namespace vitfast {
 struct LinearBackward {
   int64_t m, n;
   Act act;
-  GemmRows grad;
-  GemmRows z, gate_z;         // gate_z null: not gated; z may be null with Act::none
-  GemmRows dz, dgate_z;       // null: not stored
+  GemmRows grad;              // [m, n]
+  GemmRows z, gate_z;         // [m, n]; gate_z null: not gated; z may be null with Act::none
+  GemmRows dz, dgate_z;       // [m, n]; null: not stored
   float *dbias, *dgate_bias;  // [n], overwritten; null: not wanted
   int threads;
 };
 
 VITFAST_DECLARE(void linear_backward(const LinearBackward&))
-inline void linear_backward(const LinearBackward& a) {
-  VITFAST_DISPATCH(linear_backward(a))
-}
+inline void linear_backward(const LinearBackward& a) { VITFAST_DISPATCH(linear_backward(a)) }
 
 }  // namespace vitfast

@@ -92,7 +92,7 @@ void norm_forward(const NormForward& a) {
   // A float residual is read back from the row just written, unless that went past the caches.
   const bool copy = norm && add && (stream_residual || a.residual.dtype != DType::f32);
 
-  const int64_t vector = align64(C * 4) / 4;
+  const int64_t vector = padded(C);
   const int threads = team_size(rows * C, a.threads);
   const Scratch scratch(vector * 4 * (3 + 2 * threads));
   float* const shared = scratch.as<float>();

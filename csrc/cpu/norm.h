@@ -20,7 +20,7 @@ enum class NormKind : int { layer = 0, rms = 1, none = 2 };
 // from one line to the next and `column` within a line: top left, bottom left, top right, bottom
 // right, and zeros past the edges. N is then ceil(H / 2) * ceil(W / 2).
 struct Rows {
-  void* ptr = nullptr;
+  void* ptr = nullptr;  // [B, N, C]
   DType dtype = DType::f32;
   int64_t outer = 0, inner = 0;
   int64_t H = 0, W = 0, column = 0;
@@ -28,7 +28,7 @@ struct Rows {
 
 // A contiguous [C] vector. Null: absent.
 struct Channels {
-  void* ptr = nullptr;
+  void* ptr = nullptr;  // [C]
   DType dtype = DType::f32;
 };
 
@@ -60,10 +60,10 @@ struct NormBackward {
   Rows dx, dbranch;                 // either may be null
   Channels gamma, weight;
   Channels dgamma, dweight, dbias;  // overwritten; null: not wanted
-  const float* drop_scale;
-  const float* normed_scale;  // with a kind
+  const float* drop_scale;          // [B] or null
+  const float* normed_scale;        // [B] or null, with a kind
   float eps;
-  const float* stats;  // null: computed again
+  const float* stats;  // [B * N, 2], of the forward; null: computed again
   int threads;
 };
 

@@ -79,20 +79,11 @@ SecondPass second_pass_for(DType x, DType branch) {
   return branch == DType::f32 ? second_pass<bf16_t, float> : second_pass<bf16_t, bf16_t>;
 }
 
-// out[c] = sum of partials[block * step + c] in the order of the blocks, with Kahan's correction
-// (which turns infinity into NaN: then the plain sum counts).
+// out[c] = sum of partials[block * step + c] over the blocks.
 template <class T>
 void reduce(const float* partials, int64_t blocks, int64_t step, T* out, int64_t C) {
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
-    vf sum = zero(), lost = zero(), plain = zero();
-    for (int64_t i = 0; i < blocks; ++i) {
-      const vf value = load(partials + i * step + c, span);
-      const vf next = value - lost, longer = sum + next;
-      lost = (longer - sum) - next;
-      sum = longer;
-      plain = plain + value;
-    }
-    put(out + c, select(sum == sum, sum, plain), span, false);
+    put(out + c, sum_blocks(partials + c, blocks, step, span), span, false);
   });
 }
 
@@ -114,17 +105,12 @@ void norm_backward(const NormBackward& a) {
   const bool stream_x = past_cache(a.dx, call_bytes),
              stream_branch = past_cache(a.dbranch, call_bytes);
 
-  // Blocks depend on the number of rows alone. Of 16 to 64 rows their sums keep float's accuracy;
-  // more than 1024 of them would cost memory.
-  const int64_t by_count = (rows + 63) / 64, by_memory = (rows + 1023) / 1024;
-  const int64_t small = by_count < 16 ? 16 : by_count > 64 ? 64 : by_count;
-  const int64_t block_rows = small > by_memory ? small : by_memory;
-  const int64_t blocks = (rows + block_rows - 1) / block_rows;
+  const int64_t block_rows = block_of(rows), blocks = ceil_div(rows, block_rows);
   const Channels outputs[3] = {a.dgamma, a.dweight, a.dbias};
   int64_t slot[3], slots = 0;
   for (int k = 0; k < 3; ++k) slot[k] = outputs[k].ptr != nullptr ? slots++ : -1;
 
-  const int64_t vector = align64(C * 4) / 4;
+  const int64_t vector = padded(C);
   const int threads = team_size(rows * C, a.threads);
   const Scratch scratch(vector * 4 * (2 + 5 * threads + slots * blocks));
   float* const shared = scratch.as<float>();
@@ -140,8 +126,7 @@ void norm_backward(const NormBackward& a) {
       for (int64_t c = 0; c < slots * vector; ++c) sums[c] = 0.f;
       float* sum_of[3];
       for (int k = 0; k < 3; ++k) sum_of[k] = slot[k] >= 0 ? sums + slot[k] * vector : nullptr;
-      const int64_t begin = block * block_rows;
-      const int64_t end = begin + block_rows < rows ? begin + block_rows : rows;
+      const int64_t begin = block * block_rows, end = min(begin + block_rows, rows);
       int64_t b = begin / a.N, n = begin % a.N;
       bool new_sample = true;
       for (int64_t i = begin; i < end; ++i) {
@@ -194,13 +179,13 @@ void norm_backward(const NormBackward& a) {
   });
 
   // Columns are shared out in groups of whole cache lines.
-  const int64_t group = 64, groups = (C + group - 1) / group;
+  const int64_t group = 64, groups = ceil_div(C, group);
   const int team = team_size(slots * blocks * C, a.threads);
   for (int k = 0; k < 3; ++k) {
     if (slot[k] < 0) continue;
     const float* sums = partials + slot[k] * vector;
     parallel_for(groups, team, [&](int64_t first, int64_t last, int) {
-      const int64_t c = first * group, size = (last * group < C ? last * group : C) - c;
+      const int64_t c = first * group, size = min(last * group, C) - c;
       if (outputs[k].dtype == DType::f32)
         reduce(sums + c, blocks, slots * vector, static_cast<float*>(outputs[k].ptr) + c, size);
       else

@@ -3,12 +3,11 @@
 #include <cstring>
 #include <type_traits>
 
+#include "../common/math.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 #include "norm.h"
 #include "simd.h"
-
-#define VITFAST_INLINE __attribute__((always_inline))
 
 namespace vitfast {
 namespace VITFAST_ISA {
@@ -84,18 +83,29 @@ struct Sums {
   double total() const { return sum_lanes((v[0] + v[1]) + (v[2] + v[3])); }
 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
-
 inline char* at(const Rows& r, int64_t b, int64_t n) {
   return static_cast<char*>(r.ptr) + (b * r.outer + n * r.inner) * size_of(r.dtype);
 }
+template <class T>
+inline T* at(const Rows& r, int64_t b, int64_t n) {
+  return static_cast<T*>(r.ptr) + b * r.outer + n * r.inner;
+}
+inline void put(const Channels& out, int64_t c, float value) {
+  if (out.dtype == DType::f32)
+    from_float(value, static_cast<float*>(out.ptr) + c);
+  else
+    from_float(value, static_cast<bf16_t*>(out.ptr) + c);
+}
+
+// Floats that a [C] vector of scratch takes: whole cache lines.
+inline int64_t padded(int64_t C) { return align64(C * 4) / 4; }
 
 // f(address, c, length) for each stretch of a row in memory, from channel c on: the row, or the
 // four pixels of a patch, null past the map's edges.
 template <class F>
 inline void stretches(const Rows& r, int64_t b, int64_t n, int64_t C, const F& f) {
   if (r.H == 0) return f(at(r, b, n), int64_t{0}, C);
-  const int64_t across = (r.W + 1) / 2, length = C / 4;
+  const int64_t across = ceil_div(r.W, 2), length = C / 4;
   const int64_t top = n / across * 2, left = n % across * 2;
   for (int k = 0; k < 4; ++k) {
     const int64_t h = top + k % 2, w = left + k / 2;
@@ -119,6 +129,7 @@ template <class T>
 inline void copy(const T* from, T* to, Part s, bool) {
   std::memcpy(to, from, s.n * sizeof(T));
 }
+// from, to: [C].
 template <class From, class To>
 void convert(const void* from_, void* to_, bool stream_out, int64_t C) {
   const From* from = static_cast<const From*>(from_);
@@ -135,7 +146,7 @@ inline Convert convert_for(DType from, DType to) {
   if (from == DType::f32) return to == DType::f32 ? convert<float, float> : convert<float, bf16_t>;
   return to == DType::f32 ? convert<bf16_t, float> : convert<bf16_t, bf16_t>;
 }
-// A row or [C] vector as floats: where it lies, or converted into `scratch`.
+// A row or [C] vector as floats: where it lies, or converted into `scratch`, [C].
 inline const float* floats(const void* p, DType dtype, float* scratch, int64_t C) {
   if (dtype == DType::f32) return static_cast<const float*>(p);
   convert<bf16_t, float>(p, scratch, false, C);
@@ -158,7 +169,7 @@ inline const float* floats(const Channels& v, float* scratch, int64_t C, float a
   return scratch;
 }
 
-// scale = drop * gamma, the factor of the branch in one sample.
+// scale = drop * gamma, [C] each, the factor of the branch in one sample; gamma null: one.
 inline const float* sample_scale(const float* gamma, float drop, float* scale, int64_t C) {
   over(C, [&](int64_t c, int, auto span) VITFAST_INLINE {
     store(scale + c, gamma != nullptr ? load(gamma + c, span) * drop : splat(drop), span);
@@ -166,6 +177,7 @@ inline const float* sample_scale(const float* gamma, float drop, float* scale, i
   return scale;
 }
 
+// The sum of a row, [C], or of its squares.
 inline double row_sum(const float* row, int64_t C, bool square) {
   Sums sums;
   over(C, [&](int64_t c, int slot, auto span) VITFAST_INLINE {
@@ -173,6 +185,21 @@ inline double row_sum(const float* row, int64_t C, bool square) {
     sums.v[slot] = square ? fma(v, v, sums.v[slot]) : sums.v[slot] + v;
   });
   return sums.total();
+}
+
+// The sum of partials[block * step] in the order of the blocks, with Kahan's correction (which
+// turns infinity into NaN: then the plain sum counts).
+template <class Span>
+inline vf sum_blocks(const float* partials, int64_t blocks, int64_t step, Span span) {
+  vf sum = zero(), lost = zero(), plain = zero();
+  for (int64_t i = 0; i < blocks; ++i) {
+    const vf value = load(partials + i * step, span);
+    const vf next = value - lost, longer = sum + next;
+    lost = (longer - sum) - next;
+    sum = longer;
+    plain = plain + value;
+  }
+  return select(sum == sum, sum, plain);
 }
 
 struct Moments {
@@ -183,13 +210,14 @@ struct Moments {
 // Bit k: quarter k of row n is a pixel past the edge of the map.
 inline int padded_quarters(const Rows& r, int64_t n) {
   if (r.H == 0) return 0;
-  const int64_t across = (r.W + 1) / 2;
+  const int64_t across = ceil_div(r.W, 2);
   return (n / across * 2 + 1 == r.H ? 0b1010 : 0) | (n % across * 2 + 1 == r.W ? 0b1100 : 0);
 }
 
-// From the row and its sum (rms: its sum of squares). The second pass also sums the deviations:
-// they are exact where the mean is far from zero, and correct both the mean and the variance.
-// Deviations of padding are all the same, and would all be rounded the same way in a float sum.
+// From the row, [C], and its sum (rms: its sum of squares). The second pass also sums the
+// deviations: they are exact where the mean is far from zero, and correct both the mean and the
+// variance. Deviations of padding are all the same, and would all be rounded the same way in a
+// float sum.
 inline Moments moments(const float* row, int64_t C, double sum, bool rms, double eps, int padded) {
   const double n = static_cast<double>(C);
   if (rms) return {0.f, static_cast<float>(1. / __builtin_sqrt(sum / n + eps)), 0.f};
@@ -217,10 +245,15 @@ inline Moments moments(const float* row, int64_t C, double sum, bool rms, double
   return {mean[0], static_cast<float>(rstd), static_cast<float>(-delta * rstd)};
 }
 
+// Rows of a block over which a sum goes as floats. It depends on the number of rows alone: blocks
+// of 16 to 64 keep a float's accuracy; more than 1024 of them would cost memory.
+inline int64_t block_of(int64_t rows) {
+  return max(clamp(ceil_div(rows, 64), 16, 64), ceil_div(rows, 1024));
+}
+
 // Two threads pay from about 16k elements on.
 inline int team_size(int64_t elements, int threads) {
-  const int64_t useful = 1 + elements / 16384;
-  return useful < threads ? static_cast<int>(useful) : threads;
+  return static_cast<int>(min(1 + elements / 16384, threads));
 }
 
 // Stores past the caches pay where a call touches more than they hold, and need aligned rows.

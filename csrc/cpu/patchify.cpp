@@ -1,6 +1,7 @@
 // Threads share out rows of patches; a line of the image is read once for all patches along it.
 #include "patchify.h"
 
+#include "../common/math.h"
 #include "../common/parallel.h"
 #include "simd.h"
 
@@ -48,12 +49,12 @@ void patches(const Patchify& a, const T* corner, int64_t j0, int64_t j1, Out* to
 template <class T, class Out>
 void run(const Patchify& a) {
   const int64_t width = a.channels * a.p * a.q, last = a.first + a.count;
-  const int64_t begin_line = a.first / a.grid_w, end_line = (last + a.grid_w - 1) / a.grid_w;
+  const int64_t begin_line = a.first / a.grid_w, end_line = ceil_div(last, a.grid_w);
   parallel_for(end_line - begin_line, a.threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t l = begin_line + begin; l < begin_line + end; ++l) {
       const int64_t row = l * a.grid_w;
-      const int64_t j0 = a.first > row ? a.first - row : 0;
-      const int64_t j1 = last - row < a.grid_w ? last - row : a.grid_w;
+      const int64_t j0 = max(a.first - row, 0);
+      const int64_t j1 = min(last - row, a.grid_w);
       const T* const corner = static_cast<const T*>(a.image) + l / a.grid_h * a.b_stride +
                               l % a.grid_h * a.p * a.h_stride;
       patches(a, corner, j0, j1, static_cast<Out*>(a.out) + (row + j0 - a.first) * width);
@@ -71,12 +72,9 @@ void run_to(const Patchify& a) {
 void patchify(const Patchify& a) {
   if (a.count == 0) return;
   switch (a.dtype) {
-    case DType::f32:
-      return run_to<float>(a);
-    case DType::bf16:
-      return run_to<bf16_t>(a);
-    default:
-      return run_to<uint8_t>(a);
+    case DType::f32: return run_to<float>(a);
+    case DType::bf16: return run_to<bf16_t>(a);
+    default: return run_to<uint8_t>(a);
   }
 }
 

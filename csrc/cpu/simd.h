@@ -9,6 +9,8 @@
 
 #include "../common/dtype.h"
 
+#define VITFAST_INLINE __attribute__((always_inline))
+
 #ifndef VITFAST_ISA
 #error "kernel bodies are compiled through CMake, once per instruction set"
 #endif
@@ -43,6 +45,9 @@ typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 typedef uint8_t vb __attribute__((vector_size(kLanes)));
+
+// Bytes of a float or bfloat16.
+inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 inline vf splat(float x) { return x - vf{}; }  // not "+": compilers drop only "- 0"
 inline vf zero() { return vf{}; }
@@ -230,8 +235,8 @@ inline double sum_lanes(vf v) {
 }
 
 #if defined(__AVX512F__)
-// p * 2^n, and 0 where x <= -126: there scalef is not asked, since it takes Intel's CPUs more than a
-// hundred cycles to make a denormal number, or a zero for want of one. NaN counts as above.
+// p * 2^n, and 0 where x <= -126: there scalef is not asked, since it takes Intel's CPUs more than
+// a hundred cycles to make a denormal number, or a zero for want of one. NaN counts as above.
 inline vf scaled_above(vf x, vf p, __m512 n) {
   const __mmask16 normal =
       _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x), _mm512_set1_ps(-126.f), _CMP_NLE_UQ);
@@ -249,8 +254,8 @@ inline vf unfused(vf x) {
   return x;
 }
 
-// 2^x for x <= 0, flushed to zero from -126 down; relative error below 3e-7 (the degree-6 polynomial
-// that Cephes uses on [-1/2, 1/2]). NaN stays NaN, -inf gives 0.
+// 2^x for x <= 0, flushed to zero from -126 down; relative error below 3e-7 (the degree-6
+// polynomial that Cephes uses on [-1/2, 1/2]). NaN stays NaN, -inf gives 0.
 inline vf exp2_nonpositive(vf x) {
 #if defined(__AVX512F__)
   const __m512 v = reinterpret_cast<__m512>(vmax(splat(-127.f), x));

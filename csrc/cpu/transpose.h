@@ -54,6 +54,23 @@ inline void transpose(vu (&r)[kLanes]) {
     r[c] = reinterpret_cast<vu>(_mm256_permute2x128_si256(u[c], u[4 + c], 0x20));
     r[4 + c] = reinterpret_cast<vu>(_mm256_permute2x128_si256(u[c], u[4 + c], 0x31));
   }
+#elif defined(__GNUC__) && !defined(__clang__)
+#pragma GCC unroll 8
+  for (int s = 1; s < kLanes; s *= 2) {
+    vi low, high;
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      low[j] = (j & s) ? kLanes + j - s : j;
+      high[j] = (j & s) ? kLanes + j : j + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) {
+      if (i & s) continue;
+      const vu a = r[i], b = r[i + s];
+      r[i] = __builtin_shuffle(a, b, low);
+      r[i + s] = __builtin_shuffle(a, b, high);
+    }
+  }
 #else
   for (int i = 0; i < kLanes; ++i) {
     for (int j = i + 1; j < kLanes; ++j) {
@@ -63,6 +80,14 @@ inline void transpose(vu (&r)[kLanes]) {
     }
   }
 #endif
+}
+inline void transpose(vf (&r)[kLanes]) {
+  vu words[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) words[i] = reinterpret_cast<vu>(r[i]);
+  transpose(words);
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) r[i] = reinterpret_cast<vf>(words[i]);
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// Attention in windows of a feature map (Swin), forward and backward. Cyclic shift, padding to whole
-// windows, partition, relative-position bias, shift mask and merge are index arithmetic: nothing but
-// qkv and out is as large as the map.
+// Attention in windows of a feature map (Swin), forward and backward. Cyclic shift, padding to
+// whole windows, partition, relative-position bias, shift mask and merge are index arithmetic:
+// nothing but qkv and out is as large as the map.
 #pragma once
 #include <cstdint>
 
@@ -12,17 +12,18 @@ namespace vitfast {
 struct WindowArgs {
   DType dtype;
   int64_t B, H, W, heads, D;
-  int64_t wh, ww;  // window
-  int64_t sh, sw;  // cyclic shift, 0 <= s < window
+  int64_t wh, ww;       // window
+  int64_t sh, sw;       // cyclic shift, 0 <= s < window
   int64_t first, last;  // rows of windows to compute: [first, last)
-  int stripe;      // qkv and out hold only their rows, of the map already rolled back by sh
-  int roll_first;  // shift, then pad (timm); else pad, then shift
-  int spread;      // a window's tokens lie H / wh and W / ww apart (MaxViT's grid); then no shift or padding
-  int cosine;      // q and k are scaled to length 1
-  const void* qkv;  // [B, H, W, 3, heads, D], unit stride along D
-  int64_t sb, sy, sx, s3, shead;
-  void* out;           // [B, H, W, heads, D], contiguous; not for the backward
-  const float* scale;  // [heads], of the scores
+  int stripe;           // qkv and out hold only their rows, of the map already rolled back by sh
+  int roll_first;       // shift, then pad (timm); else pad, then shift
+  // A window's tokens lie H / wh and W / ww apart (MaxViT's grid); then no shift or padding.
+  int spread;
+  int cosine;                     // q and k are scaled to length 1
+  const void* qkv;                // [B, H, W, 3, heads, D], unit stride along D
+  int64_t sb, sy, sx, s3, shead;  // its strides in elements
+  void* out;                      // [B, H, W, heads, D], contiguous; not for the backward
+  const float* scale;             // [heads], of the scores
   const float* table;  // [heads, 2 wh - 1, 2 ww - 1], added by relative position; or null
   const float* pad;    // [3, heads, D]: q, k and v of padding, which is attended to; null: zeros
   float* stats;        // [2, B, windows, heads, wh * ww] or null: as AttnArgs::stats

@@ -2,12 +2,13 @@
 // saved maximum and sum. Floor: 10 B heads windows N^2 D flops, or 7 reads and writes of
 // [B, H, W, heads, D] (qkv, dout in; dqkv out), whichever takes longer.
 //
-// One task is a head and a range of (batch, window)s, which depends on the shape alone. What windows
-// share (table, padding, scale) is summed within a task in order, then over tasks in order: the same
-// bits at any thread count. A token lies in one window, so no two tasks write the same gradient.
+// One task is a head and a range of (batch, window)s, which depends on the shape alone. What
+// windows share (table, padding, scale) is summed within a task in order, then over tasks in order:
+// the same bits at any thread count. A token lies in one window, so no two tasks write the same
+// gradient.
 #include "../common/parallel.h"
 #include "../common/scratch.h"
-#include "attention_products.h"
+#include "attention_operands.h"
 #include "window_rows.h"
 
 namespace vitfast {
@@ -19,31 +20,20 @@ constexpr int64_t kMostBytes = 64 << 20;  // of all tasks' sums for the table
 constexpr int64_t kSummed = 8;            // keys
 
 template <class M>
-struct Workspace {
-  typedef typename M::Elem Elem;
-  Elem *k_rows, *v_rows, *k_columns;                // panels of all keys of a window
-  Elem *q_lanes, *g_lanes, *q_columns, *g_columns;  // one block of queries; g is dout
-  Elem *over_keys, *over_queries;                   // a tile as operand of a product
+struct Workspace : Operands<M> {
   float *p, *ds, *raw;  // [key][query], all keys; ds is dP at first, raw q k where wanted
-  float *dq, *dk, *dv;                              // [d][query]; [tile][d][key]
-  float *row, *x, *shift, *inverse, *delta, *weight, *scale, *rest, *mean, *grads, *bands, *bias;
-  int64_t* token;
-  typename M::Row* rows;
+  float *dq, *dk, *dv;  // [d][query]; [tile][d][key]
+  float *row, *x;       // [D]
+  float *shift, *inverse, *delta, *weight, *scale, *rest, *mean;  // [kBlock], of each query
+  float* grads;           // [kBlock][D rounded up to whole vectors]
+  typename M::Row* rows;  // [kBlock][width]
 
-  static int64_t bytes(int64_t N, int64_t D, bool biased, bool cosine) { return Workspace().carve(nullptr, N, D, biased, cosine); }
-  int64_t carve(char* base, int64_t N, int64_t D, bool biased, bool cosine) {
-    const int64_t units = ceil_div(D, M::kPair), block_units = kBlock / M::kPair;
+  static int64_t bytes(int64_t N, int64_t D, bool cosine) {
+    return Workspace().carve(nullptr, N, D, cosine);
+  }
+  int64_t carve(char* base, int64_t N, int64_t D, bool cosine) {
     const int64_t tiles = ceil_div(N, kBlock), ld = tiles * kBlock;
-    int64_t used = 0;
-    used = take(base, used, k_rows, ld * units);
-    used = take(base, used, v_rows, ld * units);
-    used = take(base, used, k_columns, tiles * block_units * D);
-    used = take(base, used, q_lanes, units * kBlock);
-    used = take(base, used, g_lanes, units * kBlock);
-    used = take(base, used, q_columns, block_units * D);
-    used = take(base, used, g_columns, block_units * D);
-    used = take(base, used, over_keys, block_units * kBlock);
-    used = take(base, used, over_queries, block_units * kBlock);
+    int64_t used = Operands<M>::carve(base, tiles, D);
     used = take(base, used, p, ld * kBlock);
     used = take(base, used, ds, ld * kBlock);
     used = take(base, used, raw, cosine ? ld * kBlock : 0);
@@ -60,10 +50,7 @@ struct Workspace {
     used = take(base, used, rest, static_cast<int64_t>(kBlock));
     used = take(base, used, mean, static_cast<int64_t>(kBlock));
     used = take(base, used, grads, kBlock * ceil_div(D, kLanes) * kLanes);
-    used = take(base, used, bands, ld);
-    used = take(base, used, bias, biased ? N * ld : 0);
-    used = take(base, used, token, ld);
-    return take(base, used, rows, kBlock * units * M::kPair);
+    return take(base, used, rows, kBlock * ceil_div(D, M::kPair) * M::kPair);
   }
 };
 
@@ -82,66 +69,71 @@ struct Backward {
   int64_t N, D, units, width, tiles, ld, windows;
 
   Backward(const WindowArgs& args, const WindowGrads& grads)
-      : a(args), g(grads), N(grid(args).tokens), D(args.D), units(ceil_div(args.D, M::kPair)),
-        width(units * M::kPair), tiles(ceil_div(N, kBlock)), ld(tiles * kBlock),
+      : a(args),
+        g(grads),
+        N(grid(args).tokens),
+        D(args.D),
+        units(ceil_div(args.D, M::kPair)),
+        width(units * M::kPair),
+        tiles(ceil_div(N, kBlock)),
+        ld(tiles * kBlock),
         windows(grid(args).high * grid(args).wide) {}
 
-  int64_t block_units() const { return kBlock / M::kPair; }
   // A row of dout as floats; zeros in the padding, which leaves the window unseen.
   void read_gradient(int64_t batch, int64_t head, int64_t token, float* row) const {
     const int64_t at = ((batch * a.H * a.W + token) * a.heads + head) * D;
     for (int64_t d = 0; d < D; ++d)
-      row[d] = token < 0                ? 0.f
+      row[d] = token < 0               ? 0.f
                : a.dtype == DType::f32 ? static_cast<const float*>(g.dout)[at + d]
                                        : to_float(static_cast<const bf16_t*>(g.dout)[at + d]);
   }
 
-  void run(int64_t batch, int64_t index, int64_t head, const Sums& sums, const Workspace<M>& w) const {
-    const bool several = map_window(a, index, w.token, w.bands);
+  void run(int64_t batch, int64_t head, const WindowMap& map, const Sums& sums,
+           const Workspace<M>& w) const {
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = t * kBlock, count = min64(kBlock, N - first);
-      gather(a, batch, head, 1, w.token + first, count, width, w.row, w.rows);
+      const int64_t first = t * kBlock, count = min(kBlock, N - first);
+      gather(a, batch, head, 1, map.token + first, count, width, w.row, w.rows);
       pack_rows<M>(w.rows, width, count, units, w.k_rows + first * units);
-      pack_columns(w.rows, width, count, D, w.k_columns + t * block_units() * D);
-      gather(a, batch, head, 2, w.token + first, count, width, w.row, w.rows);
+      pack_columns(w.rows, width, count, D, w.k_columns + t * w.block_units * D);
+      gather(a, batch, head, 2, map.token + first, count, width, w.row, w.rows);
       pack_rows<M>(w.rows, width, count, units, w.v_rows + first * units);
     }
     std::memset(w.dk, 0, static_cast<size_t>(ld * D) * 4);
     std::memset(w.dv, 0, static_cast<size_t>(ld * D) * 4);
     for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t q0 = i * kBlock, count = min64(kBlock, N - q0);
-      load_queries(batch, index, head, q0, count, w);
+      const int64_t q0 = i * kBlock, count = min(kBlock, N - q0);
+      load_queries(batch, head, q0, count, map, w);
       std::memset(w.dq, 0, static_cast<size_t>(D * kBlock) * 4);
       for (int64_t t = 0; t < tiles; ++t)
-        scores(head, q0, static_cast<int>(ceil_div(count, kLanes)), t, several, sums.scale, w);
+        scores(head, q0, static_cast<int>(ceil_div(count, kLanes)), t, sums.scale, map, w);
       for (int64_t m = 0; m < count; ++m) w.delta[m] /= w.weight[m];
       for (int64_t t = 0; t < tiles; ++t) tile(q0, count, t, sums, w);
       if (sums.scale)
         // dS sums to zero but for rounding, which times the mean of raw would be felt.
         for (int64_t m = 0; m < count; ++m)
           *sums.scale += w.scale[m] - static_cast<double>(w.rest[m]) * w.mean[m];
-      write(batch, head, 0, q0, count, w.dq, a.scale[head], sums, w);
+      write(batch, head, 0, q0, count, w.dq, a.scale[head], map, sums, w);
     }
     for (int64_t t = 0; t < tiles; ++t) {
-      const int64_t first = t * kBlock, count = min64(kBlock, N - first);
-      write(batch, head, 1, first, count, w.dk + first * D, a.scale[head], sums, w);
-      write(batch, head, 2, first, count, w.dv + first * D, 1.f, sums, w);
+      const int64_t first = t * kBlock, count = min(kBlock, N - first);
+      write(batch, head, 1, first, count, w.dk + first * D, a.scale[head], map, sums, w);
+      write(batch, head, 2, first, count, w.dv + first * D, 1.f, map, sums, w);
     }
   }
 
-  void load_queries(int64_t batch, int64_t index, int64_t head, int64_t q0, int64_t count,
+  void load_queries(int64_t batch, int64_t head, int64_t q0, int64_t count, const WindowMap& map,
                     const Workspace<M>& w) const {
-    gather(a, batch, head, 0, w.token + q0, count, width, w.row, w.rows);
+    gather(a, batch, head, 0, map.token + q0, count, width, w.row, w.rows);
     pack_lanes<M>(w.rows, width, count, units, w.q_lanes);
     pack_columns(w.rows, width, count, D, w.q_columns);
-    const float* shift = a.stats + ((batch * windows + index) * a.heads + head) * N + q0;
+    const float* shift = a.stats + ((batch * windows + map.index) * a.heads + head) * N + q0;
     const float* sum_of = shift + a.B * windows * a.heads * N;
     for (int64_t m = 0; m < kBlock; ++m) {
       w.delta[m] = w.weight[m] = w.scale[m] = w.rest[m] = w.mean[m] = 0.f;
       w.shift[m] = 0.f;
       w.inverse[m] = 0.f;  // no query: P = 0
       if (m >= count) continue;
-      read_gradient(batch, head, w.token[q0 + m], w.row);
+      read_gradient(batch, head, map.token[q0 + m], w.row);
       for (int64_t d = 0; d < D; ++d) from_float(w.row[d], w.rows + m * width + d);
       for (int64_t d = D; d < width; ++d) from_float(0.f, w.rows + m * width + d);
       w.shift[m] = shift[m];
@@ -151,28 +143,31 @@ struct Backward {
     pack_columns(w.rows, width, count, D, w.g_columns);
   }
 
-  // P and dP of a tile, and what its keys add to the sums of P dP and of P. Their quotient is delta, the
-  // mean of dP by the weights P: only where it comes from the very same P does dS sum to zero over the
-  // keys, and only as a mean is it free of what P's rounding makes of all dP have in common. The table's
-  // gradient lives on that.
-  void scores(int64_t head, int64_t q0, int vecs, int64_t t, bool several, bool cosine,
+  // P and dP of a tile, and what its keys add to the sums of P dP and of P. Their quotient is
+  // delta, the mean of dP by the weights P: only where it comes from the very same P does dS sum to
+  // zero over the keys, and only as a mean is it free of what P's rounding makes of all dP have in
+  // common. The table's gradient lives on that.
+  void scores(int64_t head, int64_t q0, int vecs, int64_t t, bool cosine, const WindowMap& map,
               const Workspace<M>& w) const {
-    const int64_t k0 = t * kBlock, keys = min64(kBlock, N - k0);
+    const int64_t k0 = t * kBlock, keys = min(kBlock, N - k0);
     float *p = w.p + k0 * kBlock, *dp = w.ds + k0 * kBlock;
-    product<Store, M>(w.k_rows + k0 * units, keys, w.q_lanes, vecs, units, p);
-    product<Store, M>(w.v_rows + k0 * units, keys, w.g_lanes, vecs, units, dp);
+    product<M>(Panels<M>{w.k_rows + k0 * units}, keys, w.q_lanes, vecs, units, Store{p});
+    product<M>(Panels<M>{w.v_rows + k0 * units}, keys, w.g_lanes, vecs, units, Store{dp});
     const vf factor = splat(a.scale[head] * kLog2e);
-    // A few keys are summed on their own: those of padding are all alike, and one long chain of like
-    // terms rounds them all the same way.
+    // A few keys are summed on their own: those of padding are all alike, and one long chain of
+    // like terms rounds them all the same way.
     for (int64_t first = 0; first < keys; first += kSummed)
       for (int m = 0; m < vecs * kLanes; m += kLanes) {
         vf delta = zero(), weight = zero();
-        for (int64_t k = first; k < min64(first + kSummed, keys); ++k) {
+        for (int64_t k = first; k < min(first + kSummed, keys); ++k) {
           float* at = p + k * kBlock + m;
           const vf raw = load(at);
-          vf s = unfused(raw * factor);  // as the forward: of large scores the rounding exceeds all else
-          if (a.table) s = s + load(w.bias + (k0 + k) * ld + q0 + m);
-          if (several) s = s + select(load(w.bands + q0 + m) == splat(w.bands[k0 + k]), zero(), splat(kHidden));
+          // As the forward: of large scores the rounding exceeds all else.
+          vf s = unfused(raw * factor);
+          if (a.table) s = s + load(map.bias + (k0 + k) * ld + q0 + m);
+          if (map.several)
+            s = s + select(load(map.bands + q0 + m) == splat(map.bands[k0 + k]), zero(),
+                           splat(kHidden));
           const vf value = probability(M{}, s - load(w.shift + m)) * load(w.inverse + m);
           store(at, value);
           delta = fma(value, load(dp + k * kBlock + m), delta);
@@ -186,9 +181,8 @@ struct Backward {
 
   // dS from P, dP and delta, and what follows from it.
   void tile(int64_t q0, int64_t queries, int64_t t, const Sums& sums, const Workspace<M>& w) const {
-    const int64_t k0 = t * kBlock, keys = min64(kBlock, N - k0);
+    const int64_t k0 = t * kBlock, keys = min(kBlock, N - k0);
     const int q_vecs = static_cast<int>(ceil_div(queries, kLanes));
-    const int k_vecs = static_cast<int>(ceil_div(keys, kLanes));
     float *p = w.p + k0 * kBlock, *ds = w.ds + k0 * kBlock;
     for (int64_t k = 0; k < kBlock; ++k)
       for (int m = 0; m < kBlock; m += kLanes) {
@@ -210,25 +204,19 @@ struct Backward {
         float* sum = sums.table + (k0 + k) * ld + q0 + m;
         store(sum, load(sum) + gradient);
       }
-    const int64_t key_units = ceil_div(keys, M::kPair), query_units = ceil_div(queries, M::kPair);
-    product<Accumulate, M>(w.k_columns + t * block_units() * D, D, over_keys(M{}, ds, keys, w.over_keys),
-                           q_vecs, key_units, w.dq);
-    product<Accumulate, M>(w.g_columns, D, over_queries(M{}, p, w.over_queries), k_vecs, query_units,
-                           w.dv + k0 * D);
-    product<Accumulate, M>(w.q_columns, D, over_queries(M{}, ds, w.over_queries), k_vecs, query_units,
-                           w.dk + k0 * D);
+    w.add_gradients(t, keys, queries, D, p, ds, w.dq, w.dk + k0 * D, w.dv + k0 * D);
   }
 
   // factor * acc[d][i] through the normalisation, to tokens first + i of part 0, 1 or 2 of dqkv.
-  void write(int64_t batch, int64_t head, int part, int64_t first, int64_t count, const float* acc, float factor,
-             const Sums& sums, const Workspace<M>& w) const {
+  void write(int64_t batch, int64_t head, int part, int64_t first, int64_t count, const float* acc,
+             float factor, const WindowMap& map, const Sums& sums, const Workspace<M>& w) const {
     const int64_t across = ceil_div(D, kLanes) * kLanes;
     for (int64_t d = 0; d < D; d += kLanes)
-      transpose_rows(acc + d * kBlock, static_cast<int64_t>(kBlock), static_cast<int>(min64(kLanes, D - d)),
-                     count, w.grads + d, across);
+      transpose_rows(acc + d * kBlock, static_cast<int64_t>(kBlock),
+                     static_cast<int>(min(kLanes, D - d)), count, w.grads + d, across);
     for (int64_t i = 0; i < count; ++i) {
       float* row = w.grads + i * across;
-      const int64_t token = w.token[first + i];
+      const int64_t token = map.token[first + i];
       if (a.cosine && part < 2) {
         read_token(a, batch, head, part, token, w.x);
         const float inverse = inverse_length(w.x, D);
@@ -280,30 +268,32 @@ struct Backward {
 template <class M>
 void backward(const WindowArgs& a, const WindowGrads& g) {
   const Backward<M> op(a, g);
-  const int threads = a.threads < 1 ? 1 : a.threads;
+  const int threads = a.threads;
   const int64_t D = a.D, all = a.B * op.windows;
   const int64_t pairs = g.dtable ? op.N * op.ld : 0, small = 3 * D + 1;
   // Functions of the shape only.
-  int64_t ranges = min64(kMostRanges, all);
+  int64_t ranges = min(kMostRanges, all);
   while (ranges > 1 && a.heads * ranges * pairs * 4 > kMostBytes) ranges /= 2;
-  const int64_t tasks = a.heads * ranges, bytes = align64(Workspace<M>::bytes(op.N, D, a.table, g.dscale));
+  const int64_t tasks = a.heads * ranges, work = Workspace<M>::bytes(op.N, D, g.dscale);
+  const int64_t biases = a.table ? op.N * op.ld : 0, bytes = work + WindowMap::bytes(op.N, biases);
   Scratch scratch(threads * bytes), tables(tasks * pairs * 4), others(tasks * small * 8);
   std::memset(tables.ptr, 0, static_cast<size_t>(tasks * pairs) * 4);
   std::memset(others.ptr, 0, static_cast<size_t>(tasks * small) * 8);
   parallel_for(tasks, threads, [&](int64_t begin, int64_t end, int thread) {
     Workspace<M> w;
-    w.carve(scratch.as<char>(thread * bytes), op.N, D, a.table, g.dscale);
-    for (int64_t i = op.N; i < op.ld; ++i) w.bands[i] = 0.f;
-    int64_t filled = -1;
+    w.carve(scratch.as<char>(thread * bytes), op.N, D, g.dscale);
+    WindowMap map;
+    map.carve(scratch.as<char>(thread * bytes + work), op.N, biases);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t head = task / ranges, range = task % ranges;
-      if (a.table && filled != head) fill_bias(a, head, op.ld, w.bias);
-      filled = head;
+      map.go_to_head(a, head);
       double* mine = others.as<double>() + task * small;
       const Sums sums{pairs ? tables.as<float>() + task * pairs : nullptr, g.dpad ? mine : nullptr,
                       g.dscale ? mine + 3 * D : nullptr};
-      for (int64_t i = all * range / ranges; i < all * (range + 1) / ranges; ++i)
-        op.run(i / op.windows, i % op.windows, head, sums, w);
+      for (int64_t i = all * range / ranges; i < all * (range + 1) / ranges; ++i) {
+        map.go_to_window(a, i % op.windows);
+        op.run(i / op.windows, head, map, sums, w);
+      }
     }
   });
   if (g.dtable)
@@ -329,10 +319,7 @@ void backward(const WindowArgs& a, const WindowGrads& g) {
 
 void window_backward(const WindowArgs& a, const WindowGrads& g) {
   if (a.B == 0 || a.H == 0 || a.W == 0 || a.heads == 0) return;
-#if defined(VITFAST_HAS_BF16_DOT)
-  if (a.dtype == DType::bf16) return backward<Bf16>(a, g);
-#endif
-  backward<F32>(a, g);
+  with_products(a.dtype, [&](auto m) { backward<decltype(m)>(a, g); });
 }
 
 }  // namespace VITFAST_ISA

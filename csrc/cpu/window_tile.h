@@ -1,5 +1,5 @@
-// A window of at most kBlock tokens as one tile. Rows are read where they lie: no copies of k, nor of v
-// in float32. The bias, the mask and the maximum go along with the scores.
+// A window of at most kBlock tokens as one tile. Rows are read where they lie: no copies of k, nor
+// of v in float32. The bias, the mask and the maximum go along with the scores.
 #pragma once
 #include "attention_block.h"
 #include "window_rows.h"
@@ -8,112 +8,51 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-// The panel of a product where it lies: acc[r][v] += sum_i panel.unit(i, r) * b[i * kBlock + v].
-template <class M, int R, int NV, class Panel>
-inline __attribute__((always_inline)) void multiply_by(const Panel& panel, const typename M::Elem* __restrict__ b,
-                                                       int64_t units, vf (&acc)[R][NV]) {
-  for (int64_t i = 0; i < units; ++i, b += kBlock) {
-    vf row[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) row[v] = load_bits(b + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      typename M::Elem value;
-      std::memcpy(&value, panel.template unit<R>(i, r), sizeof value);
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) acc[r][v] = M::mac(acc[r][v], row[v], value);
-    }
-  }
-}
-
-// Packed by pack_rows.
-template <class M>
-struct PanelKeys {
-  const typename M::Elem* panel;
-  template <int R>
-  const void* unit(int64_t i, int r) const {
-    return panel + i * R + r;
-  }
-};
-// One pointer for each key.
+// Keys where they lie, one pointer for each: [key] rows of [D].
 template <class M>
 struct RowKeys {
   const typename M::Row* const* rows;
+  RowKeys from(int64_t key, int64_t) const { return {rows + key}; }
   template <int R>
-  const void* unit(int64_t i, int r) const {
-    return rows[r] + i * M::kPair;
+  const void* unit(int64_t k, int r) const {
+    return rows[r] + k * M::kPair;
   }
 };
-// One pointer for each unit of keys, and columns from d.
+// Values transposed, one pointer for each unit of keys: [unit] rows of [D], of which columns from
+// d.
 template <class M>
 struct ValueColumns {
   const typename M::Elem* const* rows;
-  int64_t d;
+  int64_t d = 0;
+  ValueColumns from(int64_t column, int64_t) const { return {rows, column}; }
   template <int R>
-  const void* unit(int64_t i, int r) const {
-    return rows[i] + d + r;
+  const void* unit(int64_t k, int r) const {
+    return rows[k] + d + r;
   }
 };
 
-// scores[key][query] = q k * factor + bias + mask, and their maximum over keys.
-template <class M, class Keys>
-struct TermScores {
-  Keys keys;
-  const typename M::Elem* lanes;  // of the queries
-  int64_t units;
+// q k * factor + bias + mask.
+struct Terms {
   float factor;
-  const float* bias;  // [key][ld] or null
+  const float* bias;  // [key][ld], or null
   int64_t ld;
-  const float *query_bands, *key_bands;  // or null
-  float *s, *max;
-
-  template <int R, int NV>
-  inline void run() const {
-    vf acc[R][NV] = {};
-    multiply_by<M, R, NV>(keys, lanes, units, acc);
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      vf top = load(max + v * kLanes);
-#pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        vf value = unfused(acc[r][v] * factor);  // the backward has to come to the same
-        if (bias) value = value + load(bias + r * ld + v * kLanes);
-        if (query_bands)
-          value = value + select(load(query_bands + v * kLanes) == splat(key_bands[r]), zero(), splat(kHidden));
-        store(s + r * kBlock + v * kLanes, value);
-        top = vmax(top, value);
-      }
-      store(max + v * kLanes, top);
-    }
+  const float *query_bands, *key_bands;  // [query] and [key], or null
+  inline vf operator()(int64_t key, int lane, vf product) const {
+    vf value = unfused(product * factor);  // the backward has to come to the same
+    if (bias) value = value + load(bias + key * ld + lane);
+    if (query_bands)
+      value =
+          value + select(load(query_bands + lane) == splat(key_bands[key]), zero(), splat(kHidden));
+    return value;
   }
 };
 
-// O[d][query] = sum over keys of v[key][d] * p[key][query]
-template <class M>
-struct TileOutput {
-  ValueColumns<M> values;
-  const typename M::Elem* lanes;
-  int64_t units;
-  float* o;
-
-  template <int R, int NV>
-  inline void run() const {
-    vf acc[R][NV] = {};
-    multiply_by<M, R, NV>(values, lanes, units, acc);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) store(o + r * kBlock + v * kLanes, acc[r][v]);
-    }
-  }
-};
-
-// Query rows as B operand; lanes beyond `count` are zero.
+// Query rows, [count] of [D], as B operand, [units][kBlock]; lanes beyond `count` are zero.
 template <class M>
 inline void pack_lanes_of(const typename M::Row* const* rows, int64_t count, int64_t units,
                           typename M::Elem* dst) {
   for (int64_t m = 0; m < count; m += kLanes) {
-    const int n = static_cast<int>(min64(kLanes, count - m));
+    const int n = static_cast<int>(min(kLanes, count - m));
     int64_t c = 0;
     for (; c + kLanes <= units; c += kLanes) {
       vf r[kLanes];
@@ -133,8 +72,10 @@ inline void pack_lanes_of(const typename M::Row* const* rows, int64_t count, int
   }
 }
 
-// Rows of values as the units that products over keys take.
-inline void pair_values(const float* const* rows, int64_t count, int64_t, float*, const float** units) {
+// Rows of values, [count] of [D], as the units that products over keys take: units, [count / kPair]
+// of [D], which lie in `pairs`, or are the rows.
+inline void pair_values(const float* const* rows, int64_t count, int64_t, float*,
+                        const float** units) {
   for (int64_t k = 0; k < count; ++k) units[k] = rows[k];
 }
 #if defined(VITFAST_HAS_BF16_DOT)

@@ -1,4 +1,4 @@
-"""Recorded native calls: what goes on a tape, and where its intermediates lie."""
+"""Recorded native calls: what is run again, and where its intermediates lie."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def twice_normed(x):
     return norm_op.forward(norm_op.KINDS["rms"], inner.view(x.shape))[1]
 
 
-def test_a_tape_gives_the_same_for_other_inputs():
+def test_a_replay_gives_the_same_for_other_inputs():
     x = torch.randn(5, 33)
-    out, taped = record(twice_normed, x)
+    out, replay = record(twice_normed, x)
     torch.testing.assert_close(out, twice_normed(x), rtol=0, atol=0)
     for other in (torch.randn(5, 33), torch.full((5, 33), float("inf"))):
-        found = taped(other)
+        found = replay(other)
         torch.testing.assert_close(found, twice_normed(other), rtol=0, atol=0, equal_nan=True)
     assert not is_recording()
 
@@ -40,9 +40,9 @@ def test_weights_are_read_where_they_lie():
     def run(x):
         return norm_op.forward(norm_op.KINDS["layer"], x, weight=weight)[1]
 
-    _, taped = record(run, x)
+    _, replay = record(run, x)
     weight.mul_(3)
-    torch.testing.assert_close(taped(x), run(x), rtol=0, atol=0)
+    torch.testing.assert_close(replay(x), run(x), rtol=0, atol=0)
 
 
 COMPUTING = {
@@ -57,15 +57,15 @@ COMPUTING = {
 
 
 @pytest.mark.parametrize("function", COMPUTING)
-def test_what_is_not_only_kernels_is_not_taped(function):
+def test_what_is_not_only_kernels_is_not_replayed(function):
     x = torch.randn(5, 33)
     with torch.no_grad():
-        out, taped = record(COMPUTING[function], x)
-        assert taped is None
+        out, replay = record(COMPUTING[function], x)
+        assert replay is None
         torch.testing.assert_close(out, COMPUTING[function](x), rtol=0, atol=0)
 
 
-def test_addresses_that_could_be_sizes_are_not_taped(monkeypatch):
+def test_addresses_that_could_be_sizes_are_not_replayed(monkeypatch):
     x = torch.randn(5, 33)
     monkeypatch.setattr(replay, "_LEAST_ADDRESS", x.data_ptr() + 1)
     assert record(twice_normed, x)[1] is None
@@ -87,9 +87,9 @@ def test_other_threads_are_not_recorded():
         worker.join()
         return twice_normed(x)
 
-    _, taped = record(run, x)
+    _, replay = record(run, x)
     torch.testing.assert_close(others[0], twice_normed(x * 2) + 1, rtol=0, atol=0)
-    torch.testing.assert_close(taped(x), twice_normed(x), rtol=0, atol=0)
+    torch.testing.assert_close(replay(x), twice_normed(x), rtol=0, atol=0)
     assert len(others) == 1
 
 
@@ -123,8 +123,8 @@ def test_two_threads_record_at_once():
     for worker in workers:
         worker.join()
     x = torch.randn(2, 3)
-    for taped in found.values():
-        torch.testing.assert_close(taped(x), twice_normed(x), rtol=0, atol=0)
+    for replay in found.values():
+        torch.testing.assert_close(replay(x), twice_normed(x), rtol=0, atol=0)
 
 
 def test_an_interrupt_anywhere_leaves_nothing_behind():
@@ -177,8 +177,8 @@ def test_a_child_forked_while_a_thread_records_is_not_recording():
     assert records.wait(20)
     child = os.fork()
     if child == 0:
-        taped = record(twice_normed, torch.randn(2, 3))[1]
-        os._exit(0 if taped is not None and native.native() is native._load()[0] else 1)
+        replay = record(twice_normed, torch.randn(2, 3))[1]
+        os._exit(0 if replay is not None and native.native() is native._load()[0] else 1)
     forked.set()
     worker.join()
     assert os.waitpid(child, 0)[1] == 0

@@ -328,16 +328,6 @@ ATTENTION = {
 OTHER_GATE = {"": "", "first": "last", "last": "first"}
 
 
-def on_field(name, change, index=0):
-    """A sound kernel whose call has another value in one field."""
-
-    def changed(call):
-        value = getattr(call, name)
-        return call if value is None else call._replace(**{name: change(value)})
-
-    return on_argument(index, changed)
-
-
 def other_act(old, new):
     return on_field("act", lambda act: new if act == old else act)
 
@@ -420,16 +410,6 @@ PATCHES = {
     "patch_merge backward bias_gradient_twice": on_output(lambda t: 2 * t, 2),
     "patch_merge backward weight_and_bias_swapped": swapped(1, 2),
 }
-
-
-def on_field(name, change):
-    """A sound kernel that gets another value of one field of its call."""
-
-    def changed(call):
-        value = getattr(call, name)
-        return call if value is None else call._replace(**{name: change(value)})
-
-    return on_call(changed)
 
 
 def axes_of_the_shift_swapped(call):

@@ -22,9 +22,9 @@ from vitfast.runtime import native
 
 _ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 _IN_BUFFER, _REACH = 1 << 62, 1 << 44
-"""As in csrc/bindings.cpp: how a tape tells a buffer from memory that stays where it is."""
+"""As in csrc/bindings/replay.h: how a replay tells a buffer from memory that stays where it is."""
 _LEAST_ADDRESS = 1 << 32
-"""No size or stride that comes here is as large; where memory begins below, there are no tapes."""
+"""Integers below 2^32 are sizes; if a buffer lies below, nothing is recorded."""
 _ALIGNMENT = 64
 
 Call = tuple[str, tuple[Any, ...]]
@@ -48,7 +48,7 @@ class Replay:
 def record(
     function: Callable[..., torch.Tensor | None], *inputs: torch.Tensor
 ) -> tuple[torch.Tensor | None, Replay | None]:
-    """function(*inputs), and its tape; None where it computes by other means than kernels."""
+    """function(*inputs), and its replay; None where it computes by other means than kernels."""
     if is_recording() or not all(t.is_contiguous() for t in inputs):
         return function(*inputs), None
     recorder, watch = _Recorder(native.native()), _Watch()
@@ -81,13 +81,13 @@ class _Recorder:
     def __init__(self, module: Any) -> None:
         self._module, self._thread = module, threading.get_ident()
         self.calls: list[Call] = []
-        self.strange = False  # whether it called anything that does not go on a tape
+        self.strange = False  # whether it called anything that cannot be run again
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._module, name)
         if threading.get_ident() != self._thread:  # it may inherit the context
             return found
-        if not hasattr(self._module.Tape, name):
+        if not hasattr(self._module.Replay, name):
             self.strange = True
             return found
 
@@ -158,10 +158,10 @@ def _replay(
     written = [(name, moved(args, i)) for i, (name, args) in enumerate(calls)]
     sizes = [end - begin for begin, end in room]
     offsets, total = _lay_out(sizes, users[len(given) :])
-    tape = native.native().Tape(total, offsets)
+    recorded = native.native().Replay(total, offsets)
     for name, args in written:
-        getattr(tape, name)(*args)
-    return Replay(tape, out.shape, out.dtype)
+        getattr(recorded, name)(*args)
+    return Replay(recorded, out.shape, out.dtype)
 
 
 def _lay_out(sizes: Sequence[int], users: Sequence[Sequence[int]]) -> tuple[list[int], int]:

@@ -24,7 +24,7 @@ from vitfast.settings import ISA_LEVELS, settings
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 """The numbers of `DType` in csrc/common/dtype.h."""
 _LARGE = 4 << 20
-"""Bytes from which a result asks for large pages and its storage is used again."""
+"""Bytes from which a result asks for huge pages and its storage is used again."""
 RESULTS = Storages(min(memory.available() // 32, 512 << 20))
 _READABLE = frozenset(
     (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -116,7 +116,7 @@ def empty(
         out = torch.empty(shape, dtype=dtype, device=device)
     module = extension()
     if module is not None:
-        module.ask_for_large_pages(out.data_ptr(), nbytes)
+        module.ask_for_huge_pages(out.data_ptr(), nbytes)
     if out.untyped_storage().nbytes() == nbytes:  # torch.empty's own, that is
         RESULTS.keep(out.untyped_storage())
     return out

@@ -14,7 +14,7 @@ from vitfast.runtime.native import DTYPE_CODES, address, native, reasons, thread
 _NORMS = {"": 0, "layer": 1, "rms": 2}
 _MASK_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.bool: 3}
 _MAX_HEAD_DIM = 256
-"""What the extension takes at most (csrc/bindings.cpp). Chosen, not measured yet."""
+"""What the extension takes at most (csrc/bindings/attention.cpp). Chosen, not measured yet."""
 
 
 def can_run(call: Call) -> list[str]:

@@ -144,7 +144,7 @@ def _problem(
     qkv: torch.Tensor, size: tuple[int, ...], window: tuple[int, int], shift: tuple[int, int],
     terms: Terms, roll_first: bool, grid: bool, stripe: tuple[int, int] | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """`WindowProblem` of csrc/bindings.cpp."""
+    """`WindowProblem` of csrc/bindings/window.cpp."""
     sb, sy, sx, s3, sh, _ = qkv.stride()
     return (
         DTYPE_CODES[qkv.dtype], (qkv.shape[0], *size, *qkv.shape[-2:]), (*window, *shift),

@@ -1,6 +1,6 @@
 // Floor: one cache miss a line of the tensors' heads and of the fingerprints, as many of them at a
-// time as the core can track: by the time a block runs again, its weights and those of all others have
-// passed through the caches.
+// time as the core can track: by the time a block runs again, its weights and those of all others
+// have passed through the caches.
 #include <pybind11/stl.h>
 
 #include <array>
@@ -11,11 +11,11 @@
 #include <vector>
 
 #include "address.h"
-#include "cpu/weights.h"
+#include "cpu/fingerprint.h"
 #include "dlpack.h"
 #include "lines.h"
+#include "module.h"
 #include "python.h"
-#include "state.h"
 
 namespace py = pybind11;
 
@@ -100,8 +100,8 @@ class TensorState {
     vitfast::contents(sections_.data(), size(sections_), contents_.data(), threads);
   }
 
-  // Looks at all that the tensors hold if `fully`; else at their fingerprints and, of those that are not
-  // to be read whole, at a section in turn.
+  // Looks at all that the tensors hold if `fully`; else at their fingerprints and, of those that
+  // are not to be read whole, at a section in turn.
   bool same(const py::tuple& tensors, int threads, bool fully) {
     edited_ = -1;
     if (tensors.size() != facts_.size()) return false;
@@ -173,7 +173,8 @@ class TensorState {
   std::vector<Fingerprint> matrices_;
   std::vector<uint64_t> hashes_;
   std::vector<Section> sections_;
-  std::vector<int64_t> turns_, owners_;  // of each section: -1 where it is read every time; its tensor
+  std::vector<int64_t> turns_;   // of each section; -1 where it is read every time
+  std::vector<int64_t> owners_;  // of each section, its tensor
   std::vector<uint64_t> contents_;
   int64_t turn_ = 0, edited_ = -1;
   Lines lines_;
@@ -183,21 +184,22 @@ class TensorState {
 
 void bind_tensor_state(py::module_& m) {
   py::class_<TensorState>(m, "TensorState")
-      .def(py::init<const py::tuple&, const std::vector<Matrix>&, int>(),
-           "Of dense tensors on the CPU: address, version, dtype, shape, strides and content. Item "
-           "bytes, rows, columns, their strides and whether it is always read whole of each; threads.")
       .def(
-          "same", &TensorState::same,
-          py::arg("tensors"), py::arg("threads") = 1, py::arg("fully") = false,
+          py::init<const py::tuple&, const std::vector<Matrix>&, int>(),
+          "Of dense tensors on the CPU: address, version, dtype, shape, strides and content. Item "
+          "bytes, rows, columns, their strides and whether it is always read whole of each; threads.")
+      .def(
+          "same", &TensorState::same, py::arg("tensors"), py::arg("threads") = 1,
+          py::arg("fully") = false,
           "Whether nothing about these tensors has changed: by fingerprint and a 32nd of what they "
           "hold, another one each time; or by all of it.")
-      .def(
-          "storages", &TensorState::storages,
-          py::arg("tensors"), py::arg("threads") = 1, py::arg("fully") = false,
-          "The storages of these tensors if `same`, else None. While they are kept, what is known "
-          "about the tensors' addresses holds, whatever another thread assigns to their `data`.")
-      .def_property_readonly("edited", &TensorState::edited,
-                             "The tensor that only the latest `same` showed to be edited; -1: none.");
+      .def("storages", &TensorState::storages, py::arg("tensors"), py::arg("threads") = 1,
+           py::arg("fully") = false,
+           "The storages of these tensors if `same`, else None. While they are kept, what is known "
+           "about the tensors' addresses holds, whatever another thread assigns to their `data`.")
+      .def_property_readonly(
+          "edited", &TensorState::edited,
+          "The tensor that only the latest `same` showed to be edited; -1: none.");
 }
 
 }  // namespace vitfast

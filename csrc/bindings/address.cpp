@@ -1,5 +1,6 @@
 #include "address.h"
 
+#include "module.h"
 #include "python.h"
 
 namespace py = pybind11;
@@ -28,9 +29,7 @@ void release(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyObject* number(PyObject* self) {
-  return Py_NewRef(reinterpret_cast<Address*>(self)->number);
-}
+PyObject* number(PyObject* self) { return Py_NewRef(reinterpret_cast<Address*>(self)->number); }
 
 PyTypeObject* address_type() {
   static PyTypeObject* const type = [] {
@@ -71,12 +70,13 @@ py::object storage_of(PyObject* tensor) {
 
 void bind_address(py::module_& m) {
   // Called for each tensor of each kernel: not by way of pybind11, which takes as long again.
-  static PyMethodDef method = {"address", address, METH_O,
-                               "Where a tensor's elements begin, as an object with `__index__` that "
-                               "keeps its storage; 0 for None."};
+  static PyMethodDef method = {
+      "address", address, METH_O,
+      "Where a tensor's elements begin, as an object with `__index__` that "
+      "keeps its storage; 0 for None."};
   m.add_object("address", owned(PyCFunction_New(&method, nullptr)));
-  m.attr("Address") = py::reinterpret_borrow<py::object>(
-      reinterpret_cast<PyObject*>(address_type()));
+  m.attr("Address") =
+      py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(address_type()));
 }
 
 }  // namespace vitfast

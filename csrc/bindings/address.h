@@ -7,6 +7,4 @@ namespace vitfast {
 // The storage of a tensor: its own object, whatever the tensor comes to hold later.
 pybind11::object storage_of(PyObject* tensor);
 
-void bind_address(pybind11::module_&);
-
 }  // namespace vitfast

@@ -1,9 +1,10 @@
-// Floor: of a fingerprint one cache miss an element, as many of them at a time as the cores can track;
-// of a section its bytes at the bandwidth of memory.
-#include "weights.h"
+// Floor: of a fingerprint one cache miss an element, as many of them at a time as the cores can
+// track; of a section its bytes at the bandwidth of memory.
+#include "fingerprint.h"
 
 #include <cstring>
 
+#include "../common/math.h"
 #include "../common/parallel.h"
 #include "../common/scratch.h"
 
@@ -12,8 +13,8 @@ namespace VITFAST_ISA {
 namespace {
 
 constexpr int64_t kAhead = 24;
-constexpr int64_t kParts = 4;   // of a matrix, hashed apart, whatever the threads
-constexpr int64_t kFew = 1024;  // elements that one thread is done with sooner
+constexpr int64_t kParts = 4;        // of a matrix, hashed apart, whatever the threads
+constexpr int64_t kFew = 1024;       // elements that one thread is done with sooner
 constexpr int64_t kFewRead = 32768;  // the same where they lie side by side
 
 inline uint64_t mixed(uint64_t h, uint64_t bits) {
@@ -25,7 +26,8 @@ inline uint64_t mixed(uint64_t h, uint64_t bits) {
 struct Walk {
   const Fingerprint& f;
   int64_t row, column;
-  Walk(const Fingerprint& matrix, int64_t i) : f(matrix), row(i % matrix.rows), column(i % matrix.columns) {}
+  Walk(const Fingerprint& matrix, int64_t i)
+      : f(matrix), row(i % matrix.rows), column(i % matrix.columns) {}
   int64_t offset() const { return row * f.row_stride + column * f.column_stride; }
   void step() {
     if (++row == f.rows) row = 0;
@@ -35,7 +37,7 @@ struct Walk {
 
 int64_t length(const Fingerprint& f) {
   if (f.rows == 0 || f.columns == 0) return 0;
-  return f.rows > f.columns ? f.rows : f.columns;
+  return max(f.rows, f.columns);
 }
 
 template <class T>
@@ -55,7 +57,8 @@ uint64_t hash(const Fingerprint& f, int64_t begin, int64_t end) {
   return h;
 }
 
-// Of a run of bytes. Each step is a bijection of its word: one changed word always changes the hash.
+// Of a run of bytes. Each step is a bijection of its word: one changed word always changes the
+// hash.
 uint64_t hash_bytes(const char* bytes, int64_t n, uint64_t seed) {
   constexpr uint64_t kOdd = 0x9e3779b97f4a7c15u;
   uint64_t lanes[4] = {seed, seed + 1, seed + 2, seed + 3};
@@ -69,7 +72,7 @@ uint64_t hash_bytes(const char* bytes, int64_t n, uint64_t seed) {
   for (const uint64_t lane : lanes) h = mixed(h, lane ^ (lane >> 32));
   for (; i < n; i += 8) {
     uint64_t word = 0;
-    std::memcpy(&word, bytes + i, static_cast<size_t>(n - i < 8 ? n - i : 8));
+    std::memcpy(&word, bytes + i, static_cast<size_t>(min(n - i, 8)));
     h = mixed(h, word);
   }
   return h;
@@ -81,8 +84,9 @@ uint64_t hash_section(const Section& s) {
   uint64_t h = 1;
   for (int64_t at = s.first; at < s.last;) {
     const int64_t row = at / f.columns, column = at % f.columns;
-    const int64_t rest = s.last - at, n = rest < f.columns - column ? rest : f.columns - column;
-    const char* const from = weight + (row * f.row_stride + column * f.column_stride) * f.item_bytes;
+    const int64_t n = min(s.last - at, f.columns - column);
+    const char* const from =
+        weight + (row * f.row_stride + column * f.column_stride) * f.item_bytes;
     if (f.column_stride == 1) {
       h = hash_bytes(from, n * f.item_bytes, h);
     } else {
@@ -114,7 +118,8 @@ void fingerprints(const Fingerprint* matrices, int64_t count, uint64_t* out, int
       const Fingerprint& f = matrices[p / kParts];
       const int64_t n = length(f), part = p % kParts;
       const int64_t first = n * part / kParts, last = n * (part + 1) / kParts;
-      parts[p] = f.item_bytes == 2 ? hash<uint16_t>(f, first, last) : hash<uint32_t>(f, first, last);
+      parts[p] =
+          f.item_bytes == 2 ? hash<uint16_t>(f, first, last) : hash<uint32_t>(f, first, last);
     }
   });
   for (int64_t i = 0; i < count; ++i) {

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "module.h"
 #include "python.h"
-#include "state.h"
 
 namespace py = pybind11;
 
@@ -56,7 +56,8 @@ NameState::NameState(const std::vector<std::pair<py::object, std::vector<py::str
   for (const Owner& one : owners_) {
     if (!one.dict) {
       if (one.tag != 0)
-        lines_.add(&reinterpret_cast<PyTypeObject*>(one.owner.ptr())->tp_version_tag, sizeof(unsigned));
+        lines_.add(&reinterpret_cast<PyTypeObject*>(one.owner.ptr())->tp_version_tag,
+                   sizeof(unsigned));
       continue;
     }
     lines_.add(one.names.data(), static_cast<int64_t>(sizeof(Name) * one.names.size()));
@@ -116,8 +117,9 @@ void NameState::clear() {
 
 void bind_name_state(py::module_& m) {
   py::class_<NameState>(m, "NameState", collectable<NameState>())
-      .def(py::init<const std::vector<std::pair<py::object, std::vector<py::str>>>&>(),
-           "Of owners, classes and modules, each with names of its attributes: what they stand for.")
+      .def(
+          py::init<const std::vector<std::pair<py::object, std::vector<py::str>>>&>(),
+          "Of owners, classes and modules, each with names of its attributes: what they stand for.")
       .def("same", &NameState::same, "Whether each name still stands for what it did.");
 }
 

@@ -33,6 +33,8 @@ const Exchange& exchange(PyObject* t) {
 
 }  // namespace
 
-bool describe(PyObject* tensor, Tensor& found) { return exchange(tensor).tensor(tensor, &found) == 0; }
+bool describe(PyObject* tensor, Tensor& found) {
+  return exchange(tensor).tensor(tensor, &found) == 0;
+}
 
 }  // namespace vitfast

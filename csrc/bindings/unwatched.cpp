@@ -6,8 +6,8 @@
 
 #include "dlpack.h"
 #include "lines.h"
+#include "module.h"
 #include "python.h"
-#include "state.h"
 
 namespace py = pybind11;
 
@@ -22,7 +22,8 @@ class Unwatched {
             const py::tuple& empty, const py::tuple& values)
       : is_negated_(std::move(is_negated)) {
     for (const py::handle type : types) types_.push_back(py::reinterpret_borrow<py::object>(type));
-    for (const py::handle one : questions) questions_.push_back(py::reinterpret_borrow<py::object>(one));
+    for (const py::handle one : questions)
+      questions_.push_back(py::reinterpret_borrow<py::object>(one));
     for (const py::handle one : empty) empty_.push_back(py::cast<py::dict>(one));
     for (const py::handle one : values) values_.push_back(py::cast<Value>(one));
     lines_.add(types_.data(), 8 * static_cast<int64_t>(types_.size()));
@@ -70,7 +71,8 @@ class Unwatched {
       return false;
     }
     constexpr int32_t kCpu = 1;
-    if (t.device != kCpu || t.data == nullptr || t.lanes != 1 || !is_number(t.code, t.bits)) return false;
+    if (t.device != kCpu || t.data == nullptr || t.lanes != 1 || !is_number(t.code, t.bits))
+      return false;
     return is_no(owned(PyObject_CallOneArg(is_negated_.ptr(), input)).ptr());
   }
 
@@ -85,8 +87,7 @@ class Unwatched {
         return bits >= 16;
       case 4:  // bfloat
         return bits == 16;
-      default:
-        return false;
+      default: return false;
     }
   }
 
@@ -119,7 +120,8 @@ void bind_unwatched(py::module_& m) {
         // Called for each block: not by way of pybind11.
         static PyMethodDef method = {
             "unwatched", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(unwatched)),
-            METH_FASTCALL, "Whether nobody watches, and these inputs are plain tensors on the CPU, or None."};
+            METH_FASTCALL,
+            "Whether nobody watches, and these inputs are plain tensors on the CPU, or None."};
         const py::capsule self(new Unwatched(types, is_negated, questions, empty, values),
                                [](void* made) { delete static_cast<Unwatched*>(made); });
         return owned(PyCFunction_New(&method, self.ptr()));

@@ -1,6 +1,6 @@
-// Floor: one cache miss a line of the modules' dictionaries, some twenty a module, as many of them at
-// a time as the core can track: by the time a block runs again, its modules and those of all others
-// have passed through the caches.
+// Floor: one cache miss a line of the modules' dictionaries, some twenty a module, as many of them
+// at a time as the core can track: by the time a block runs again, its modules and those of all
+// others have passed through the caches.
 #include <pybind11/stl.h>
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 #include "collectable.h"
 #include "lines.h"
+#include "module.h"
 #include "name_state.h"
 #include "python.h"
-#include "state.h"
 
 namespace py = pybind11;
 
@@ -20,7 +20,8 @@ namespace vitfast {
 namespace {
 
 bool is_tensor(PyObject* object) {
-  static PyObject* const type = py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+  static PyObject* const type =
+      py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
   return PyType_IsSubtype(Py_TYPE(object), reinterpret_cast<PyTypeObject*>(type)) != 0;
 }
 
@@ -217,9 +218,10 @@ class ModuleState {
 
 void bind_module_state(py::module_& m) {
   py::class_<ModuleState>(m, "ModuleState", collectable<ModuleState>())
-      .def(py::init<const py::list&, const py::object&>(),
-           "Of modules, parents first: their classes and what their dictionaries hold. And a NameState "
-           "of what their forwards call.")
+      .def(
+          py::init<const py::list&, const py::object&>(),
+          "Of modules, parents first: their classes and what their dictionaries hold. And a NameState "
+          "of what their forwards call.")
       .def("same", &ModuleState::same, "Whether nothing has changed, of the first module.");
 }
 

@@ -1,0 +1,26 @@
+#include "common/huge_pages.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace vitfast {
+
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+
+void ask_for_huge_pages(void* begin, int64_t bytes) {
+  // Where the system's are larger, this is refused, which is all.
+  constexpr uintptr_t kPage = 4096;
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (address + bytes) / kPage * kPage;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+}
+
+#else
+
+void ask_for_huge_pages(void*, int64_t) {}
+
+#endif
+
+}  // namespace vitfast
