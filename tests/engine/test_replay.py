@@ -26,10 +26,10 @@ def twice_normed(x):
 
 def test_a_replay_gives_the_same_for_other_inputs():
     x = torch.randn(5, 33)
-    out, replay = record(twice_normed, x)
+    out, again = record(twice_normed, x)
     torch.testing.assert_close(out, twice_normed(x), rtol=0, atol=0)
     for other in (torch.randn(5, 33), torch.full((5, 33), float("inf"))):
-        found = replay(other)
+        found = again(other)
         torch.testing.assert_close(found, twice_normed(other), rtol=0, atol=0, equal_nan=True)
     assert not is_recording()
 
@@ -40,9 +40,9 @@ def test_weights_are_read_where_they_lie():
     def run(x):
         return norm_op.forward(norm_op.KINDS["layer"], x, weight=weight)[1]
 
-    _, replay = record(run, x)
+    _, again = record(run, x)
     weight.mul_(3)
-    torch.testing.assert_close(replay(x), run(x), rtol=0, atol=0)
+    torch.testing.assert_close(again(x), run(x), rtol=0, atol=0)
 
 
 COMPUTING = {
@@ -60,8 +60,8 @@ COMPUTING = {
 def test_what_is_not_only_kernels_is_not_replayed(function):
     x = torch.randn(5, 33)
     with torch.no_grad():
-        out, replay = record(COMPUTING[function], x)
-        assert replay is None
+        out, again = record(COMPUTING[function], x)
+        assert again is None
         torch.testing.assert_close(out, COMPUTING[function](x), rtol=0, atol=0)
 
 
@@ -87,9 +87,9 @@ def test_other_threads_are_not_recorded():
         worker.join()
         return twice_normed(x)
 
-    _, replay = record(run, x)
+    _, again = record(run, x)
     torch.testing.assert_close(others[0], twice_normed(x * 2) + 1, rtol=0, atol=0)
-    torch.testing.assert_close(replay(x), twice_normed(x), rtol=0, atol=0)
+    torch.testing.assert_close(again(x), twice_normed(x), rtol=0, atol=0)
     assert len(others) == 1
 
 
@@ -123,8 +123,8 @@ def test_two_threads_record_at_once():
     for worker in workers:
         worker.join()
     x = torch.randn(2, 3)
-    for replay in found.values():
-        torch.testing.assert_close(replay(x), twice_normed(x), rtol=0, atol=0)
+    for again in found.values():
+        torch.testing.assert_close(again(x), twice_normed(x), rtol=0, atol=0)
 
 
 def test_an_interrupt_anywhere_leaves_nothing_behind():
@@ -177,8 +177,8 @@ def test_a_child_forked_while_a_thread_records_is_not_recording():
     assert records.wait(20)
     child = os.fork()
     if child == 0:
-        replay = record(twice_normed, torch.randn(2, 3))[1]
-        os._exit(0 if replay is not None and native.native() is native._load()[0] else 1)
+        again = record(twice_normed, torch.randn(2, 3))[1]
+        os._exit(0 if again is not None and native.native() is native._load()[0] else 1)
     forked.set()
     worker.join()
     assert os.waitpid(child, 0)[1] == 0
