@@ -47,24 +47,24 @@ def stream_dtype(
     return dtypes.pop() if len(dtypes) == 1 else None
 
 
-def dtypes_fit(x: torch.Tensor, lower: torch.dtype | None) -> bool:
+def dtypes_fit(x: torch.Tensor, autocast: torch.dtype | None) -> bool:
     """Whether there are kernels for the elements of x, and of products in autocast's dtype."""
-    return x.numel() > 0 and {x.dtype, lower or x.dtype} <= _DTYPES
+    return x.numel() > 0 and {x.dtype, autocast or x.dtype} <= _DTYPES
 
 
 def block(
     x: torch.Tensor,
     plan: TransformerBlock,
-    lower: torch.dtype | None,
+    autocast: torch.dtype | None,
     windows: Windows | None,
     half: str,
 ) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked. half: as `_Steps`."""
-    if x.ndim != 3 or not dtypes_fit(x, lower):
+    if x.ndim != 3 or not dtypes_fit(x, autocast):
         return False
     channels = x.shape[2]
     # Without autocast timm wants one dtype, and it is for the ops to complain.
-    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    dtypes = norm_op.DTYPES if autocast else (x.dtype,)
     if half != "mlp":
         first = _attention(plan.attn, channels, dtypes, windows)
         if not (first and _residual(plan.norm1, plan.gamma1, channels)):
@@ -120,7 +120,7 @@ def terms(
     bias: torch.Tensor | None,
     rope: torch.Tensor | None,
 ) -> bool:
-    """As `block`, of what a call adds to its attention."""
+    """Whether the attention kernel takes this mask, bias and rotary embedding."""
     batch, tokens, _ = x.shape
     dim = plan.attn.proj.weight.shape[-1] // plan.attn.heads
     return (
@@ -131,7 +131,7 @@ def terms(
 
 
 def _windows(windows: Windows, attn: Attention) -> bool:
-    """As `ops.window_attention` wants its window and what goes with it."""
+    """Whether the window kernel takes these windows, table and logit scale."""
     rows, columns = windows.window
     positions = (2 * rows - 1) * (2 * columns - 1)
     return (
@@ -145,17 +145,17 @@ def tensor(t: torch.Tensor, shape: tuple[int, ...], dtypes: Collection[torch.dty
     return t.shape == shape and t.dtype in dtypes and t.is_cpu
 
 
-def convnext(x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None) -> bool:
-    """As `block`, for a map x [B, H, W, C]."""
-    return convolved(x, plan, lower) and len(plan.mlp.fc2.weight) == x.shape[3]
+def convnext(x: torch.Tensor, plan: ConvNeXtBlock, autocast: torch.dtype | None) -> bool:
+    """Whether the kernels take this block of ConvNeXt, of a map x [B, H, W, C]."""
+    return convolved(x, plan, autocast) and len(plan.mlp.fc2.weight) == x.shape[3]
 
 
-def convolved(x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None) -> bool:
-    """As `convnext`, of a block whose result may have another width."""
-    if x.ndim != 4 or not dtypes_fit(x, lower):
+def convolved(x: torch.Tensor, plan: ConvNeXtBlock, autocast: torch.dtype | None) -> bool:
+    """Whether the kernels take mlp(norm(conv(x))), whose width may be another than that of x."""
+    if x.ndim != 4 or not dtypes_fit(x, autocast):
         return False
     channels = x.shape[3]
-    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    dtypes = norm_op.DTYPES if autocast else (x.dtype,)
     mlp = plan.mlp
     hidden, width = len(mlp.fc1.weight), len(mlp.fc2.weight)
     return (
@@ -181,20 +181,22 @@ def depthwise(layer: Linear, channels: int, dtypes: Collection[torch.dtype]) -> 
     )
 
 
-def tail(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual, lower: torch.dtype | None) -> bool:
-    """As `convnext`, for a map y beside x."""
+def mlp_residual(
+    x: torch.Tensor, y: torch.Tensor, plan: MlpResidual, autocast: torch.dtype | None
+) -> bool:
+    """Whether the kernels take x + gamma * mlp(y), of maps x and y [B, H, W, C]."""
     if (
         x.ndim != 4
         or x.shape != y.shape
         or not y.is_cpu
-        or not (dtypes_fit(x, lower) and dtypes_fit(y, lower))
+        or not (dtypes_fit(x, autocast) and dtypes_fit(y, autocast))
     ):
         return False
     channels, mlp = x.shape[3], plan.mlp
-    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    dtypes = norm_op.DTYPES if autocast else (x.dtype,)
     hidden = len(mlp.fc1.weight)
     return (
-        (lower is not None or y.dtype == x.dtype)
+        (autocast is not None or y.dtype == x.dtype)
         and mlp.norm is None
         and mlp.grn is None
         and linear(mlp.fc1, hidden, channels, dtypes)
@@ -224,7 +226,7 @@ def _addend(t: torch.Tensor | None) -> bool:
 
 
 def _rope(rope: torch.Tensor, attn: Attention, batch: int, tokens: int, dim: int) -> bool:
-    """As `ops.attention` wants it: [N', 2D], [H, N', 2D] or [B|1, H|1, N', 2D]."""
+    """Whether the kernel takes a rotary embedding: [N', 2D], [H, N', 2D] or [B|1, H|1, N', 2D]."""
     most = (batch, attn.heads)[4 - rope.ndim :]
     return (
         rope.ndim in (2, 3, 4)

@@ -65,11 +65,11 @@ def _run(steps: _PreparedBlock, x: torch.Tensor) -> torch.Tensor:
 
 
 def _prepare(
-    x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None
+    x: torch.Tensor, plan: ConvNeXtBlock, autocast: torch.dtype | None
 ) -> _PreparedBlock | None:
-    if not checks.convnext(x, plan, lower):
+    if not checks.convnext(x, plan, autocast):
         return None
-    operand = lower or x.dtype
+    operand = autocast or x.dtype
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
     halves = prepare_mlp(plan.mlp, by_rows.count(x), operand)
     return _PreparedBlock(plan, operand, torch.promote_types(x.dtype, scaled), halves)
@@ -168,20 +168,20 @@ def branch(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
 
 
 def _prepare_branch(
-    x: torch.Tensor, plan: ConvNeXtBlock, lower: torch.dtype | None
+    x: torch.Tensor, plan: ConvNeXtBlock, autocast: torch.dtype | None
 ) -> tuple[torch.dtype, PreparedMlp] | None:
-    if plan.mlp.grn is not None or not checks.convolved(x, plan, lower):
+    if plan.mlp.grn is not None or not checks.convolved(x, plan, autocast):
         return None
-    operand = lower or x.dtype
+    operand = autocast or x.dtype
     return operand, prepare_mlp(plan.mlp, by_rows.count(x), operand)
 
 
 def mlp_residual(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> torch.Tensor | None:
     """x + gamma * mlp(y), of maps [B, H, W, C]; None where it is for the public ops."""
-    lower = autocast_dtype(x.device)
-    if not checks.tail(x, y, plan, lower):
+    autocast = autocast_dtype(x.device)
+    if not checks.mlp_residual(x, y, plan, autocast):
         return None
-    operand, channels = lower or x.dtype, x.shape[3]
+    operand, channels = autocast or x.dtype, x.shape[3]
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
     out = native.empty(x.shape, torch.promote_types(x.dtype, scaled))
     base, inner = (t.contiguous().view(-1, channels) for t in (x, y))

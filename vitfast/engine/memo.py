@@ -267,7 +267,7 @@ def _find(
 ) -> tuple[_Prepared, tuple[torch.UntypedStorage, ...] | None]:
     """What was prepared for such a call, and the storages of the tensors that it was made from;
     None for those if it was made just now."""
-    lower = autocast_dtype(x.device)
+    autocast = autocast_dtype(x.device)
     memo: Memo | None = plan.memo
     if memo is not None and settings.memory == "low":
         memo.prepared.clear()
@@ -279,10 +279,10 @@ def _find(
         or torch.is_grad_enabled()
         or not all(t.is_cpu for t in besides)
     ):
-        return _Prepared(make(x, plan, lower, *others)), None
+        return _Prepared(make(x, plan, autocast, *others)), None
     how = settings.backend, settings.cpu_isa, torch._C._get_mkldnn_enabled(), native.threads()
     kinds = tuple((t.shape, t.dtype) for t in (x, *besides))
-    key = (run, make, kinds, lower, how, *others)
+    key = (run, make, kinds, autocast, how, *others)
     prepared = memo.prepared.get(key)
     if prepared is not None:
         frozen = settings.weights == "frozen"
@@ -296,7 +296,7 @@ def _find(
             memo.complain(prepared.tensors[prepared.state.edited])
     # Of the plan without a handle: what is prepared may refer to it, and is kept by the memo.
     bare = memo.plan
-    return memo.prepare(key, lambda: make(x, bare, lower, *others)), None
+    return memo.prepare(key, lambda: make(x, bare, autocast, *others)), None
 
 
 def _is_watchable(t: torch.Tensor) -> bool:

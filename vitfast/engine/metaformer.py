@@ -52,10 +52,10 @@ class _Steps(NamedTuple):
     halves: PreparedMlp
 
 
-def _steps(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> _Steps | None:
-    if not _fit(x, plan, lower):
+def _steps(x: torch.Tensor, plan: MetaFormerBlock, autocast: torch.dtype | None) -> _Steps | None:
+    if not _fit(x, plan, autocast):
         return None
-    operand = lower or x.dtype
+    operand = autocast or x.dtype
     rows = by_rows.count(x)
     mixed = x.dtype if isinstance(plan.mixer, Pooling) else operand
     between = _stream(x.dtype, plan.first, mixed)
@@ -78,12 +78,12 @@ def _run(steps: _Steps, x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _fit(x: torch.Tensor, plan: MetaFormerBlock, lower: torch.dtype | None) -> bool:
+def _fit(x: torch.Tensor, plan: MetaFormerBlock, autocast: torch.dtype | None) -> bool:
     """Whether dtypes, devices and sizes are those the kernels take unchecked."""
-    if not checks.dtypes_fit(x, lower):
+    if not checks.dtypes_fit(x, autocast):
         return False
     channels, mixer, mlp = x.shape[-1], plan.mixer, plan.mlp
-    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    dtypes = norm_op.DTYPES if autocast else (x.dtype,)
     hidden = len(mlp.fc1.weight)
     linears = [(mlp.fc1, hidden, channels), (mlp.fc2, channels, hidden)]
     stars = [plan.star]
@@ -162,7 +162,7 @@ def _separable(
 def _attended(
     mixer: Attention, rows: int, operand: torch.dtype
 ) -> Callable[[torch.Tensor], torch.Tensor]:
-    """As `_separable`, of tokens [B, N, C]."""
+    """The rows that the last product takes, of tokens [B, N, C]."""
     project = prepare_linear(mixer.qkv[0], rows, operand)
 
     def run(x: torch.Tensor) -> torch.Tensor:

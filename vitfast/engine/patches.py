@@ -32,14 +32,14 @@ class _Reduction(NamedTuple):
 
 
 def _merge_steps(
-    x: torch.Tensor, plan: PatchMerging, lower: torch.dtype | None
+    x: torch.Tensor, plan: PatchMerging, autocast: torch.dtype | None
 ) -> _Reduction | None:
-    operand = lower or x.dtype
-    if not checks.dtypes_fit(x, lower):
+    operand = autocast or x.dtype
+    if not checks.dtypes_fit(x, autocast):
         return None
     shape = norm_op.merged_shape(x)
     weight, bias = plan.reduction
-    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    dtypes = norm_op.DTYPES if autocast else (x.dtype,)
     width = len(weight) if plan.norm_last else shape[-1]
     if not (
         checks.tensor(weight, (len(weight), shape[-1]), dtypes)
@@ -85,12 +85,12 @@ def embed(
 
     Tokens are normalised while they are in the cache.
     """
-    lower = autocast_dtype(image.device)
-    operand = lower or image.dtype
-    dtypes = norm_op.DTYPES if lower else (image.dtype,)
+    autocast = autocast_dtype(image.device)
+    operand = autocast or image.dtype
+    dtypes = norm_op.DTYPES if autocast else (image.dtype,)
     channels = len(weight)
     if not (
-        checks.dtypes_fit(image, lower)
+        checks.dtypes_fit(image, autocast)
         and image.shape[1] == weight.shape[1]
         and weight.dtype in dtypes
         and weight.is_cpu
@@ -108,15 +108,15 @@ def downsample(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
 
 
 def _downsample_steps(
-    x: torch.Tensor, plan: Patches, lower: torch.dtype | None
+    x: torch.Tensor, plan: Patches, autocast: torch.dtype | None
 ) -> _Reduction | None:
     (weight, bias), norm = plan.projection, plan.norm
-    operand = lower or x.dtype
-    dtypes = norm_op.DTYPES if lower else (x.dtype,)
+    operand = autocast or x.dtype
+    dtypes = norm_op.DTYPES if autocast else (x.dtype,)
     batch, high, wide, channels = x.shape
     width, _, height, across = weight.shape
     if not (
-        checks.dtypes_fit(x, lower)
+        checks.dtypes_fit(x, autocast)
         and checks.tensor(weight, (width, channels, height, across), dtypes)
         and checks.vector(bias, width, dtypes)
         and checks.vector(norm.weight, channels)

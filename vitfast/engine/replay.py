@@ -132,13 +132,13 @@ def _replay(
     allocated: Sequence[torch.Tensor],
     calls: Sequence[Call],
 ) -> Replay | None:
-    room = [_interval(t) for t in allocated if t.numel()]
+    temporaries = [_interval(t) for t in allocated if t.numel()]
     result = _interval(out)
-    if result not in room or not out.is_contiguous():
+    if result not in temporaries or not out.is_contiguous():
         return None
-    room.remove(result)
+    temporaries.remove(result)
     given = [*map(_interval, inputs), result]
-    buffers = [*given, *room]
+    buffers = [*given, *temporaries]
     if min(buffers)[0] < _LEAST_ADDRESS:
         return None
     users: list[list[int]] = [[] for _ in buffers]
@@ -156,7 +156,7 @@ def _replay(
         return value
 
     written = [(name, moved(args, i)) for i, (name, args) in enumerate(calls)]
-    sizes = [end - begin for begin, end in room]
+    sizes = [end - begin for begin, end in temporaries]
     offsets, total = _lay_out(sizes, users[len(given) :])
     recorded = native.native().Replay(total, offsets)
     for name, args in written:

@@ -64,13 +64,13 @@ def bottleneck(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor | None:
     (first, norm1), (second, norm2), (third, norm3) = zip(
         ready, (norm for _, norm in plan.steps), strict=False
     )
-    lower = x.to(call.dtype)
+    rounded = x.to(call.dtype)
     shortcut = x
     if plan.shortcut is not None:
-        shortcut = normalise(ready[3](lower), plan.shortcut[1])
-    y = first(lower)
-    room = second.room(*y.shape[2:])
-    y = second(normalise(y, norm1, room), padded=room is not None)
+        shortcut = normalise(ready[3](rounded), plan.shortcut[1])
+    y = first(rounded)
+    padding = second.padding(*y.shape[2:])
+    y = second(normalise(y, norm1, padding), padded=padding is not None)
     y = third(normalise(y, norm2))
     if shortcut.shape != y.shape:
         return None
@@ -78,7 +78,7 @@ def bottleneck(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor | None:
 
 
 def _prepare(
-    x: torch.Tensor, plan: Bottleneck, _lower: torch.dtype | None, call: Call
+    x: torch.Tensor, plan: Bottleneck, _autocast: torch.dtype | None, call: Call
 ) -> list[Ready] | None:
     """The three convolutions, and the shortcut's if there is one."""
     ready: list[Ready] = []
@@ -115,14 +115,14 @@ def fitting(call: Call, conv: Conv, norm: GroupNorm, channels: int) -> Ready | N
 def normalise(
     y: torch.Tensor,
     norm: GroupNorm,
-    room: Pads | None = None,
+    padding: Pads | None = None,
     residual: torch.Tensor | None = None,
     act: str | None = None,
 ) -> torch.Tensor:
     """A convolution's fresh result normalised: over itself, unless a residual widens it.
 
     Args:
-        room: (left, right, top, bottom), zeros around the result.
+        padding: (left, right, top, bottom), zeros around the result.
     """
     out = y
     whole = y
@@ -132,8 +132,8 @@ def normalise(
         dtype = group_norm_op.result_dtype(y, residual)
         if dtype != y.dtype:
             out = whole = native.empty((b, h, w, c), dtype).permute(0, 3, 1, 2)
-    if room is not None:
-        left, right, top, bottom = room
+    if padding is not None:
+        left, right, top, bottom = padding
         whole = native.empty((b, h + top + bottom, w + left + right, c), y.dtype)
         whole = whole.permute(0, 3, 1, 2)
         for dim, before, after in ((2, top, bottom), (3, left, right)):

@@ -19,13 +19,13 @@ from vitfast.runtime import native
 def prepare_block(
     x: torch.Tensor,
     plan: TransformerBlock,
-    lower: torch.dtype | None,
+    autocast: torch.dtype | None,
     windows: Windows | None,
     half: str,
 ) -> PreparedBlock | None:
-    operand = lower or x.dtype
+    operand = autocast or x.dtype
     stream = checks.stream_dtype(x, plan, operand, half)
-    if stream is None or not checks.block(x, plan, lower, windows, half):
+    if stream is None or not checks.block(x, plan, autocast, windows, half):
         return None
     return PreparedBlock(plan, by_rows.count(x), operand, stream, windows, half)
 

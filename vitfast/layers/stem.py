@@ -55,8 +55,8 @@ def _pooled(x: torch.Tensor, stem: Any) -> torch.Tensor | None:
     if ready is None:
         return None
     y = ready(x.to(call.dtype))
-    room = same_pads(y.shape[2:], pool.kernel_size, pool.stride, pool.dilation)
-    y = engine.normalise(y, norm, room if any(room) else None)
+    padding = same_pads(y.shape[2:], pool.kernel_size, pool.stride, pool.dilation)
+    y = engine.normalise(y, norm, padding if any(padding) else None)
     return F.max_pool2d(y, pool.kernel_size, pool.stride)
 
 

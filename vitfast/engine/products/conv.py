@@ -111,7 +111,7 @@ class Ready(NamedTuple):
     linear: Callable[[torch.Tensor], torch.Tensor] | None
     own: GemmLinear | None = None  # the same on our own kernel
 
-    def room(self, height: int, width: int) -> Pads | None:
+    def padding(self, height: int, width: int) -> Pads | None:
         """What an input of this size has to be padded with before it comes here; None: nothing."""
         left, right, top, bottom = pads(self.conv, height, width)
         return None if left == right and top == bottom else (left, right, top, bottom)
@@ -288,12 +288,12 @@ def direct(x: torch.Tensor) -> Call | None:
     """For maps like x on oneDNN in inference; None where torch's convolutions are to run."""
     if not takes_engine(x):
         return None
-    lower = autocast_dtype(x.device)
-    dtype = lower or x.dtype
+    autocast = autocast_dtype(x.device)
+    dtype = autocast or x.dtype
     if x.dtype == torch.float64 or not available(dtype):
         return None
     pixels = x.numel() // max(x.shape[1], 1)
-    return Call(dtype, (x.dtype, *_LOWERED) if lower else (x.dtype,), pixels)
+    return Call(dtype, (x.dtype, *_LOWERED) if autocast else (x.dtype,), pixels)
 
 
 def prepare_fitting(call: Call, conv: Conv, channels: int, adds: bool = False) -> Ready | None:

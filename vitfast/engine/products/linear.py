@@ -127,7 +127,8 @@ def prepare_gemm(
 
 
 def _is_read(t: torch.Tensor | None) -> bool:
-    """As no `reasons`, without the words: inference asks for every layer."""
+    """Whether the kernel reads this tensor; the question of `gemm.reasons`, which inference asks for
+    every layer, without the words."""
     return t is None or (t.is_cpu and t.dtype in DTYPES)
 
 
@@ -253,9 +254,11 @@ class PreparedLinear(NamedTuple):
 
 
 class PreparedMlp(NamedTuple):
-    """An MLP ready to run: to its hidden tensor, in pieces of columns, and from there.
+    """fc1 and fc2 of an MLP, prepared: call `hidden(x)`, then the result on what it gives.
 
-    fc2: the second half where the hidden tensor is one piece.
+    hidden: rows x [M, C] to the hidden tensor, in pieces of columns, each a contiguous tensor.
+    output: the pieces to fc2's result [M, C'].
+    fc2: the second layer itself where the hidden tensor is one piece; None where it is several.
     """
 
     hidden: Callable[[torch.Tensor], Sequence[torch.Tensor]]

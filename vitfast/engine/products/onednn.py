@@ -104,7 +104,7 @@ class Linear(NamedTuple):
         return self.of_parts(x.split(self.step, -1))
 
     def of_parts(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
-        """As of the parts' concatenation, each of `step` columns."""
+        """The layer's result for the concatenation of parts [M, step], which is not made."""
         if len(parts) == 1:
             return self(parts[0])
         y = torch.ops.mkldnn._linear_pointwise.default(
