@@ -127,8 +127,8 @@ def prepare_gemm(
 
 
 def _is_read(t: torch.Tensor | None) -> bool:
-    """Whether the kernel reads this tensor; as `gemm.reasons`, which inference asks for every layer,
-    without the words."""
+    """Whether the kernel reads this tensor, as `gemm.reasons` but without the words: inference asks
+    for every layer."""
     return t is None or (t.is_cpu and t.dtype in DTYPES)
 
 
