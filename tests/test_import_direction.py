@@ -1,9 +1,11 @@
-"""Imports go one way, and heavy or optional packages stay in the rooms that may know them."""
+"""Imports go one way and in no circle; heavy or optional packages stay in the rooms that may know
+them. An import for type checkers only, or inside a function, is an import like any other."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import graphlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -49,12 +51,9 @@ HOMES = {
 
 
 def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute dotted name) of every import, except those for type checkers only."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            for other in node.orelse:
-                yield from imports(other, package)
-        elif isinstance(node, ast.Import):
+    """(line, absolute dotted name) of every import."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
             for alias in node.names:
                 yield node.lineno, alias.name
         elif isinstance(node, ast.ImportFrom):
@@ -63,16 +62,18 @@ def imports(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
                 base = ".".join([*package.split(".")[: 1 - node.level or None], base]).rstrip(".")
             for alias in node.names:
                 yield node.lineno, f"{base}.{alias.name}"
-        else:
-            yield from imports(node, package)
+
+
+def package_of(path: str) -> str:
+    """The dotted name of the package that a file at `path`, relative to vitfast/, lies in."""
+    return ".".join(["vitfast", *path.split("/")[:-1]])
 
 
 def violations(source: str, path: str) -> list[str]:
     """What a file at `path`, relative to the package, imports against the rules."""
     room = path.split("/")[0].removesuffix(".py")
-    package = ".".join(["vitfast", *path.split("/")[:-1]])
     found = []
-    for line, name in imports(ast.parse(source), package):
+    for line, name in imports(ast.parse(source), package_of(path)):
         top, _, rest = name.partition(".")
         if top == "vitfast":
             target = rest.split(".")[0]
@@ -86,9 +87,39 @@ def violations(source: str, path: str) -> list[str]:
     return found
 
 
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules each of which imports the next, the first being the last; empty if there are none.
+
+    `from vitfast.a import b` is an import of the module vitfast.a.b if there is one, else of
+    vitfast.a. The root hands on names of what stands above every room, and so does not count.
+
+    Args:
+        sources: by path relative to vitfast/.
+    """
+    modules = {
+        f"{package_of(path)}.{Path(path).stem}".removesuffix(".__init__"): path for path in sources
+    }
+    modules.pop("vitfast", None)
+    graph = {}
+    for module, path in modules.items():
+        tree = ast.parse(sources[path])
+        names = [name for _, name in imports(tree, package_of(path))]
+        found = {name if name in modules else name.rpartition(".")[0] for name in names}
+        graph[module] = found & modules.keys() - {module}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]  # it names who is imported first
+    return []
+
+
 @pytest.mark.parametrize("file", FILES, ids=[str(f.relative_to(PACKAGE)) for f in FILES])
 def test_imports_go_one_way(file):
     assert violations(file.read_text(), file.relative_to(PACKAGE).as_posix()) == []
+
+
+def test_no_file_imports_itself_through_others():
+    assert circle({f.relative_to(PACKAGE).as_posix(): f.read_text() for f in FILES}) == []
 
 
 def test_every_room_has_a_rank():
@@ -104,6 +135,7 @@ def test_every_room_has_a_rank():
         ("runtime/dispatch.py", "def f():\n    import vitfast.swap"),
         ("ops/spec.py", "from ..layers import block"),
         ("ops/attention/api.py", "from ...cli.main import main"),
+        ("ops/spec.py", "if TYPE_CHECKING:\n    from vitfast.layers import Block"),
         ("ops/spec.py", "import timm.layers"),
         ("settings.py", "import torch"),
         ("layers/block.py", "try:\n    import xformers.ops\nexcept ImportError:\n    pass"),
@@ -122,10 +154,36 @@ def test_the_rule_rejects(path, source):
     [
         ("layers/block.py", "import timm, torch\nfrom vitfast.ops import attention"),
         ("ops/attention/api.py", "from . import reference\nfrom ..spec import OpSpec"),
-        ("ops/spec.py", "if TYPE_CHECKING:\n    from vitfast.layers import Block"),
         ("cli/demo.py", "from vitfast.bench import timer"),
         ("demo/showcase.py", "import timm\nfrom vitfast.bench import timer"),
     ],
 )
 def test_the_rule_accepts(path, source):
     assert violations(source, path) == []
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "import vitfast.ops.a",
+        "from vitfast.ops import a",
+        "from vitfast.ops.a import name",
+        "from . import a",
+        "from .a import name",
+        "def f():\n    from vitfast.ops import a",
+        "if TYPE_CHECKING:\n    from vitfast.ops.a import Name",
+        "from vitfast.ops import name",  # of ops/__init__.py, which imports a
+        "from vitfast.blocks import c",  # which imports a
+    ],
+)
+def test_a_circle_is_found(back):
+    sources = {
+        "__init__.py": "from vitfast.blocks import c",
+        "ops/__init__.py": "from vitfast.ops.a import name",
+        "ops/a.py": "from vitfast.ops import b",
+        "ops/b.py": "import vitfast",
+        "blocks/c.py": "from vitfast.ops.a import name",
+    }
+    assert circle(sources) == []
+    found = circle(sources | {"ops/b.py": back})
+    assert found[0] == found[-1] and {"vitfast.ops.a", "vitfast.ops.b"} <= set(found)

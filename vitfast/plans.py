@@ -20,7 +20,7 @@ class Unfit(Exception):
     """This call has to run timm's forward; the message says why."""
 
     def __str__(self) -> str:  # torch.compile of torch 2.11 knows no method written in C here
-        return self.args[0]  # type: ignore[no-any-return]
+        return self.args[0]
 
 
 class Unsupported(Unfit):

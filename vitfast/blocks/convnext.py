@@ -66,8 +66,8 @@ def _call_head(x: torch.Tensor, module: Any, over_nchw: bool) -> torch.Tensor:
     children = module._modules
     y = children["conv_dw"](x)
     if over_nchw:
-        return children["norm"](y).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
-    return children["norm"](y.permute(0, 2, 3, 1))  # type: ignore[no-any-return]
+        return children["norm"](y).permute(0, 2, 3, 1)
+    return children["norm"](y.permute(0, 2, 3, 1))
 
 
 def _call_tail(x: torch.Tensor, y: torch.Tensor, module: Any, over_nchw: bool) -> torch.Tensor:
@@ -80,7 +80,7 @@ def _call_tail(x: torch.Tensor, y: torch.Tensor, module: Any, over_nchw: bool) -
     gamma = getattr(module, "gamma", None)
     if gamma is not None:
         y = y.mul(gamma.reshape(1, -1, 1, 1))
-    return children["drop_path"](y) + x  # type: ignore[no-any-return]
+    return children["drop_path"](y) + x
 
 
 def _branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
@@ -89,16 +89,18 @@ def _branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
 
 def _normed(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     """norm(conv(x)), by the differentiable ops."""
-    norm = block.norm
+    norm, conv = block.norm, block.conv
     if isinstance(norm, Norm):
-        double = torch.float64 in (x.dtype, block.conv.weight.dtype)
+        double = torch.float64 in (x.dtype, conv.weight.dtype)
         return ops.dwconv_norm(
             x,
-            *block.conv,
+            conv.weight,
+            conv.bias,
             norm.weight,
             norm.bias,
             norm.eps,
             norm=norm.kind,
             out_dtype=None if double else autocast_dtype(x.device),
         )
-    return norm(ops.dwconv_norm(x, *block.conv, norm=None))
+    assert norm is not None  # only where the convolution is called, too
+    return norm(ops.dwconv_norm(x, conv.weight, conv.bias, norm=None))

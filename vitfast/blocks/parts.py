@@ -33,9 +33,11 @@ def apply_mlp(x: torch.Tensor, plan: Mlp, normed: Normed | None = None) -> torch
     """
     called = plan.act_module is not None or isinstance(plan.fc2, Called)
     if plan.norm is None and plan.gate is None and not called:
+        fc1, fc2 = plan.fc1, plan.fc2
         return ops.mlp(
-            x, *plan.fc1, *plan.fc2, plan.act, gate=plan.packed, normed=normed, grn=plan.grn
-        )
+            x, fc1.weight, fc1.bias, fc2.weight, fc2.bias, plan.act,
+            gate=plan.packed, normed=normed, grn=plan.grn,
+        )  # fmt: skip
     hidden = _hidden_of_mlp(x, plan)
     if plan.norm is not None:
         hidden = apply_norm(hidden, plan.norm)
@@ -48,7 +50,8 @@ def _hidden_of_mlp(x: torch.Tensor, plan: Mlp) -> torch.Tensor:
         gate_weight, gate_bias = plan.gate or (None, None)
         return ops.linear_act(
             x,
-            *plan.fc1,
+            plan.fc1.weight,
+            plan.fc1.bias,
             plan.act,
             gate=plan.packed,
             gate_weight=gate_weight,
@@ -57,12 +60,12 @@ def _hidden_of_mlp(x: torch.Tensor, plan: Mlp) -> torch.Tensor:
     if plan.gate is not None:
         gate, value = project(x, plan.gate), project(x, plan.fc1)
     elif plan.packed is None:
-        return act(project(x, plan.fc1))  # type: ignore[no-any-return]
+        return act(project(x, plan.fc1))
     else:
         gate, value = project(x, plan.fc1).chunk(2, -1)
         if plan.packed == "last":
             gate, value = value, gate
-    return act(gate) * value  # type: ignore[no-any-return]
+    return act(gate) * value
 
 
 def apply_group_norm(
@@ -171,7 +174,7 @@ def attend(
 def project(x: torch.Tensor, layer: Linear | Called, normed: Normed | None = None) -> torch.Tensor:
     """A linear layer on x [..., C], `normed` as in `attend`."""
     if isinstance(layer, Called):
-        return layer.module(x)  # type: ignore[no-any-return]
+        return layer.module(x)
     return ops.linear_act(x, *layer, normed=normed)
 
 

@@ -41,7 +41,7 @@ Maps = tuple[tuple[int, int] | None, tuple[int, int] | None]
 def run_transformer_block(
     x: torch.Tensor,
     block: TransformerBlock,
-    module: nn.Module,
+    module: Any,
     attend: Callable[[torch.Tensor], torch.Tensor],
     maps: Maps = (None, None),
     **attention: Any,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,15 +19,6 @@ from vitfast.plans import (
     TransformerBlock,
     Windows,
 )
-
-if TYPE_CHECKING:
-    pass
-    pass
-    pass
-    pass
-    pass
-    pass
-    pass
 
 MOST_HEAD_DIM = 256
 """The attention kernel's limit."""
@@ -160,8 +150,8 @@ def convolved(x: torch.Tensor, plan: ConvNeXtBlock, autocast: torch.dtype | None
     hidden, width = len(mlp.fc1.weight), len(mlp.fc2.weight)
     return (
         depthwise(plan.conv, channels, dtypes)
-        and vector(plan.norm.weight, channels)
-        and vector(plan.norm.bias, channels)
+        and isinstance(plan.norm, Norm)
+        and _norm(plan.norm, channels)
         and mlp.norm is None
         and linear(mlp.fc1, hidden, channels, dtypes)
         and linear(mlp.fc2, width, hidden, dtypes)

@@ -7,7 +7,7 @@ tensor stay in the cache.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -17,13 +17,9 @@ from vitfast.engine.products.linear import PreparedMlp, prepare_mlp
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.dwconv_norm import native as dwconv_op
 from vitfast.ops.grn import native as grn_op
-from vitfast.plans import ConvNeXtBlock, Grn, MlpResidual
+from vitfast.plans import ConvNeXtBlock, Grn, MlpResidual, Norm
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
-
-if TYPE_CHECKING:
-    pass
-    pass
 
 _CONVOLVED_BYTES = 4 << 20
 """Of a convolution's results at a time: each stripe of lines reads those around it again."""
@@ -113,12 +109,13 @@ def _pieces(
     stripes: list[tuple[int, int]],
     most: int,
 ) -> Iterator[Piece]:
-    norm = plan.norm
+    norm, conv = plan.norm, plan.conv
+    assert isinstance(norm, Norm)  # `checks.convolved` saw to it
     _, high, wide, channels = x.shape
     for first, last in stripes:
         normed = dwconv_op.run(
-            by_rows.part(x, images), *plan.conv, norm.weight, norm.bias, norm.eps, norm=norm.kind,
-            dtype=operand, out_dtype=operand, rows=(first, last),
+            by_rows.part(x, images), conv.weight, conv.bias, norm.weight, norm.bias, norm.eps,
+            norm=norm.kind, dtype=operand, out_dtype=operand, rows=(first, last),
         ).view(-1, channels)  # fmt: skip
         start = (images.start * high + first) * wide
         count = normed.shape[0]
@@ -145,11 +142,10 @@ def _respond(hidden: Sequence[torch.Tensor], scales: torch.Tensor, bias: torch.T
     for piece, factors, shift in zip(hidden, *columns, strict=True):
         for one, factor in zip(piece.chunk(len(scales)), factors, strict=True):
             base = shift.expand(one.shape)
-            out = one if one.dtype == base.dtype else None
-            terms = dict(branch=one, gamma=factor, residual_out=out)
-            wide, _, _ = norm_op.forward(norm_op.NONE, base, **terms)
-            if out is None:
-                norm_op.forward(norm_op.NONE, wide, residual_out=one)
+            out = one if one.dtype == base.dtype else native.empty(one.shape, base.dtype)
+            norm_op.forward(norm_op.NONE, base, branch=one, gamma=factor, residual_out=out)
+            if out is not one:
+                norm_op.forward(norm_op.NONE, out, residual_out=one)
 
 
 def branch(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:

@@ -83,9 +83,7 @@ def _unwatched() -> Callable[..., bool]:
         (vars(forward_ad), "_current_level", -1),
         *((vars(nn_module), name, found) for name, found in hooks.items()),
     )
-    return extension.unwatched(  # type: ignore[no-any-return]
-        PLAIN, torch.Tensor.is_neg, questions, tuple(hooks.values()), values
-    )
+    return extension.unwatched(PLAIN, torch.Tensor.is_neg, questions, tuple(hooks.values()), values)
 
 
 is_unwatched = _unwatched()
@@ -153,7 +151,7 @@ _METHODS: dict[type, tuple[str, ...]] = {}
 _UNCALLED = {"extra_repr", "init_weights", "reset_parameters", "init_non_persistent_buffers"}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def methods(kind: type[nn.Module]) -> tuple[str, ...]:
     """The methods of a module class that its forward may call, and forward itself."""
     found = _METHODS.get(kind)

@@ -196,7 +196,7 @@ def recall_plan(
         and (fits or all(map(native.is_readable, held)))
     ):
         entry.vain = 0
-        return kept[0]  # type: ignore[no-any-return]
+        return kept[0]
     if type(entries) is not _Entries or entries.module() is not module:  # of what it is a copy of
         entry, entries = None, _Entries(module)
         module.__dict__[_NAME] = entries
@@ -209,7 +209,7 @@ def recall_plan(
         return None
     if entry is None:
         entry = entries[plan] = _Entry()
-    return entry.learn(module, made, snapshot)  # type: ignore[no-any-return]
+    return entry.learn(module, made, snapshot)
 
 
 def forget(module: nn.Module) -> None:
@@ -226,7 +226,7 @@ def recall(
     pack for so many rows; it must not read x's values or strides.
     """
     prepared, _ = _find(None, make, rows, x, plan, others)
-    return prepared.value  # type: ignore[no-any-return]
+    return prepared.value
 
 
 def call(

@@ -48,7 +48,7 @@ class Calls:
         self.replaced = next((_spell(*p) for p in places if not _is_original(*p)), "")
 
     def same(self) -> bool:
-        return self.names.same()  # type: ignore[no-any-return]
+        return self.names.same()
 
 
 class _Names:
@@ -77,7 +77,7 @@ def calls(kinds: Kinds) -> Calls:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def replaced(kind: type[nn.Module]) -> str:
     """What timm's forward of one class would call that is not torch's or timm's own; "" if none."""
     found = _CALLS.get(kind)
@@ -88,7 +88,7 @@ def replaced(kind: type[nn.Module]) -> str:
     return found.replaced
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result
 def is_known(kind: type[nn.Module]) -> bool:
     """Whether a class is one of torch's or timm's, and not made on the way."""
     return _known(kind) is kind

@@ -23,17 +23,17 @@ def merge(x: torch.Tensor, plan: PatchMerging) -> torch.Tensor | None:
     return memo.call(_merge, _merge_steps, by_rows.count(x) // 4, x, plan)
 
 
-class _Reduction(NamedTuple):
-    """A downsampling ready to run, its products in dtype `operand`."""
+class _Merging(NamedTuple):
+    """Swin's downsampling ready to run, its products in dtype `operand`."""
 
-    plan: PatchMerging | Patches
+    plan: PatchMerging
     operand: torch.dtype
     linear: PreparedLinear
 
 
 def _merge_steps(
     x: torch.Tensor, plan: PatchMerging, autocast: torch.dtype | None
-) -> _Reduction | None:
+) -> _Merging | None:
     operand = autocast or x.dtype
     if not checks.dtypes_fit(x, autocast):
         return None
@@ -48,21 +48,22 @@ def _merge_steps(
         and checks.vector(plan.norm.bias, width)
     ):
         return None
-    return _Reduction(plan, operand, prepare_linear(plan.reduction, math.prod(shape[:3]), operand))
+    return _Merging(plan, operand, prepare_linear(plan.reduction, math.prod(shape[:3]), operand))
 
 
-def _merge(steps: _Reduction, x: torch.Tensor) -> torch.Tensor:
+def _merge(steps: _Merging, x: torch.Tensor) -> torch.Tensor:
     plan, operand, reduction = steps
     shape = batch, high, wide, _ = norm_op.merged_shape(x)
 
     def patches(part: torch.Tensor) -> torch.Tensor:
+        found = native.empty(norm_op.merged_shape(part), operand)
         if plan.norm_last:
-            found = norm_op.forward(norm_op.NONE, part, out_dtype=operand, merge=True)[0]
+            norm_op.forward(norm_op.NONE, part, residual_out=found, merge=True)
         else:
-            found = norm_op.forward(
+            norm_op.forward(
                 norm_op.KINDS[plan.norm.kind], part, weight=plan.norm.weight, bias=plan.norm.bias,
-                eps=plan.norm.eps, out_dtype=operand, merge=True,
-            )[1]  # fmt: skip
+                eps=plan.norm.eps, normed_out=found, merge=True,
+            )  # fmt: skip
         y = reduction(found.view(-1, shape[-1]))
         return by_rows.normalise(y, plan.norm, y) if plan.norm_last else y
 
@@ -107,9 +108,17 @@ def downsample(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:
     return memo.call(_downsample, _downsample_steps, by_rows.count(x), x, plan)
 
 
+class _Downsampling(NamedTuple):
+    """A norm and the convolution after it ready to run, its products in dtype `operand`."""
+
+    plan: Patches
+    operand: torch.dtype
+    linear: PreparedLinear
+
+
 def _downsample_steps(
     x: torch.Tensor, plan: Patches, autocast: torch.dtype | None
-) -> _Reduction | None:
+) -> _Downsampling | None:
     (weight, bias), norm = plan.projection, plan.norm
     operand = autocast or x.dtype
     dtypes = norm_op.DTYPES if autocast else (x.dtype,)
@@ -125,10 +134,10 @@ def _downsample_steps(
         return None
     rows = batch * (high // height) * (wide // across)
     linear = prepare_linear(Linear(weight, bias), rows, operand, channels_last=True)
-    return _Reduction(plan, operand, linear)
+    return _Downsampling(plan, operand, linear)
 
 
-def _downsample(steps: _Reduction, x: torch.Tensor) -> torch.Tensor:
+def _downsample(steps: _Downsampling, x: torch.Tensor) -> torch.Tensor:
     plan, operand, linear = steps
     batch, high, wide, channels = x.shape
     width, _, height, across = plan.projection.weight.shape

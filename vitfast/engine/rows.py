@@ -6,16 +6,11 @@ Nothing here checks what it is given: see `checks`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.plans import Norm
-
-if TYPE_CHECKING:
-    pass
-    pass
 
 CHUNK_ROWS = 1024
 WHOLE_ROWS = 2048

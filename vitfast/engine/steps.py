@@ -95,7 +95,8 @@ class PreparedBlock:
         if self.half:
             self._proj.add_to(x, plan.gamma1, attended, out)
             return
-        part = norm_op.forward(
+        part = native.empty(x.shape, self.operand)
+        norm_op.forward(
             norm_op.KINDS[plan.norm2.kind],
             x,
             branch=self._proj(attended),
@@ -104,8 +105,8 @@ class PreparedBlock:
             bias=plan.norm2.bias,
             eps=plan.norm2.eps,
             residual_out=out,
-            normed_out=native.empty(x.shape, self.operand),
-        )[1]
+            normed_out=part,
+        )
         self._mlp.add_to(out, plan.gamma2, self._hidden(part), out)
 
     def mlp_half(self, x: torch.Tensor, out: torch.Tensor) -> None:

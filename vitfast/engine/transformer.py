@@ -7,8 +7,6 @@ MLP. The MLP's wide hidden tensor exists for one chunk only, and stays in cache.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from vitfast.engine import checks, memo
@@ -23,11 +21,6 @@ from vitfast.plans import (
     split_heads,
 )
 from vitfast.runtime import native
-
-if TYPE_CHECKING:
-    pass
-    pass
-    pass
 
 
 def block(

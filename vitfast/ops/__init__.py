@@ -7,7 +7,6 @@ The functions are imported eagerly, so that they, and not the packages of the sa
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 from vitfast.ops.add_norm.api import add_norm
 from vitfast.ops.attention.api import attention
@@ -22,10 +21,8 @@ from vitfast.ops.patch_embed.api import patch_embed
 from vitfast.ops.patch_merge.api import patch_merge
 from vitfast.ops.residual_add.api import residual_add
 from vitfast.ops.rms_norm.api import rms_norm
+from vitfast.ops.spec import OpSpec
 from vitfast.ops.window_attention.api import window_attention
-
-if TYPE_CHECKING:
-    from vitfast.ops.spec import OpSpec
 
 NAMES = (
     "layer_norm",

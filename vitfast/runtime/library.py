@@ -57,10 +57,11 @@ def _autograd_kernel(
             return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
     def record(ctx: Any, *args: Any) -> Any:
-        *args, keyset = args
-        result = below(keyset, args)
+        *given, keyset = args
+        inputs = tuple(given)
+        result = below(keyset, inputs)
         if setup_context is not None:
-            setup_context(ctx=ctx, inputs=tuple(args), output=result)
+            setup_context(ctx=ctx, inputs=inputs, output=result)
         return result
 
     def differentiate(ctx: Any, *grads: Any) -> Any:
@@ -72,7 +73,7 @@ def _autograd_kernel(
         result = backward(ctx, *grads)
         return (*result, None) if isinstance(result, tuple) else (result, None)
 
-    function = type(
+    function: Any = type(
         f"Recorded_{op._opname}",
         (torch.autograd.Function,),
         {"forward": staticmethod(record), "backward": staticmethod(differentiate)},

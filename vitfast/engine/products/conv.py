@@ -108,7 +108,7 @@ class Ready(NamedTuple):
     conv: Conv
     pieces: tuple[torch.Tensor, ...]
     bias: torch.Tensor | None
-    linear: Callable[[torch.Tensor], torch.Tensor] | None
+    linear: onednn.Linear | Callable[[torch.Tensor], torch.Tensor] | None
     own: GemmLinear | None = None  # the same on our own kernel
 
     def padding(self, height: int, width: int) -> Pads | None:
@@ -186,8 +186,8 @@ def _prepare_linear(conv: Conv, dtype: torch.dtype, rows: int, adds: bool) -> Re
     pieces, bias = _kept(conv, dtype, ("linear", conv.eps), partial(_pack_linear, conv))
     step = onednn._step(onednn.columns(weight), dtype)
     act, after = _fused(conv.act)
-    run = onednn.Linear(pieces, step, bias, act, weight.shape[0])
-    return Ready(conv, (), bias, (lambda x: run(x).relu_()) if after else run)
+    linear = onednn.Linear(pieces, step, bias, act, weight.shape[0])
+    return Ready(conv, (), bias, (lambda x: linear(x).relu_()) if after else linear)
 
 
 Pack = Callable[[torch.Tensor, torch.dtype], tuple[Any, ...]]

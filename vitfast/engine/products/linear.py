@@ -230,7 +230,7 @@ def _through_op(
 class PreparedLinear(NamedTuple):
     """A linear layer ready to run. own: on our own kernel, which can add as it writes."""
 
-    run: Callable[[torch.Tensor], torch.Tensor]
+    run: onednn.Linear | Callable[[torch.Tensor], torch.Tensor]
     own: GemmLinear | None
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -262,7 +262,7 @@ class PreparedMlp(NamedTuple):
     """
 
     hidden: Callable[[torch.Tensor], Sequence[torch.Tensor]]
-    output: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    output: onednn.Mlp | Callable[[Sequence[torch.Tensor]], torch.Tensor]
     fc2: PreparedLinear | None
 
     def __call__(self, hidden: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -284,17 +284,18 @@ class PreparedMlp(NamedTuple):
 
 def prepare_mlp(plan: Mlp, rows: int, dtype: torch.dtype) -> PreparedMlp:
     """An MLP for so many rows in all, of this dtype."""
+    fc1, fc2 = plan.fc1, plan.fc2
     plain = plan.packed is None and plan.gate is None and plan.norm is None
     if (
         plain
-        and _is_for_onednn(plan.fc1, rows, dtype, plan.act)
-        and not onednn.reasons(*plan.fc2, dtype, "none")
+        and _is_for_onednn(fc1, rows, dtype, plan.act)
+        and not onednn.reasons(fc2.weight, fc2.bias, dtype, "none")
     ):
-        both = onednn.prepare_mlp(*plan.fc1, *plan.fc2, rows, dtype, plan.act)
+        both = onednn.prepare_mlp(fc1.weight, fc1.bias, fc2.weight, fc2.bias, rows, dtype, plan.act)
         return PreparedMlp(both.hidden, both, None)
-    fc1 = prepare_linear(plan.fc1, rows, dtype, plan.act, plan.packed, plan.gate)
-    fc2 = prepare_linear(plan.fc2, rows, dtype)
-    return PreparedMlp(lambda x: [fc1(x)], lambda hidden: fc2(hidden[0]), fc2)
+    first = prepare_linear(fc1, rows, dtype, plan.act, plan.packed, plan.gate)
+    second = prepare_linear(fc2, rows, dtype)
+    return PreparedMlp(lambda x: [first(x)], lambda hidden: second(hidden[0]), second)
 
 
 def prepare_linear(

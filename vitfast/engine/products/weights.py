@@ -99,7 +99,7 @@ class WeightCache:
             and entry.storage() is storage
             and (settings.weights == "frozen" or same(entry.state, tensors, fully))
         ):
-            return entry.packed  # type: ignore[no-any-return]
+            return entry.packed
         if entry is not None and entry.state.edited >= 0:
             warn_edited(f"a weight of shape {tuple(tensors[entry.state.edited].shape)}")
         found = state(tensors)
@@ -198,7 +198,7 @@ def same(state: Any, tensors: tuple[torch.Tensor, ...], fully: bool = False) -> 
         fully: whether to look at everything that the tensors hold.
     """
     fully = fully or settings.weights == "verify"
-    return state.same(tensors, native.threads(), fully)  # type: ignore[no-any-return]
+    return state.same(tensors, native.threads(), fully)
 
 
 def storages(
@@ -207,7 +207,7 @@ def storages(
     """The tensors' storages if the `state` still is theirs; None if not. While these are kept, so
     are the addresses, whatever another thread assigns to a tensor's `data`."""
     fully = settings.weights == "verify"
-    return state.storages(tensors, native.threads(), fully)  # type: ignore[no-any-return]
+    return state.storages(tensors, native.threads(), fully)
 
 
 def warn_edited(what: str) -> None:
