@@ -79,9 +79,5 @@ class AttentionRope(Layer, timm_layers.AttentionRope):
         return attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
 
 
-ATTENTION_PLANS |= {
-    timm_layers.Attention: plan_attention,
-    Attention: plan_attention,
-    timm_layers.AttentionRope: plan_attention_rope,
-    AttentionRope: plan_attention_rope,
-}
+ATTENTION_PLANS[timm_layers.Attention] = plan_attention
+ATTENTION_PLANS[timm_layers.AttentionRope] = plan_attention_rope

@@ -11,7 +11,7 @@ from torch import nn
 from vitfast.engine import memo
 from vitfast.engine.eligibility import planned
 from vitfast.layers import subclass
-from vitfast.layers.reading.children import describe_called
+from vitfast.layers.reading.children import TIMM_CLASSES, describe_called
 from vitfast.plans import Unfit
 
 
@@ -30,6 +30,8 @@ class Layer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.timm_class = next(base for base in cls.__bases__ if issubclass(base, nn.Module))
+        if cls.__module__.startswith("vitfast.layers."):  # one of others' has a forward to call
+            TIMM_CLASSES[cls] = cls.timm_class
 
     @classmethod
     def plan(cls, module: nn.Module) -> object:

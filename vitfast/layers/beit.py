@@ -93,4 +93,4 @@ class Block(Layer, beit.Block):
         )
 
 
-ATTENTION_PLANS |= {beit.Attention: plan_attention, Attention: plan_attention}
+ATTENTION_PLANS[beit.Attention] = plan_attention

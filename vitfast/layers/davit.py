@@ -66,7 +66,4 @@ class SpatialBlock(Layer, davit.SpatialBlock):
         return tokens.transpose(1, 2).unflatten(2, size)
 
 
-ATTENTION_PLANS |= {
-    davit.WindowAttention: plan_attention,
-    WindowAttention: plan_attention,
-}
+ATTENTION_PLANS[davit.WindowAttention] = plan_attention

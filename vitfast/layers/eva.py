@@ -86,4 +86,4 @@ class EvaBlock(Layer, eva.EvaBlock):
         )
 
 
-ATTENTION_PLANS |= {eva.EvaAttention: plan_attention, EvaAttention: plan_attention}
+ATTENTION_PLANS[eva.EvaAttention] = plan_attention

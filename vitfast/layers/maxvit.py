@@ -127,4 +127,4 @@ class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
         return run_convnext_block(x, plan, self, self.use_conv_mlp)
 
 
-ATTENTION_PLANS |= {maxxvit.AttentionCl: plan_attention, AttentionCl: plan_attention}
+ATTENTION_PLANS[maxxvit.AttentionCl] = plan_attention

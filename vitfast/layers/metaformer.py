@@ -32,12 +32,11 @@ from vitfast.layers.reading.children import (
     read_linear,
     read_or_call_linear,
     read_parameter,
+    timm_class,
 )
 from vitfast.layers.reading.conv import plan_conv
 from vitfast.layers.reading.mlp import POINTWISE_MLP_PLANS, plan_common_mlp
 from vitfast.layers.reading.norm import (
-    NORMS,
-    NORMS_2D,
     plan_norm,
     plan_norm_2d,
     read_norm,
@@ -76,9 +75,9 @@ def plan_attention(module: Any) -> plans.Attention:
 def plan_block(module: nn.Module) -> plans.MetaFormerBlock:
     """How timm's `MetaFormerBlock` computes, on channels last."""
     children = module._modules
-    attends = type(children["token_mixer"]) in ATTENTION_PLANS
+    attends = timm_class(children["token_mixer"]) in ATTENTION_PLANS
     act, star = _activation(children["mlp"]._modules, "act")
-    if POINTWISE_MLP_PLANS.get(type(children["mlp"])) is not plan_pointwise:
+    if POINTWISE_MLP_PLANS.get(timm_class(children["mlp"])) is not plan_pointwise:
         raise Unsupported(f"MLP {type(children['mlp']).__name__} is not implemented")
     check_bare(children["mlp"], "mlp")
     drops = [read_drop_path(children, f"drop_path{i}") for i in (1, 2)]
@@ -234,6 +233,4 @@ class LayerNorm2dNoBias(Layer, metaformer.LayerNorm2dNoBias):
         return apply_norm(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
 
 
-ATTENTION_PLANS |= {metaformer.Attention: plan_attention, Attention: plan_attention}
-NORMS |= {metaformer.LayerNormNoBias: "layer", LayerNormNoBias: "layer"}
-NORMS_2D |= {metaformer.LayerNorm2dNoBias: "layer", LayerNorm2dNoBias: "layer"}
+ATTENTION_PLANS[metaformer.Attention] = plan_attention

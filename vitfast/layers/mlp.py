@@ -122,16 +122,11 @@ class SwiGLU(Layer, timm_layers.SwiGLU):
 
 MLP_PLANS |= {
     timm_layers.Mlp: plan_mlp,
-    Mlp: plan_mlp,
     timm_layers.GluMlp: plan_glu_mlp,
-    GluMlp: plan_glu_mlp,
     timm_layers.SwiGLU: plan_swiglu,
-    SwiGLU: plan_swiglu,
 }
 POINTWISE_MLP_PLANS |= {
     timm_layers.Mlp: plan_pointwise,
-    Mlp: plan_pointwise,
     timm_layers.ConvMlp: plan_conv_mlp,
     timm_layers.GlobalResponseNormMlp: plan_grn_mlp,
-    GlobalResponseNormMlp: plan_grn_mlp,
 }

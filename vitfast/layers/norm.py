@@ -10,7 +10,7 @@ from vitfast import ops
 from vitfast.blocks.parts import apply_norm, norm_2d_dtype
 from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
-from vitfast.layers.reading.norm import GRNS, NORMS, NORMS_2D, plan_grn, plan_norm, plan_norm_2d
+from vitfast.layers.reading.norm import plan_grn, plan_norm, plan_norm_2d
 
 
 class LayerNorm(Layer, timm_layers.LayerNorm):
@@ -73,8 +73,3 @@ class GlobalResponseNorm(Layer, grn.GlobalResponseNorm):
         if self.channel_dim == -1:
             return ops.grn(x, *plan)
         return ops.grn(x.permute(0, 2, 3, 1), *plan).permute(0, 3, 1, 2)
-
-
-NORMS |= {LayerNorm: "layer", RmsNorm: "rms"}
-NORMS_2D |= {LayerNorm2d: "layer", RmsNorm2d: "rms"}
-GRNS.add(GlobalResponseNorm)

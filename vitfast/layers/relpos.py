@@ -61,4 +61,4 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
         )
 
 
-ATTENTION_PLANS |= {relpos.RelPosAttention: plan_attention, RelPosAttention: plan_attention}
+ATTENTION_PLANS[relpos.RelPosAttention] = plan_attention

@@ -8,8 +8,8 @@ from timm import layers as timm_layers
 from vitfast.blocks.parts import apply_conv, apply_group_norm
 from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
-from vitfast.layers.reading.conv import STD_CONVS, plan_std_conv
-from vitfast.layers.reading.group_norm import GROUP_NORMS, plan_group_norm
+from vitfast.layers.reading.conv import plan_std_conv
+from vitfast.layers.reading.group_norm import plan_group_norm
 
 
 class StdConv2d(Layer, timm_layers.StdConv2d):
@@ -54,7 +54,3 @@ class GroupNorm1Act(Layer, timm_layers.GroupNorm1Act):
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         return apply_group_norm(x, plan)
-
-
-STD_CONVS |= {StdConv2d, StdConv2dSame}
-GROUP_NORMS |= {GroupNormAct, GroupNorm1Act}

@@ -70,7 +70,4 @@ class PatchMerging(Layer, swin_transformer.PatchMerging):
         return super().forward(x) if out is None else out
 
 
-ATTENTION_PLANS |= {
-    swin_transformer.WindowAttention: plan_attention,
-    WindowAttention: plan_attention,
-}
+ATTENTION_PLANS[swin_transformer.WindowAttention] = plan_attention

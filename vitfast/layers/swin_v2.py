@@ -75,7 +75,4 @@ class PatchMerging(Layer, swin_transformer_v2.PatchMerging):
         return super().forward(x) if out is None else out
 
 
-ATTENTION_PLANS |= {
-    swin_transformer_v2.WindowAttention: plan_attention,
-    WindowAttention: plan_attention,
-}
+ATTENTION_PLANS[swin_transformer_v2.WindowAttention] = plan_attention

@@ -90,7 +90,4 @@ class PatchMerging(Layer, swin_transformer_v2_cr.PatchMerging):
         return super().forward(x) if out is None else out
 
 
-ATTENTION_PLANS |= {
-    swin_transformer_v2_cr.WindowMultiHeadAttention: plan_attention,
-    WindowMultiHeadAttention: plan_attention,
-}
+ATTENTION_PLANS[swin_transformer_v2_cr.WindowMultiHeadAttention] = plan_attention
