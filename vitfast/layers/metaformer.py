@@ -11,9 +11,8 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.parts import apply_conv, apply_norm, attend, operand_dtype
-from vitfast.engine import memo
 from vitfast.engine import metaformer as engine
-from vitfast.engine.eligibility import plan_call, takes_engine
+from vitfast.engine.eligibility import takes_engine
 from vitfast.layers.base import Layer
 from vitfast.layers.mlp import plan_pointwise
 from vitfast.layers.reading.as_built import expect_attributes
@@ -170,7 +169,7 @@ class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = None
         if not torch.compiler.is_compiling():
-            plan = memo.recall_plan(plan_block, self, x)
+            plan = self._recall_plan(x)
             if plan is not None and takes_engine(x, plan):
                 out = _run(x, plan)
         return super().forward(x) if out is None else out
@@ -191,7 +190,7 @@ class Downsampling(Layer, metaformer.Downsampling):
     plan = staticmethod(plan_downsampling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_downsampling, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         if plan.norm is not None:
@@ -207,7 +206,7 @@ class Attention(Layer, metaformer.Attention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_attention, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else attend(x, plan)
 
 
@@ -217,7 +216,7 @@ class LayerNormNoBias(Layer, metaformer.LayerNormNoBias):
     plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_norm(x, plan)
 
 
@@ -227,7 +226,7 @@ class LayerNorm2dNoBias(Layer, metaformer.LayerNorm2dNoBias):
     plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm_2d, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return apply_norm(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
