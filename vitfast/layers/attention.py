@@ -9,7 +9,6 @@ from timm import layers as timm_layers
 
 from vitfast import plans
 from vitfast.blocks.parts import attend
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.as_built import expect_attributes
 from vitfast.layers.reading.attention import ATTENTION_PLANS, head_dim, plan_common_attention
@@ -54,7 +53,7 @@ class Attention(Layer, timm_layers.Attention):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = plan_call(plan_attention, self, x, attn_mask)
+        plan = self._plan_call(x, attn_mask)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return attend(x, plan, mask=attn_mask, is_causal=is_causal)
@@ -73,15 +72,11 @@ class AttentionRope(Layer, timm_layers.AttentionRope):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = plan_call(plan_attention_rope, self, x, attn_mask, rope)
+        plan = self._plan_call(x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
 
 
-ATTENTION_PLANS |= {
-    timm_layers.Attention: plan_attention,
-    Attention: plan_attention,
-    timm_layers.AttentionRope: plan_attention_rope,
-    AttentionRope: plan_attention_rope,
-}
+ATTENTION_PLANS[timm_layers.Attention] = plan_attention
+ATTENTION_PLANS[timm_layers.AttentionRope] = plan_attention_rope

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from vitfast.engine import memo
-from vitfast.engine.eligibility import planned
+from vitfast.engine.eligibility import plan_call, planned
 from vitfast.layers import subclass
-from vitfast.layers.reading.children import describe_called
+from vitfast.layers.reading.children import TIMM_CLASSES, describe_called
 from vitfast.plans import Unfit
 
 
@@ -30,6 +30,8 @@ class Layer:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.timm_class = next(base for base in cls.__bases__ if issubclass(base, nn.Module))
+        if cls.__module__.startswith("vitfast.layers."):  # one of others' has a forward to call
+            TIMM_CLASSES[cls] = cls.timm_class
 
     @classmethod
     def plan(cls, module: nn.Module) -> object:
@@ -40,6 +42,18 @@ class Layer:
             Unsupported: it always will.
         """
         return None
+
+    def _plan_call(self, x: object, *others: object) -> Any:
+        """This layer's plan, made anew; None where this call has to run timm's forward.
+
+        Args:
+            x, others: all tensors that the forward was given; None for those it was not.
+        """
+        return plan_call(type(self).plan, self, x, *others)  # type: ignore[arg-type]
+
+    def _recall_plan(self, x: object, *others: object) -> Any:
+        """As `_plan_call`, of a plan that is kept while nothing about the module changes."""
+        return memo.recall_plan(type(self).plan, self, x, *others)  # type: ignore[arg-type]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """timm's forward: what a layer's own calls where it cannot run fused.

@@ -10,8 +10,6 @@ from timm.models import beit
 from vitfast import plans
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.engine import memo
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.attention import (
     ATTENTION_PLANS,
@@ -66,7 +64,7 @@ class Attention(Layer, beit.Attention):
     def forward(
         self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        plan = plan_call(plan_attention, self, x, shared_rel_pos_bias)
+        plan = self._plan_call(x, shared_rel_pos_bias)
         if plan is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         return attend(x, plan, **position_bias(self, shared_rel_pos_bias))
@@ -81,7 +79,7 @@ class Block(Layer, beit.Block):
     def forward(
         self, x: torch.Tensor, shared_rel_pos_bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        plan = memo.recall_plan(plan_block, self, x, shared_rel_pos_bias)
+        plan = self._recall_plan(x, shared_rel_pos_bias)
         if plan is None:
             return super().forward(x, shared_rel_pos_bias=shared_rel_pos_bias)
         return run_transformer_block(
@@ -93,4 +91,4 @@ class Block(Layer, beit.Block):
         )
 
 
-ATTENTION_PLANS |= {beit.Attention: plan_attention, Attention: plan_attention}
+ATTENTION_PLANS[beit.Attention] = plan_attention

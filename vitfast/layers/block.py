@@ -6,7 +6,6 @@ import torch
 from timm.models import vision_transformer
 
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.engine import memo
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.block import plan_with_layer_scale
 
@@ -23,7 +22,7 @@ class Block(Layer, vision_transformer.Block):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = memo.recall_plan(plan_with_layer_scale, self, x, attn_mask)
+        plan = self._recall_plan(x, attn_mask)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, attn_mask=attn_mask, is_causal=is_causal)
         return run_transformer_block(

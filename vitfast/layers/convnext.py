@@ -11,7 +11,6 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_block
-from vitfast.engine import memo
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.block import plan_convnext, read_depthwise, read_norm_after_conv
 from vitfast.layers.reading.children import (
@@ -60,7 +59,7 @@ class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_block, self, x)
+        plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return run_convnext_block(x, plan, self, self.use_conv_mlp)

@@ -9,7 +9,6 @@ from timm.models import davit
 
 from vitfast import plans
 from vitfast.blocks.transformer import run_attention_half, run_mlp_half
-from vitfast.engine import memo
 from vitfast.layers import windowed
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
@@ -40,7 +39,7 @@ class WindowAttention(Layer, davit.WindowAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = windowed.attend_windows(self, x, None, plan_attention)
+        out = windowed.attend_windows(self, x, None)
         return super().forward(x) if out is None else out
 
 
@@ -54,7 +53,7 @@ class SpatialBlock(Layer, davit.SpatialBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_block, self, x)
+        plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         size = (x.shape[2], x.shape[3])
@@ -66,7 +65,4 @@ class SpatialBlock(Layer, davit.SpatialBlock):
         return tokens.transpose(1, 2).unflatten(2, size)
 
 
-ATTENTION_PLANS |= {
-    davit.WindowAttention: plan_attention,
-    WindowAttention: plan_attention,
-}
+ATTENTION_PLANS[davit.WindowAttention] = plan_attention

@@ -8,7 +8,6 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_block
-from vitfast.engine import memo
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.block import (
     plan_convnext,
@@ -46,7 +45,7 @@ class ConvBlock(Layer, edgenext.ConvBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_block, self, x)
+        plan = self._recall_plan(x)
         return (
             super().forward(x) if plan is None or x.ndim != 4 else run_convnext_block(x, plan, self)
         )

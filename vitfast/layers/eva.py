@@ -10,8 +10,6 @@ from timm.models import eva
 from vitfast import plans
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.engine import memo
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.attention import (
     ATTENTION_PLANS,
@@ -53,7 +51,7 @@ class EvaAttention(Layer, eva.EvaAttention):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = plan_call(plan_attention, self, x, attn_mask, rope)
+        plan = self._plan_call(x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return attend(x, plan, mask=attn_mask, rope=rope, is_causal=is_causal)
@@ -72,7 +70,7 @@ class EvaBlock(Layer, eva.EvaBlock):
         attn_mask: torch.Tensor | None = None,
         is_causal: bool = False,
     ) -> torch.Tensor:
-        plan = memo.recall_plan(plan_with_gammas, self, x, attn_mask, rope)
+        plan = self._recall_plan(x, attn_mask, rope)
         if plan is None or (is_causal and attn_mask is not None):
             return super().forward(x, rope=rope, attn_mask=attn_mask, is_causal=is_causal)
         return run_transformer_block(
@@ -86,4 +84,4 @@ class EvaBlock(Layer, eva.EvaBlock):
         )
 
 
-ATTENTION_PLANS |= {eva.EvaAttention: plan_attention, EvaAttention: plan_attention}
+ATTENTION_PLANS[eva.EvaAttention] = plan_attention

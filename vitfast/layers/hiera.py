@@ -81,7 +81,4 @@ class HieraBlock(Layer, hiera.HieraBlock):
         return run_transformer_block(x, plan, self, self.attn, windows=windows)
 
 
-ATTENTION_PLANS |= {
-    hiera.MaskUnitAttention: plan_attention,
-    MaskUnitAttention: plan_attention,
-}
+ATTENTION_PLANS[hiera.MaskUnitAttention] = plan_attention

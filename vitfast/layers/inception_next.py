@@ -8,7 +8,6 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.mlp_residual import run_mlp_residual
-from vitfast.engine import memo
 from vitfast.engine.eligibility import records_grad
 from vitfast.layers.base import Layer
 from vitfast.layers.mlp import plan_conv_mlp
@@ -39,7 +38,7 @@ class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_block, self, x)
+        plan = self._recall_plan(x)
         if plan is None or x.ndim != 4 or plan.drops or records_grad(x, plan):
             return super().forward(x)
         return run_mlp_residual(x, self.norm(self.token_mixer(x)), plan)

@@ -1,11 +1,10 @@
-"""Drop-in for timm's LayerScale, and how the blocks read it."""
+"""Drop-in for timm's LayerScale."""
 
 from __future__ import annotations
 
 from timm import layers as timm_layers
 
 from vitfast.layers.base import Layer
-from vitfast.layers.reading.children import LAYER_SCALES
 
 
 class LayerScale(Layer, timm_layers.LayerScale):
@@ -13,6 +12,3 @@ class LayerScale(Layer, timm_layers.LayerScale):
 
     Called by itself it is the one multiplication that timm runs, so the forward is timm's.
     """
-
-
-LAYER_SCALES.add(LayerScale)

@@ -12,8 +12,6 @@ from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_block
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.engine import memo
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
 from vitfast.layers.reading.block import (
@@ -62,7 +60,7 @@ class AttentionCl(Layer, maxxvit.AttentionCl):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = plan_call(plan_attention, self, x) if shared_rel_pos is None else None
+        plan = self._plan_call(x) if shared_rel_pos is None else None
         if plan is None or x.ndim != 4 or not _takes(self, tuple(x.shape[1:3])):
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         window = (x.shape[1], x.shape[2])
@@ -77,7 +75,7 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
     plan = staticmethod(plan_with_layer_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_with_layer_scale, self, x)
+        plan = self._recall_plan(x)
         window = tuple(self.partition_size)
         if plan is None or x.ndim != 4:
             return super().forward(x)
@@ -121,10 +119,10 @@ class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
     plan = staticmethod(plan_convnext_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_convnext_block, self, x)
+        plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return run_convnext_block(x, plan, self, self.use_conv_mlp)
 
 
-ATTENTION_PLANS |= {maxxvit.AttentionCl: plan_attention, AttentionCl: plan_attention}
+ATTENTION_PLANS[maxxvit.AttentionCl] = plan_attention

@@ -11,9 +11,8 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.parts import apply_conv, apply_norm, attend, operand_dtype
-from vitfast.engine import memo
 from vitfast.engine import metaformer as engine
-from vitfast.engine.eligibility import plan_call, takes_engine
+from vitfast.engine.eligibility import takes_engine
 from vitfast.layers.base import Layer
 from vitfast.layers.mlp import plan_pointwise
 from vitfast.layers.reading.as_built import expect_attributes
@@ -32,12 +31,11 @@ from vitfast.layers.reading.children import (
     read_linear,
     read_or_call_linear,
     read_parameter,
+    timm_class,
 )
 from vitfast.layers.reading.conv import plan_conv
 from vitfast.layers.reading.mlp import POINTWISE_MLP_PLANS, plan_common_mlp
 from vitfast.layers.reading.norm import (
-    NORMS,
-    NORMS_2D,
     plan_norm,
     plan_norm_2d,
     read_norm,
@@ -76,9 +74,9 @@ def plan_attention(module: Any) -> plans.Attention:
 def plan_block(module: nn.Module) -> plans.MetaFormerBlock:
     """How timm's `MetaFormerBlock` computes, on channels last."""
     children = module._modules
-    attends = type(children["token_mixer"]) in ATTENTION_PLANS
+    attends = timm_class(children["token_mixer"]) in ATTENTION_PLANS
     act, star = _activation(children["mlp"]._modules, "act")
-    if POINTWISE_MLP_PLANS.get(type(children["mlp"])) is not plan_pointwise:
+    if POINTWISE_MLP_PLANS.get(timm_class(children["mlp"])) is not plan_pointwise:
         raise Unsupported(f"MLP {type(children['mlp']).__name__} is not implemented")
     check_bare(children["mlp"], "mlp")
     drops = [read_drop_path(children, f"drop_path{i}") for i in (1, 2)]
@@ -171,7 +169,7 @@ class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = None
         if not torch.compiler.is_compiling():
-            plan = memo.recall_plan(plan_block, self, x)
+            plan = self._recall_plan(x)
             if plan is not None and takes_engine(x, plan):
                 out = _run(x, plan)
         return super().forward(x) if out is None else out
@@ -192,7 +190,7 @@ class Downsampling(Layer, metaformer.Downsampling):
     plan = staticmethod(plan_downsampling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_downsampling, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         if plan.norm is not None:
@@ -208,7 +206,7 @@ class Attention(Layer, metaformer.Attention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_attention, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else attend(x, plan)
 
 
@@ -218,7 +216,7 @@ class LayerNormNoBias(Layer, metaformer.LayerNormNoBias):
     plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_norm(x, plan)
 
 
@@ -228,12 +226,10 @@ class LayerNorm2dNoBias(Layer, metaformer.LayerNorm2dNoBias):
     plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm_2d, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return apply_norm(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
 
 
-ATTENTION_PLANS |= {metaformer.Attention: plan_attention, Attention: plan_attention}
-NORMS |= {metaformer.LayerNormNoBias: "layer", LayerNormNoBias: "layer"}
-NORMS_2D |= {metaformer.LayerNorm2dNoBias: "layer", LayerNorm2dNoBias: "layer"}
+ATTENTION_PLANS[metaformer.Attention] = plan_attention

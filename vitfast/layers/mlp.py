@@ -8,7 +8,6 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.parts import apply_mlp
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.as_built import expect_attributes
 from vitfast.layers.reading.children import (
@@ -82,7 +81,7 @@ class Mlp(Layer, timm_layers.Mlp):
     plan = staticmethod(plan_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_mlp, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_mlp(x, plan)
 
 
@@ -92,7 +91,7 @@ class GlobalResponseNormMlp(Layer, timm_layers.GlobalResponseNormMlp):
     plan = staticmethod(plan_grn_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_grn_mlp, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         if plan.fc1.weight.ndim == 2:
@@ -106,7 +105,7 @@ class GluMlp(Layer, timm_layers.GluMlp):
     plan = staticmethod(plan_glu_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_glu_mlp, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_mlp(x, plan)
 
 
@@ -116,22 +115,17 @@ class SwiGLU(Layer, timm_layers.SwiGLU):
     plan = staticmethod(plan_swiglu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_swiglu, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_mlp(x, plan)
 
 
 MLP_PLANS |= {
     timm_layers.Mlp: plan_mlp,
-    Mlp: plan_mlp,
     timm_layers.GluMlp: plan_glu_mlp,
-    GluMlp: plan_glu_mlp,
     timm_layers.SwiGLU: plan_swiglu,
-    SwiGLU: plan_swiglu,
 }
 POINTWISE_MLP_PLANS |= {
     timm_layers.Mlp: plan_pointwise,
-    Mlp: plan_pointwise,
     timm_layers.ConvMlp: plan_conv_mlp,
     timm_layers.GlobalResponseNormMlp: plan_grn_mlp,
-    GlobalResponseNormMlp: plan_grn_mlp,
 }

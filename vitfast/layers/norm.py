@@ -8,9 +8,8 @@ from timm.layers import grn
 
 from vitfast import ops
 from vitfast.blocks.parts import apply_norm, norm_2d_dtype
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
-from vitfast.layers.reading.norm import GRNS, NORMS, NORMS_2D, plan_grn, plan_norm, plan_norm_2d
+from vitfast.layers.reading.norm import plan_grn, plan_norm, plan_norm_2d
 
 
 class LayerNorm(Layer, timm_layers.LayerNorm):
@@ -19,7 +18,7 @@ class LayerNorm(Layer, timm_layers.LayerNorm):
     plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_norm(x, plan)
 
 
@@ -29,7 +28,7 @@ class RmsNorm(Layer, timm_layers.RmsNorm):
     plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_norm(x, plan)
 
 
@@ -39,7 +38,7 @@ class LayerNorm2d(Layer, timm_layers.LayerNorm2d):
     plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm_2d, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return apply_norm(x.permute(0, 2, 3, 1), plan).permute(0, 3, 1, 2)
@@ -54,7 +53,7 @@ class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
     plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm_2d, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4 or not x.permute(0, 2, 3, 1).is_contiguous():
             return super().forward(x)
         dtype = norm_2d_dtype(x.dtype, plan)
@@ -67,14 +66,9 @@ class GlobalResponseNorm(Layer, grn.GlobalResponseNorm):
     plan = staticmethod(plan_grn)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_grn, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         if self.channel_dim == -1:
             return ops.grn(x, *plan)
         return ops.grn(x.permute(0, 2, 3, 1), *plan).permute(0, 3, 1, 2)
-
-
-NORMS |= {LayerNorm: "layer", RmsNorm: "rms"}
-NORMS_2D |= {LayerNorm2d: "layer", RmsNorm2d: "rms"}
-GRNS.add(GlobalResponseNorm)

@@ -21,7 +21,7 @@ class PatchEmbed(Layer, timm_layers.PatchEmbed):
     plan = staticmethod(plan_projection)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_projection, self, x)
+        plan = self._plan_call(x)
         if plan is None or not self._accepts(x):
             return super().forward(x)
         height, width = plan.weight.shape[-2:]

@@ -8,7 +8,6 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_branch
-from vitfast.engine import memo
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.block import read_depthwise
 from vitfast.layers.reading.children import check_bare, read_activation, read_linear
@@ -45,7 +44,7 @@ class Block(Layer, rdnet.Block):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_block, self, x)
+        plan = self._recall_plan(x)
         return super().forward(x) if plan is None or x.ndim != 4 else run_convnext_branch(x, plan)
 
 
@@ -56,7 +55,7 @@ class BlockESE(Layer, rdnet.BlockESE):
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_block, self, x)
+        plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         return self.layers[5](run_convnext_branch(x, plan))

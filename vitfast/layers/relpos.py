@@ -10,8 +10,6 @@ from timm.models import vision_transformer_relpos as relpos
 from vitfast import plans
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.engine import memo
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.attention import ATTENTION_PLANS, dense_bias, plan_common_attention
 from vitfast.layers.reading.block import plan_with_layer_scale
@@ -36,7 +34,7 @@ class RelPosAttention(Layer, relpos.RelPosAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = plan_call(plan_attention, self, x, shared_rel_pos)
+        plan = self._plan_call(x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         return attend(x, plan, **position_bias(self, shared_rel_pos))
@@ -49,7 +47,7 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
     plan = staticmethod(plan_with_layer_scale)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
-        plan = memo.recall_plan(plan_with_layer_scale, self, x, shared_rel_pos)
+        plan = self._recall_plan(x, shared_rel_pos)
         if plan is None:
             return super().forward(x, shared_rel_pos=shared_rel_pos)
         return run_transformer_block(
@@ -61,4 +59,4 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
         )
 
 
-ATTENTION_PLANS |= {relpos.RelPosAttention: plan_attention, RelPosAttention: plan_attention}
+ATTENTION_PLANS[relpos.RelPosAttention] = plan_attention

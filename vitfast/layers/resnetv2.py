@@ -6,8 +6,6 @@ import torch
 from timm.models import resnetv2
 
 from vitfast.blocks.bottleneck import run_bottleneck, run_preact_bottleneck
-from vitfast.engine import memo
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.bottleneck import plan_bottleneck, plan_preact_bottleneck
 
@@ -18,7 +16,7 @@ class Bottleneck(Layer, resnetv2.Bottleneck):
     plan = staticmethod(plan_bottleneck)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_bottleneck, self, x)
+        plan = self._recall_plan(x)
         return super().forward(x) if plan is None else run_bottleneck(x, plan)
 
 
@@ -28,5 +26,5 @@ class PreActBottleneck(Layer, resnetv2.PreActBottleneck):
     plan = staticmethod(plan_preact_bottleneck)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_preact_bottleneck, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else run_preact_bottleneck(x, plan)

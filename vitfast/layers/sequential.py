@@ -7,7 +7,6 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.patches import _differentiable, _fused
-from vitfast.engine import memo
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.conv import plan_projection
 from vitfast.layers.reading.norm import read_norm_2d
@@ -37,7 +36,7 @@ class Sequential(Layer, nn.Sequential):
     plan = staticmethod(plan_patches)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = memo.recall_plan(plan_patches, self, x)
+        plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)
         height, width = plan.projection.weight.shape[2:]

@@ -6,10 +6,9 @@ import torch
 from timm import layers as timm_layers
 
 from vitfast.blocks.parts import apply_conv, apply_group_norm
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
-from vitfast.layers.reading.conv import STD_CONVS, plan_std_conv
-from vitfast.layers.reading.group_norm import GROUP_NORMS, plan_group_norm
+from vitfast.layers.reading.conv import plan_std_conv
+from vitfast.layers.reading.group_norm import plan_group_norm
 
 
 class StdConv2d(Layer, timm_layers.StdConv2d):
@@ -18,7 +17,7 @@ class StdConv2d(Layer, timm_layers.StdConv2d):
     plan = staticmethod(plan_std_conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_std_conv, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_conv(x, plan)
 
 
@@ -28,7 +27,7 @@ class StdConv2dSame(Layer, timm_layers.StdConv2dSame):
     plan = staticmethod(plan_std_conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_std_conv, self, x)
+        plan = self._plan_call(x)
         return super().forward(x) if plan is None else apply_conv(x, plan)
 
 
@@ -38,7 +37,7 @@ class GroupNormAct(Layer, timm_layers.GroupNormAct):
     plan = staticmethod(plan_group_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_group_norm, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         return apply_group_norm(x, plan)
@@ -50,11 +49,7 @@ class GroupNorm1Act(Layer, timm_layers.GroupNorm1Act):
     plan = staticmethod(plan_group_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_group_norm, self, x)
+        plan = self._plan_call(x)
         if plan is None or x.ndim != 4 or not x.is_floating_point():
             return super().forward(x)
         return apply_group_norm(x, plan)
-
-
-STD_CONVS |= {StdConv2d, StdConv2dSame}
-GROUP_NORMS |= {GroupNormAct, GroupNorm1Act}

@@ -45,7 +45,7 @@ class WindowAttention(Layer, swin_transformer.WindowAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        out = windowed.attend_windows(self, x, mask, plan_attention)
+        out = windowed.attend_windows(self, x, mask)
         return super().forward(x, mask=mask) if out is None else out
 
 
@@ -56,7 +56,7 @@ class SwinTransformerBlock(Layer, swin_transformer.SwinTransformerBlock):
     plan = staticmethod(windowed.plan_norms_first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = windowed.run_windowed_block(self, x, windowed.plan_norms_first)
+        out = windowed.run_windowed_block(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -66,11 +66,8 @@ class PatchMerging(Layer, swin_transformer.PatchMerging):
     plan = staticmethod(plan_patch_merging)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = run_patch_merging(self, x, plan_patch_merging)
+        out = run_patch_merging(self, x, type(self).plan)
         return super().forward(x) if out is None else out
 
 
-ATTENTION_PLANS |= {
-    swin_transformer.WindowAttention: plan_attention,
-    WindowAttention: plan_attention,
-}
+ATTENTION_PLANS[swin_transformer.WindowAttention] = plan_attention

@@ -50,7 +50,7 @@ class WindowAttention(Layer, swin_transformer_v2.WindowAttention):
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        out = windowed.attend_windows(self, x, mask, plan_attention)
+        out = windowed.attend_windows(self, x, mask)
         return super().forward(x, mask=mask) if out is None else out
 
 
@@ -61,7 +61,7 @@ class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
     plan = staticmethod(windowed.plan_norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = windowed.run_windowed_block(self, x, windowed.plan_norms_last)
+        out = windowed.run_windowed_block(self, x)
         return super().forward(x) if out is None else out
 
 
@@ -71,11 +71,8 @@ class PatchMerging(Layer, swin_transformer_v2.PatchMerging):
     plan = staticmethod(plan_patch_merging_norm_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = run_patch_merging(self, x, plan_patch_merging_norm_last)
+        out = run_patch_merging(self, x, type(self).plan)
         return super().forward(x) if out is None else out
 
 
-ATTENTION_PLANS |= {
-    swin_transformer_v2.WindowAttention: plan_attention,
-    WindowAttention: plan_attention,
-}
+ATTENTION_PLANS[swin_transformer_v2.WindowAttention] = plan_attention

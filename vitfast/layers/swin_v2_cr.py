@@ -65,7 +65,7 @@ class WindowMultiHeadAttention(Layer, swin_transformer_v2_cr.WindowMultiHeadAtte
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-        out = windowed.attend_windows(self, x, mask, plan_attention)
+        out = windowed.attend_windows(self, x, mask)
         return super().forward(x, mask=mask) if out is None else out
 
 
@@ -76,7 +76,7 @@ class SwinTransformerV2CrBlock(Layer, swin_transformer_v2_cr.SwinTransformerV2Cr
     plan = staticmethod(windowed.plan_norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = windowed.run_windowed_block(self, x, windowed.plan_norms_last, "_shifted_window_attn")
+        out = windowed.run_windowed_block(self, x, "_shifted_window_attn")
         return super().forward(x) if out is None else self.norm3(out)
 
 
@@ -86,11 +86,8 @@ class PatchMerging(Layer, swin_transformer_v2_cr.PatchMerging):
     plan = staticmethod(plan_patch_merging)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = run_patch_merging(self, x, plan_patch_merging)
+        out = run_patch_merging(self, x, type(self).plan)
         return super().forward(x) if out is None else out
 
 
-ATTENTION_PLANS |= {
-    swin_transformer_v2_cr.WindowMultiHeadAttention: plan_attention,
-    WindowMultiHeadAttention: plan_attention,
-}
+ATTENTION_PLANS[swin_transformer_v2_cr.WindowMultiHeadAttention] = plan_attention

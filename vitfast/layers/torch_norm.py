@@ -7,9 +7,8 @@ from timm.layers import register_notrace_module
 from torch import nn
 
 from vitfast.blocks.parts import apply_norm
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.base import Layer
-from vitfast.layers.reading.norm import NORMS, plan_norm
+from vitfast.layers.reading.norm import plan_norm
 
 
 @register_notrace_module
@@ -22,8 +21,5 @@ class LayerNorm(Layer, nn.LayerNorm):
     plan = staticmethod(plan_norm)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        plan = plan_call(plan_norm, self, input)
+        plan = self._plan_call(input)
         return super().forward(input) if plan is None else apply_norm(input, plan)
-
-
-NORMS[LayerNorm] = "layer"

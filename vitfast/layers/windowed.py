@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.engine import memo
-from vitfast.engine.eligibility import plan_call
 from vitfast.layers.reading.as_built import expect_attributes, expect_buffer
 from vitfast.layers.reading.block import plan_with_norms_last, plan_without_layer_scale
-from vitfast.plans import Attention, TransformerBlock, Windows
+from vitfast.plans import TransformerBlock, Windows
 
 
-def attend_windows(
-    module: Any, x: torch.Tensor, mask: torch.Tensor | None, plan: Callable[[Any], Attention]
-) -> torch.Tensor | None:
-    """Attention of windows x [windows, N, C]; None where it is for timm's forward."""
-    planned = plan_call(plan, module, x) if mask is None else None
+def attend_windows(module: Any, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """A drop-in's attention of windows x [windows, N, C]; None where it is for timm's forward."""
+    plan = module._plan_call(x) if mask is None else None
     window = tuple(module.window_size)
-    if planned is None or x.ndim != 3 or x.shape[1] != window[0] * window[1]:
+    if plan is None or x.ndim != 3 or x.shape[1] != window[0] * window[1]:
         return None
-    return attend(x, planned, windows=Windows(window, window))
+    return attend(x, plan, windows=Windows(window, window))
 
 
 def plan_norms_first(module: Any) -> TransformerBlock:
@@ -60,15 +55,13 @@ def _told(module: Any) -> tuple[int, int]:
     return tuple(module.feat_size if hasattr(module, "feat_size") else module.input_resolution)
 
 
-def run_windowed_block(
-    module: Any, x: torch.Tensor, plan: Callable[[Any], TransformerBlock], attend: str = "_attn"
-) -> torch.Tensor | None:
-    """The block on a map x [B, H, W, C]; None where it is for timm's forward.
+def run_windowed_block(module: Any, x: torch.Tensor, attend: str = "_attn") -> torch.Tensor | None:
+    """A drop-in block on a map x [B, H, W, C]; None where it is for timm's forward.
 
     attend: the name of timm's method for the attention of a map.
     """
-    planned = memo.recall_plan(plan, module, x)
-    if planned is None or x.ndim != 4:
+    plan = module._recall_plan(x)
+    if plan is None or x.ndim != 4:
         return None
     size = (x.shape[1], x.shape[2])
     # timm cuts its mask for the size it was told, and works with no other.
@@ -77,6 +70,6 @@ def run_windowed_block(
     windows = Windows(size, tuple(module.window_size), tuple(module.shift_size))
     call = getattr(module, attend)
     out = run_transformer_block(
-        x.flatten(1, 2), planned, module, call, maps=(size, None), windows=windows
+        x.flatten(1, 2), plan, module, call, maps=(size, None), windows=windows
     )
     return out.unflatten(1, size)

@@ -22,6 +22,7 @@ from vitfast.layers.reading.children import (
     read_optional_parameter,
     read_or_call_linear,
     read_parameter,
+    timm_class,
 )
 from vitfast.layers.reading.norm import read_optional_norm
 from vitfast.plans import (
@@ -33,13 +34,13 @@ from vitfast.plans import (
 )
 
 ATTENTION_PLANS: dict[type[nn.Module], Callable[[nn.Module], Attention]] = {}
-"""The plan function of each attention class, timm's and the drop-in."""
+"""The plan function of each attention of timm."""
 
 
 def read_attention(children: Children, name: str) -> Attention:
     """What a child holds that must be a known attention module, all of whose weights are read."""
     module = children[name]
-    plan = ATTENTION_PLANS.get(type(module))
+    plan = ATTENTION_PLANS.get(timm_class(module))
     if plan is None:
         raise Unsupported(f"attention {type(module).__name__} is not implemented")
     check_bare(module, name)

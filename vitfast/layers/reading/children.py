@@ -33,6 +33,18 @@ from vitfast.runtime.native import is_readable
 
 Children = dict[str, Any]  # a module's `_modules`
 
+TIMM_CLASSES: dict[type, type[nn.Module]] = {}
+"""timm's or torch's class for each drop-in, which `Layer` enters."""
+
+
+def timm_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one of timm or torch that a drop-in stands in for.
+
+    What is read of both is the same, so that the tables by class hold only timm's and torch's.
+    """
+    kind = type(module)
+    return TIMM_CLASSES.get(kind, kind)
+
 
 def forget_own_forward(module: nn.Module) -> None:
     """Take off a forward that would hide that of the class which the module is about to get."""
@@ -227,7 +239,7 @@ def read_layer_scale(children: Children, name: str, *, nchw: bool = False) -> to
     check_bare(module, name)
     if type(module) is nn.Identity:
         return None
-    if type(module) not in ({timm_layers.LayerScale2d} if nchw else LAYER_SCALES):
+    if timm_class(module) is not (timm_layers.LayerScale2d if nchw else timm_layers.LayerScale):
         raise Unfit(f"{name} is a {type(module).__name__}, not timm's LayerScale")
     if module.inplace:
         raise Unfit(f"{name} works in place")
@@ -235,6 +247,3 @@ def read_layer_scale(children: Children, name: str, *, nchw: bool = False) -> to
     if gamma is None:
         raise Unfit(f"{name} has no gamma")
     return gamma
-
-
-LAYER_SCALES: set[type] = {timm_layers.LayerScale}

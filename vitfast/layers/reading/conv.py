@@ -9,16 +9,15 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.layers.reading.as_built import expect_attributes
-from vitfast.layers.reading.children import Children, check_bare, read_parameter
+from vitfast.layers.reading.children import Children, check_bare, read_parameter, timm_class
 from vitfast.plans import Conv, Unfit, Unsupported
 
-STD_CONVS: set[type] = {timm_layers.StdConv2d, timm_layers.StdConv2dSame}
-"""The convolutions known by exact class; the drop-ins add themselves."""
+_STD_CONVS = {timm_layers.StdConv2d, timm_layers.StdConv2dSame}
 
 
 def plan_std_conv(module: Any) -> Conv:
     """What a convolution holds, its own hooks set aside (whoever called it has run them)."""
-    if type(module) not in STD_CONVS:
+    if timm_class(module) not in _STD_CONVS:
         raise Unsupported(f"convolution {type(module).__name__} is not implemented")
     weight = module.weight
     expect_attributes(module, out_channels=weight.shape[0], kernel_size=tuple(weight.shape[2:]))

@@ -7,16 +7,21 @@ from typing import Any
 from timm import layers as timm_layers
 from torch import nn
 
-from vitfast.layers.reading.children import Children, check_bare, read_activation, read_parameter
+from vitfast.layers.reading.children import (
+    Children,
+    check_bare,
+    read_activation,
+    read_parameter,
+    timm_class,
+)
 from vitfast.plans import GroupNorm, Unfit, Unsupported
 
-GROUP_NORMS: set[type] = {timm_layers.GroupNormAct, timm_layers.GroupNorm1Act}
-"""The norms known by exact class; the drop-ins add themselves."""
+_GROUP_NORMS = {timm_layers.GroupNormAct, timm_layers.GroupNorm1Act}
 
 
 def plan_group_norm(module: Any) -> GroupNorm:
     """What a GroupNormAct holds, its own hooks set aside (whoever called it has run them)."""
-    if type(module) not in GROUP_NORMS:
+    if timm_class(module) not in _GROUP_NORMS:
         raise Unsupported(f"norm {type(module).__name__} is not implemented")
     if module._fast_norm:
         raise Unsupported("fast norm was switched on when it was built")

@@ -15,12 +15,13 @@ from vitfast.layers.reading.children import (
     read_activation,
     read_linear,
     read_or_call_linear,
+    timm_class,
 )
 from vitfast.layers.reading.norm import read_optional_norm
 from vitfast.plans import Called, Mlp, Unfit, Unsupported
 
 MLP_PLANS: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
-"""The plan function of each MLP class, timm's and the drop-in."""
+"""The plan function of each MLP of timm."""
 POINTWISE_MLP_PLANS: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
 """Those whose linear layers may be 1x1 convolutions."""
 
@@ -28,7 +29,7 @@ POINTWISE_MLP_PLANS: dict[type[nn.Module], Callable[[nn.Module], Mlp]] = {}
 def read_mlp(children: Children, name: str) -> Mlp:
     """What a child holds that must be a known MLP, all of whose weights are read."""
     module = children[name]
-    plan = MLP_PLANS.get(type(module))
+    plan = MLP_PLANS.get(timm_class(module))
     if plan is None:
         raise Unsupported(f"MLP {type(module).__name__} is not implemented")
     check_bare(module, name)
@@ -48,7 +49,7 @@ def check_mlp_read(plan: Mlp) -> Mlp:
 def read_pointwise_mlp(children: Children, name: str) -> Mlp:
     """As `child`, channels last: the linear layers of the MLP may be 1x1 convolutions."""
     module = children[name]
-    plan = POINTWISE_MLP_PLANS.get(type(module))
+    plan = POINTWISE_MLP_PLANS.get(timm_class(module))
     if plan is None:
         raise Unfit(f"{name} is a {type(module).__name__}, no MLP that vitfast knows")
     check_bare(module, name)

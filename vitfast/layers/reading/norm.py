@@ -6,35 +6,39 @@ from typing import Any
 
 from timm import layers as timm_layers
 from timm.layers.grn import GlobalResponseNorm
+from timm.models import metaformer
 from torch import nn
 
 from vitfast.layers.reading.as_built import expect_attributes
-from vitfast.layers.reading.children import Children, check_bare, read_parameter
+from vitfast.layers.reading.children import Children, check_bare, read_parameter, timm_class
 from vitfast.plans import Grn, Norm, Unsupported
 
-NORMS = {
+_NORMS = {
     nn.LayerNorm: "layer",
     timm_layers.LayerNorm: "layer",
+    metaformer.LayerNormNoBias: "layer",
     timm_layers.RmsNorm: "rms",
 }
-"""The norms known by exact class; the drop-ins add themselves."""
-NORMS_2D = {timm_layers.LayerNorm2d: "layer", timm_layers.RmsNorm2d: "rms"}
+_NORMS_2D = {
+    timm_layers.LayerNorm2d: "layer",
+    metaformer.LayerNorm2dNoBias: "layer",
+    timm_layers.RmsNorm2d: "rms",
+}
 """Those over the channels of NCHW."""
-GRNS: set[type[nn.Module]] = {GlobalResponseNorm}
 
 
 def plan_norm(module: Any) -> Norm:
     """What a norm module holds, its own hooks set aside (whoever called it has run them)."""
-    return _plan(module, NORMS)
+    return _plan(module, _NORMS)
 
 
 def plan_norm_2d(module: Any) -> Norm:
     """As `plan`, of a norm over the channels of NCHW."""
-    return _plan(module, NORMS_2D)
+    return _plan(module, _NORMS_2D)
 
 
 def _plan(module: Any, kinds: dict[type[nn.Module], str]) -> Norm:
-    kind = kinds.get(type(module))
+    kind = kinds.get(timm_class(module))
     if kind is None:
         raise Unsupported(f"norm {type(module).__name__} is not implemented")
     if getattr(module, "_fast_norm", False):
@@ -50,7 +54,7 @@ def _plan(module: Any, kinds: dict[type[nn.Module], str]) -> Norm:
 
 def plan_grn(module: Any) -> Grn:
     """What a GlobalResponseNorm holds."""
-    if type(module) not in GRNS:
+    if timm_class(module) is not GlobalResponseNorm:
         raise Unsupported(f"norm {type(module).__name__} is not implemented")
     if module.channel_dim == -1:
         expect_attributes(module, spatial_dim=(1, 2), wb_shape=(1, 1, 1, -1))

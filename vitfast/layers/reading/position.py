@@ -26,6 +26,7 @@ from vitfast.layers.reading.children import (
     read_activation,
     read_linear,
     read_parameter,
+    timm_class,
 )
 from vitfast.layers.reading.mlp import MLP_PLANS, check_mlp_read
 from vitfast.plans import Linear, Unfit, Unsupported
@@ -167,7 +168,7 @@ def _parts(mlp: nn.Module) -> tuple[str, tuple[Linear, ...]]:
             raise Unfit("it is no MLP")
         first, last = (read_linear(children, name) for name in ("0", "2"))
         return read_activation(children, "1"), (first, last)
-    plan = MLP_PLANS.get(type(mlp))
+    plan = MLP_PLANS.get(timm_class(mlp))
     if plan is None:
         raise Unfit("it is no MLP")
     found = check_mlp_read(plan(mlp))
