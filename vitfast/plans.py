@@ -154,7 +154,9 @@ class Mlp(NamedTuple):
 
 
 class TransformerBlock(NamedTuple):
-    """What a block holds. gamma: LayerScale [C] or None; None where the norms come last.
+    """What a block of ViT, EVA, BEiT, RelPos, Hiera or Swin holds.
+
+    gamma: LayerScale [C] or None; None where the norms come last.
 
     A half that cannot be read is called as timm would call it: `attn` or `mlp` says why, and the
     rest of the half is None.
@@ -206,7 +208,9 @@ class PatchMerging(NamedTuple):
 
 
 class ConvNeXtBlock(NamedTuple):
-    """What a block holds. conv: weight [C, 1, k, k'] and bias [C]; gamma [C] or None.
+    """What a block of ConvNeXt, EdgeNeXt, RDNet or MaxxViT holds.
+
+    conv: weight [C, 1, k, k'] and bias [C]. gamma: [C] or None.
 
     norm: a function of [B, H, W, C] where vitfast has no such norm. conv: `Called` where it or the
     norm cannot be read, and both are called as timm would call them. mlp: the same of mlp, gamma
@@ -226,7 +230,7 @@ class ConvNeXtBlock(NamedTuple):
 
 
 class MlpResidual(NamedTuple):
-    """What such a block holds. gamma [C] or None."""
+    """The end of InceptionNeXt's block, x + drop_path(gamma * mlp(y)). gamma: [C] or None."""
 
     mlp: Mlp
     gamma: torch.Tensor | None
@@ -269,7 +273,7 @@ class MetaFormerHalf(NamedTuple):
 
 
 class MetaFormerBlock(NamedTuple):
-    """What a block holds. star: of the MLP's activation."""
+    """What a block of PoolFormer, ConvFormer or CAFormer holds. star: of the MLP's activation."""
 
     first: MetaFormerHalf
     mixer: SepConv | Pooling | Attention
@@ -319,11 +323,15 @@ Pads = tuple[int, int, int, int]
 
 
 ConvNorm = tuple[Conv, GroupNorm]
+"""A weight-standardised convolution and the norm with activation beside it."""
 
 
 class Bottleneck(NamedTuple):
-    """Three convolutions, each with its norm after it ("none" the last's activation), the
-    shortcut's where it has one of DownsampleConv, or any module for it."""
+    """What timm's `resnetv2.Bottleneck` holds.
+
+    steps: three convolutions, each with the norm after it, the last without activation. shortcut:
+    of a DownsampleConv. downsample: the module in the shortcut, of any kind, or None.
+    """
 
     steps: tuple[ConvNorm, ConvNorm, ConvNorm]
     shortcut: ConvNorm | None
@@ -337,7 +345,7 @@ class Bottleneck(NamedTuple):
 
 
 class PreActBottleneck(NamedTuple):
-    """Three norms with activation, each with the convolution after it."""
+    """What timm's `resnetv2.PreActBottleneck` holds: three norms, each before its convolution."""
 
     steps: tuple[ConvNorm, ConvNorm, ConvNorm]
     downsample: nn.Module | None
@@ -345,7 +353,11 @@ class PreActBottleneck(NamedTuple):
 
 
 class BatchNormBottleneck(NamedTuple):
-    """Three convolutions with their norms, and what the shortcut runs through before its own."""
+    """What timm's `resnet.Bottleneck` holds.
+
+    convs: three convolutions, each with the BatchNorm after it. before, shortcut: the modules that
+    the shortcut runs through before its own convolution.
+    """
 
     convs: tuple[Conv, Conv, Conv]
     before: tuple[nn.Module, ...]
@@ -353,6 +365,7 @@ class BatchNormBottleneck(NamedTuple):
 
 
 StemStep = Conv | BatchNormBottleneck | nn.Module
+"""A step of a convolutional stem: read, or a module to call."""
 
 
 def tensors_in(values: tuple) -> Iterator[torch.Tensor]:

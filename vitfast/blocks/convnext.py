@@ -46,7 +46,7 @@ def run_convnext_block(
 
 
 def run_convnext_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
-    """fc2(act(fc1(norm(conv(x))))) alone, as `run`; it may have another width than x."""
+    """fc2(act(fc1(norm(conv(x))))) alone, of x [B, C, H, W]; it may have another width than x."""
     rows = x.permute(0, 2, 3, 1)
     out = None
     if takes_engine(rows, block):

@@ -80,12 +80,14 @@ def apply_group_norm(
 def add_residual(
     x: torch.Tensor, branch: torch.Tensor, gamma: torch.Tensor | None, drop: DropRate | None
 ) -> torch.Tensor:
+    """x + drop_path(gamma * branch) of tensors [B, ..., C], by the differentiable op."""
     return ops.residual_add(x, branch, gamma=gamma, drop_scale=drop_scale(branch, gamma, drop))
 
 
 def add_normed(
     x: torch.Tensor, branch: torch.Tensor, norm: Norm, drop: DropRate | None
 ) -> torch.Tensor:
+    """x + drop_path(norm(branch)) of tensors [B, ..., C], by the differentiable op."""
     return ops.norm_add(
         x,
         branch,
@@ -98,6 +100,7 @@ def add_normed(
 
 
 def normed_from(source: torch.Tensor, norm: Norm) -> Normed:
+    """How a norm of the residual stream was made, for the backward to make it again."""
     return Normed(source, norm.weight, norm.bias, norm.eps, norm.kind)
 
 

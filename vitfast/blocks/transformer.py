@@ -46,7 +46,7 @@ def run_transformer_block(
     maps: Maps = (None, None),
     **attention: Any,
 ) -> torch.Tensor:
-    """The block on x [B, N, C]; keywords as for `_attention.attend`.
+    """The block on x [B, N, C]; keywords as of `parts.attend`.
 
     Args:
         module, attend, maps: whose children are called where a half is not read; its attention
@@ -109,7 +109,7 @@ def run_mlp_half(
 
 
 def run_attention_half(x: torch.Tensor, block: TransformerBlock, **attention: Any) -> torch.Tensor:
-    """The first half of the block alone, as `run`."""
+    """x + gamma1 * attn(norm1(x)) of x [B, N, C] alone; keywords as of `parts.attend`."""
     out = None
     if takes_engine(x, block, *attention.values()):
         out = engine.block(x, block, half="attention", **attention)

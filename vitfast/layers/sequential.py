@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vitfast import plans
-from vitfast.blocks.patches import _differentiable, _fused
+from vitfast.blocks.patches import run_patches
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.conv import plan_projection
 from vitfast.layers.reading.norm import read_norm_2d
@@ -44,7 +44,4 @@ class Sequential(Layer, nn.Sequential):
         if rows == 0 or columns == 0 or not x.is_floating_point():
             return super().forward(x)
         x = x[..., : rows * height, : columns * width]
-        tokens = _fused(x, plan)
-        if tokens is None:
-            tokens = _differentiable(x, plan)
-        return tokens.unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
+        return run_patches(x, plan).unflatten(1, (rows, columns)).permute(0, 3, 1, 2)
