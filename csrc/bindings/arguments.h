@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <variant>
 
@@ -29,30 +30,33 @@ inline void require(bool condition, const char* message) {
   if (!condition) throw std::invalid_argument(message);
 }
 
-inline DType float_dtype(int code) {
-  require(code == static_cast<int>(DType::f32) || code == static_cast<int>(DType::bf16),
-          "dtype code must be that of float32 or bfloat16");
+// Messages begin with the op's name.
+inline DType float_dtype(int code, const char* op) {
+  if (code != static_cast<int>(DType::f32) && code != static_cast<int>(DType::bf16))
+    throw std::invalid_argument(std::string(op) + ": dtype must be float32 or bfloat16");
   return static_cast<DType>(code);
 }
 
-inline Rows rows(const RowsArg& arg) {
+inline void* not_null(uintptr_t address, const char* op) {
+  if (address == 0) throw std::invalid_argument(std::string(op) + ": null address");
+  return reinterpret_cast<void*>(address);
+}
+
+inline Rows rows(const RowsArg& arg, const char* op = "norm") {
   if (!arg) return {};
   if (const PlainArg* plain = std::get_if<PlainArg>(&*arg)) {
     const auto& [address, dtype, outer, inner] = *plain;
-    require(address != 0, "null address of a tensor");
-    return {reinterpret_cast<void*>(address), float_dtype(dtype), outer, inner};
+    return {not_null(address, op), float_dtype(dtype, op), outer, inner};
   }
   const auto& [address, dtype, outer, inner, H, W, column] = std::get<MapArg>(*arg);
-  require(address != 0, "null address of a tensor");
   require(H > 0 && W > 0, "norm: a map's sizes must be positive");
-  return {reinterpret_cast<void*>(address), float_dtype(dtype), outer, inner, H, W, column};
+  return {not_null(address, op), float_dtype(dtype, op), outer, inner, H, W, column};
 }
 
-inline Channels channels(const ChannelsArg& arg) {
+inline Channels channels(const ChannelsArg& arg, const char* op = "norm") {
   if (!arg) return {};
   const auto& [address, dtype] = *arg;
-  require(address != 0, "null address of a tensor");
-  return {reinterpret_cast<void*>(address), float_dtype(dtype)};
+  return {not_null(address, op), float_dtype(dtype, op)};
 }
 
 inline NormKind norm_kind(int kind) {

@@ -65,7 +65,7 @@ AttnArgs attn_args(const AttnProblem& problem, const AttnQk& prologue, const Att
   require(threads > 0, "attention: threads must be positive");
   for (const int64_t size : sizes) require(size > 0, "attention: sizes must be positive");
   AttnArgs a{};
-  a.dtype = float_dtype(dtype);
+  a.dtype = float_dtype(dtype, "attention");
   a.B = sizes[0];
   a.H = sizes[1];
   a.Nq = sizes[2];

@@ -29,7 +29,7 @@ DwconvMap dwconv_map(const DwconvMapArg& arg) {
   const auto& [address, dtype, strides, rounded] = arg;
   require(address != 0, "dwconv: null address");
   return {reinterpret_cast<const void*>(address),
-          float_dtype(dtype),
+          float_dtype(dtype, "dwconv"),
           strides[0],
           strides[1],
           strides[2],

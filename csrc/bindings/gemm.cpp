@@ -17,11 +17,11 @@ GemmRows gemm_rows(const GemmRowsArg& arg, int64_t m) {
   const auto& [address, dtype, rows, outer, inner] = *arg;
   require(address != 0, "gemm: null address");
   require(rows > 0 && m % rows == 0, "gemm: rows must come in whole groups");
-  return {reinterpret_cast<void*>(address), float_dtype(dtype), rows, outer, inner};
+  return {reinterpret_cast<void*>(address), float_dtype(dtype, "gemm"), rows, outer, inner};
 }
 
 GemmVector gemm_vector(const ChannelsArg& arg) {
-  const Channels found = channels(arg);
+  const Channels found = channels(arg, "gemm");
   return {found.ptr, found.dtype};
 }
 
@@ -39,7 +39,7 @@ GemmB gemm_b(const GemmBArg& arg) {
   require(n > 0 && k > 0, "gemm: sizes must be positive");
   return {reinterpret_cast<const void*>(b),
           reinterpret_cast<const void*>(gate),
-          float_dtype(dtype),
+          float_dtype(dtype, "gemm"),
           n,
           k,
           n_stride,
@@ -54,7 +54,7 @@ void gemm_checked(int64_t m, int compute, const GemmRowsArg& a, bool a_transpose
   require(m > 0, "gemm: sizes must be positive");
   require(threads > 0, "gemm: threads must be positive");
   const Gemm g = {m,
-                  float_dtype(compute),
+                  float_dtype(compute, "gemm"),
                   gemm_rows(a, a_transposed ? 1 : m),
                   a_transposed,
                   gemm_b(b),
@@ -78,7 +78,7 @@ void gemm_checked(int64_t m, int compute, const GemmRowsArg& a, bool a_transpose
 void gemm_pack_checked(const GemmBArg& b, int compute, uintptr_t packed, int threads) {
   require(packed != 0, "gemm_pack: null address");
   require(threads > 0, "gemm_pack: threads must be positive");
-  gemm_pack(gemm_b(b), float_dtype(compute), reinterpret_cast<void*>(packed), threads);
+  gemm_pack(gemm_b(b), float_dtype(compute, "gemm"), reinterpret_cast<void*>(packed), threads);
 }
 
 void linear_backward_checked(int64_t m, int64_t n, int act, const GemmRowsArg& grad,
@@ -121,7 +121,7 @@ void bind_gemm(py::module_& m, py::class_<Replay>& replay) {
   m.def(
       "gemm_packed_bytes",
       [](const GemmBArg& b, int compute) {
-        return gemm_packed_bytes(gemm_b(b), float_dtype(compute));
+        return gemm_packed_bytes(gemm_b(b), float_dtype(compute, "gemm"));
       },
       "Size of what gemm_pack writes.");
   m.def("linear_backward", &linear_backward_checked, Release(), "See csrc/cpu/linear_backward.h.");

@@ -32,7 +32,12 @@ FeatureMap feature_map(const FeatureMapArg& arg, const GroupNormShape& s, bool l
   require(s.channels_last ? channel == 1 : pixel == 1, "group_norm: a map of another layout");
   require(line == s.W * pixel || (s.channels_last && loose_lines),
           "group_norm: lines of this map must follow each other");
-  return {reinterpret_cast<void*>(address), float_dtype(dtype), sample, channel, line, pixel};
+  return {reinterpret_cast<void*>(address),
+          float_dtype(dtype, "group_norm"),
+          sample,
+          channel,
+          line,
+          pixel};
 }
 
 void group_norm_forward_checked(const GroupNormArg& shape, const FeatureMapArg& x,

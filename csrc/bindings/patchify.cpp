@@ -20,8 +20,8 @@ void patchify_checked(uintptr_t image, int dtype, const std::array<int64_t, 4>& 
   require(threads > 0, "patchify: threads must be positive");
   patchify({reinterpret_cast<const void*>(image), static_cast<DType>(dtype), strides[0], strides[1],
             strides[2], strides[3], sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], floats(scale),
-            floats(shift), first, count, reinterpret_cast<void*>(out), float_dtype(out_dtype),
-            threads});
+            floats(shift), first, count, reinterpret_cast<void*>(out),
+            float_dtype(out_dtype, "patchify"), threads});
 }
 
 }  // namespace

@@ -30,7 +30,7 @@ WindowArgs window_args(const WindowProblem& problem, uintptr_t out, uintptr_t st
   require(0 <= sh && sh < wh && 0 <= sw && sw < ww, "window_attention: shift out of range");
   require(sizes[4] <= 256, "window_attention: head dim must be at most 256");
   WindowArgs a{};
-  a.dtype = float_dtype(dtype);
+  a.dtype = float_dtype(dtype, "window_attention");
   a.B = sizes[0];
   a.H = sizes[1];
   a.W = sizes[2];
