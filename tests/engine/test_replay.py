@@ -8,7 +8,7 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitfast.engine import replay
@@ -187,6 +187,8 @@ def test_a_child_forked_while_a_thread_records_is_not_recording():
 uses = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(sorted)
 
 
+# No limit of time: a busy machine may take a second for one draw.
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.tuples(st.integers(1, 1000), uses), max_size=8))
 def test_buffers_in_use_at_the_same_time_do_not_overlap(buffers):
     sizes = [size for size, _ in buffers]
