@@ -98,7 +98,7 @@ def read_depthwise(children: Children, name: str) -> Linear:
 
 
 def read_norm_after_conv(children: Children, over_nchw: bool = False) -> Any:
-    """What the child "norm" holds, of rows of channels or of NCHW; raises as `child`."""
+    """What the child "norm" holds, of rows of channels or of NCHW; raises as `read_known`."""
     return read_known(read_norm_2d if over_nchw else read_norm, children, "norm")
 
 

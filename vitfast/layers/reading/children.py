@@ -97,7 +97,7 @@ def expect_vector(t: torch.Tensor | None, width: int, name: str) -> torch.Tensor
 
 
 def read_optional_parameter(module: nn.Module, name: str) -> Any:
-    """As `tensor`, for a parameter that may have been set to None before it was ever registered."""
+    """As `read_parameter`, of one that may have been set to None before it was ever registered."""
     return read_parameter(module, name) if name in module._parameters else getattr(module, name)
 
 
@@ -123,7 +123,7 @@ def read_linear(children: Children, name: str, *, pointwise: bool = False) -> Li
 
 
 def read_or_call_linear(children: Children, name: str) -> Linear | Called:
-    """As `linear`, of a child that timm's forward calls: any other kind of it can be called, too.
+    """As `read_linear`, of a child that timm's forward calls: any other kind can be called, too.
 
     Not where what it holds are tensors of another class, of which its result may be another.
     """

@@ -25,7 +25,7 @@ def plan_std_conv(module: Any) -> Conv:
 
 
 def plan_conv(module: Any) -> Conv:
-    """As `plan`, of a module that must be exactly an nn.Conv2d."""
+    """As `plan_std_conv`, of a module that must be exactly an nn.Conv2d."""
     if type(module) is not nn.Conv2d:
         raise Unfit(f"a convolution is a {type(module).__name__}, not torch.nn.Conv2d")
     if module.padding_mode != "zeros":

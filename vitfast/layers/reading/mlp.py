@@ -47,7 +47,7 @@ def check_mlp_read(plan: Mlp) -> Mlp:
 
 
 def read_pointwise_mlp(children: Children, name: str) -> Mlp:
-    """As `child`, channels last: the linear layers of the MLP may be 1x1 convolutions."""
+    """As `read_mlp`, channels last: the linear layers of the MLP may be 1x1 convolutions."""
     module = children[name]
     plan = POINTWISE_MLP_PLANS.get(timm_class(module))
     if plan is None:

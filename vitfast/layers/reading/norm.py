@@ -33,7 +33,7 @@ def plan_norm(module: Any) -> Norm:
 
 
 def plan_norm_2d(module: Any) -> Norm:
-    """As `plan`, of a norm over the channels of NCHW."""
+    """What a norm over the channels of NCHW holds, its own hooks set aside as in `plan_norm`."""
     return _plan(module, _NORMS_2D)
 
 
@@ -64,7 +64,7 @@ def plan_grn(module: Any) -> Grn:
 
 
 def read_grn(children: Children, name: str, channel_dim: int) -> Grn:
-    """As `child`, of a GlobalResponseNorm over maps whose channels lie there (-1 or 1)."""
+    """What a child holds that must be a GlobalResponseNorm with this channel axis (-1 or 1)."""
     check_bare(children[name], name)
     expect_attributes(children[name], channel_dim=channel_dim)
     return plan_grn(children[name])
@@ -78,14 +78,14 @@ def read_norm(children: Children, name: str) -> Norm:
 
 
 def read_norm_2d(children: Children, name: str) -> Norm:
-    """As `child`, of a LayerNorm2d or RmsNorm2d."""
+    """What a child holds that must be a LayerNorm2d or RmsNorm2d."""
     module = children[name]
     check_bare(module, name)
     return plan_norm_2d(module)
 
 
 def read_optional_norm(children: Children, name: str) -> Norm | None:
-    """As `child`, or None for an nn.Identity or no module at all."""
+    """As `read_norm`, or None for an nn.Identity or no module at all."""
     module = children.get(name)
     if module is None:
         return None
