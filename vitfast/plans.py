@@ -189,6 +189,12 @@ class Projection(NamedTuple):
     bias: torch.Tensor | None
 
 
+class HybridStem(NamedTuple):
+    """A backbone's map to tokens: by this projection, or None for the map as it is."""
+
+    projection: Projection | None
+
+
 class Patches(NamedTuple):
     """A convolution of disjoint patches and a norm over channels."""
 

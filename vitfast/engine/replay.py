@@ -27,7 +27,8 @@ _LEAST_ADDRESS = 1 << 32
 """Integers below 2^32 are sizes; if a buffer lies below, nothing is recorded."""
 _ALIGNMENT = 64
 
-Call = tuple[str, tuple[Any, ...]]
+NativeCall = tuple[str, tuple[Any, ...]]
+"""A function of the extension and its arguments."""
 Interval = tuple[int, int]
 
 
@@ -80,7 +81,7 @@ class _Recorder:
 
     def __init__(self, module: Any) -> None:
         self._module, self._thread = module, threading.get_ident()
-        self.calls: list[Call] = []
+        self.calls: list[NativeCall] = []
         self.strange = False  # whether it called anything that cannot be run again
 
     def __getattr__(self, name: str) -> Any:
@@ -130,7 +131,7 @@ def _replay(
     inputs: Sequence[torch.Tensor],
     out: torch.Tensor,
     allocated: Sequence[torch.Tensor],
-    calls: Sequence[Call],
+    calls: Sequence[NativeCall],
 ) -> Replay | None:
     temporaries = [_interval(t) for t in allocated if t.numel()]
     result = _interval(out)

@@ -7,32 +7,32 @@ import torch
 from vitfast.engine import checks, memo
 from vitfast.engine.eligibility import records_grad
 from vitfast.engine.products import conv as conv_product
-from vitfast.engine.products.conv import Call, Ready
+from vitfast.engine.products.conv import MapKind, Ready
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.group_norm_act import native as group_norm_op
 from vitfast.plans import BatchNormBottleneck, Bottleneck, Conv, GroupNorm, Pads, StemStep, Unfit
 from vitfast.runtime import native
 
 
-def run_step(x: torch.Tensor, step: StemStep, call: Call) -> torch.Tensor:
+def run_step(x: torch.Tensor, step: StemStep, kind: MapKind) -> torch.Tensor:
     if isinstance(step, Conv):
-        return _prepare_step(x, step, call)(x.to(call.dtype))
+        return _prepare_step(x, step, kind)(x.to(kind.dtype))
     if not isinstance(step, BatchNormBottleneck):
         return step(x)
-    y = shortcut = x.to(call.dtype)
+    y = shortcut = x.to(kind.dtype)
     if step.shortcut is not None:
         for module in step.before:
-            shortcut = run_step(shortcut, module, call)
-        shortcut = run_step(shortcut, step.shortcut, call)
+            shortcut = run_step(shortcut, module, kind)
+        shortcut = run_step(shortcut, step.shortcut, kind)
     for conv in step.convs[:2]:
-        y = run_step(y, conv, call)
-    ready = _prepare_step(y, step.convs[2], call, adds=True)
+        y = run_step(y, conv, kind)
+    ready = _prepare_step(y, step.convs[2], kind, adds=True)
     if shortcut.shape != (len(y), len(step.convs[2].weight), *y.shape[2:]):
         raise Unfit("its shortcut has another shape")
     return ready.add_relu(y, shortcut)
 
 
-def _prepare_step(x: torch.Tensor, conv: Conv, call: Call, adds: bool = False) -> Ready:
+def _prepare_step(x: torch.Tensor, conv: Conv, kind: MapKind, adds: bool = False) -> Ready:
     """The convolution, packed for maps like x."""
     norm = conv.norm
     if records_grad(norm):
@@ -40,7 +40,7 @@ def _prepare_step(x: torch.Tensor, conv: Conv, call: Call, adds: bool = False) -
     ready = None
     if x.ndim == 4 and conv_product.covers(x, conv):
         pixels = x.numel() // x.shape[1]
-        ready = conv_product.prepare_fitting(call._replace(pixels=pixels), conv, x.shape[1], adds)
+        ready = conv_product.prepare_fitting(kind._replace(pixels=pixels), conv, x.shape[1], adds)
     if ready is None:
         raise Unfit("a convolution is for PyTorch")
     return ready
@@ -55,16 +55,16 @@ def bottleneck(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor | None:
         return None
     if x.ndim != 4 or x.numel() == 0 or not conv_product.channels_last(x):
         return None
-    call = conv_product.direct(x)
-    if call is None or x.dtype not in norm_op.DTYPES:
+    kind = conv_product.direct(x)
+    if kind is None or x.dtype not in norm_op.DTYPES:
         return None
-    ready = memo.recall(_prepare, 0, x, plan, call)
+    ready = memo.recall(_prepare, 0, x, plan, kind)
     if ready is None:
         return None
     (first, norm1), (second, norm2), (third, norm3) = zip(
         ready, (norm for _, norm in plan.steps), strict=False
     )
-    rounded = x.to(call.dtype)
+    rounded = x.to(kind.dtype)
     shortcut = x
     if plan.shortcut is not None:
         shortcut = normalise(ready[3](rounded), plan.shortcut[1])
@@ -78,19 +78,19 @@ def bottleneck(x: torch.Tensor, plan: Bottleneck) -> torch.Tensor | None:
 
 
 def _prepare(
-    x: torch.Tensor, plan: Bottleneck, _autocast: torch.dtype | None, call: Call
+    x: torch.Tensor, plan: Bottleneck, _autocast: torch.dtype | None, kind: MapKind
 ) -> list[Ready] | None:
     """The three convolutions, and the shortcut's if there is one."""
     ready: list[Ready] = []
     channels = x.shape[1]
     for conv, norm in plan.steps:
-        found = fitting(call, conv, norm, channels)
+        found = fitting(kind, conv, norm, channels)
         if found is None:
             return None
         ready.append(found)
         channels = conv.weight.shape[0]
     if plan.shortcut is not None:
-        found = fitting(call, *plan.shortcut, x.shape[1])
+        found = fitting(kind, *plan.shortcut, x.shape[1])
         if found is None or plan.shortcut[0].weight.shape[0] != channels:
             return None
         ready.append(found)
@@ -99,9 +99,9 @@ def _prepare(
     return ready
 
 
-def fitting(call: Call, conv: Conv, norm: GroupNorm, channels: int) -> Ready | None:
+def fitting(kind: MapKind, conv: Conv, norm: GroupNorm, channels: int) -> Ready | None:
     """The convolution, where the norm after it is one for `normalise`, too."""
-    ready = conv_product.prepare_fitting(call, conv, channels)
+    ready = conv_product.prepare_fitting(kind, conv, channels)
     size = conv.weight.shape[0]
     if (
         records_grad(norm)

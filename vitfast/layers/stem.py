@@ -39,8 +39,8 @@ def features(backbone: Any, x: torch.Tensor) -> Any:
 def _pooled(x: torch.Tensor, stem: Any) -> torch.Tensor | None:
     """pool(norm(conv(x))) where the norm ends in ReLU: zeros around its result are as good as the
     -inf that timm pads it with for the pooling. None where it takes the modules."""
-    call = conv_product.direct(x)
-    if call is None or x.numel() == 0 or x.dtype not in norm_op.DTYPES:
+    kind = conv_product.direct(x)
+    if kind is None or x.numel() == 0 or x.dtype not in norm_op.DTYPES:
         return None
     if type(stem) is not nn.Sequential or list(stem._modules) != ["conv", "norm", "pool"]:
         return None
@@ -51,10 +51,10 @@ def _pooled(x: torch.Tensor, stem: Any) -> torch.Tensor | None:
     check_bare(pool, "pool")
     if type(pool) is not MaxPool2dSame or pool.dilation != (1, 1) or pool.ceil_mode:
         return None
-    ready = engine.fitting(call, conv, norm, x.shape[1]) if conv.same else None
+    ready = engine.fitting(kind, conv, norm, x.shape[1]) if conv.same else None
     if ready is None:
         return None
-    y = ready(x.to(call.dtype))
+    y = ready(x.to(kind.dtype))
     padding = same_pads(y.shape[2:], pool.kernel_size, pool.stride, pool.dilation)
     y = engine.normalise(y, norm, padding if any(padding) else None)
     return F.max_pool2d(y, pool.kernel_size, pool.stride)
@@ -65,8 +65,8 @@ def batch_norm_features(backbone: Any, x: torch.Tensor) -> torch.Tensor | None:
 
     None where it is for the modules themselves.
     """
-    call = conv_product.direct(x)
-    if call is None or x.numel() == 0 or type(backbone) not in _CHAINS:
+    kind = conv_product.direct(x)
+    if kind is None or x.numel() == 0 or type(backbone) not in _CHAINS:
         return None
     if type(backbone) is _features.FeatureListNet and not (
         list(backbone.return_layers)[-1] == list(backbone._modules)[-1]
@@ -78,7 +78,7 @@ def batch_norm_features(backbone: Any, x: torch.Tensor) -> torch.Tensor | None:
         if not any(type(step) is Conv for step in steps):
             return None
         for step in steps:
-            x = engine.run_step(x, step, call)
+            x = engine.run_step(x, step, kind)
     except Unfit:
         return None
     return x

@@ -276,15 +276,15 @@ def _pack(conv: Conv, weight: torch.Tensor, dtype: torch.dtype) -> tuple[torch.T
 _LOWERED = (torch.float32, torch.bfloat16)
 
 
-class Call(NamedTuple):
-    """What a call has in common for all its convolutions."""
+class MapKind(NamedTuple):
+    """What all convolutions of a map have in common."""
 
     dtype: torch.dtype  # that they compute in
     given: tuple[torch.dtype, ...]  # that weights may have
     pixels: int  # of its map
 
 
-def direct(x: torch.Tensor) -> Call | None:
+def direct(x: torch.Tensor) -> MapKind | None:
     """For maps like x on oneDNN in inference; None where torch's convolutions are to run."""
     if not takes_engine(x):
         return None
@@ -293,14 +293,14 @@ def direct(x: torch.Tensor) -> Call | None:
     if x.dtype == torch.float64 or not available(dtype):
         return None
     pixels = x.numel() // max(x.shape[1], 1)
-    return Call(dtype, (x.dtype, *_LOWERED) if autocast else (x.dtype,), pixels)
+    return MapKind(dtype, (x.dtype, *_LOWERED) if autocast else (x.dtype,), pixels)
 
 
-def prepare_fitting(call: Call, conv: Conv, channels: int, adds: bool = False) -> Ready | None:
+def prepare_fitting(kind: MapKind, conv: Conv, channels: int, adds: bool = False) -> Ready | None:
     """The convolution of so many channels on oneDNN, or None where torch is to run it."""
-    if records_grad(conv) or not fits(conv, channels, call.given):
+    if records_grad(conv) or not fits(conv, channels, kind.given):
         return None
-    return prepare(conv, call.dtype, call.pixels, adds)
+    return prepare(conv, kind.dtype, kind.pixels, adds)
 
 
 def covers(x: torch.Tensor, conv: Conv) -> bool:

@@ -2,46 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
-from vitfast.ops.add_norm.reference import BackwardCall, Call
+from vitfast.ops.add_norm import kernels
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
 from vitfast.runtime.launches import Arch, Variant
 
-
-def forward(call: Call) -> tuple[torch.Tensor, ...]:
-    outputs = norm_triton.forward(
-        norm_op.KINDS[call.norm],
-        call.x,
-        branch=call.branch,
-        gamma=call.gamma,
-        drop_scale=call.drop_scale,
-        weight=call.weight,
-        bias=call.bias,
-        eps=call.eps,
-        out_dtype=call.out_dtype,
-        save_stats=call.save_stats,
-    )
-    return norm_op.filled(call.x, *outputs)
-
-
-def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
-    return norm_triton.backward(
-        norm_op.KINDS[call.norm],
-        call.grad_normed,
-        call.residual,
-        call.stats,
-        grad_residual=call.grad_residual,
-        branch=call.branch,
-        gamma=call.gamma,
-        drop_scale=call.drop_scale,
-        weight=call.weight,
-        bias=call.bias,
-        eps=call.eps,
-        x_dtype=call.x_dtype,
-        branch_dtype=call.branch_dtype,
-    )
+forward = partial(kernels.forward, norm_triton.KERNELS)
+backward = partial(kernels.backward, norm_triton.KERNELS)
 
 
 def variants(arch: Arch) -> list[Variant]:

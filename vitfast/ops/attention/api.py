@@ -282,12 +282,11 @@ def _backward(
 ) -> tuple[torch.Tensor, ...]:
     *inputs, backend = args
     call = Call(*inputs).scaled()
-    chosen = DISPATCHER.pick(backend, call, needs_backward=True)
-    assert chosen.backward is not None  # the dispatcher was asked for one
+    chosen = DISPATCHER.pick_backward(backend, call)
     if 0 in sizes(call):
         return tuple(g.zero_() for g in _backward_fake(grad, out, stats, *args))
     with without_autocast(call.q.device):
-        return chosen.backward(grad, call, out, stats)
+        return chosen(grad, call, out, stats)
 
 
 def _backward_fake(

@@ -7,8 +7,9 @@ what memory safety of its own outputs needs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 
@@ -229,6 +230,16 @@ def backward(
         native.threads(),
     )
     return dx, dbranch, dgamma, dweight, dbias
+
+
+class Kernels(NamedTuple):
+    """`forward` and `backward` of this module, or their like on another machine's kernels."""
+
+    forward: Callable[..., tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]
+    backward: Callable[..., tuple[torch.Tensor, ...]]
+
+
+NATIVE = Kernels(forward, backward)
 
 
 def residual_dtype(

@@ -177,6 +177,7 @@ def _total(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 # ---- ahead of time -------------------------------------------------------------------------------
 
+KERNELS = norm_op.Kernels(forward, backward)
 _WIDTHS = (384, 768, 1408)
 """C of ViT-S, ViT-B and ViT-g: blocks of 512, 1024 and 2048 channels."""
 _SUMS = ("stats", "dgamma", "dweight", "dbias", "drop", "scale")

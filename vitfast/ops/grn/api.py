@@ -119,9 +119,7 @@ def _backward(
     norms: torch.Tensor, backend: str,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
     call = Call(x, weight, bias, eps, grad.dtype)
-    chosen = DISPATCHER.pick(backend, call, needs_backward=True).backward
-    assert chosen is not None  # since `needs_backward`
-    return chosen(grad, call, norms)
+    return DISPATCHER.pick_backward(backend, call)(grad, call, norms)
 
 
 def _backward_fake(

@@ -153,9 +153,7 @@ def _like(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
     *inputs, backend = args
     call = BackwardCall(*inputs)
-    chosen = DISPATCHER.pick(backend, call.forward, needs_backward=True).backward
-    assert chosen is not None  # since `needs_backward`
-    return chosen(call)
+    return DISPATCHER.pick_backward(backend, call.forward)(call)
 
 
 def _backward_fake(*args: Any) -> tuple[torch.Tensor, ...]:

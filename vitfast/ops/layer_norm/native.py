@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.layer_norm import kernels
 from vitfast.ops.layer_norm.reference import Call
 from vitfast.runtime import native
 from vitfast.runtime.dispatch import Backend
@@ -14,24 +15,10 @@ def can_run(call: Call) -> list[str]:
     return norm_op.reasons(call.x, call.weight, call.bias, out_dtype=call.out_dtype)
 
 
-def forward(call: Call) -> tuple[torch.Tensor, ...]:
-    _, y, stats = norm_op.forward(
-        norm_op.LAYER,
-        call.x,
-        weight=call.weight,
-        bias=call.bias,
-        eps=call.eps,
-        out_dtype=call.out_dtype,
-        save_stats=call.save_stats,
-    )
-    return norm_op.filled(call.x, y, stats)
-
-
-def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    dx, _, _, dweight, dbias = norm_op.backward(
-        norm_op.LAYER, grad, call.x, stats, weight=call.weight, bias=call.bias, eps=call.eps
-    )
-    return dx, dweight, dbias
-
-
-BACKEND = Backend("cpu", forward, can_run, backward, native.reasons)
+BACKEND = Backend(
+    "cpu",
+    partial(kernels.forward, norm_op.NATIVE),
+    can_run,
+    partial(kernels.backward, norm_op.NATIVE),
+    native.reasons,
+)

@@ -2,43 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
-from vitfast.ops.norm_add.reference import Call
+from vitfast.ops.norm_add import kernels
 from vitfast.runtime.launches import Arch, Variant
 
-
-def forward(call: Call) -> tuple[torch.Tensor, ...]:
-    _, y, stats = norm_triton.forward(
-        norm_op.KINDS[call.norm],
-        call.branch,
-        weight=call.weight,
-        bias=call.bias,
-        eps=call.eps,
-        out_dtype=call.dtype,
-        save_stats=call.save_stats,
-        base=call.x,
-        normed_scale=call.drop_scale,
-    )
-    return norm_op.filled(call.x, y, stats)
-
-
-def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    dbranch, _, _, dweight, dbias = norm_triton.backward(
-        norm_op.KINDS[call.norm],
-        grad,
-        call.branch,
-        stats,
-        weight=call.weight,
-        bias=call.bias,
-        eps=call.eps,
-        normed_scale=call.drop_scale,
-    )
-    return dbranch, dweight, dbias
-
-
+forward = partial(kernels.forward, norm_triton.KERNELS)
+backward = partial(kernels.backward, norm_triton.KERNELS)
 _WIDTHS = (96, 384, 1536)
 """Of Swin V2: its narrowest, its commonest, its widest."""
 

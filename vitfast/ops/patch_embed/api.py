@@ -199,9 +199,7 @@ def _fake(*args: Any) -> torch.Tensor:
 def _backward(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
     *fields, wanted, backend = args
     call = Call(*fields)
-    found = DISPATCHER.pick(backend, call, needs_backward=True)
-    assert found.backward is not None  # the dispatcher was asked for one
-    return found.backward(grad, call, wanted)
+    return DISPATCHER.pick_backward(backend, call)(grad, call, wanted)
 
 
 def _backward_fake(grad: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:

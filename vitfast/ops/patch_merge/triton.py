@@ -3,45 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-
-import torch
+from functools import partial
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
-from vitfast.ops.patch_merge.reference import Call
+from vitfast.ops.patch_merge import kernels
 from vitfast.runtime.launches import Arch, Variant
 
-
-def forward(call: Call) -> tuple[torch.Tensor, ...]:
-    gathered, normed, stats = norm_triton.forward(
-        norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm],
-        call.x,
-        weight=call.weight,
-        bias=call.bias,
-        eps=call.eps,
-        out_dtype=call.out_dtype,
-        save_stats=call.save_stats and call.norm is not None,
-        merge=True,
-    )
-    return norm_op.filled(call.x, gathered if call.norm is None else normed, stats)
-
-
-def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    gathered = call.norm is None
-    dx, _, _, dweight, dbias = norm_triton.backward(
-        norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm],
-        None if gathered else grad,
-        call.x,
-        stats,
-        grad_residual=grad if gathered else None,
-        weight=call.weight,
-        bias=call.bias,
-        eps=call.eps,
-        merge=True,
-    )
-    return dx, dweight, dbias
-
-
+forward = partial(kernels.forward, norm_triton.KERNELS)
+backward = partial(kernels.backward, norm_triton.KERNELS)
 _WIDTHS = (384, 1024, 3072)
 """Four times the width of a stage of Swin: its narrowest, a common one, its widest."""
 

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import torch
+from functools import partial
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
-from vitfast.ops.rms_norm.reference import Call
+from vitfast.ops.rms_norm import kernels
 from vitfast.runtime.launches import Arch, Variant
 
-
-def forward(call: Call) -> tuple[torch.Tensor, ...]:
-    _, y, stats = norm_triton.forward(
-        norm_op.RMS,
-        call.x,
-        weight=call.weight,
-        eps=call.eps,
-        out_dtype=call.out_dtype,
-        save_stats=call.save_stats,
-    )
-    return norm_op.filled(call.x, y, stats)
-
-
-def backward(grad: torch.Tensor, call: Call, stats: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    dx, _, _, dweight, _ = norm_triton.backward(
-        norm_op.RMS, grad, call.x, stats, weight=call.weight, eps=call.eps
-    )
-    return dx, dweight
+forward = partial(kernels.forward, norm_triton.KERNELS)
+backward = partial(kernels.backward, norm_triton.KERNELS)
 
 
 def variants(arch: Arch) -> list[Variant]:

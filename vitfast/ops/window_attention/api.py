@@ -198,8 +198,7 @@ def _fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _backward(*args: Any) -> tuple[torch.Tensor, ...]:
     *inputs, backend = args
     call = BackwardCall(*inputs)
-    chosen = DISPATCHER.pick(backend, call.forward, needs_backward=True).backward
-    assert chosen is not None  # since `needs_backward`
+    chosen = DISPATCHER.pick_backward(backend, call.forward)
     if call.qkv.numel() == 0:
         return tuple(g.zero_() for g in _backward_fake(*args))
     with without_autocast(call.qkv.device):
