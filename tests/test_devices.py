@@ -15,7 +15,9 @@ from vitfast.engine.products.weights import clear_weight_cache
 from vitfast.swap import swap
 
 PACKAGE = Path(vitfast.__file__).parent
-FILES = [f for room in ("ops", "layers", "runtime") for f in sorted((PACKAGE / room).rglob("*.py"))]
+ROOMS = ("ops", "engine", "blocks", "layers", "families", "runtime")
+FILES = [f for room in ROOMS for f in sorted((PACKAGE / room).rglob("*.py"))]
+FILES += sorted(PACKAGE.glob("*.py"))
 FACTORIES = {
     "arange",
     "as_tensor",

@@ -3,8 +3,8 @@
 A function of `layers/reading` makes such a plan of a module; `blocks` and `engine` compute by it.
 They know no timm, and this file knows no kernel.
 
-What plans of blocks have in common: `drops` tells whether the call drops paths (stochastic depth),
-and `memo` is the handle of what `engine.memo` keeps for the block; None in a plan made anew.
+Of plans of blocks, `drops` tells whether the call drops paths (stochastic depth), and `memo`, where
+there is one, is the handle of what `engine.memo` keeps for the block; None in a plan made anew.
 """
 
 from __future__ import annotations

@@ -14,8 +14,6 @@ pytest.importorskip("triton")
 
 from vitfast.bench import ledger  # noqa: E402
 
-# noqa: E402
-
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 

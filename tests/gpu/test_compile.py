@@ -16,7 +16,6 @@ from vitfast.runtime.launches import Arch, Launch
 
 triton = pytest.importorskip("triton")
 
-# noqa: E402
 from vitfast.testing import aot  # noqa: E402
 
 KNOWN = json.loads(Path(__file__).with_name("resources.json").read_text())

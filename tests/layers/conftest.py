@@ -86,7 +86,7 @@ def run(
 
     `seed` draws the weights of the outputs in the sum that is differentiated.
 
-    Without gradients three calls have to give the same bits: the third may be a tape's.
+    Without gradients three calls have to give the same bits: the third may be a replay's.
     """
     given = map_tensors(
         {str(i): a for i, a in enumerate(args)} | kwargs,

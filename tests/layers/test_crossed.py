@@ -249,7 +249,7 @@ def rotations(tokens: int, dim: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("attention", ["eva", "rope"])
 def test_a_rotation_of_another_shape_on_a_replay(lively, attention):
-    """A tape is of the shapes of everything that goes in, not of x alone."""
+    """A replay is of the shapes of everything that goes in, not of x alone."""
     module = lively(eva.EvaBlock(C, 2, init_values=0.1, attn_type=attention)).eval()
     ours = swapped(module)
     x = (torch.randn(2, 10, C),)
@@ -313,7 +313,7 @@ def test_no_packing_is_kept_for_many_rows(monkeypatch, rows):
     x = torch.randn(1, rows, C)
     for _ in range(3):
         module(x)
-    made = [found for found in memo._MEMOS if any(t is module.norm1.weight for t in found.tensors)]
+    made = [found for found in memo.memos() if any(t is module.norm1.weight for t in found.tensors)]
     assert len(made) == 1
     assert (len(weights_cache.CACHE) > 0) == (rows < 32)
     assert bool(made[0].prepared) == (rows < 32)

@@ -92,7 +92,7 @@ def memos(module):
     return list(module.__dict__.get(engine_memo._NAME, {}).values())
 
 
-def tapes(module):
+def replays(module):
     return [made.replay for made in made_by(module) if made.replay]
 
 
@@ -101,19 +101,19 @@ def made_by(module):
     return [made for _, memo in kept for made in memo.prepared.values()]
 
 
-def test_the_third_call_is_a_tape_and_gives_the_same_bits(block):
+def test_the_third_call_is_a_replay_and_gives_the_same_bits(block):
     module, x = block
     first = call(module, x)
-    assert not tapes(module)
+    assert not replays(module)
     torch.testing.assert_close(call(module, x), first, rtol=0, atol=0)
-    assert len(tapes(module)) == 1
+    assert len(replays(module)) == 1
     for other in (x, x * 3 - 1, torch.zeros_like(x), x * float("nan")):
         expected = call(copy.deepcopy(module), other)
         found = call(module, other)
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_tape_runs_no_kernel_from_python(warm, monkeypatch):
+def test_a_replay_runs_no_kernel_from_python(warm, monkeypatch):
     module, x = warm
     expected = call(module, x)
     monkeypatch.setattr(native.native(), "gemm", None)
@@ -242,7 +242,7 @@ def test_downsampling(lively):
     first = call(module, x)
     for one in (call(module, x), call(module, x)):
         torch.testing.assert_close(one, first, rtol=0, atol=0)
-    assert tapes(module)
+    assert replays(module)
     for change in (
         lambda: module[1].weight.data.mul_(2),
         lambda: setattr(module[1], "bias", None),
@@ -307,7 +307,7 @@ def test_another_kind_of_call(warm, change):
         torch.testing.assert_close(one, found[0], rtol=0, atol=0)
 
 
-def test_a_causal_call_has_a_tape_of_its_own(lively):
+def test_a_causal_call_has_a_replay_of_its_own(lively):
     module, x = vit()
     swap(lively(module).eval())
     plain = call(module, x, 3)
@@ -320,16 +320,16 @@ def test_a_causal_call_has_a_tape_of_its_own(lively):
         torch.testing.assert_close(one, causal[0], rtol=1e-5, atol=1e-5)
     assert (causal[0] - plain).abs().max() > 1e-3
     torch.testing.assert_close(call(module, x), plain, rtol=0, atol=0)
-    assert len(tapes(module)) == 2
+    assert len(replays(module)) == 2
 
 
-def test_a_rotary_embedding_is_an_input_of_the_tape(lively):
+def test_a_rotary_embedding_is_an_input_of_the_replay(lively):
     module = lively(eva.EvaBlock(C, 3, qkv_bias=False, attn_type="rope", rotate_half=True)).eval()
     swap(module)
     x, ropes = torch.randn(2, 11, C), [torch.randn(10, 2 * C // 3) for _ in range(3)]
     with torch.no_grad():
         first = [module(x, rope=rope) for rope in ropes]
-        assert tapes(module)
+        assert replays(module)
         for rope, expected in zip(ropes, first, strict=True):
             torch.testing.assert_close(module(x, rope=rope), expected, rtol=0, atol=0)
             strided = torch.stack([rope, rope], -1)[..., 0]
@@ -352,7 +352,7 @@ def test_more_kinds_of_input_than_are_kept():
     assert len(made_by(module)) == engine_memo._MOST_KINDS
 
 
-def test_strided_inputs_after_a_tape(warm):
+def test_strided_inputs_after_a_replay(warm):
     module, x = warm
     strided = torch.stack([x, x * 2], -1)[..., 0]
     assert not strided.is_contiguous()
@@ -369,9 +369,9 @@ def test_what_cannot_be_recorded_now_is_later(block):
         return call(module, x)
 
     expected = contextvars.copy_context().run(within_a_recording)
-    assert not tapes(module)
+    assert not replays(module)
     torch.testing.assert_close(call(module, x, 2), expected, rtol=0, atol=0)
-    assert tapes(module)
+    assert replays(module)
 
 
 def test_results_are_tensors_of_their_own(warm):
@@ -396,7 +396,7 @@ def test_copies_and_pickles_are_as_ever(warm):
 def test_no_packing_outlives_the_cache(warm, monkeypatch):
     module, x = warm
     expected = call(module, x)
-    assert tapes(module)
+    assert replays(module)
     weights_cache.clear_weight_cache()
     assert not made_by(module)
     torch.testing.assert_close(call(module, x, 3), expected, rtol=0, atol=0)
@@ -410,7 +410,7 @@ def test_the_death_of_another_module_changes_nothing(warm):
     module, x = warm
     call(copy.deepcopy(module), x, 3)
     gc.collect()
-    assert tapes(module)
+    assert replays(module)
 
 
 def test_a_module_that_always_changes_goes_without():

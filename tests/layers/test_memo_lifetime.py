@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -152,7 +153,7 @@ def test_a_model_that_a_block_of_it_refers_to_is_freed(owner):
 def test_a_model_dies_at_once_without_the_collector():
     model, x = warm()
     storage = weakref.ref(model[0].mlp.fc1.weight.untyped_storage())
-    plans = len(memo._MEMOS)
+    plans = len(memo.memos())
     gc.collect()
     gc.disable()
     try:
@@ -160,7 +161,35 @@ def test_a_model_dies_at_once_without_the_collector():
         assert storage() is None
     finally:
         gc.enable()
-    assert len(memo._MEMOS) < plans and len(weights_cache.CACHE) == 0
+    assert len(memo.memos()) < plans and len(weights_cache.CACHE) == 0
+
+
+def test_crowding_while_other_threads_call_new_models():
+    """What the cache lets go it looks up among memos that other threads add to meanwhile."""
+    before, stop, errors = sys.getswitchinterval(), threading.Event(), []
+
+    def add() -> None:
+        while not stop.is_set():
+            made = [memo.Memo(torch.nn.Identity(), (), None, ()) for _ in range(50)]
+            del made
+
+    sys.setswitchinterval(1e-6)
+    threads = [threading.Thread(target=add) for _ in range(2)]
+    try:
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end and not errors:
+            try:
+                memo._forget_prepared()
+            except RuntimeError as error:
+                errors.append(error)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        sys.setswitchinterval(before)
+    assert not errors
 
 
 def to_meta(model):
@@ -330,7 +359,7 @@ def test_another_thread_may_assign_to_the_data_of_a_weight(training):
     assert found.returncode == 0, found.stderr
 
 
-def test_a_tape_reads_no_storage_that_was_given_up(monkeypatch):
+def test_a_replay_reads_no_storage_that_was_given_up(monkeypatch):
     """Where a thread assigns to a weight's `data` between the look at it and the kernels."""
     module, x = warm()
     expected = call(module, x)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import GluMlp, SwiGLU
 
-from vitfast.engine.products.linear import apply_gemm, prepare_gemm, run_gemm
+from vitfast.engine.products.linear import apply_gemm, prepare_gemm
 from vitfast.ops import linear_act
 from vitfast.ops.common import gemm
 from vitfast.ops.linear_act import vendor
@@ -32,6 +32,13 @@ SMOOTH = [a for a in ACTIVATIONS if a != "none"]
 def make(*shape, dtype=torch.float32, seed=0, scale=1.0):
     g = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=g) * scale).to(dtype)
+
+
+def run_gemm(x, weight, bias=None, act="none", **options):
+    """residual + gamma * act(x W^T + bias), prepared and run at once, without autograd."""
+    gates = {n: options.pop(n) for n in ("gate", "gate_weight", "gate_bias") if n in options}
+    rows = x.numel() // weight.shape[1] if weight.shape[1] else 0
+    return apply_gemm(prepare_gemm(weight, bias, rows, x.dtype, **gates), x, act, **options)
 
 
 def through(act, z):

@@ -1,4 +1,4 @@
-"""What a bottleneck of timm's ResNetV2 holds, and its forward, by ops and direct."""
+"""The forward of timm's ResNetV2 bottlenecks, by the engine or the ops."""
 
 from __future__ import annotations
 

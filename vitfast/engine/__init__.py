@@ -1,1 +1,1 @@
-"""Inference on the CPU, the only room with state; it knows no timm. README.md tells of a call."""
+"""Inference on the CPU: it keeps what calls have prepared, and knows no timm. See README.md."""

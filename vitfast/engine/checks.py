@@ -49,7 +49,10 @@ def block(
     windows: Windows | None,
     half: str,
 ) -> bool:
-    """Whether dtypes, devices and sizes are those the kernels take unchecked. half: as `_Steps`."""
+    """Whether dtypes, devices and sizes are those the kernels take unchecked.
+
+    half: as of `steps.PreparedBlock`.
+    """
     if x.ndim != 3 or not dtypes_fit(x, autocast):
         return False
     channels = x.shape[2]

@@ -22,10 +22,13 @@ from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
 
 _CONVOLVED_BYTES = 4 << 20
-"""Of a convolution's results at a time: each stripe of lines reads those around it again."""
+"""Of a convolution's results at a time: each stripe of lines reads those around it again. Measured
+on a Zen 3 EPYC with two threads, ConvNeXt-T at 448: 1.08 of the best time at 1 MiB; 1.00 to 1.04,
+as good as noise, from 2 to 16 MiB."""
 _HIDDEN_BYTES = 3 << 20
 _LEAST_ROWS = 512
-"""Of an MLP's hidden tensor at a time, and rows at least."""
+"""Of an MLP's hidden tensor at a time, and rows at least. Measured there: 1.03 of the best time at
+0.75 MiB, 1.02 at 1.5, 1.00 to 1.01 from 3 to 12. The rows are chosen, not measured yet."""
 
 
 def block(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
@@ -36,7 +39,7 @@ def block(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
     return memo.call(_run, _prepare, by_rows.count(x), x, plan)
 
 
-def _run(steps: _PreparedBlock, x: torch.Tensor) -> torch.Tensor:
+def _run(steps: _PreparedConvNeXt, x: torch.Tensor) -> torch.Tensor:
     plan, operand, dtype, halves = steps
     x = x.contiguous()
     out = native.empty(x.shape, dtype)
@@ -62,16 +65,16 @@ def _run(steps: _PreparedBlock, x: torch.Tensor) -> torch.Tensor:
 
 def _prepare(
     x: torch.Tensor, plan: ConvNeXtBlock, autocast: torch.dtype | None
-) -> _PreparedBlock | None:
+) -> _PreparedConvNeXt | None:
     if not checks.convnext(x, plan, autocast):
         return None
     operand = autocast or x.dtype
     scaled = operand if plan.gamma is None else torch.promote_types(operand, plan.gamma.dtype)
     halves = prepare_mlp(plan.mlp, by_rows.count(x), operand)
-    return _PreparedBlock(plan, operand, torch.promote_types(x.dtype, scaled), halves)
+    return _PreparedConvNeXt(plan, operand, torch.promote_types(x.dtype, scaled), halves)
 
 
-class _PreparedBlock(NamedTuple):
+class _PreparedConvNeXt(NamedTuple):
     """A block ready to run. dtype: of the result."""
 
     plan: ConvNeXtBlock

@@ -1,8 +1,9 @@
 """Who computes a call: timm's forward, the public ops or the engine. Nothing else decides it.
 
 `plan_call`, and `memo.recall_plan` with what is remembered, tell whether the call leaves timm's
-forward; `takes_engine` then whether it goes to the engine or to the public ops. The engine may
-still hand a call back, by a result of None, whose dtypes or sizes its kernels do not take.
+forward; `takes_engine` then whether it goes to the engine or to the public ops (of blocks that only
+the engine knows, such as MetaFormer's, back to timm's forward). The engine may still hand a call
+back, by a result of None, whose dtypes or sizes its kernels do not take.
 """
 
 from __future__ import annotations

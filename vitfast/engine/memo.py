@@ -117,7 +117,8 @@ class Memo:
         self.plan, self.snapshot, self.tensors = plan, snapshot, tensors
         self.prepared: dict[Hashable, _Prepared] = {}
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
-        _MEMOS.add(self)
+        key = id(self)
+        _MEMOS[key] = weakref.ref(self, lambda _: _MEMOS.pop(key, None))
 
     def is_of(self, plan: Any) -> bool:
         """Whether a plan with this handle still is the one it was made of, not a changed copy."""
@@ -170,8 +171,14 @@ class _Prepared:
         self.frozen: tuple[torch.UntypedStorage, ...] | None = None
 
 
-_MEMOS: weakref.WeakSet[Memo] = weakref.WeakSet()
-"""All there are, for the cache to let go what it has no room for."""
+_MEMOS: dict[int, weakref.ref[Memo]] = {}
+"""All there are, for the cache to let go what it has no room for. No WeakSet: one thread may not go
+through that while another adds to it."""
+
+
+def memos() -> list[Memo]:
+    """Those of all modules that are alive."""
+    return [memo for ref in list(_MEMOS.values()) if (memo := ref()) is not None]
 
 
 def recall_plan(
@@ -312,7 +319,7 @@ def _drop_prepared(memo: weakref.ref[Memo], gone: object) -> None:
 
 def _forget_prepared() -> None:
     """What the cache has no room for is not to live on here."""
-    for memo in list(_MEMOS):
+    for memo in memos():
         memo.prepared.clear()
 
 

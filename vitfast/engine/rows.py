@@ -13,8 +13,11 @@ from vitfast.ops.common import norm as norm_op
 from vitfast.plans import Norm
 
 CHUNK_ROWS = 1024
+"""Rows of a chunk. Measured on a Zen 3 EPYC with two threads, Swin-T at 448: 1.00 to 1.05 of the
+best time, as good as noise, from 256 to 4096 rows, while the memory grows with them."""
 WHOLE_ROWS = 2048
-"""Up to so many rows go through as one chunk."""
+"""Up to so many rows go through as one chunk. Measured there, ViT-Ti at 672 (1765 tokens): 1.00 to
+1.04 of the best time up to 2048 rows, 1.09 to 1.11 where 4096 and 8192 were allowed."""
 
 
 def count(x: torch.Tensor) -> int:

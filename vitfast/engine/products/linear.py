@@ -20,6 +20,7 @@ from vitfast.runtime.native import DTYPE_CODES
 from vitfast.settings import settings
 
 _FEW_ROWS = 1000
+"""Below it oneDNN's blocks fit badly: the table of GFLOP/s by rows in benchmarks/README.md."""
 
 
 def kept_matrix(
@@ -139,33 +140,6 @@ def _channels_last(weight: torch.Tensor) -> torch.Tensor:
 def _is_plain(weight: torch.Tensor) -> bool:
     plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
     return plain and (weight.ndim == 2 or weight.is_contiguous())
-
-
-def run_gemm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    act: str = "none",
-    *,
-    residual: torch.Tensor | None = None,
-    gamma: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    out: torch.Tensor | None = None,
-    gate: str | None = None,
-    gate_weight: torch.Tensor | None = None,
-    gate_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """residual + gamma * act(x W^T + bias), without autograd; see `apply`."""
-    layer = prepare_gemm(
-        weight,
-        bias,
-        x.numel() // weight.shape[1] if weight.shape[1] else 0,
-        x.dtype,
-        gate=gate,
-        gate_weight=gate_weight,
-        gate_bias=gate_bias,
-    )
-    return apply_gemm(layer, x, act, residual=residual, gamma=gamma, out_dtype=out_dtype, out=out)
 
 
 def apply_gemm(

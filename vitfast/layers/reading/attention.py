@@ -1,7 +1,7 @@
-"""How the attention layers read their weights, and the one computation behind all of them.
+"""How the attention layers read their weights.
 
 timm's attention modules differ in how they hold the qkv weights and in what they add to the scores;
-each has a plan function that fills an `Attention`, and `attend` does the rest.
+each has a plan function that fills an `Attention`, and `blocks.parts.attend` does the rest.
 """
 
 from __future__ import annotations

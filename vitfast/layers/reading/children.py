@@ -1,4 +1,4 @@
-"""Which children a fused forward may read the weights of, and when it may run at all.
+"""Which children a fused forward may read the weights of, and which it has to call.
 
 A fused forward reads `child.weight` instead of calling the child, so it is right only while the
 child is exactly what it seems: timm's or torch's own class, no hook on it, no replaced forward, and

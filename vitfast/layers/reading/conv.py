@@ -1,4 +1,4 @@
-"""How the layers read a convolution's weights, and apply them."""
+"""How the layers read a convolution's weights."""
 
 from __future__ import annotations
 

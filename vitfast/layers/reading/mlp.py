@@ -1,4 +1,4 @@
-"""How the MLP layers read their weights, and the one computation behind all of them."""
+"""How the MLP layers read their weights: from a module of timm to an `Mlp`."""
 
 from __future__ import annotations
 

@@ -24,8 +24,6 @@ class Normed(NamedTuple):
 
 
 SCHEMA = "Tensor? source, Tensor? norm_weight, Tensor? norm_bias, float eps, str kind"
-ABSENT = (None, None, None, 1e-6, "")
-"""The arguments of `SCHEMA` for an operand that is saved itself."""
 
 
 def check(op: str, x: torch.Tensor, normed: Normed | None) -> None:
