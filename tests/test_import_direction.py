@@ -18,6 +18,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A room may import itself and the rooms of lower rank.
 RANK = {
     "errors": 0,
+    "report": 0,
     "settings": 1,
     "runtime": 2,
     "ops": 3,

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-import json
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -30,102 +27,15 @@ from vitfast.layers import Layer
 from vitfast.layers.reading.children import describe_called, forget_own_forward
 from vitfast.layers.reading.position import forget_tables
 from vitfast.plans import Unfit, Unsupported, tensors_in
+from vitfast.report import AS_TIMM, Skipped, Swapped, SwapReport
 from vitfast.runtime import native, triton
+from vitfast.runtime.trust import untrusted
 from vitfast.settings import logger
 
 __all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "refresh", "restore", "swap"]
 
 Model = TypeVar("Model", bound=nn.Module)
 Choice = str | type[nn.Module] | Sequence[str | type[nn.Module]]
-
-
-@dataclass(frozen=True)
-class Swapped:
-    """A module that runs a drop-in layer.
-
-    Args:
-        path: name in the model, "" for the model itself.
-        timm_class, layer_class: class names as users import them.
-        role: "block", "attention" or "part".
-        note: why it runs timm's forward for now; "" where nothing is in the way.
-    """
-
-    path: str
-    timm_class: str
-    layer_class: str
-    role: str
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A module that was left alone, and why."""
-
-    path: str
-    timm_class: str
-    role: str
-    reason: str
-    by_choice: bool = False  # named in `skip`, or not in `only`
-
-
-@dataclass
-class SwapReport:
-    """What `swap` did. Prints as a table; `to_json()` for machines.
-
-    `no_kernels`: why none of vitfast's kernels can run in this process; "" where some can.
-    """
-
-    model: str
-    swapped: list[Swapped] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    no_kernels: str = ""
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Modules swapped and skipped; blocks in all, and swapped."""
-        done = sum(entry.role == "block" for entry in self.swapped)
-        left = sum(entry.role == "block" for entry in self.skipped)
-        return {
-            "swapped": len(self.swapped),
-            "skipped": len(self.skipped),
-            "blocks": done + left,
-            "blocks_swapped": done,
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """The whole report as values that JSON knows."""
-        return {
-            "model": self.model,
-            "counts": self.counts,
-            "no_kernels": self.no_kernels,
-            "swapped": [asdict(entry) for entry in self.swapped],
-            "skipped": [asdict(entry) for entry in self.skipped],
-        }
-
-    def to_json(self, indent: int | None = 2) -> str:
-        return json.dumps(self.to_dict(), indent=indent)
-
-    def __str__(self) -> str:
-        lines = [self._headline()]
-        if self.swapped:
-            rows = [(e.path, e.timm_class, "-> " + e.layer_class, e.note) for e in self.swapped]
-            lines += ["", "swapped", *_table(rows)]
-        if self.skipped:
-            rows = [(e.path, e.timm_class, e.reason, "") for e in self.skipped]
-            lines += ["", "left to timm", *_table(rows)]
-        return "\n".join(lines)
-
-    def _headline(self) -> str:
-        n = self.counts
-        if not self.swapped and not self.skipped:
-            return f"vitfast: {self.model} holds nothing that vitfast knows; nothing was swapped"
-        blocks = f"{n['blocks_swapped']} of {n['blocks']} blocks swapped"
-        if not n["blocks"]:
-            blocks = "no block that vitfast knows"
-        line = f"vitfast: {self.model}: {blocks}, {n['swapped']} modules in all"
-        if self.swapped and self.no_kernels:
-            line += f"; but none of vitfast's kernels can run here: {self.no_kernels}"
-        return line
 
 
 def swap(
@@ -269,8 +179,16 @@ def _swapped(
     elif any(type(p).__name__ == "DTensor" for p in module.parameters()):
         note = "fused where its sharded weights are gathered for its forward, as by fully_shard"
     else:
-        note = f"runs timm's forward now: {plan}"
+        note = f"{AS_TIMM}{plan}"
+    note = note or _distrust(layer, module)
     return Swapped(path, layer.timm_class.__name__, _layers()[layer], layer.role, note)
+
+
+def _distrust(layer: type[Layer], module: nn.Module) -> str:
+    """The note of a layer whose ops have no kernels where its parameters are; "" if they have."""
+    first = next(module.parameters(), None)
+    why = "" if first is None or first.is_meta else untrusted(layer.ops, first)
+    return f"{AS_TIMM}{why}" if why else ""
 
 
 def _plan(layer: type[Layer], module: nn.Module) -> object:
@@ -404,37 +322,6 @@ def _parents(path: str) -> Iterator[str]:
     while "." in path:
         path = path.rpartition(".")[0]
         yield path
-
-
-_INDEX = re.compile(r"(?<![^.])\d+(?![^.])")
-
-
-def _table(rows: Sequence[tuple[str, str, str, str]]) -> list[str]:
-    """Aligned lines of (path, timm class, layer or reason, note).
-
-    Rows whose paths differ only in their indices become one line: blocks.0-11.attn.
-    """
-    groups: dict[tuple[str, ...], list[list[int]]] = {}
-    for path, *rest in rows:
-        key = (_INDEX.sub("{}", path), *rest)
-        groups.setdefault(key, []).append([int(i) for i in _INDEX.findall(path)])
-    lines = []
-    for (template, timm_class, target, note), indices in groups.items():
-        path = template.format(*(_ranges(slot) for slot in zip(*indices, strict=True)))
-        lines.append((path or "(model)", timm_class, target, f"x{len(indices)}", note))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as "0-2,5"."""
-    parts: list[list[int]] = []
-    for n in sorted(set(numbers)):
-        if parts and n == parts[-1][-1] + 1:
-            parts[-1][1:] = [n]
-        else:
-            parts.append([n])
-    return ",".join("-".join(map(str, part)) for part in parts)
 
 
 class _CallableModule(ModuleType):

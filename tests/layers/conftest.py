@@ -17,10 +17,15 @@ from vitfast.engine import convnext as engine
 from vitfast.engine import eligibility
 from vitfast.engine import rows as by_rows
 from vitfast.families import layer_table
+from vitfast.layers import Layer
+from vitfast.runtime.dispatch import Dispatcher
+from vitfast.settings import settings
 from vitfast.swap import swap
 from vitfast.testing.errors import compare
 from vitfast.testing.inputs import map_tensors, to_float64
 
+KERNELS = {torch.float32, torch.bfloat16}
+"""Dtypes of the CPU's kernels."""
 TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
 
 
@@ -72,6 +77,25 @@ def timm_forbidden(monkeypatch: pytest.MonkeyPatch, *classes: type) -> Iterator[
             if layer_table()[kind].forward is not kind.forward:
                 patch.setattr(kind, "forward", refusal(f"timm's {kind.__name__}.forward ran"))
         yield
+
+
+@contextlib.contextmanager
+def ops_picked(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
+    """The names of the ops that are called within."""
+    found: set[str] = set()
+    with monkeypatch.context() as patch:
+        patch.setattr(Dispatcher, "_log", lambda dispatcher, name: found.add(dispatcher.op))
+        yield found
+
+
+@contextlib.contextmanager
+def by_name(backend: str) -> Iterator[None]:
+    """Within, ops run this backend, and layers the ops, whatever the automatic choice would do."""
+    before, settings.backend = settings.backend, backend
+    try:
+        yield
+    finally:
+        settings.backend = before
 
 
 def run(
@@ -199,6 +223,9 @@ def parity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
     Outputs within twice timm's own error, gradients within three times: timm in float64 is the
     truth, timm in the working dtype the yardstick. Covers training (autograd) and inference.
 
+    What has no kernels here (float16, say) runs timm's own forward, bit for bit; there the ops'
+    references are compared, asked for by name.
+
     Keywords of its own:
         autocast: dtype; results are compared in it.
         fused: whether timm's forward must not run at all.
@@ -223,8 +250,21 @@ def parity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
         def draw(grad: bool, seed: int = 2) -> tuple[dict[str, torch.Tensor], ...]:
             reference = run(truth, to_float64(args), to_float64(kwargs), None, grad, seed)
             base = run(module, args, kwargs, autocast, grad, seed)
-            with timm_forbidden(monkeypatch) if fused else contextlib.nullcontext():
-                return run(ours, args, kwargs, autocast, grad, seed), reference, base
+            if (
+                settings.backend == "auto"
+                and not {args[0].dtype, autocast or args[0].dtype} <= KERNELS
+            ):
+                same = run(ours, args, kwargs, autocast, grad, seed)
+                torch.testing.assert_close(same, base, rtol=0, atol=0, equal_nan=True)
+                forced: contextlib.AbstractContextManager[None] = by_name("reference")
+            else:
+                forced = contextlib.nullcontext()
+            only = timm_forbidden(monkeypatch) if fused else contextlib.nullcontext()
+            with forced, only, ops_picked(monkeypatch) as picked:
+                found = run(ours, args, kwargs, autocast, grad, seed)
+            if fused and isinstance(ours, Layer):  # or nobody could tell where they are trusted
+                assert picked <= set(type(ours).ops)
+            return found, reference, base
 
         for grad in (True, False) if backward else (False,):
             actual, reference, base = results = draw(grad)
@@ -300,6 +340,11 @@ def narrow_stripes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(name="lively")
 def lively_fixture() -> Callable[[nn.Module], nn.Module]:
     return lively
+
+
+@pytest.fixture(name="by_name")
+def by_name_fixture() -> Callable[[str], contextlib.AbstractContextManager[None]]:
+    return by_name
 
 
 @pytest.fixture(name="refusal")

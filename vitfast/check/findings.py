@@ -26,7 +26,8 @@ class Finding:
         dtype: the working dtype, such as "bfloat16"; "" at level "hardware".
         passes: "forward" or "backward"; "" at level "hardware".
         backend: a backend's name; for models "swap".
-        state: `OK`, `WRONG`, or `REFUSED` where a backend refuses this case.
+        state: `OK`, `WRONG`, or `REFUSED` where a backend refuses this case, or
+            every block of a model is left to timm.
         error_over_budget: the worst of all outputs or gradients; 1 is the limit. None where nothing
             was compared.
         reason: what is wrong, or why it cannot run.

@@ -19,7 +19,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from vitfast.engine import originals
 from vitfast.plans import Unfit, tensors_in
-from vitfast.runtime import native
+from vitfast.runtime import native, trust
 from vitfast.runtime.native import is_readable
 from vitfast.settings import settings
 
@@ -95,12 +95,17 @@ def plan_call(
     plan: Callable[[nn.Module], Plan], module: nn.Module, x: object, *others: object
 ) -> Plan | None:
     """plan(module), or None where this call of the module has to run timm's forward."""
-    if not may_fuse(x, *others):
+    if not may_fuse(x, *others) or untrusted(module, x):
         return None
     try:
         return planned(plan, module)
     except Unfit:
         return None
+
+
+def untrusted(module: nn.Module, x: object) -> str:
+    """As `trust.untrusted`, of what the drop-in's fused forward would run for this input."""
+    return trust.untrusted(getattr(module, "ops", ()), x)  # type: ignore[arg-type]
 
 
 def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from vitfast.engine import originals
-from vitfast.engine.eligibility import Plan, is_unwatched, may_fuse, plan_call, planned
+from vitfast.engine.eligibility import Plan, is_unwatched, may_fuse, plan_call, planned, untrusted
 from vitfast.engine.products import weights
 from vitfast.engine.replay import Replay, is_recording, record
 from vitfast.plans import Unfit, tensors_in
@@ -194,7 +194,7 @@ def recall_plan(
     held = () if kept is None else kept[1].tensors
     # Whoever assigns to a weight's `data` may leave there what no kernel can read.
     fits = is_unwatched(x, *others, *held)
-    if not fits and not may_fuse(x, *others):
+    if not (fits or may_fuse(x, *others)) or untrusted(module, x):
         return None
     if (
         entry is not None

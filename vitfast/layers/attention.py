@@ -9,7 +9,7 @@ from timm import layers as timm_layers
 
 from vitfast import plans
 from vitfast.blocks.parts import attend
-from vitfast.layers.base import Layer
+from vitfast.layers.base import ATTENTION, Layer
 from vitfast.layers.reading.as_built import expect_attributes
 from vitfast.layers.reading.attention import ATTENTION_PLANS, head_dim, plan_common_attention
 from vitfast.layers.reading.children import read_or_call_linear
@@ -45,6 +45,7 @@ class Attention(Layer, timm_layers.Attention):
     """`timm.layers.Attention` on `vitfast.ops.attention`."""
 
     role = "attention"
+    ops = ATTENTION
     plan = staticmethod(plan_attention)
 
     def forward(
@@ -63,6 +64,7 @@ class AttentionRope(Layer, timm_layers.AttentionRope):
     """`timm.layers.AttentionRope` on `vitfast.ops.attention`."""
 
     role = "attention"
+    ops = ATTENTION
     plan = staticmethod(plan_attention_rope)
 
     def forward(

@@ -14,6 +14,15 @@ from vitfast.layers import subclass
 from vitfast.layers.reading.children import TIMM_CLASSES, describe_called
 from vitfast.plans import Unfit
 
+NORM = ("layer_norm", "rms_norm")
+MLP = ("linear_act", "mlp", *NORM)
+ATTENTION = ("attention", *MLP)
+WINDOWS = ("window_attention", *MLP)
+BLOCK = ("add_norm", "norm_add", "residual_add", *ATTENTION)
+WINDOWED_BLOCK = ("add_norm", "norm_add", "residual_add", *WINDOWS)
+CONVNEXT = ("dwconv_norm", "grn", "residual_add", *MLP)
+"""The `ops` of common kinds of layers, whatever norm a model has."""
+
 
 class Layer:
     """Mixin of a drop-in layer: a subclass of one timm class that overrides `forward` only; here,
@@ -25,6 +34,7 @@ class Layer:
 
     timm_class: ClassVar[type[nn.Module]]
     role: ClassVar[str] = "part"  # or "attention" or "block": what a strict swap insists on
+    ops: ClassVar[tuple[str, ...]] = ()  # of `vitfast.ops`, that a fused forward may run
     by_shape: ClassVar[bool] = False  # whether only what `plan` takes is known at all
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from timm.models import beit
 from vitfast import plans
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.layers.base import Layer
+from vitfast.layers.base import ATTENTION, BLOCK, Layer
 from vitfast.layers.reading.attention import (
     ATTENTION_PLANS,
     check_attention_width,
@@ -59,6 +59,7 @@ class Attention(Layer, beit.Attention):
     """`timm.models.beit.Attention` on `vitfast.ops.attention`."""
 
     role = "attention"
+    ops = ATTENTION
     plan = staticmethod(plan_attention)
 
     def forward(
@@ -74,6 +75,7 @@ class Block(Layer, beit.Block):
     """`timm.models.beit.Block` with fused norms, residuals and activations."""
 
     role = "block"
+    ops = BLOCK
     plan = staticmethod(plan_block)
 
     def forward(

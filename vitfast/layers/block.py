@@ -6,7 +6,7 @@ import torch
 from timm.models import vision_transformer
 
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.layers.base import Layer
+from vitfast.layers.base import BLOCK, Layer
 from vitfast.layers.reading.block import plan_with_layer_scale
 
 
@@ -14,6 +14,7 @@ class Block(Layer, vision_transformer.Block):
     """`timm.models.vision_transformer.Block` with fused norms, residuals and activations."""
 
     role = "block"
+    ops = BLOCK
     plan = staticmethod(plan_with_layer_scale)
 
     def forward(

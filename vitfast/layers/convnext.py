@@ -11,7 +11,7 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_block
-from vitfast.layers.base import Layer
+from vitfast.layers.base import CONVNEXT, Layer
 from vitfast.layers.reading.block import plan_convnext, read_depthwise, read_norm_after_conv
 from vitfast.layers.reading.children import (
     Children,
@@ -56,6 +56,7 @@ class ConvNeXtBlock(Layer, convnext.ConvNeXtBlock):
     """`timm.models.convnext.ConvNeXtBlock`: convolution and norm in one pass, channels last."""
 
     role = "block"
+    ops = CONVNEXT
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

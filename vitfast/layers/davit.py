@@ -10,7 +10,7 @@ from timm.models import davit
 from vitfast import plans
 from vitfast.blocks.transformer import run_attention_half, run_mlp_half
 from vitfast.layers import windowed
-from vitfast.layers.base import Layer
+from vitfast.layers.base import WINDOWED_BLOCK, WINDOWS, Layer
 from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
 from vitfast.layers.reading.block import plan_without_layer_scale
 from vitfast.layers.reading.children import check_read
@@ -36,6 +36,7 @@ class WindowAttention(Layer, davit.WindowAttention):
     """`timm.models.davit.WindowAttention` on `vitfast.ops.window_attention`."""
 
     role = "attention"
+    ops = WINDOWS
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,7 @@ class SpatialBlock(Layer, davit.SpatialBlock):
     """
 
     role = "block"
+    ops = WINDOWED_BLOCK
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_block
-from vitfast.layers.base import Layer
+from vitfast.layers.base import CONVNEXT, Layer
 from vitfast.layers.reading.block import (
     plan_convnext,
     read_depthwise,
@@ -42,6 +42,7 @@ class ConvBlock(Layer, edgenext.ConvBlock):
     """`timm.models.edgenext.ConvBlock`: convolution and norm in one pass; channels-last out."""
 
     role = "block"
+    ops = CONVNEXT
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

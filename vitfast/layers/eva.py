@@ -10,7 +10,7 @@ from timm.models import eva
 from vitfast import plans
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.layers.base import Layer
+from vitfast.layers.base import ATTENTION, BLOCK, Layer
 from vitfast.layers.reading.attention import (
     ATTENTION_PLANS,
     check_attention_width,
@@ -42,6 +42,7 @@ class EvaAttention(Layer, eva.EvaAttention):
     """`timm.models.eva.EvaAttention` on `vitfast.ops.attention`."""
 
     role = "attention"
+    ops = ATTENTION
     plan = staticmethod(plan_attention)
 
     def forward(
@@ -61,6 +62,7 @@ class EvaBlock(Layer, eva.EvaBlock):
     """`timm.models.eva.EvaBlock` with fused norms, residuals and activations."""
 
     role = "block"
+    ops = BLOCK
     plan = staticmethod(plan_with_gammas)
 
     def forward(

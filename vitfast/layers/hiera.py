@@ -11,7 +11,7 @@ from vitfast import plans
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
 from vitfast.engine.eligibility import plan_call
-from vitfast.layers.base import Layer
+from vitfast.layers.base import WINDOWED_BLOCK, WINDOWS, Layer
 from vitfast.layers.reading.as_built import expect_attributes
 from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
 from vitfast.layers.reading.block import plan_with_layer_scale
@@ -57,6 +57,7 @@ class MaskUnitAttention(Layer, hiera.MaskUnitAttention):
     """`timm.models.hiera.MaskUnitAttention`; mask units are a grid of `ops.window_attention`."""
 
     role = "attention"
+    ops = WINDOWS
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -71,6 +72,7 @@ class HieraBlock(Layer, hiera.HieraBlock):
     """`timm.models.hiera.HieraBlock` where it neither pools nor widens."""
 
     role = "block"
+    ops = WINDOWED_BLOCK
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -49,6 +49,7 @@ class HybridEmbed(Layer, timm_layers.HybridEmbed):
     ResNetV2 in inference on the CPU. Tokens come out contiguous.
     """
 
+    ops = ("linear_act", "patch_embed")
     plan = staticmethod(plan_stem)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -35,6 +35,7 @@ class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
     """
 
     role = "block"
+    ops = ("linear_act", "mlp", "residual_add")
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

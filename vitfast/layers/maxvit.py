@@ -12,7 +12,7 @@ from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_block
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.layers.base import Layer
+from vitfast.layers.base import CONVNEXT, WINDOWED_BLOCK, WINDOWS, Layer
 from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
 from vitfast.layers.reading.block import (
     plan_convnext,
@@ -57,6 +57,7 @@ class AttentionCl(Layer, maxxvit.AttentionCl):
     """`timm.models.maxxvit.AttentionCl` of windows [windows, h, w, C]."""
 
     role = "attention"
+    ops = WINDOWS
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
@@ -72,6 +73,7 @@ class PartitionAttentionCl(Layer, maxxvit.PartitionAttentionCl):
     """`timm.models.maxxvit.PartitionAttentionCl`: its windows or grid as index arithmetic."""
 
     role = "block"
+    ops = WINDOWED_BLOCK
     plan = staticmethod(plan_with_layer_scale)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -116,6 +118,7 @@ class ConvNeXtBlock(Layer, maxxvit.ConvNeXtBlock):
     """`timm.models.maxxvit.ConvNeXtBlock`, where it neither strides nor widens."""
 
     role = "block"
+    ops = CONVNEXT
     plan = staticmethod(plan_convnext_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from vitfast import plans
 from vitfast.blocks.parts import apply_conv, apply_norm, attend, operand_dtype
 from vitfast.engine import metaformer as engine
 from vitfast.engine.eligibility import takes_engine
-from vitfast.layers.base import Layer
+from vitfast.layers.base import ATTENTION, BLOCK, NORM, Layer
 from vitfast.layers.mlp import plan_pointwise
 from vitfast.layers.reading.as_built import expect_attributes
 from vitfast.layers.reading.attention import (
@@ -164,6 +164,7 @@ class MetaFormerBlock(Layer, metaformer.MetaFormerBlock):
     """
 
     role = "block"
+    ops = BLOCK
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -187,6 +188,7 @@ def _run(x: torch.Tensor, plan: plans.MetaFormerBlock) -> torch.Tensor | None:
 class Downsampling(Layer, metaformer.Downsampling):
     """`timm.models.metaformer.Downsampling`, packing its weight once a version in inference."""
 
+    ops = NORM
     plan = staticmethod(plan_downsampling)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -203,6 +205,7 @@ class Attention(Layer, metaformer.Attention):
     """`timm.models.metaformer.Attention` on `vitfast.ops.attention`."""
 
     role = "attention"
+    ops = ATTENTION
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -213,6 +216,7 @@ class Attention(Layer, metaformer.Attention):
 class LayerNormNoBias(Layer, metaformer.LayerNormNoBias):
     """`timm.models.metaformer.LayerNormNoBias` on `vitfast.ops.layer_norm`."""
 
+    ops = ("layer_norm",)
     plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -223,6 +227,7 @@ class LayerNormNoBias(Layer, metaformer.LayerNormNoBias):
 class LayerNorm2dNoBias(Layer, metaformer.LayerNorm2dNoBias):
     """`timm.models.metaformer.LayerNorm2dNoBias` on `vitfast.ops.layer_norm`; channels-last out."""
 
+    ops = ("layer_norm",)
     plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.parts import apply_mlp
-from vitfast.layers.base import Layer
+from vitfast.layers.base import MLP, Layer
 from vitfast.layers.reading.as_built import expect_attributes
 from vitfast.layers.reading.children import (
     check_bare,
@@ -78,6 +78,7 @@ def plan_swiglu(module: nn.Module) -> plans.Mlp:
 class Mlp(Layer, timm_layers.Mlp):
     """`timm.layers.Mlp` on `vitfast.ops.linear_act`."""
 
+    ops = MLP
     plan = staticmethod(plan_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -88,6 +89,7 @@ class Mlp(Layer, timm_layers.Mlp):
 class GlobalResponseNormMlp(Layer, timm_layers.GlobalResponseNormMlp):
     """`timm.layers.GlobalResponseNormMlp` on `vitfast.ops.linear_act` and `vitfast.ops.grn`."""
 
+    ops = ("grn", "linear_act", "mlp")
     plan = staticmethod(plan_grn_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,6 +104,7 @@ class GlobalResponseNormMlp(Layer, timm_layers.GlobalResponseNormMlp):
 class GluMlp(Layer, timm_layers.GluMlp):
     """`timm.layers.GluMlp` (SwiGLUPacked, GeGLU) on `vitfast.ops.linear_act`."""
 
+    ops = MLP
     plan = staticmethod(plan_glu_mlp)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,6 +115,7 @@ class GluMlp(Layer, timm_layers.GluMlp):
 class SwiGLU(Layer, timm_layers.SwiGLU):
     """`timm.layers.SwiGLU` on `vitfast.ops.linear_act`."""
 
+    ops = MLP
     plan = staticmethod(plan_swiglu)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from vitfast.layers.reading.norm import plan_grn, plan_norm, plan_norm_2d
 class LayerNorm(Layer, timm_layers.LayerNorm):
     """`timm.layers.LayerNorm` on `vitfast.ops.layer_norm`."""
 
+    ops = ("layer_norm",)
     plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -25,6 +26,7 @@ class LayerNorm(Layer, timm_layers.LayerNorm):
 class RmsNorm(Layer, timm_layers.RmsNorm):
     """`timm.layers.RmsNorm` on `vitfast.ops.rms_norm`."""
 
+    ops = ("rms_norm",)
     plan = staticmethod(plan_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -35,6 +37,7 @@ class RmsNorm(Layer, timm_layers.RmsNorm):
 class LayerNorm2d(Layer, timm_layers.LayerNorm2d):
     """`timm.layers.LayerNorm2d` on `vitfast.ops.layer_norm`; channels-last out, as timm's."""
 
+    ops = ("layer_norm",)
     plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +53,7 @@ class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
     timm's result lies as its input does: other maps are left to it.
     """
 
+    ops = ("rms_norm",)
     plan = staticmethod(plan_norm_2d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,6 +67,7 @@ class RmsNorm2d(Layer, timm_layers.RmsNorm2d):
 class GlobalResponseNorm(Layer, grn.GlobalResponseNorm):
     """`timm.layers.grn.GlobalResponseNorm` on `vitfast.ops.grn`."""
 
+    ops = ("grn",)
     plan = staticmethod(plan_grn)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from timm.layers import Format
 from vitfast import ops, plans
 from vitfast.engine import patches as engine
 from vitfast.engine.eligibility import plan_call, records_grad, takes_engine
-from vitfast.layers.base import Layer
+from vitfast.layers.base import NORM, Layer
 from vitfast.layers.reading.conv import plan_projection
 from vitfast.layers.reading.norm import read_optional_norm
 
@@ -18,6 +18,7 @@ from vitfast.layers.reading.norm import read_optional_norm
 class PatchEmbed(Layer, timm_layers.PatchEmbed):
     """`timm.layers.PatchEmbed` on `vitfast.ops.patch_embed`. Tokens come out contiguous."""
 
+    ops = ("patch_embed", *NORM)
     plan = staticmethod(plan_projection)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from torch import nn
 
 from vitfast import plans
 from vitfast.blocks.convnext import run_convnext_branch
-from vitfast.layers.base import Layer
+from vitfast.layers.base import CONVNEXT, Layer
 from vitfast.layers.reading.block import read_depthwise
 from vitfast.layers.reading.children import check_bare, read_activation, read_linear
 from vitfast.layers.reading.norm import read_norm_2d
@@ -41,6 +41,7 @@ class Block(Layer, rdnet.Block):
     """`timm.models.rdnet.Block`: convolution and norm in one pass; channels-last out."""
 
     role = "block"
+    ops = CONVNEXT
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -52,6 +53,7 @@ class BlockESE(Layer, rdnet.BlockESE):
     """`timm.models.rdnet.BlockESE`: as `Block`, then timm's squeeze and excitation."""
 
     role = "block"
+    ops = CONVNEXT
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

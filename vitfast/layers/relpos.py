@@ -10,7 +10,7 @@ from timm.models import vision_transformer_relpos as relpos
 from vitfast import plans
 from vitfast.blocks.parts import attend
 from vitfast.blocks.transformer import run_transformer_block
-from vitfast.layers.base import Layer
+from vitfast.layers.base import ATTENTION, BLOCK, Layer
 from vitfast.layers.reading.attention import ATTENTION_PLANS, dense_bias, plan_common_attention
 from vitfast.layers.reading.block import plan_with_layer_scale
 from vitfast.layers.reading.children import read_or_call_linear
@@ -31,6 +31,7 @@ class RelPosAttention(Layer, relpos.RelPosAttention):
     """`timm.models.vision_transformer_relpos.RelPosAttention` on `vitfast.ops.attention`."""
 
     role = "attention"
+    ops = ATTENTION
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:
@@ -44,6 +45,7 @@ class RelPosBlock(Layer, relpos.RelPosBlock):
     """`timm.models.vision_transformer_relpos.RelPosBlock`, norms and residuals fused."""
 
     role = "block"
+    ops = BLOCK
     plan = staticmethod(plan_with_layer_scale)
 
     def forward(self, x: torch.Tensor, shared_rel_pos: torch.Tensor | None = None) -> torch.Tensor:

@@ -13,6 +13,7 @@ from vitfast.layers.reading.bottleneck import plan_bottleneck, plan_preact_bottl
 class Bottleneck(Layer, resnetv2.Bottleneck):
     """`timm.models.resnetv2.Bottleneck`, each norm with its activation in one pass."""
 
+    ops = ("group_norm_act", "layer_norm")
     plan = staticmethod(plan_bottleneck)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -23,6 +24,7 @@ class Bottleneck(Layer, resnetv2.Bottleneck):
 class PreActBottleneck(Layer, resnetv2.PreActBottleneck):
     """`timm.models.resnetv2.PreActBottleneck`, each norm with its activation in one pass."""
 
+    ops = ("group_norm_act", "layer_norm")
     plan = staticmethod(plan_preact_bottleneck)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

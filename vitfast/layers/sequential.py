@@ -32,6 +32,7 @@ class Sequential(Layer, nn.Sequential):
     ConvNeXt's stem and downsampling, on `vitfast.ops.patch_embed`; channels-last out.
     """
 
+    ops = ("layer_norm", "patch_embed", "rms_norm")
     by_shape = True
     plan = staticmethod(plan_patches)
 

@@ -14,6 +14,7 @@ from vitfast.layers.reading.group_norm import plan_group_norm
 class StdConv2d(Layer, timm_layers.StdConv2d):
     """`timm.layers.StdConv2d`, standardising its weight once a version in inference."""
 
+    ops = ("layer_norm",)
     plan = staticmethod(plan_std_conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -24,6 +25,7 @@ class StdConv2d(Layer, timm_layers.StdConv2d):
 class StdConv2dSame(Layer, timm_layers.StdConv2dSame):
     """`timm.layers.StdConv2dSame`, standardising its weight once a version in inference."""
 
+    ops = ("layer_norm",)
     plan = staticmethod(plan_std_conv)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,6 +36,7 @@ class StdConv2dSame(Layer, timm_layers.StdConv2dSame):
 class GroupNormAct(Layer, timm_layers.GroupNormAct):
     """`timm.layers.GroupNormAct` on `vitfast.ops.group_norm_act`."""
 
+    ops = ("group_norm_act",)
     plan = staticmethod(plan_group_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,6 +49,7 @@ class GroupNormAct(Layer, timm_layers.GroupNormAct):
 class GroupNorm1Act(Layer, timm_layers.GroupNorm1Act):
     """`timm.layers.GroupNorm1Act`, of one group, on `vitfast.ops.group_norm_act`."""
 
+    ops = ("group_norm_act",)
     plan = staticmethod(plan_group_norm)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

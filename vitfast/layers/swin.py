@@ -10,7 +10,7 @@ from timm.models import swin_transformer
 from vitfast import plans
 from vitfast.blocks.patch_merging import run_patch_merging
 from vitfast.layers import windowed
-from vitfast.layers.base import Layer
+from vitfast.layers.base import WINDOWED_BLOCK, WINDOWS, Layer
 from vitfast.layers.reading.as_built import expect_attributes
 from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
 from vitfast.layers.reading.block import plan_patch_merging
@@ -42,6 +42,7 @@ class WindowAttention(Layer, swin_transformer.WindowAttention):
     """
 
     role = "attention"
+    ops = WINDOWS
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -53,6 +54,7 @@ class SwinTransformerBlock(Layer, swin_transformer.SwinTransformerBlock):
     """`timm.models.swin_transformer.SwinTransformerBlock`, its windows as index arithmetic."""
 
     role = "block"
+    ops = WINDOWED_BLOCK
     plan = staticmethod(windowed.plan_norms_first)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -63,6 +65,7 @@ class SwinTransformerBlock(Layer, swin_transformer.SwinTransformerBlock):
 class PatchMerging(Layer, swin_transformer.PatchMerging):
     """`timm.models.swin_transformer.PatchMerging` on `vitfast.ops.patch_merge`."""
 
+    ops = ("linear_act", "patch_merge")
     plan = staticmethod(plan_patch_merging)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

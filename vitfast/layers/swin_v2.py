@@ -10,7 +10,7 @@ from timm.models import swin_transformer_v2
 from vitfast import plans
 from vitfast.blocks.patch_merging import run_patch_merging
 from vitfast.layers import windowed
-from vitfast.layers.base import Layer
+from vitfast.layers.base import WINDOWED_BLOCK, WINDOWS, Layer
 from vitfast.layers.reading.attention import (
     ATTENTION_PLANS,
     check_softmax,
@@ -47,6 +47,7 @@ class WindowAttention(Layer, swin_transformer_v2.WindowAttention):
     """`timm.models.swin_transformer_v2.WindowAttention`, as that of Swin."""
 
     role = "attention"
+    ops = WINDOWS
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -58,6 +59,7 @@ class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
     """`timm.models.swin_transformer_v2.SwinTransformerV2Block`, as `SwinTransformerBlock`."""
 
     role = "block"
+    ops = WINDOWED_BLOCK
     plan = staticmethod(windowed.plan_norms_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -68,6 +70,7 @@ class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
 class PatchMerging(Layer, swin_transformer_v2.PatchMerging):
     """`timm.models.swin_transformer_v2.PatchMerging` on `vitfast.ops.patch_merge`."""
 
+    ops = ("linear_act", "patch_merge")
     plan = staticmethod(plan_patch_merging_norm_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ class LayerNorm(Layer, nn.LayerNorm):
     A leaf for FX, as torch's own modules are, so that node names stay what they were.
     """
 
+    ops = ("layer_norm",)
     plan = staticmethod(plan_norm)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 A config comes from the device's table where it has an entry for the kernel: the exact shape, else
 the nearest one; and from the kernel's heuristic where there is no table. A table also lists the ops
 whose kernels `vitfast check --trust` has seen to be right on such hardware; on a device without
-that, they run only when asked for by name.
+that, they run only when asked for by name (see `trust`).
 
 A table is a JSON file, `<architecture>.json`: the package's own in `vitfast/runtime/launch_tables`,
 and this user's in `launches` of the user's cache folder, which `vitfast check --trust` and `vitfast
@@ -118,7 +118,23 @@ def arch_of(device: torch.device) -> Arch:
     return Arch(f"sm_{major}{minor}")
 
 
-@functools.cache
+_FROM_TABLES: list[Any] = []
+
+
+def from_tables(function: Callable[..., Any]) -> Any:
+    """`functools.cache` of what is found in tables, or depends on that, until one changes."""
+    cached = functools.lru_cache(maxsize=4096)(function)
+    _FROM_TABLES.append(cached)
+    return cached
+
+
+def forget_tables() -> None:
+    """Read the tables again."""
+    for cached in _FROM_TABLES:
+        cached.cache_clear()
+
+
+@from_tables
 def table(arch: str) -> dict[str, Any]:
     """What is known of a device: {"verified": [op, ...], "kernels": {name: [entry, ...]}}.
 
@@ -194,8 +210,7 @@ def write_table(
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes see all of it, or nothing
     temporary.write_text(json.dumps(known, indent=1) + "\n")
     temporary.replace(path)
-    for cached in (table, _launch_of, _choice_of):
-        cached.cache_clear()
+    forget_tables()
     return path
 
 
@@ -234,7 +249,7 @@ def watching(
         _watchers.pop()
 
 
-@functools.lru_cache(maxsize=4096)
+@from_tables
 def _launch_of(
     kernel: str, arch: Arch, items: tuple[tuple[str, int | str], ...],
     heuristic: Callable[[Arch, dict], Launch],
@@ -270,7 +285,7 @@ def asking() -> Iterator[list[tuple[str, dict[str, int | str]]]]:
         _askers.remove(found)
 
 
-@functools.lru_cache(maxsize=4096)
+@from_tables
 def _choice_of(what: str, arch: Arch, items: tuple[tuple[str, int | str], ...]) -> str:
     best = _nearest(what, arch, dict(items))
     return "" if best is None else best["choice"]
