@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
+from vitfast.ops.add_norm.reference import normalise
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.dwconv_norm import native, reference
@@ -114,32 +116,44 @@ def _operands(
 
 def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     with without_autocast(call.x.device):
-        x, weight, bias = _operands(call.dtype, call.x, call.weight, call.bias)
-        y = reference.dwconv_norm(
-            x, weight, bias, call.norm_weight, call.norm_bias, call.eps, norm=call.norm,
-            out_dtype=call.out_dtype,
-        ).contiguous()  # fmt: skip
-        if call.norm is None or not call.save_stats:
-            return y, norm_op.absent(x)
-        rows = reference.convolve(x, weight, bias)
+        rows = reference.convolve(*_operands(call.dtype, call.x, call.weight, call.bias))
+        if call.norm is None:
+            return rows.to(call.out_dtype).contiguous(), norm_op.absent(call.x)
+        y = _normalised(call, rows, call.norm_weight, call.norm_bias).contiguous()
+        if not call.save_stats:
+            return y, norm_op.absent(call.x)
         return y, norm_op.reference_stats(norm_op.KINDS[call.norm], rows, call.eps)
 
 
+def _normalised(
+    call: Call, rows: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None
+) -> torch.Tensor:
+    assert call.norm is not None  # nobody else asks
+    return normalise(rows, weight, bias, call.eps, call.norm, call.out_dtype)
+
+
 def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
-    grad = call.grad
+    """One convolution for each gradient, and the forward's again where a norm lies behind it.
 
-    def function(
-        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None,
-        norm_weight: torch.Tensor | None, norm_bias: torch.Tensor | None,
-    ) -> torch.Tensor:  # fmt: skip
-        return reference.dwconv_norm(
-            *_operands(call.dtype, x, weight, bias), norm_weight, norm_bias, call.eps,
-            norm=call.norm, out_dtype=grad.dtype,
-        )  # fmt: skip
-
+    Only what is normalised is kept of a forward: x and two numbers a row.
+    """
+    grad, found = call.grad, {}
     with without_autocast(call.x.device):
-        found = gradients(function, call.inputs, (grad,))
-    return tuple(g if w else grad.new_empty(0) for g, w in zip(found, call.wanted, strict=True))
+        x, weight, bias = _operands(call.dtype, call.x, call.weight, call.bias)
+        drows = grad.to(torch.promote_types(x.dtype, torch.float32))
+        if call.norm is not None:
+            rows = reference.convolve(x, weight, bias)
+            drows, found["norm_weight"], found["norm_bias"] = gradients(
+                partial(_normalised, call.forward),
+                (rows, call.norm_weight, call.norm_bias),
+                (grad,),
+            )
+        found |= reference.convolve_backward(drows, x, weight, bias, call.wanted[:3])
+    empty = grad.new_empty(0)
+    return tuple(
+        found[name].to(t.dtype) if wanted and t is not None else empty
+        for name, t, wanted in zip(INPUTS, call.inputs, call.wanted, strict=True)
+    )
 
 
 def _triton_reasons(call: Call) -> list[str]:

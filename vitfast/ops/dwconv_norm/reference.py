@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from vitfast.ops.add_norm.reference import normalise
+from vitfast.ops.common.autodiff import gradients
 
 INPUTS = ("x", "weight", "bias", "norm_weight", "norm_bias")
 """Differentiable inputs, in the order of the outputs of `vitfast::dwconv_norm_backward`."""
@@ -107,3 +109,35 @@ def convolve(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
         groups=x.shape[3],
     )
     return y.permute(0, 2, 3, 1)
+
+
+def convolve_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    wanted: Sequence[bool],
+) -> dict[str, torch.Tensor]:
+    """Gradients of `convolve` by the names of its arguments, those that are wanted.
+
+    Args:
+        grad: [B, H, W, C], in float32 or better.
+        wanted: of x, weight and bias.
+    """
+    names = ("x", "weight", "bias")
+    if x.numel() == 0:
+        found = gradients(convolve, (x, weight, bias), (grad,))
+    else:
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        found = torch.ops.aten.convolution_backward(
+            grad.permute(0, 3, 1, 2), x.to(grad.dtype).permute(0, 3, 1, 2), weight.to(grad.dtype),
+            None if bias is None else bias.shape, (1, 1), padding, (1, 1), False, (0, 0),
+            x.shape[3], list(wanted),
+        )  # fmt: skip
+        if found[0] is not None:
+            found = (found[0].permute(0, 2, 3, 1).contiguous(), *found[1:])
+    return {
+        name: t.to(given.dtype)
+        for name, t, given, asked in zip(names, found, (x, weight, bias), wanted, strict=True)
+        if asked and given is not None
+    }

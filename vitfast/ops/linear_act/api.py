@@ -8,7 +8,6 @@ import torch
 
 from vitfast.errors import InputValueError
 from vitfast.ops.common import gemm, recompute
-from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.common.recompute import Normed
 from vitfast.ops.linear_act import native, reference, vendor
 from vitfast.ops.linear_act.autograd import Recorded, with_norm
@@ -140,28 +139,6 @@ def _check_shapes(
         checks.check_shape("linear_act", "gate_bias", gate_bias, (n,))
 
 
-def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    y = reference.compute(call)
-    z = call.x.new_empty(0)
-    if call.save_z and call.saved_width is not None:
-        z = reference.linear_act(call.x, call.weight, call.bias)
-        if call.gate_weight is not None:
-            gate_z = reference.linear_act(call.x, call.gate_weight, call.gate_bias)
-            z = torch.cat((gate_z, z), -1)
-    return y, z
-
-
-def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
-    forward_call = call.forward_call
-
-    def differentiable(*tensors: torch.Tensor | None) -> torch.Tensor:
-        given: dict[str, Any] = dict(zip(INPUTS, tensors, strict=True))
-        return reference.compute(forward_call._replace(**given))
-
-    found = gradients(differentiable, [getattr(call, name) for name in INPUTS], (call.grad,))
-    return tuple(g if w else call.x.new_empty(0) for g, w in zip(found, call.wanted, strict=True))
-
-
 def _triton_reasons(call: Call) -> list[str]:
     why = triton.reasons(*(getattr(call, name) for name in INPUTS), dots=True)
     if call.weight.shape[1] == 0:
@@ -190,7 +167,7 @@ DISPATCHER = Dispatcher(
     [
         *_COMPILED,
         triton.lazy("vitfast.ops.linear_act.triton", _triton_reasons, key=backend_key),
-        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
+        Backend("reference", reference.forward, lambda call: [], reference.backward),
     ],
 )
 

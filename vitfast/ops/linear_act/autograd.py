@@ -16,7 +16,7 @@ import torch
 
 from vitfast.ops.common import recompute
 from vitfast.ops.common.recompute import Normed
-from vitfast.runtime.dispatch import Backend, Dispatcher
+from vitfast.runtime.dispatch import Dispatcher
 
 
 def with_norm(call: Any, normed: Normed | None) -> Any:
@@ -30,14 +30,6 @@ def with_norm(call: Any, normed: Normed | None) -> Any:
         eps=normed.eps,
         kind=normed.kind,
     )
-
-
-def reads_x(backend: Backend, call: Any) -> bool:
-    """Whether a backend's backward reads more of x than its shape and dtype.
-
-    The reference differentiates its own forward.
-    """
-    return bool(call.multiplies_x) or backend.name == "reference"
 
 
 @dataclass(frozen=True)
@@ -112,12 +104,11 @@ class Recorded:
         given, dtype = call.x, call.grad.dtype
         if call.kind:
             call = call._replace(x=given.new_empty(given.shape, dtype=dtype))
-        found = self.dispatcher.pick(backend, call.forward_call, needs_backward=True)
-        if call.kind and reads_x(found, call):
+        found = self.dispatcher.pick_backward(backend, call.forward_call)
+        if call.kind and call.multiplies_x:
             norm = (call.norm_weight, call.norm_bias, call.eps, call.kind)
             call = call._replace(x=recompute.again(given, *norm, dtype))
-        assert found.backward is not None  # the dispatcher was asked for one
-        return found.backward(call)
+        return found(call)
 
     def backward_fake(self, *args: Any) -> tuple[torch.Tensor, ...]:
         """The shapes and dtypes of what `backward` gives; empty where nothing is wanted."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from vitfast.ops.common.autodiff import gradients
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda z: z,
@@ -180,17 +183,63 @@ def linear_act(
     return activate_packed(z, act, gate)
 
 
-def compute(call: Call) -> torch.Tensor:
-    """The result [..., N] of a call, by differentiable torch ops."""
-    return linear_act(
-        call.x,
-        call.weight,
-        call.bias,
-        call.act,
-        gate=call.gate or None,
-        gate_weight=call.gate_weight,
-        gate_bias=call.gate_bias,
-    )
+def forward(
+    call: Call,
+    linear: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result [..., N] of a call, and what the backward needs: one product for each weight.
+
+    Args:
+        linear: x W^T + b of (x, weight, bias), rounded to x's dtype; torch's own by default.
+    """
+    linear = linear or _linear
+    z = linear(call.x, call.weight, call.bias)
+    if call.gate_weight is not None:
+        gate_z = linear(call.x, call.gate_weight, call.gate_bias)
+        y = activate(gate_z, z, call.act, "first")
+        z = torch.cat((gate_z, z), -1) if call.save_z else z
+    elif call.gate:
+        y = activate_packed(z, call.act, call.gate)
+    else:
+        y = ACTIVATIONS[call.act](z)
+    return y, z if call.save_z and call.saved_width is not None else call.x.new_empty(0)
+
+
+def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
+    """Gradients for `INPUTS`, empty where not wanted: one product for each of x and the weights."""
+    x, act, wanted = call.x, call.act, call.wanted
+    size = math.prod(x.shape[:-1])
+    rows, grad = x.reshape(size, x.shape[-1]), call.grad.reshape(size, call.grad.shape[-1])
+    if call.gated:
+        side = call.gate or "first"
+        z = call.z.reshape(size, call.z.shape[-1])
+        (dz,) = gradients(lambda z: activate_packed(z, act, side), (z,), (grad,))
+    elif act != "none":
+        z = call.z.reshape(size, call.z.shape[-1])
+        (dz,) = gradients(ACTIVATIONS[act], (z,), (grad,))
+    else:
+        dz = grad
+    n = call.weight.shape[0]
+    parts = [(call.weight, call.bias, dz, 1)]
+    if call.gate_weight is not None:
+        parts = [
+            (call.gate_weight, call.gate_bias, dz[:, :n], 3),
+            (call.weight, call.bias, dz[:, n:], 1),
+        ]
+    found = [x.new_empty(0) for _ in range(5)]
+    dx = None
+    for w, b, d, at in parts:
+        if wanted[0]:
+            part = d @ w.flatten(1).to(d.dtype)
+            dx = part if dx is None else dx + part
+        if wanted[at]:
+            found[at] = (d.mT @ rows).view(w.shape).to(w.dtype)
+        if b is not None and wanted[at + 1]:
+            wide = torch.promote_types(d.dtype, torch.float32)
+            found[at + 1] = d.sum(0, dtype=wide).to(b.dtype)
+    if dx is not None:
+        found[0] = dx.view(x.shape)
+    return tuple(found)
 
 
 def activate(first: torch.Tensor, second: torch.Tensor, act: str, gate: str) -> torch.Tensor:

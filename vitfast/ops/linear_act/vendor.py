@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.linear_act.reference import (
-    ACTIVATIONS,
-    BackwardCall,
-    Call,
-    activate,
-    activate_packed,
-)
+from vitfast.ops.linear_act import reference
+from vitfast.ops.linear_act.reference import Call
 from vitfast.runtime.dispatch import Backend
 
 _MOST_SUMMED = 256 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 192
@@ -51,19 +47,6 @@ def can_run(call: Call) -> list[str]:
     return why
 
 
-def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    empty = call.x.new_empty(0)
-    z = _linear(call.x, call.weight, call.bias)
-    if call.gate_weight is not None:
-        gate_z = _linear(call.x, call.gate_weight, call.gate_bias)
-        saved = torch.cat((gate_z, z), -1) if call.save_z else empty
-        return activate(gate_z, z, call.act, "first"), saved
-    saved = z if call.save_z and call.saved_width is not None else empty
-    if call.gate:
-        return activate_packed(z, call.act, call.gate), saved
-    return ACTIVATIONS[call.act](z), saved
-
-
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     weight = weight.flatten(1).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
@@ -83,37 +66,10 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     return y
 
 
-def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
-    x, act, wanted = call.x, call.act, call.wanted
-    rows, grad = x.reshape(-1, x.shape[-1]), call.grad.reshape(-1, call.grad.shape[-1])
-    if call.gated:
-        side = call.gate or "first"
-        z = call.z.reshape(len(rows), -1)
-        (dz,) = gradients(lambda z: activate_packed(z, act, side), (z,), (grad,))
-    elif act != "none":
-        (dz,) = gradients(ACTIVATIONS[act], (call.z.reshape(len(rows), -1),), (grad,))
-    else:
-        dz = grad
-    n = call.weight.shape[0]
-    parts = [(call.weight, call.bias, dz, 1)]
-    if call.gate_weight is not None:
-        parts = [
-            (call.gate_weight, call.gate_bias, dz[:, :n], 3),
-            (call.weight, call.bias, dz[:, n:], 1),
-        ]
-    found = [x.new_empty(0) for _ in range(5)]
-    dx = None
-    for w, b, d, at in parts:
-        if wanted[0]:
-            part = d @ w.flatten(1).to(d.dtype)
-            dx = part if dx is None else dx + part
-        if wanted[at]:
-            found[at] = (d.mT @ rows).view(w.shape).to(w.dtype)
-        if b is not None and wanted[at + 1]:
-            found[at + 1] = d.sum(0, dtype=torch.float32).to(b.dtype)
-    if dx is not None:
-        found[0] = dx.view(x.shape)
-    return tuple(found)
-
-
-BACKEND = Backend("vendor", forward, can_run, backward, available)
+BACKEND = Backend(
+    "vendor",
+    partial(reference.forward, linear=_linear),
+    can_run,
+    reference.backward,
+    available,
+)
