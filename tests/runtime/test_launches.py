@@ -53,14 +53,25 @@ def device(tmp_path, monkeypatch):
         ({"n": 64, "dtype": "float16"}, 16),
         ({"n": 100, "dtype": "float16"}, 16),
         ({"n": 3000, "dtype": "float16"}, 128),
-        ({"n": 10**6, "dtype": "float16"}, 128),
-        ({"n": 1, "dtype": "float32"}, 64),
+        ({"n": 8192, "dtype": "float16"}, 128),
+        ({"n": 2048, "dtype": "float32"}, 64),
         ({"n": 64, "dtype": "bfloat16"}, 1),
         ({"n": 64}, 1),
     ],
 )
 def test_exact_then_nearest_then_heuristic(device, key, block):
     assert launch_of("k", device, key, lambda *_: HEURISTIC).blocks["BLOCK"] == block
+
+
+@pytest.mark.parametrize("far", [{"n": 129}, {"n": 31}, {"n": 0}, {"flag": 1}])
+def test_an_entry_never_serves_another_width_or_flag(device, tmp_path, far):
+    """A block for head dim 64 may want more shared memory at 256 than there is."""
+    near = {"n": 64, "m": 10, "flag": 0}
+    known = {"key": near, "blocks": {"BLOCK": 16}, "num_warps": 4, "num_stages": 2}
+    launches.write_table(device, kernels={"w": [known]})
+    for key in (near, near | {"n": 128}, near | {"n": 32}, near | {"m": 10**6}):
+        assert launch_of("w", device, key, lambda *_: HEURISTIC).blocks["BLOCK"] == 16
+    assert launch_of("w", device, near | far, lambda *_: HEURISTIC).blocks["BLOCK"] == 1
 
 
 def test_without_a_table_the_heuristic_sees_the_problem(device):

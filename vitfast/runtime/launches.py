@@ -298,15 +298,26 @@ def _nearest(kernel: str, arch: Arch, key: Mapping[str, int | str]) -> dict[str,
     return entries[min(ranked)[1]] if ranked else None
 
 
+_COUNTS = frozenset(("m", "tokens", "pixels"))
+"""Sizes that only say how much there is to do: a config for any other serves, the nearest best. All
+others (head dims, channels, tokens of a window) decide what a block holds in registers and shared
+memory: a config for head dim 64 wants more than there is at 256."""
+
+
 def _distance(key: Mapping[str, int | str], other: Mapping[str, int | str]) -> float:
-    """Of sizes, in powers of two; infinite where a name or a kind differs."""
+    """Of sizes, in powers of two; infinite where a name, a kind or a flag (0 or 1) differs, or a
+    width by more than a factor of two."""
     if key.keys() != other.keys():
         return math.inf
     total = 0.0
     for name, value in key.items():
-        if isinstance(value, str) or isinstance(other[name], str):
-            if value != other[name]:
-                return math.inf
-        else:
-            total += abs(math.log2(max(value, 1)) - math.log2(max(int(other[name]), 1)))
+        known = other[name]
+        if value == known:
+            continue
+        if isinstance(value, str) or isinstance(known, str) or min(value, known) <= 0:
+            return math.inf
+        apart = abs(math.log2(value) - math.log2(known))
+        if name not in _COUNTS and apart > 1:
+            return math.inf
+        total += apart
     return total

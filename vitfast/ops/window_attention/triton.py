@@ -44,8 +44,8 @@ def in_one_tile(arch: Arch, key: dict[str, Any]) -> bool:
     windows; padding, cosines, larger windows or head dims would spill, and so would RDNA.
     """
     if arch.name == "interpreter":
-        return key["tokens"] <= 64
-    if _wide(key) or key["tokens"] > 64 or key["head_dim"] > 32:
+        return key["window"] <= 64
+    if _wide(key) or key["window"] > 64 or key["head_dim"] > 32:
         return False
     if arch.is_amd:
         return arch.warp_size == 64
@@ -61,7 +61,7 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     """
     if key["pass"] == "backward":
         return Launch({}, 8 if arch.capability // 10 in (9, 10) else 4, 1)
-    whole = _power(key["tokens"])
+    whole = _power(key["window"])
     if key["pass"] == "forward" and in_one_tile(arch, key):
         return Launch({"BLOCK_M": whole, "BLOCK_N": whole}, 4, 1)
     if arch.name == "interpreter":
@@ -77,7 +77,7 @@ def _wide(key: dict[str, Any]) -> bool:
 
 def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
     """Queries and keys of a tile, before they are cut to the window's."""
-    d, n, wide = _power(key["head_dim"]), key["tokens"], _wide(key)
+    d, n, wide = _power(key["head_dim"]), key["window"], _wide(key)
     family = arch.capability // 10
     if wide and d <= 32 and key["pass"] == "keys" and not arch.is_amd:
         slim = family in (9, 12) or (arch.capability == 80 and key["form"])
@@ -111,7 +111,7 @@ def _key(which: str, dtype: torch.dtype, d: int, tokens: int, extra: str) -> dic
         "pass": which,
         "dtype": str(dtype).removeprefix("torch."),
         "head_dim": d,
-        "tokens": tokens,
+        "window": tokens,
         "form": {"": "", "pad_ptr": "padded", "logit_ptr": "cosine"}[extra],
     }
 
