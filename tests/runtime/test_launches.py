@@ -87,13 +87,27 @@ def test_choices(device):
 
 
 @pytest.mark.parametrize(
-    ("name", "warp", "dot"),
-    [("sm_75", 32, False), ("sm_90", 32, True), ("gfx942", 64, True), ("gfx1100", 32, True)],
-)
-def test_architectures(name, warp, dot):
+    ("name", "warp", "dot", "tf32"),
+    [
+        ("sm_70", 32, False, False), ("sm_75", 32, False, False), ("sm_80", 32, True, True),
+        ("sm_90", 32, True, True), ("sm_120", 32, True, True), ("gfx90a", 64, True, False),
+        ("gfx942", 64, True, True), ("gfx950", 64, True, False), ("gfx1030", 32, False, False),
+        ("gfx1100", 32, True, False), ("interpreter", 32, True, True),
+    ],
+)  # fmt: skip
+def test_architectures(name, warp, dot, tf32):
     arch = Arch(name)
     assert (arch.warp_size, arch.has_dot, arch.is_amd) == (warp, dot, name.startswith("gfx"))
     assert arch.shared_bytes >= 65_536
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for matmul.fp32_precision in ("tf32", "ieee"):
+            wanted = "tf32" if tf32 and matmul.fp32_precision == "tf32" else "ieee"
+            assert triton_runtime.precision(torch.float32, arch) == wanted
+            assert triton_runtime.precision(torch.float16, arch) == "ieee"
+    finally:
+        matmul.fp32_precision = before
 
 
 @pytest.mark.parametrize(

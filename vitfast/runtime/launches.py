@@ -68,8 +68,21 @@ class Arch:
 
     @property
     def has_dot(self) -> bool:
-        """Whether Triton has matrix instructions for it (none on sm_75 since Triton 3.3)."""
-        return self.capability != 75
+        """Whether Triton has matrix instructions for it.
+
+        None below sm_80 since Triton 3.3; none on RDNA 1 and 2, which have no such instructions.
+        """
+        if self.is_amd:
+            return not self.name.startswith("gfx10")
+        return self.capability == 0 or self.capability >= 80
+
+    @property
+    def has_tf32(self) -> bool:
+        """Whether Triton multiplies float32 as TF32 there: sm_80 and newer, and gfx942.
+
+        Any other target of its HIP backend refuses `input_precision="tf32"`.
+        """
+        return self.name == "gfx942" if self.is_amd else self.has_dot
 
 
 @dataclass(frozen=True)

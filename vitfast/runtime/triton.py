@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.launches import arch_of, choice_of, has_run
+from vitfast.runtime.launches import Arch, arch_of, choice_of, has_run
 from vitfast.settings import settings
 
 NAMES = {
@@ -121,8 +121,8 @@ def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(t.device) if t.device.type == "cuda" else contextlib.nullcontext()
 
 
-def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of a tl.dot: TF32 only where torch's own setting allows it."""
+def precision(dtype: torch.dtype, arch: Arch) -> str:
+    """`input_precision` of a tl.dot: TF32 where it exists and torch's own setting allows it."""
     # Unlike `allow_tf32`, this may be read whichever of torch's two settings was used.
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and dtype == torch.float32 else "ieee"
+    return "tf32" if allowed and arch.has_tf32 and dtype == torch.float32 else "ieee"

@@ -104,7 +104,7 @@ def _launch(which: str, call: Call) -> Launch:
     return launch_of(f"attention.{which}", arch_of(q.device), key, launch_heuristic)
 
 
-def _constants(dtype: torch.dtype, d: int, keep: bool, causal: bool) -> dict[str, Any]:
+def _constants(arch: Arch, dtype: torch.dtype, d: int, keep: bool, causal: bool) -> dict[str, Any]:
     d1, d2 = split_dim(d)
     return {
         "D": d,
@@ -113,7 +113,7 @@ def _constants(dtype: torch.dtype, d: int, keep: bool, causal: bool) -> dict[str
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "KEEP": keep,
         "CAUSAL": causal,
-        "PRECISION": precision(dtype),
+        "PRECISION": precision(dtype, arch),
     }
 
 
@@ -145,7 +145,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         forward_kernel[grid](
             q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
             keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
-            **_constants(q.dtype, d, keep, call.is_causal), **launch.blocks, **launch.options(),
+            **_constants(arch_of(q.device), q.dtype, d, keep, call.is_causal), **launch.blocks, **launch.options(),
         )  # fmt: skip
     return out, stats
 
@@ -211,7 +211,7 @@ def _launch_backward(
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
     mask, bias, strides, keep = _addends(call, (batch, heads, queries, keys))
-    constants = _constants(q.dtype, d, keep, call.is_causal)
+    constants = _constants(arch_of(q.device), q.dtype, d, keep, call.is_causal)
     wide = stats.dtype
     delta = delta_of(out, grad, wide)
     sizes = (batch, heads, queries, keys, call.scale)
@@ -275,7 +275,7 @@ def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "")
     kernel = forward_kernel if which == "forward" else getattr(kernels, f"{which}_kernel")
     key = _key(which, dtype, d, 1024, form in ("bias", "mask", "float-mask"))
     launch = launch_of(f"attention.{which}", arch, key, launch_heuristic)
-    constants = {**_constants(dtype, d, form == "mask", form == "causal"), **launch.blocks}
+    constants = {**_constants(arch, dtype, d, form == "mask", form == "causal"), **launch.blocks}
     # Contiguous head dims, as of a packed qkv.
     inner = ("q_d", "k_d", "v_d", "grad_d", "bias_k", "mask_k")
     constants |= {n: 1 for n in kernel.arg_names if n in inner}

@@ -107,7 +107,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
             rows, w, bias, gate_w, gate_bias, y, z if save else None, m, n, k,
             *rows.stride(), *w.stride(), *((0, 0) if gate_w is None else gate_w.stride()),
             z.shape[-1], *_places(call, n), ACT=ACTS[call.act], ACC=_acc(x.dtype),
-            PRECISION=precision(x.dtype), **launch.blocks, **launch.options(),
+            PRECISION=precision(x.dtype, arch_of(x.device)), **launch.blocks, **launch.options(),
         )  # fmt: skip
     return y, z
 

@@ -117,6 +117,7 @@ def _key(which: str, dtype: torch.dtype, d: int, tokens: int, extra: str) -> dic
 
 
 def _constants(
+    arch: Arch,
     which: str,
     dtype: torch.dtype,
     d: int,
@@ -129,7 +130,7 @@ def _constants(
         "WH": window[0], "WW": window[1], "D": d, "BLOCK_D": _power(d),
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32, "SHIFTED": shifted,
         "ROLL_FIRST": roll_first, "GRID": grid, "TURNED": _turns(window[0] * window[1]),
-        "PRECISION": precision(dtype),
+        "PRECISION": precision(dtype, arch),
     }  # fmt: skip
     return found | ({"WHOLE": _power(window[0] * window[1])} if which == "backward" else {})
 
@@ -185,10 +186,10 @@ class _Problem:
         return triton.cdiv(self.windows, triton.cdiv(self.windows, found))
 
     def launch(self, which: str, parts: int, tiles: int, **pointers: torch.Tensor | None) -> None:
-        launch = self.blocks(which)
+        launch, arch = self.blocks(which), arch_of(self.qkv.device)
         _KERNELS[which][(parts * tiles * self.heads,)](
             **self.arguments, **pointers, per=triton.cdiv(self.windows, parts),
-            **_constants(which, self.qkv.dtype, self.qkv.shape[-1], self.window, *self.shape),
+            **_constants(arch, which, self.qkv.dtype, self.qkv.shape[-1], self.window, *self.shape),
             **launch.blocks, **launch.options(),
         )  # fmt: skip
 
@@ -358,7 +359,9 @@ def _variant(
     kernel = _KERNELS[which]
     key = _key(which, dtype, 32, window[0] * window[1], extra)
     launch = launch_of(f"window_attention.{which}", arch, key, launch_heuristic)
-    constants = _constants(which, dtype, 32, window, shifted=True, roll_first=True, grid=False)
+    constants = _constants(
+        arch, which, dtype, 32, window, shifted=True, roll_first=True, grid=False
+    )
     constants |= {**launch.blocks, "qkv_d": 1}
     gradients = {"pad_ptr": "dpad_ptr", "logit_ptr": "dscale_ptr"}
     absent = {n for pair in gradients.items() if pair[0] != extra for n in pair}
