@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-AS_TIMM = "runs timm's forward now: "
+AS_TIMM = "runs timm's forward now"
 """How the note of a layer begins that does."""
+UNTRUSTED = f"{AS_TIMM}, for want of kernels: "
+"""How it begins where the reason is the device and dtype, and nothing about the module."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,14 @@ class SwapReport:
             "blocks": done + left,
             "blocks_swapped": done,
         }
+
+    @property
+    def gains_nothing(self) -> str:
+        """Why the model computes as timm where it is now; "" where a swapped module does not."""
+        if not self.swapped:
+            return "it holds nothing that could be swapped"
+        notes = [entry.note for entry in self.swapped]
+        return notes[0] if all(note.startswith(AS_TIMM) for note in notes) else ""
 
     def to_dict(self) -> dict[str, Any]:
         """The whole report as values that JSON knows."""

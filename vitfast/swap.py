@@ -27,7 +27,7 @@ from vitfast.layers import Layer
 from vitfast.layers.reading.children import describe_called, forget_own_forward
 from vitfast.layers.reading.position import forget_tables
 from vitfast.plans import Unfit, Unsupported, tensors_in
-from vitfast.report import AS_TIMM, Skipped, Swapped, SwapReport
+from vitfast.report import AS_TIMM, UNTRUSTED, Skipped, Swapped, SwapReport
 from vitfast.runtime import native, triton
 from vitfast.runtime.trust import untrusted
 from vitfast.settings import logger
@@ -59,7 +59,9 @@ def swap(
             is left alone too, since a swapped block reads its children's weights.
         strict: raise, and change nothing, where a block or an attention module would have to be
             left alone for another reason than `only` and `skip`, where nothing would be swapped,
-            and where none of vitfast's kernels can run in this process.
+            and where none of vitfast's kernels can run in this process. Whether some can on the
+            model's device and in its dtype is not asked, for it may still be moved: see
+            `SwapReport.gains_nothing`.
 
     Returns:
         SwapReport, with every module that was swapped or is known and was not.
@@ -86,7 +88,7 @@ def swap(
             if not isinstance(module, Layer):
                 todo.append((module, layer_table()[_own_class(module)]))
     if strict and (report.no_kernels or not report.swapped):
-        why = report.no_kernels or "it holds nothing that could be swapped"
+        why = report.no_kernels or report.gains_nothing
         raise SwapError(f"{report.model} would gain nothing: {why}; nothing was changed")
     for module, layer in todo:
         forget_own_forward(module)
@@ -179,8 +181,9 @@ def _swapped(
     elif any(type(p).__name__ == "DTensor" for p in module.parameters()):
         note = "fused where its sharded weights are gathered for its forward, as by fully_shard"
     else:
-        note = f"{AS_TIMM}{plan}"
-    note = note or _distrust(layer, module)
+        note = f"{AS_TIMM}: {plan}"
+    if not note.startswith(AS_TIMM):
+        note = _distrust(layer, module) or note
     return Swapped(path, layer.timm_class.__name__, _layers()[layer], layer.role, note)
 
 
@@ -188,7 +191,7 @@ def _distrust(layer: type[Layer], module: nn.Module) -> str:
     """The note of a layer whose ops have no kernels where its parameters are; "" if they have."""
     first = next(module.parameters(), None)
     why = "" if first is None or first.is_meta else untrusted(layer.ops, first)
-    return f"{AS_TIMM}{why}" if why else ""
+    return f"{UNTRUSTED}{why}" if why else ""
 
 
 def _plan(layer: type[Layer], module: nn.Module) -> object:

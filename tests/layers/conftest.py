@@ -342,6 +342,11 @@ def lively_fixture() -> Callable[[nn.Module], nn.Module]:
     return lively
 
 
+@pytest.fixture(name="ops_picked")
+def ops_picked_fixture(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Any]:
+    return lambda: ops_picked(monkeypatch)
+
+
 @pytest.fixture(name="by_name")
 def by_name_fixture() -> Callable[[str], contextlib.AbstractContextManager[None]]:
     return by_name

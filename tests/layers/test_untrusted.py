@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from vitfast import restore, swap
+from vitfast import ops, restore, swap
+from vitfast.cli.main import main
 from vitfast.layers import Layer
-from vitfast.report import AS_TIMM
+from vitfast.report import UNTRUSTED
 from vitfast.runtime import native, trust
 
 MODELS = {
@@ -125,19 +126,66 @@ def test_the_compiled_graph_is_timms(lively):
 def test_the_report_says_why(lively, needs_native):
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).half()
     report = swap(model)
-    note = f"{AS_TIMM}there are no kernels for torch.float16 on the CPU"
+    note = f"{UNTRUSTED}there are no kernels for torch.float16 on the CPU"
     assert {entry.note for entry in report.swapped} == {note}
     count = len(report.swapped)
     line = f"{count} modules in all; {count} of them run timm's forward now"
     assert str(report).splitlines()[0].endswith(line)
     restore(model)
-    assert {entry.note for entry in swap(model.float()).swapped} == {""}
+    assert swap(model).gains_nothing == note
+    report = swap(model.float())
+    assert {entry.note for entry in report.swapped} == {""} and report.gains_nothing == ""
 
 
-def test_every_layer_names_its_ops():
+def test_the_report_says_so_of_called_children_too(lively, needs_native):
+    """What a block would call instead of reading does not matter where all of it is timm's."""
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2).half()
+    model.blocks[0].attn.qkv.register_forward_hook(lambda *_: None)
+    assert all(entry.note.startswith(UNTRUSTED) for entry in swap(model).swapped)
+
+
+def test_the_command_judges_the_device_it_is_asked_for(monkeypatch, capsys):
+    """Its model lies on none."""
+    asked = []
+    monkeypatch.setattr(trust, "_reason", lambda ops, device, *_: asked.append(device) or "no file")
+    assert main(["swap", "beit_base_patch16_224", "--device", "cpu"]) == 0
+    assert set(asked) == {torch.device("cpu")}
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].endswith("62 modules in all; 62 of them run timm's forward now")
+    assert out.count(f"{UNTRUSTED}no file") == 7
+
+
+PICKED = MODELS | {
+    "hiera": ("hiera_tiny_224", dict(img_size=64), 64),
+    "davit": ("davit_tiny", dict(depths=(1, 1, 1, 1)), 64),
+    "rdnet": ("rdnet_tiny", {}, 64),
+    "beit": ("beit_base_patch16_224", dict(img_size=32, depth=1), 32),
+    "swin_v2_cr": ("swinv2_cr_tiny_ns_224", dict(img_size=64, depths=(1, 1, 1, 1)), 64),
+}
+
+
+@pytest.mark.parametrize("name", PICKED)
+def test_a_layer_names_all_its_ops(lively, monkeypatch, ops_picked, name):
+    """An op that nobody trusts is not called, for every layer that might is left to timm."""
+    architecture, options, size = PICKED[name]
+    model = lively(timm.create_model(architecture, num_classes=10, **options)).eval()
+    swap(model)
+    x = torch.randn(1, 3, size, size)
+    with ops_picked() as picked:
+        model(x)
+    assert picked
+    for op in sorted(picked):
+        with monkeypatch.context() as patch, ops_picked() as found:
+            patch.setattr(trust, "_reason", lambda names, *_, op=op: "no" if op in names else "")
+            model(x)
+        assert op not in found
+
+
+def test_every_layer_names_ops_that_exist():
     """A layer of which nothing is known could not be left to timm."""
     kinds = [k for k in vars(__import__("vitfast").layers).values() if isinstance(k, type)]
     layers = [k for k in kinds if issubclass(k, Layer) and k is not Layer]
     assert layers
+    assert {op for k in layers for op in k.ops} <= set(ops.NAMES)
     without = {k.__name__ for k in layers if not k.ops}
     assert without == {"LayerScale"}  # whose forward is timm's

@@ -22,7 +22,7 @@ from vitfast.check.findings import OK, OWN_KERNELS, REFUSED, WRONG, Finding
 from vitfast.errors import BackendUnavailableError
 from vitfast.ops import spec_of
 from vitfast.ops.spec import OpSpec, Sample
-from vitfast.report import AS_TIMM
+from vitfast.report import UNTRUSTED
 from vitfast.swap import swap
 from vitfast.testing.cases import Case
 from vitfast.testing.errors import ErrorReport
@@ -207,7 +207,7 @@ def _model_finding(blank: Finding, setting: Setting) -> Finding:
     if not report.counts["blocks_swapped"]:
         return replace(blank, state=WRONG, reason="no block was swapped")
     notes = [entry.note for entry in report.swapped if entry.role == "block"]
-    if all(note.startswith(AS_TIMM) for note in notes):  # there is nothing of ours to judge
+    if all(note.startswith(UNTRUSTED) for note in notes):  # there is nothing of ours to judge
         return replace(blank, state=REFUSED, reason=notes[0])
     judge("vitfast", peers.eager(fast, case.inputs, setting)())
     worst = judge.worst["vitfast"]

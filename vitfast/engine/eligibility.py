@@ -105,7 +105,7 @@ def plan_call(
 
 def untrusted(module: nn.Module, x: object) -> str:
     """As `trust.untrusted`, of what the drop-in's fused forward would run for this input."""
-    return trust.untrusted(getattr(module, "ops", ()), x)  # type: ignore[arg-type]
+    return trust.untrusted(getattr(type(module), "ops", ()), x)  # type: ignore[arg-type]
 
 
 def planned(plan: Callable[[nn.Module], Plan], module: nn.Module) -> Plan:

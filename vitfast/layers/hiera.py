@@ -57,7 +57,7 @@ class MaskUnitAttention(Layer, hiera.MaskUnitAttention):
     """`timm.models.hiera.MaskUnitAttention`; mask units are a grid of `ops.window_attention`."""
 
     role = "attention"
-    ops = WINDOWS
+    ops = ("attention", *WINDOWS)
     plan = staticmethod(plan_attention)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,7 @@ class HieraBlock(Layer, hiera.HieraBlock):
     """`timm.models.hiera.HieraBlock` where it neither pools nor widens."""
 
     role = "block"
-    ops = WINDOWED_BLOCK
+    ops = ("attention", *WINDOWED_BLOCK)
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from timm.models import swin_transformer_v2
 from vitfast import plans
 from vitfast.blocks.patch_merging import run_patch_merging
 from vitfast.layers import windowed
-from vitfast.layers.base import WINDOWED_BLOCK, WINDOWS, Layer
+from vitfast.layers.base import NORM, WINDOWED_BLOCK, WINDOWS, Layer
 from vitfast.layers.reading.attention import (
     ATTENTION_PLANS,
     check_softmax,
@@ -70,7 +70,7 @@ class SwinTransformerV2Block(Layer, swin_transformer_v2.SwinTransformerV2Block):
 class PatchMerging(Layer, swin_transformer_v2.PatchMerging):
     """`timm.models.swin_transformer_v2.PatchMerging` on `vitfast.ops.patch_merge`."""
 
-    ops = ("linear_act", "patch_merge")
+    ops = ("linear_act", "patch_merge", *NORM)
     plan = staticmethod(plan_patch_merging_norm_last)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

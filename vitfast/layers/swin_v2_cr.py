@@ -10,7 +10,7 @@ from timm.models import swin_transformer_v2_cr
 from vitfast import plans
 from vitfast.blocks.patch_merging import run_patch_merging
 from vitfast.layers import windowed
-from vitfast.layers.base import WINDOWED_BLOCK, WINDOWS, Layer
+from vitfast.layers.base import NORM, WINDOWED_BLOCK, WINDOWS, Layer
 from vitfast.layers.reading.as_built import expect_buffer
 from vitfast.layers.reading.attention import ATTENTION_PLANS, projections
 from vitfast.layers.reading.block import plan_patch_merging
@@ -85,7 +85,7 @@ class SwinTransformerV2CrBlock(Layer, swin_transformer_v2_cr.SwinTransformerV2Cr
 class PatchMerging(Layer, swin_transformer_v2_cr.PatchMerging):
     """`timm.models.swin_transformer_v2_cr.PatchMerging`, as Swin's."""
 
-    ops = ("linear_act", "patch_merge")
+    ops = ("linear_act", "patch_merge", *NORM)
     plan = staticmethod(plan_patch_merging)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

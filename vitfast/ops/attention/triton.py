@@ -145,7 +145,8 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         forward_kernel[grid](
             q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
             keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
-            **_constants(arch_of(q.device), q.dtype, d, keep, call.is_causal), **launch.blocks, **launch.options(),
+            **_constants(arch_of(q.device), q.dtype, d, keep, call.is_causal),
+            **launch.blocks, **launch.options(),
         )  # fmt: skip
     return out, stats
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from vitfast.ops.common.autodiff import gradients
+from vitfast.runtime.library import without_autocast
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "none": lambda z: z,
@@ -207,6 +208,11 @@ def forward(
 
 def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     """Gradients for `INPUTS`, empty where not wanted: one product for each of x and the weights."""
+    with without_autocast(call.x.device):
+        return _backward(call)
+
+
+def _backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     x, act, wanted = call.x, call.act, call.wanted
     size = math.prod(x.shape[:-1])
     rows, grad = x.reshape(size, x.shape[-1]), call.grad.reshape(size, call.grad.shape[-1])

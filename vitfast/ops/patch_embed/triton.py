@@ -74,8 +74,8 @@ def forward(call: Call) -> torch.Tensor:
             image, flat, bias, pos_embed, mean, std, tokens, rows, c, n, columns,
             *image.stride(), flat.stride(0), *tokens.stride()[:2], pos_b, pos_t,
             DEPTH=cin * p * q, P=p, Q=q, ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            DTYPE=_TL[dtype], BYTES=image.dtype == torch.uint8, PRECISION=precision(dtype, arch_of(image.device)),
-            **launch.blocks, **launch.options(),
+            DTYPE=_TL[dtype], BYTES=image.dtype == torch.uint8,
+            PRECISION=precision(dtype, arch_of(image.device)), **launch.blocks, **launch.options(),
         )  # fmt: skip
     return out
 
