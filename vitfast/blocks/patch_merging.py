@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import nn
 
 from vitfast import ops
 from vitfast.blocks.parts import apply_norm, operand_dtype
-from vitfast.engine import memo
 from vitfast.engine import patches as engine
 from vitfast.engine.eligibility import takes_engine
 from vitfast.plans import PatchMerging
 
 
-def run_patch_merging(
-    module: nn.Module, x: torch.Tensor, plan: Callable[[nn.Module], PatchMerging]
-) -> torch.Tensor | None:
-    """The layer on a map x [B, H, W, C]; None where it is for timm's forward."""
-    merge = memo.recall_plan(plan, module, x)
+def run_patch_merging(module: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """The drop-in on a map x [B, H, W, C]; None where it is for timm's forward."""
+    merge: PatchMerging | None = module._recall_plan(x)
     if merge is None or x.ndim != 4:
         return None
     if takes_engine(x, merge):

@@ -69,7 +69,7 @@ class PatchMerging(Layer, swin_transformer.PatchMerging):
     plan = staticmethod(plan_patch_merging)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = run_patch_merging(self, x, type(self).plan)
+        out = run_patch_merging(self, x)
         return super().forward(x) if out is None else out
 
 
