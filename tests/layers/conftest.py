@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from vitfast.engine import convnext as engine
 from vitfast.engine import eligibility
@@ -250,10 +251,8 @@ def parity(monkeypatch: pytest.MonkeyPatch) -> Callable[..., nn.Module]:
         def draw(grad: bool, seed: int = 2) -> tuple[dict[str, torch.Tensor], ...]:
             reference = run(truth, to_float64(args), to_float64(kwargs), None, grad, seed)
             base = run(module, args, kwargs, autocast, grad, seed)
-            if (
-                settings.backend == "auto"
-                and not {args[0].dtype, autocast or args[0].dtype} <= KERNELS
-            ):
+            given = tree_leaves(args)[0].dtype
+            if settings.backend == "auto" and not {given, autocast or given} <= KERNELS:
                 same = run(ours, args, kwargs, autocast, grad, seed)
                 torch.testing.assert_close(same, base, rtol=0, atol=0, equal_nan=True)
                 forced: contextlib.AbstractContextManager[None] = by_name("reference")
