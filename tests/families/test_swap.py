@@ -329,7 +329,10 @@ def test_a_kernel_on_either_device_is_one(monkeypatch):
             patch.setattr(triton, "available", lambda: ["no GPU"])
             patch.setattr(module, function, list)
             report = swap(vit(), strict=True)
-        assert report.no_kernels == "" and str(report).splitlines()[0].endswith("in all")
+        # The model lies on the CPU, but may be moved.
+        left = "; 17 of them run timm's forward now" if module is triton else ""
+        assert report.no_kernels == ""
+        assert str(report).splitlines()[0].endswith(f"17 modules in all{left}")
 
 
 @pytest.mark.parametrize(

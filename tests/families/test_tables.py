@@ -54,7 +54,7 @@ def test_every_public_layer_is_in_a_family():
 def test_layers_override_nothing_but_forward():
     allowed = {
         "forward", "plan", "role", "timm_class", "__module__", "__doc__", "__firstlineno__",
-        "__static_attributes__", "_accepts", "__annotations__", "by_shape",
+        "__static_attributes__", "_accepts", "__annotations__", "by_shape", "ops",
     }  # fmt: skip
     for timm_class, layer in layer_table().items():
         assert set(vars(layer)) <= allowed

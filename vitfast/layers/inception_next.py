@@ -9,7 +9,7 @@ from torch import nn
 from vitfast import plans
 from vitfast.blocks.mlp_residual import run_mlp_residual
 from vitfast.engine.eligibility import records_grad
-from vitfast.layers.base import Layer
+from vitfast.layers.base import MLP, Layer
 from vitfast.layers.mlp import plan_conv_mlp
 from vitfast.layers.reading.children import expect_vector, read_drop_path, read_optional_parameter
 from vitfast.layers.reading.mlp import POINTWISE_MLP_PLANS, read_pointwise_mlp
@@ -35,7 +35,7 @@ class MetaNeXtBlock(Layer, inception_next.MetaNeXtBlock):
     """
 
     role = "block"
-    ops = ("linear_act", "mlp", "residual_add")
+    ops = ("residual_add", *MLP)
     plan = staticmethod(plan_block)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
