@@ -42,9 +42,9 @@ def device(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(launches, "LAUNCHES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    launches.forget_tables()
+    launches.reread_tables()
     yield Arch("sm_90")
-    launches.forget_tables()
+    launches.reread_tables()
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ def test_measurements_of_other_versions_are_left_out(device, part, caplog):
     assert list(found["made_with"]) == ["vitfast", "torch", "triton", "kernels"]
     found["made_with"][part] = "0"
     path.write_text(json.dumps(found))
-    launches.forget_tables()
+    launches.reread_tables()
     assert launches.has_run("layer_norm", device) and not launches.has_run("add_norm", device)
     assert f"another version of: {part};" in caplog.text
     launches.write_table(device, verified=["add_norm"])
@@ -176,7 +176,7 @@ def test_the_sources_of_the_kernels_and_our_table_count(device, tmp_path, monkey
         assert launches.has_run("add_norm", device)
         with path.open("a") as file:
             file.write(" ")
-        launches.forget_tables()
+        launches.reread_tables()
         assert not launches.has_run("add_norm", device)
 
 

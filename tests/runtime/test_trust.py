@@ -20,9 +20,9 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setattr(trust, "arch_of", lambda device: Arch("sm_90"))
     monkeypatch.setattr(launches, "LAUNCHES", tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    launches.forget_tables()
+    launches.reread_tables()
     yield
-    launches.forget_tables()
+    launches.reread_tables()
 
 
 def of(device: str, dtype: torch.dtype) -> types.SimpleNamespace:

@@ -141,7 +141,7 @@ def from_tables(function: Callable[..., Any]) -> Any:
     return cached
 
 
-def forget_tables() -> None:
+def reread_tables() -> None:
     """Read the tables again."""
     for cached in _FROM_TABLES:
         cached.cache_clear()
@@ -223,7 +223,7 @@ def write_table(
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes see all of it, or nothing
     temporary.write_text(json.dumps(known, indent=1) + "\n")
     temporary.replace(path)
-    forget_tables()
+    reread_tables()
     return path
 
 
