@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import timm
+import torch
 from torch import nn
 
 from vitfast import layers
@@ -183,14 +184,14 @@ def _swapped(
     else:
         note = f"{AS_TIMM}: {plan}"
     if not note.startswith(AS_TIMM):
-        note = _distrust(layer, module) or note
+        first = next(module.parameters(), None)
+        note = ("" if first is None or first.is_meta else note_of_distrust(layer, first)) or note
     return Swapped(path, layer.timm_class.__name__, _layers()[layer], layer.role, note)
 
 
-def _distrust(layer: type[Layer], module: nn.Module) -> str:
-    """The note of a layer whose ops have no kernels where its parameters are; "" if they have."""
-    first = next(module.parameters(), None)
-    why = "" if first is None or first.is_meta else untrusted(layer.ops, first)
+def note_of_distrust(layer: type[Layer], like: torch.Tensor) -> str:
+    """The note of a layer whose ops have no kernels for a tensor like this; "" if they have."""
+    why = untrusted(layer.ops, like)
     return f"{UNTRUSTED}{why}" if why else ""
 
 

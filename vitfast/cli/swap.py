@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from functools import reduce
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from vitfast.report import Swapped
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,29 +17,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
+    import vitfast
     from vitfast.bench import record, zoo
-    from vitfast.swap import swap
+    from vitfast.report import AS_TIMM
+    from vitfast.swap import note_of_distrust, swap
 
     size = None if args.img_size is None else zoo.parse_img_size(args.img_size)
     if args.json:
         record.check_writable(args.json)
     report = swap(zoo.build(args.model, size, device="meta"))
-    report.swapped = [replace(e, note=_distrust(e, args.device) or e.note) for e in report.swapped]
+    # The model lies on no device: what counts is where it would be run, in float32.
+    like = torch.empty(0, device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for i, entry in enumerate(report.swapped):
+        layer: Any = reduce(getattr, entry.layer_class.split(".")[1:], vitfast)
+        if not entry.note.startswith(AS_TIMM):
+            note = note_of_distrust(layer, like) or entry.note
+            report.swapped[i] = replace(entry, note=note)
     print(report)
     if args.json:
         record.write_text(args.json, report.to_json() + "\n")
     return 0
-
-
-def _distrust(entry: Swapped, device: str | None) -> str:
-    """The note of a layer that would be left to timm on the device, in float32."""
-    import torch
-
-    import vitfast
-    from vitfast.report import AS_TIMM, UNTRUSTED
-    from vitfast.runtime.trust import untrusted
-
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    ops = reduce(getattr, entry.layer_class.split(".")[1:], vitfast).ops
-    why = "" if entry.note.startswith(AS_TIMM) else untrusted(ops, torch.empty(0, device=device))
-    return f"{UNTRUSTED}{why}" if why else ""
