@@ -25,9 +25,11 @@ RANK = {
     "testing": 4,
     "plans": 4,
     "engine": 5,
+    "selftest": 5,
     "blocks": 6,
     "layers": 7,
     "families": 8,
+    "preparation": 8,
     "swap": 9,
     "bench": 10,
     "check": 11,
@@ -39,7 +41,7 @@ COMMANDS = ("bench/", "check/", "demo/", "cli/")
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "swap.py", *COMMANDS,
+        "selftest/", "preparation.py", "swap.py", *COMMANDS,
     ),
     "timm": ("layers/", "families/", "swap.py", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),

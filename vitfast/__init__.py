@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitfast import layers, ops
+    from vitfast.preparation import TrustReport, prepare
     from vitfast.settings import settings
     from vitfast.swap import SwapReport, create_model, refresh, restore, swap
 
@@ -21,10 +22,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SwapReport",
+    "TrustReport",
     "__version__",
     "create_model",
     "layers",
     "ops",
+    "prepare",
     "refresh",
     "restore",
     "settings",
@@ -33,7 +36,9 @@ __all__ = [
 
 _HOME = {
     "SwapReport": "vitfast.swap",
+    "TrustReport": "vitfast.preparation",
     "create_model": "vitfast.swap",
+    "prepare": "vitfast.preparation",
     "refresh": "vitfast.swap",
     "restore": "vitfast.swap",
     "settings": "vitfast.settings",

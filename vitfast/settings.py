@@ -23,6 +23,10 @@ variable                  attribute    meaning
 ``VITFAST_MEMORY``        memory       "speed" keeps weights in the order in which products read
                                        them; "low" orders them anew in each call and keeps nothing.
                                        Default "speed"
+``VITFAST_TRUST``         trust        which GPU kernels the automatic choice may take: those that a
+                                       record, this user's cache or a self-test in a process of its
+                                       own ("test") showed to be right, a record or the cache
+                                       ("cached"), none ("never"). Default "test"
 ========================  ===========  ==========================================================
 """
 
@@ -47,11 +51,13 @@ ENVIRONMENT = {
     "log": "VITFAST_LOG",
     "weights": "VITFAST_WEIGHTS",
     "memory": "VITFAST_MEMORY",
+    "trust": "VITFAST_TRUST",
 }
 BACKENDS = ("auto", "cpu", "triton", "cuda", "vendor", "reference")
 ISA_LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 WEIGHTS = ("watch", "verify", "frozen")
 MEMORY = ("speed", "low")
+TRUST = ("never", "cached", "test")
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 _TRUE, _FALSE = {"1", "true", "yes", "on"}, {"", "0", "false", "no", "off"}
 
@@ -115,6 +121,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "log": lambda value: None if value is None else _level(value),
     "weights": lambda value: _one_of(WEIGHTS, value),
     "memory": lambda value: _one_of(MEMORY, value),
+    "trust": lambda value: _one_of(TRUST, value),
 }
 """Attribute -> the value that is kept; a ValueError lists the values that are allowed."""
 
@@ -129,6 +136,7 @@ class Settings:
     log: str | None = None
     weights: str = "watch"
     memory: str = "speed"
+    trust: str = "test"
     source: dict[str, str] = field(default_factory=dict, repr=False)
 
     @classmethod

@@ -11,6 +11,7 @@ import fnmatch
 import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -28,10 +29,12 @@ from vitfast.layers import Layer
 from vitfast.layers.reading.children import describe_called, forget_own_forward
 from vitfast.layers.reading.position import forget_tables
 from vitfast.plans import Unfit, Unsupported, tensors_in
+from vitfast.preparation import prepare_ops
 from vitfast.report import AS_TIMM, UNTRUSTED, Skipped, Swapped, SwapReport
 from vitfast.runtime import native, triton
 from vitfast.runtime.trust import untrusted
-from vitfast.settings import logger
+from vitfast.selftest.session import is_testable
+from vitfast.settings import logger, settings
 
 __all__ = ["SwapReport", "Skipped", "Swapped", "create_model", "refresh", "restore", "swap"]
 
@@ -73,9 +76,26 @@ def swap(
         SwapError: `strict`, and something had to be left alone, or nothing would be gained.
     """
     model = _unwrapped(model)
+    chosen = _Selection(model, only, skip)
+    report, todo = _decided(model, chosen, strict)
+    if strict and (report.no_kernels or not report.swapped):
+        why = report.no_kernels or report.gains_nothing
+        raise SwapError(f"{report.model} would gain nothing: {why}; nothing was changed")
+    if _test_kernels(model, report):
+        report, todo = _decided(model, chosen, strict)
+    for module, layer in todo:
+        forget_own_forward(module)
+        module.__class__ = _with_class(type(module), layer)
+    logger.info("%s", report)
+    return report
+
+
+def _decided(
+    model: nn.Module, chosen: _Selection, strict: bool
+) -> tuple[SwapReport, list[tuple[nn.Module, type[Any]]]]:
+    """The report of a swap, and the modules that are to get another class, with that class."""
     todo: list[tuple[nn.Module, type[Any]]] = []
     report = SwapReport(_own_class(model).__name__, no_kernels=_no_kernels())
-    chosen = _Selection(model, only, skip)
     fused: set[int] = set()
     for path, module in model.named_modules():
         entry = _decide(path, module, chosen, fused)
@@ -88,14 +108,18 @@ def swap(
             report.swapped.append(entry)
             if not isinstance(module, Layer):
                 todo.append((module, layer_table()[_own_class(module)]))
-    if strict and (report.no_kernels or not report.swapped):
-        why = report.no_kernels or report.gains_nothing
-        raise SwapError(f"{report.model} would gain nothing: {why}; nothing was changed")
-    for module, layer in todo:
-        forget_own_forward(module)
-        module.__class__ = _with_class(type(module), layer)
-    logger.info("%s", report)
-    return report
+    return report, todo
+
+
+def _test_kernels(model: nn.Module, report: SwapReport) -> bool:
+    """Test the kernels of the layers in a report where the model is, if that is called for and was
+    not done yet; whether anything is known now that was not before."""
+    first = next(model.parameters(), None)
+    if first is None or not is_testable(first.device) or settings.backend != "auto":
+        return False
+    names = {entry.layer_class for entry in report.swapped if entry.note.startswith(UNTRUSTED)}
+    found = [layer.ops for layer, name in _layers().items() if name in names]
+    return bool(found) and bool(prepare_ops(dict.fromkeys(chain(*found)), first).tested)
 
 
 def restore(model: Model) -> Model:

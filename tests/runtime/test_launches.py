@@ -1,4 +1,4 @@
-"""Launch configs as data: exact, nearest, heuristic; and what proves a kernel on a device."""
+"""Launch configs as data: exact, nearest, heuristic; and what is picked by them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from vitfast.runtime import launches
+from vitfast.runtime import launches, triton_backend, trust
 from vitfast.runtime import triton as triton_runtime
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.launches import Arch, Launch, choice_of, launch_of
@@ -28,7 +28,6 @@ def device(tmp_path, monkeypatch):
     (tmp_path / "sm_90.json").write_text(
         json.dumps(
             {
-                "verified": ["layer_norm", "linear_act", "patch_embed"],
                 "kernels": {
                     "k": [entry(64, 16), entry(4096, 128), entry(4096, 64, "float32")],
                     "vendor": [{"key": {"n": 64}, "choice": "flash"}],
@@ -68,7 +67,7 @@ def test_an_entry_never_serves_another_width_or_flag(device, tmp_path, far):
     """A block for head dim 64 may want more shared memory at 256 than there is."""
     near = {"n": 64, "m": 10, "flag": 0}
     known = {"key": near, "blocks": {"BLOCK": 16}, "num_warps": 4, "num_stages": 2}
-    launches.write_table(device, kernels={"w": [known]})
+    launches.write_table(device, {"w": [known]})
     for key in (near, near | {"n": 128}, near | {"n": 32}, near | {"m": 10**6}):
         assert launch_of("w", device, key, lambda *_: HEURISTIC).blocks["BLOCK"] == 16
     assert launch_of("w", device, near | far, lambda *_: HEURISTIC).blocks["BLOCK"] == 1
@@ -114,18 +113,20 @@ def test_architectures(name, warp, dot, tf32):
     ("op", "n", "why"),
     [
         ("layer_norm", 64, ""),
-        ("rms_norm", 64, "no record"),
+        ("rms_norm", 64, "not tested"),
         ("linear_act", 100, ""),
         ("linear_act", 3000, "fastest"),
         ("patch_embed", 64, "fastest"),
-        ("attention", 64, "no record"),
+        ("attention", 64, "not tested"),
     ],
 )
-def test_only_what_records_show_is_picked_unasked(device, monkeypatch, op, n, why):
-    """Right by a record; and where a vendor's kernel may be faster, measured to be the fastest."""
-    monkeypatch.setattr(triton_runtime, "arch_of", lambda where: device)
+def test_only_what_is_known_to_be_good_is_picked_unasked(device, monkeypatch, op, n, why):
+    """Right by a verdict; and where a vendor's kernel may be faster, measured to be the fastest."""
+    right = ("layer_norm", "linear_act", "patch_embed")
+    monkeypatch.setattr(triton_backend, "arch_of", lambda where: device)
+    monkeypatch.setattr(trust, "doubt", lambda op, *_: "" if op in right else "not tested")
     measured = op in ("linear_act", "patch_embed", "attention")
-    triton = triton_runtime.lazy(
+    triton = triton_backend.lazy(
         f"vitfast.ops.{op}.triton", lambda x: [],
         key=(lambda x: {"n": x.numel()}) if measured else None,
     )  # fmt: skip
@@ -136,35 +137,37 @@ def test_only_what_records_show_is_picked_unasked(device, monkeypatch, op, n, wh
     assert not why or why in dispatcher.explain([x])
 
 
+def _vendor(choice, n=64):
+    return {"vendor": [{"key": {"n": n}, "choice": choice}]}
+
+
 def test_measurements_are_kept_in_the_user_s_folder(device, tmp_path):
     """Not in the package, which may be another user's; its own table is where they begin."""
     packaged = {path: path.read_text() for path in tmp_path.iterdir()}
     new = Arch("sm_100")
-    assert not launches.has_run("add_norm", new)
-    path = launches.write_table(new, verified=["add_norm"])
+    assert choice_of("vendor", new, {"n": 64}) == ""
+    path = launches.write_table(new, _vendor("efficient"))
     assert path == tmp_path / "cache/vitfast/launches/sm_100.json"
-    assert launches.has_run("add_norm", new) and not launches.has_run("add_norm", device)
-    launches.write_table(device, kernels={"vendor": [{"key": {"n": 64}, "choice": "cudnn"}]})
+    assert choice_of("vendor", new, {"n": 64}) == "efficient"
+    assert choice_of("vendor", device, {"n": 70}) == "flash"
+    launches.write_table(device, _vendor("cudnn"))
     assert choice_of("vendor", device, {"n": 70}) == "cudnn"
-    assert launches.has_run("layer_norm", device)
     assert launch_of("k", device, {"n": 64, "dtype": "float16"}, None).blocks["BLOCK"] == 16
-    launches.write_table(device, verified=["linear_act"])  # the rest has been seen to be wrong here
-    assert not launches.has_run("layer_norm", device) and launches.has_run("linear_act", device)
     assert packaged == {path: path.read_text() for path in tmp_path.glob("*.json")}
 
 
 @pytest.mark.parametrize("part", ["vitfast", "torch", "triton", "kernels"])
 def test_measurements_of_other_versions_are_left_out(device, part, caplog):
-    path = launches.write_table(device, verified=["add_norm"])
+    path = launches.write_table(device, _vendor("cudnn"))
     found = json.loads(path.read_text())
     assert list(found["made_with"]) == ["vitfast", "torch", "triton", "kernels"]
     found["made_with"][part] = "0"
     path.write_text(json.dumps(found))
     launches.reread_tables()
-    assert launches.has_run("layer_norm", device) and not launches.has_run("add_norm", device)
+    assert choice_of("vendor", device, {"n": 64}) == "flash"
     assert f"another version of: {part};" in caplog.text
-    launches.write_table(device, verified=["add_norm"])
-    assert launches.has_run("add_norm", device)
+    launches.write_table(device, _vendor("cudnn"))
+    assert choice_of("vendor", device, {"n": 64}) == "cudnn"
 
 
 def test_the_sources_of_the_kernels_and_our_table_count(device, tmp_path, monkeypatch):
@@ -172,18 +175,18 @@ def test_the_sources_of_the_kernels_and_our_table_count(device, tmp_path, monkey
     source = tmp_path / "ops/op/triton_kernels.py"
     monkeypatch.setattr(launches, "_KERNELS", tmp_path / "ops")
     for path in (source, tmp_path / "sm_90.json"):
-        launches.write_table(device, verified=["add_norm"])
-        assert launches.has_run("add_norm", device)
+        launches.write_table(device, _vendor("cudnn"))
+        assert choice_of("vendor", device, {"n": 64}) == "cudnn"
         with path.open("a") as file:
             file.write(" ")
         launches.reread_tables()
-        assert not launches.has_run("add_norm", device)
+        assert choice_of("vendor", device, {"n": 64}) == "flash"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", "7"])
 def test_a_file_that_cannot_be_read_is_left_out(device, text, caplog):
     launches.path_of(device).write_text(text)
-    assert launches.has_run("layer_norm", device)
+    assert choice_of("vendor", device, {"n": 64}) == "flash"
     assert "cannot be read" in caplog.text
 
 

@@ -116,7 +116,8 @@ def _state(target: str, op: str, count: int, record: dict[str, Any] | None) -> s
         return f"compiled, not run ({count})"
     if op not in record["verified"]:
         return f"wrong ({_when(record)})"
-    picked = "picked" if op in launches.packaged(target)["verified"] else "run"
+    carried = launches.packaged(target).get("verdicts", {}).get("ops", {})
+    picked = "picked" if op in carried else "run"
     return f"{picked} ({_when(record)})"
 
 

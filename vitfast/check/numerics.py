@@ -7,7 +7,6 @@ timm's; `vitfast.check.findings` keeps the result.
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from vitfast.errors import BackendUnavailableError
 from vitfast.ops import spec_of
 from vitfast.ops.spec import OpSpec, Sample
 from vitfast.report import UNTRUSTED
+from vitfast.selftest.judge import plain_arithmetic
 from vitfast.swap import swap
 from vitfast.testing.cases import Case
 from vitfast.testing.errors import ErrorReport
@@ -133,28 +133,6 @@ def _check_named(op: str, sample: str, device: str) -> list[Finding]:
     if device == "cuda":
         torch.cuda.synchronize()  # what a kernel broke shows here, not in the next case
     return found
-
-
-@contextlib.contextmanager
-def plain_arithmetic() -> Iterator[None]:
-    """Within, torch's own GPU kernels neither round to TF32 nor add in half precision.
-
-    They do by default in convolutions and some products, and their errors would hide ours.
-    """
-    matmul = torch.backends.cuda.matmul
-    flags = [
-        (torch.backends.cudnn, "allow_tf32"),
-        (matmul, "allow_fp16_reduced_precision_reduction"),
-        (matmul, "allow_bf16_reduced_precision_reduction"),
-    ]
-    before = [getattr(owner, name) for owner, name in flags]
-    try:
-        for owner, name in flags:
-            setattr(owner, name, False)
-        yield
-    finally:
-        for (owner, name), value in zip(flags, before, strict=True):
-            setattr(owner, name, value)
 
 
 def check_model(family: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Finding]:

@@ -34,8 +34,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="start nothing after these; on a GPU 7 by default",
     )
     add("--json", metavar="FILE", help="write the findings too")
-    add("--trust", action="store_true", help="on a GPU: from now on pick, on this architecture, "
-        "the Triton kernels of every op that was right here")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,22 +44,16 @@ def run(args: argparse.Namespace) -> int:
     from vitfast.bench.progress import progress_bar
     from vitfast.check import numerics
     from vitfast.check.hardware import check_hardware
-    from vitfast.runtime import launches
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputValueError("--device cuda: torch sees no GPU here")
-    if args.trust and device != "cuda":
-        raise InputValueError("--trust is for GPUs: CPU kernels are trusted by the tests")
     if args.minutes is None:
         args.minutes = 7.0 if device == "cuda" else math.inf
     if not args.minutes > 0:
         raise InputValueError(f"--minutes {args.minutes}: expected a positive number")
     if args.json:
         record.check_writable(args.json)
-    if args.trust:
-        arch = launches.arch_of(torch.device("cuda"))
-        record.check_writable(launches.path_of(arch))
     checked = specs(args.op)
     on_gpu = checked if device == "cuda" else []
     models = [] if args.op else [(f, d) for f in numerics.MODELS for d in numerics.MODEL_DTYPES]
@@ -106,9 +98,6 @@ def run(args: argparse.Namespace) -> int:
     for name in left_out:
         print(f"{name}: left out, out of time")
     keep()
-    if args.trust:
-        known = set(launches.table(arch.name)["verified"]) - {spec.name for spec in checked}
-        launches.write_table(arch, verified=sorted(known | {*verified(found, left_out)}))
     return int(any(f.state == WRONG for f in found))
 
 

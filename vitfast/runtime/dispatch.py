@@ -7,14 +7,15 @@ A backend's `can_run` gives the list of reasons against; the same list serves th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from vitfast.errors import BackendUnavailableError, InputValueError
 from vitfast.settings import logger, settings
 
 
-def _proven(*args: Any) -> str:
+def _proven(*args: Any, train: bool) -> str:
     return ""
 
 
@@ -28,8 +29,12 @@ class Backend:
         can_run: takes the same arguments, gives the reasons against; empty means yes.
         backward: takes the backward op's arguments; None for an inference-only backend.
         available: takes nothing, gives the reasons why it could never run on this machine.
-        unproven: takes the op's arguments, says why the automatic choice leaves it alone although
-            it can run: nothing shows yet that it is right and fast there. Empty: it does not.
+        unproven: takes the op's arguments and `train`, whether the backward will be needed; says
+            why the automatic choice leaves it alone although it can run: nothing shows yet that it
+            is right and fast there. Empty: it does not.
+        withdraw: takes what a call raised, and the arguments of `unproven`. Where a launch failed
+            before it changed anything it has `unproven` object from now on, and says True: the
+            call goes to the next backend, if nobody named this one. None: errors are the user's.
     """
 
     name: str
@@ -38,6 +43,7 @@ class Backend:
     backward: Callable[..., Any] | None = None
     available: Callable[[], list[str]] = list
     unproven: Callable[..., str] = _proven
+    withdraw: Callable[..., bool] | None = None
 
 
 class Dispatcher:
@@ -64,9 +70,9 @@ class Dispatcher:
         for backend in self.backends.values():
             if needs_backward and backend.backward is None:
                 continue
-            if not backend.can_run(*args) and not backend.unproven(*args):
+            if not backend.can_run(*args) and not backend.unproven(*args, train=needs_backward):
                 self._log(backend.name)
-                return backend
+                return backend if backend.withdraw is None else self._guarded(backend, args)
         raise BackendUnavailableError(self.explain(args, needs_backward))
 
     def pick_backward(self, name: str, *args: Any) -> Callable[..., Any]:
@@ -74,6 +80,25 @@ class Dispatcher:
         found = self.pick(name, *args, needs_backward=True).backward
         assert found is not None  # it was asked for
         return found
+
+    def _guarded(self, backend: Backend, args: Sequence[Any]) -> Backend:
+        """A backend whose place the next one takes, in a call with these arguments and from then
+        on, where its kernels cannot be launched."""
+
+        def run(which: str, train: bool, *given: Any) -> Any:
+            try:
+                return getattr(backend, which)(*given)
+            except Exception as error:
+                assert backend.withdraw is not None  # who has none is not guarded
+                if not backend.withdraw(error, *args, train=train):
+                    raise
+            return getattr(self.pick("auto", *args, needs_backward=train), which)(*given)
+
+        return replace(
+            backend,
+            forward=partial(run, "forward", False),
+            backward=backend.backward and partial(run, "backward", True),
+        )
 
     def _named(self, name: str, args: Sequence[Any], needs_backward: bool) -> Backend:
         backend = self.backends.get(name)
@@ -102,7 +127,7 @@ class Dispatcher:
         lines = [f"{self.op}: no backend can run this call"]
         for backend in self.backends.values():
             why = self.reasons(backend, args, needs_backward)
-            why = why or [backend.unproven(*args) or "can run"]
+            why = why or [backend.unproven(*args, train=needs_backward) or "can run"]
             lines += [f"  {backend.name}: {reason}" for reason in why]
         return "\n".join(lines)
 

@@ -1,13 +1,12 @@
 """Launch configs of GPU kernels as data: no timing at run time, and the same pick on every rank.
 
 A config comes from the device's table where it has an entry for the kernel: the exact shape, else
-the nearest one; and from the kernel's heuristic where there is no table. A table also lists the ops
-whose kernels `vitfast check --trust` has seen to be right on such hardware; on a device without
-that, they run only when asked for by name (see `trust`).
+the nearest one; and from the kernel's heuristic where there is no table.
 
 A table is a JSON file, `<architecture>.json`: the package's own in `vitfast/runtime/launch_tables`,
-and this user's in `launches` of the user's cache folder, which `vitfast check --trust` and `vitfast
-tune` write. The user's counts for as long as what it was measured with is installed.
+which carries verdicts on the kernels too (see `verdicts`), and this user's in `launches` of the
+user's cache folder, which `vitfast tune` and `vitfast.prepare` write. The user's counts for as long
+as what it was measured with is installed.
 """
 
 from __future__ import annotations
@@ -149,7 +148,7 @@ def reread_tables() -> None:
 
 @from_tables
 def table(arch: str) -> dict[str, Any]:
-    """What is known of a device: {"verified": [op, ...], "kernels": {name: [entry, ...]}}.
+    """What is known of a device: {"kernels": {name: [entry, ...]}}.
 
     An entry is {"key": {...}, "blocks": {...}, "num_warps": n, "num_stages": n}, or
     {"key": {...}, "choice": name} where a vendor's kernels are chosen from.
@@ -167,8 +166,8 @@ def table(arch: str) -> dict[str, Any]:
     stale = [name for name, what in now.items() if made_with.get(name) != what]
     if stale:
         logger.warning(
-            "%s is left out, since it was measured with another version of: %s; vitfast check "
-            "--trust and vitfast tune measure again", path, ", ".join(stale)
+            "%s is left out, since it was measured with another version of: %s; vitfast tune "
+            "measures again", path, ", ".join(stale)
         )  # fmt: skip
         return packaged(arch)
     return found
@@ -177,7 +176,7 @@ def table(arch: str) -> dict[str, Any]:
 def packaged(arch: str) -> dict[str, Any]:
     """As `table`, of what the package itself brings."""
     path = LAUNCHES / f"{arch}.json"
-    return json.loads(path.read_text()) if path.exists() else {"verified": [], "kernels": {}}
+    return json.loads(path.read_text()) if path.exists() else {"kernels": {}}
 
 
 def _users_file(arch: str) -> Path:
@@ -209,27 +208,16 @@ def path_of(arch: Arch) -> Path:
     return path
 
 
-def write_table(
-    arch: Arch, *, verified: list[str] | None = None, kernels: dict[str, Any] | None = None
-) -> Path:
-    """Change what this user knows of a device: ops that are right there, entries of kernels."""
+def write_table(arch: Arch, kernels: dict[str, Any]) -> Path:
+    """Add entries of kernels to what this user knows of a device; those of a kernel replace it."""
     known = table(arch.name)
-    known = {
-        "made_with": _made_with(arch.name),
-        "verified": known["verified"] if verified is None else verified,
-        "kernels": {**known["kernels"], **(kernels or {})},
-    }
+    known = {"made_with": _made_with(arch.name), "kernels": {**known["kernels"], **kernels}}
     path = path_of(arch)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes see all of it, or nothing
     temporary.write_text(json.dumps(known, indent=1) + "\n")
     temporary.replace(path)
     reread_tables()
     return path
-
-
-def has_run(op: str, arch: Arch) -> bool:
-    """Whether a record shows that this op's Triton kernels are right on such hardware."""
-    return op in table(arch.name)["verified"]
 
 
 def launch_of(

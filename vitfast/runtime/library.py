@@ -8,7 +8,7 @@ in every recorded call; the figures are in benchmarks/README.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,11 +80,32 @@ def _autograd_kernel(
     )
 
     def kernel(keyset: torch._C.DispatchKeySet, *args: Any) -> Any:
+        for note in _watchers:
+            note(op._opname, {a.name: v for a, v in zip(op._schema.arguments, args, strict=True)})
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args, keyset)
         return below(keyset, args)
 
     return kernel
+
+
+_watchers: list[Callable[[str, Mapping[str, Any]], None]] = []
+
+
+@contextlib.contextmanager
+def watching(note: Callable[[str, Mapping[str, Any]], None]) -> Iterator[None]:
+    """Within, note(name of the op, its arguments by name) is called at every call of an op, those
+    of gradients and in inference mode left out."""
+
+    def forward_only(name: str, arguments: Mapping[str, Any]) -> None:
+        if not name.endswith("_backward"):
+            note(name, arguments)
+
+    _watchers.append(forward_only)
+    try:
+        yield
+    finally:
+        _watchers.remove(forward_only)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -1,4 +1,4 @@
-"""What Triton backends share: whether they can run, loading them late, types by name.
+"""What Triton backends share: whether they can run, what fails at a launch, types by name.
 
 Triton is imported when a Triton backend is first asked, never by `import vitfast`.
 """
@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.launches import Arch, arch_of, choice_of, has_run
+from vitfast.runtime.launches import Arch, arch_of
 from vitfast.settings import settings
 
 NAMES = {
@@ -86,34 +83,24 @@ def reasons(*tensors: torch.Tensor | None, dots: bool = False) -> list[str]:
     return why
 
 
-def lazy(
-    module: str,
-    can_run: Callable[..., list[str]],
-    *,
-    key: Callable[..., dict[str, Any]] | None = None,
-) -> Backend:
-    """A Triton backend whose module, with `forward` and `backward`, is imported at its first call.
+_IN_A_KERNEL = ("illegal", "misaligned", "unspecified", "assert", "uncorrectable", "stack error")
+"""What a driver's error has in its name where a kernel ran and broke the process's GPU context."""
 
-    Args:
-        can_run: reasons against; must not need the module.
-        key: for ops that a vendor's kernel may do faster: what that depends on, from the op's
-            arguments. They are picked where the device's table says so for the nearest problem.
+
+def is_launch_failure(error: BaseException) -> bool:
+    """Whether a call raised this because a kernel could not be compiled, loaded or launched.
+
+    Nothing was written then. An illegal access is no such failure: it has spoilt the process's
+    whole GPU context, and is for the user to see; nor is want of memory for a result.
     """
-
-    def call(function: str) -> Callable[..., Any]:
-        return lambda *args: getattr(importlib.import_module(module), function)(*args)
-
-    op = module.split(".")[-2]
-
-    def unproven(first: Any, *args: Any) -> str:
-        # A call's first argument is a tensor, or a tuple that begins with one.
-        arch = arch_of((first if isinstance(first, torch.Tensor) else first[0]).device)
-        chosen = key is None or choice_of(f"{op}.backend", arch, key(first, *args)) == "triton"
-        if not has_run(op, arch):
-            return f"no record shows it to have run on {arch.name}"
-        return "" if chosen else f"{arch.name}'s table does not show it to be the fastest here"
-
-    return Backend("triton", call("forward"), can_run, call("backward"), available, unproven)
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return False
+    if type(error).__module__.split(".")[0] == "triton":
+        return True
+    text = str(error)
+    if not isinstance(error, RuntimeError) or any(word in text for word in _IN_A_KERNEL):
+        return False
+    return "Triton Error [" in text or "PassManager::run failed" in text
 
 
 def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -14,7 +14,7 @@ from vitfast.ops.common.autodiff import gradients, in_order
 from vitfast.ops.residual_add.reference import drop_gradient, scale_gradients
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
-from vitfast.runtime.triton import lazy
+from vitfast.runtime.triton_backend import lazy
 
 
 def add_norm(

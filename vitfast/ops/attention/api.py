@@ -20,6 +20,7 @@ from vitfast.runtime.library import (
     needs_grad,
     without_autocast,
 )
+from vitfast.runtime.triton_backend import lazy
 
 
 def attention(
@@ -251,7 +252,7 @@ DISPATCHER = Dispatcher(
     "attention",
     [
         native.BACKEND,
-        triton.lazy("vitfast.ops.attention.triton", _triton_reasons, key=backend_key),
+        lazy("vitfast.ops.attention.triton", _triton_reasons, key=backend_key),
         vendor.BACKEND,
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],

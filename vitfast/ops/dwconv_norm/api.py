@@ -17,7 +17,7 @@ from vitfast.ops.layer_norm.api import autocast_out_dtype
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
-from vitfast.runtime.triton import lazy
+from vitfast.runtime.triton_backend import lazy
 
 
 def dwconv_norm(

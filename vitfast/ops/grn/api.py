@@ -12,9 +12,10 @@ from vitfast.ops.grn import native, reference
 from vitfast.ops.grn.layout import empty
 from vitfast.ops.grn.reference import Call
 from vitfast.ops.layer_norm import api as layer_norm_api
-from vitfast.runtime import checks, triton
+from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define
+from vitfast.runtime.triton_backend import lazy
 
 
 def grn(
@@ -95,7 +96,7 @@ DISPATCHER = Dispatcher(
     "grn",
     [
         native.BACKEND,
-        triton.lazy("vitfast.ops.grn.triton", _triton_reasons),
+        lazy("vitfast.ops.grn.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )

@@ -11,9 +11,10 @@ from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.group_norm_act import native, reference
 from vitfast.ops.group_norm_act.reference import BackwardCall, Call
 from vitfast.ops.layer_norm.api import autocast_out_dtype
-from vitfast.runtime import checks, triton
+from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
+from vitfast.runtime.triton_backend import lazy
 
 
 def group_norm_act(
@@ -120,7 +121,7 @@ DISPATCHER = Dispatcher(
     "group_norm_act",
     [
         native.BACKEND,
-        triton.lazy("vitfast.ops.group_norm_act.triton", _triton_reasons),
+        lazy("vitfast.ops.group_norm_act.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )

@@ -13,7 +13,7 @@ from vitfast.ops.layer_norm import native, reference
 from vitfast.ops.layer_norm.reference import Call
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
-from vitfast.runtime.triton import lazy
+from vitfast.runtime.triton_backend import lazy
 
 
 def layer_norm(

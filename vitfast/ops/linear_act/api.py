@@ -15,6 +15,7 @@ from vitfast.ops.linear_act.reference import ACTIVATIONS, INPUTS, BackwardCall, 
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad
+from vitfast.runtime.triton_backend import lazy
 
 GATES = ("first", "last")
 
@@ -166,7 +167,7 @@ DISPATCHER = Dispatcher(
     "linear_act",
     [
         *_COMPILED,
-        triton.lazy("vitfast.ops.linear_act.triton", _triton_reasons, key=backend_key),
+        lazy("vitfast.ops.linear_act.triton", _triton_reasons, key=backend_key),
         Backend("reference", reference.forward, lambda call: [], reference.backward),
     ],
 )

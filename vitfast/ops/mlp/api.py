@@ -152,8 +152,14 @@ def _on(backend: Backend) -> Backend:
         partial(_reasons_of, backend),
         partial(_backward_on, backend),
         backend.available,
-        lambda call: backend.unproven(call.first),
+        lambda call, *, train: backend.unproven(call.first, train=train),
+        backend.withdraw and partial(_withdraw, backend),
     )
+
+
+def _withdraw(backend: Backend, error: BaseException, call: Call, *, train: bool) -> bool:
+    assert backend.withdraw is not None  # who has none is not asked
+    return backend.withdraw(error, call.first, train=train)
 
 
 def _reasons_of(backend: Backend, call: Call) -> list[str]:

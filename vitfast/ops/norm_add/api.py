@@ -15,7 +15,7 @@ from vitfast.ops.norm_add.reference import Call
 from vitfast.ops.residual_add.reference import drop_gradient, per_sample
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
-from vitfast.runtime.triton import lazy
+from vitfast.runtime.triton_backend import lazy
 
 
 def norm_add(

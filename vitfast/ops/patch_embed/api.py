@@ -14,6 +14,7 @@ from vitfast.ops.patch_embed.reference import INPUTS, Call
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define
+from vitfast.runtime.triton_backend import lazy
 
 PerChannel = torch.Tensor | Sequence[float] | None
 
@@ -178,7 +179,7 @@ DISPATCHER = Dispatcher(
     "patch_embed",
     [
         native.BACKEND,
-        triton.lazy("vitfast.ops.patch_embed.triton", _triton_reasons, key=backend_key),
+        lazy("vitfast.ops.patch_embed.triton", _triton_reasons, key=backend_key),
         Backend("reference", reference.compute, lambda call: [], _reference_backward),
     ],
 )

@@ -14,7 +14,7 @@ from vitfast.ops.patch_merge.reference import BackwardCall, Call
 from vitfast.runtime import checks
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define, needs_grad
-from vitfast.runtime.triton import lazy
+from vitfast.runtime.triton_backend import lazy
 
 
 def patch_merge(

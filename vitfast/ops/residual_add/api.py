@@ -13,7 +13,7 @@ from vitfast.ops.residual_add import native, reference
 from vitfast.ops.residual_add.reference import BackwardCall, Call
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import define
-from vitfast.runtime.triton import lazy
+from vitfast.runtime.triton_backend import lazy
 
 
 def residual_add(

@@ -14,6 +14,7 @@ from vitfast.ops.window_attention.reference import INPUTS, BackwardCall, Call
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import autocast_dtype, define, needs_grad, without_autocast
+from vitfast.runtime.triton_backend import lazy
 
 
 def window_attention(
@@ -167,7 +168,7 @@ DISPATCHER = Dispatcher(
     "window_attention",
     [
         native.BACKEND,
-        triton.lazy("vitfast.ops.window_attention.triton", _triton_reasons),
+        lazy("vitfast.ops.window_attention.triton", _triton_reasons),
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
