@@ -8,6 +8,7 @@ kernels are known to be right on a device, layers there run timm's forward.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from vitfast.runtime import trust
 from vitfast.runtime.library import autocast_dtype
 from vitfast.runtime.verdicts import FAILED, PASSES, Question
 from vitfast.selftest.problems import Problem, recording
-from vitfast.selftest.session import TrustEntry, TrustReport, decide, is_testable
+from vitfast.selftest.session import TrustReport, decide, is_testable
 
 __all__ = ["TrustReport", "prepare", "prepare_ops"]
 
@@ -140,7 +141,5 @@ def _agree(device: torch.device, questions: list[Question], report: TrustReport)
                 trust.refuse(device, [question], reason)
                 for i, entry in enumerate(report.tested):
                     if entry.question == question:
-                        report.tested[i] = TrustEntry(
-                            question, FAILED, reason, entry.speed, entry.now
-                        )
+                        report.tested[i] = replace(entry, state=FAILED, reason=reason)
                 break

@@ -36,9 +36,10 @@ def record(folder: Path, kind: str, arch: str, **found) -> None:
     }))  # fmt: skip
 
 
-def finding(op: str, backend: str, state: str, error: float | None) -> dict:
-    return {"level": "op", "name": op, "backend": backend, "dtype": "float16", "state": state,
-            "error_over_budget": error}  # fmt: skip
+def item(op: str, state: str, error: float | None = None, stage: str = "selftest") -> dict:
+    found = {"stage": stage, "name": f"{op} a", "op": op, "dtype": "float16", "passes": "forward",
+             "state": state}  # fmt: skip
+    return found if error is None else found | {"error_over_budget": error}
 
 
 def line(text: str, start: str) -> list[str]:
@@ -69,21 +70,23 @@ def test_no_record_no_claim(checkout):
 
 def test_what_ran_shows_date_and_commit(checkout):
     record(
-        checkout / "benchmarks/results/a-gpu", "check", "sm_90",
-        verified=["layer_norm", "add_norm"],
-        findings=[
-            finding("layer_norm", "triton", "ok", 0.25), finding("add_norm", "triton", "ok", 0.5),
-            finding("rms_norm", "triton", "wrong", None),
-            finding("attention", "triton", "cannot run", None),
+        checkout / "benchmarks/results/a-gpu", "prove", "sm_90",
+        items=[
+            item("layer_norm", "right", 0.25), item("add_norm", "right", 0.5),
+            item("rms_norm", "wrong"), item("attention", "refused"),
+            item("grn", "right", 0.1), item("grn", "failed", stage="hardware"),
+            {"stage": "kernels", "name": "grn b", "op": "grn", "seconds": {"triton": 1.0}},
         ],
     )  # fmt: skip
-    (checkout / "sm_90.json").write_text('{"verified": ["add_norm"], "kernels": {}}')
+    carried = {"verdicts": {"ops": {"add_norm": {}}}, "kernels": {}}
+    (checkout / "sm_90.json").write_text(json.dumps(carried))
     text = ledger.page(checkout)
     header = line(text, "GPU")
     cells = dict(zip(header, line(text, "sm_90"), strict=True))
     assert cells["layer_norm"] == "run (2031-05-06, 0123456789ab)"
     assert cells["add_norm"] == "picked (2031-05-06, 0123456789ab)"
     assert cells["rms_norm"] == "wrong (2031-05-06, 0123456789ab)"
+    assert cells["grn"] == "failed (2031-05-06, 0123456789ab)"
     assert cells["attention"].startswith("compiled, not run (")
     assert line(text, "sm_80")[2].startswith("compiled, not run (")
     assert "| layer_norm | triton    | 1       | 0.25      | ok      |" in text

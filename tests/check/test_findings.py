@@ -1,8 +1,8 @@
-"""Findings as tables, and the ops that they let a user trust."""
+"""Findings as tables."""
 
 from __future__ import annotations
 
-from vitfast.check.findings import OK, REFUSED, WRONG, Finding, model_table, op_table, verified
+from vitfast.check.findings import OK, REFUSED, WRONG, Finding, model_table, op_table
 
 
 def test_tables_show_the_worst_and_the_state():
@@ -29,16 +29,3 @@ def test_tables_show_the_worst_and_the_state():
         ("a", "cuda", "3.00", "wrong", ""),
     ]
     assert model_table([finding(level="model")])[1] == [("a", "s", "0.20", "ok")]
-
-
-def test_a_wrong_or_unfinished_op_is_not_verified():
-    def found(op, state, level="op"):
-        return Finding(level, op, "x", "", "", "triton", state)
-
-    everything = [
-        found("layer_norm", OK), found("rms_norm", OK),
-        found("rms_norm", WRONG, "hardware"), found("attention", REFUSED),
-        found("mlp", OK),
-    ]  # fmt: skip
-    assert verified(everything) == ["layer_norm", "mlp"]
-    assert verified(everything, ["mlp: hardware"]) == ["layer_norm"]

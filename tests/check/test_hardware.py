@@ -6,7 +6,6 @@ import torch
 
 import vitfast.ops
 from vitfast.check import hardware
-from vitfast.check.findings import OK, WRONG
 from vitfast.ops.spec import OpSpec
 
 SPEC = vitfast.ops.spec_of("layer_norm")
@@ -24,14 +23,14 @@ def test_determinism():
     assert hardware.determinism(spec, SAMPLE, torch.float32, "auto", "cpu", repeats=3)
 
 
-def test_faults_become_findings(monkeypatch):
-    def checks(spec, backend, seed):
-        yield "streams", []
-        yield f"fuzz from {seed}", ["seed 7: one", "seed 8: two"]
-
-    monkeypatch.setattr(hardware, "all_checks", checks)
-    found = list(hardware.check_hardware(SPEC, 7))
-    assert [(f.level, f.name, f.case, f.backend, f.state, f.reason) for f in found] == [
-        ("hardware", "layer_norm", "streams", "triton", OK, ""),
-        ("hardware", "layer_norm", "fuzz from 7", "triton", WRONG, "seed 7: one; seed 8: two"),
-    ]
+def test_the_checks_of_a_backend():
+    """On a GPU all kinds, by name; in the interpreter what it can run."""
+    found = hardware.checks_of(SPEC, "triton", "cuda")
+    kinds = {name.split(" ")[0] for name in found}
+    assert kinds == {"determinism", "streams", "graph", "out", "2^31", "random"}
+    assert {name.split(" ")[-1] for name in found if name.startswith("determinism")} == {
+        "torch.bfloat16", "torch.float16", "torch.float32",
+    }  # fmt: skip
+    small = hardware.checks_of(SPEC, "reference", "cpu")
+    assert small and all(name.startswith("determinism") for name in small)
+    assert all(check() == [] for check in small.values())

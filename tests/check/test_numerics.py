@@ -84,29 +84,3 @@ def test_a_model_of_which_nothing_is_swapped_is_wrong(monkeypatch):
     monkeypatch.setitem(numerics.MODEL_OPTIONS, "vit", {})
     found = list(numerics.check_model("vit", torch.bfloat16))
     assert [f.state for f in found] == [findings.WRONG]
-
-
-def test_processes_find_what_one_finds():
-    cases = numerics.op_cases(ops.specs(["residual_add"]))[:2]
-    assert cases
-    alone = list(numerics.check_ops(cases, "cpu"))
-    shared = list(numerics.check_ops(cases, "cpu", workers=2))
-    assert [len(found) for found in shared] == [len(found) for found in alone]
-    assert [f.case for found in shared for f in found] == [f.case for found in alone for f in found]
-    assert {f.state for found in shared for f in found} <= {findings.OK, findings.REFUSED}
-
-
-def test_a_process_that_dies_condemns_its_op(monkeypatch, layer_norm):
-    """Found by its name, this sample does not exist: as good as a crash."""
-    (found,) = numerics.check_ops([(layer_norm, Sample("no such", lambda *_: ((), {})))], "cpu", 1)
-    assert [(f.backend, f.state) for f in found] == [("triton", findings.WRONG)]
-    assert findings.verified(found) == []
-
-
-def test_plain_arithmetic_is_torchs_own_again_afterwards():
-    before = torch.backends.cudnn.allow_tf32
-    with numerics.plain_arithmetic():
-        assert not torch.backends.cudnn.allow_tf32
-        assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
-    assert torch.backends.cudnn.allow_tf32 is before
-    assert torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction

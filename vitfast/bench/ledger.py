@@ -43,7 +43,7 @@ TRITON = """\
 Every kernel x config x dtype is compiled ahead of time by Triton {version}, and runs in Triton's
 interpreter against float64, forward and backward. *Not run* means: on no such GPU. There a kernel
 runs when it is asked for by name (`backend="triton"`), and `backend="auto"` takes
-the vendor's kernels until `vitfast check` has seen it right on that hardware. The number is that
+the vendor's kernels until a self-test has seen it right on that machine. The number is that
 of compiled variants.
 """
 WITHOUT_DOT = """\
@@ -76,7 +76,7 @@ def _records(results: Path) -> Iterator[dict[str, Any]]:
 
 
 def _of(records: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Those that one command wrote, "check" or "bench"."""
+    """Those that one command wrote, "check", "prove" or "bench"."""
     return [r for r in records if r["kind"] == f"vitfast {kind}"]
 
 
@@ -92,14 +92,14 @@ def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 def _by_target(kernels: dict[str, dict[str, Any]], records: list[dict[str, Any]]) -> str:
     """One line a GPU architecture, one column an op with Triton kernels."""
     names = list(aot.modules())
-    checked = {r["machine"].get("arch"): r for r in _of(records, "check")}
+    proven = {r["machine"].get("arch"): r for r in _of(records, "prove")}
     rows = [["interpreter", "any CPU", *("fp16, fp32, fp64" for _ in names)]]
     for target in TARGETS:
         cells = []
         for name in names:
             count = sum(kernel.startswith(f"{name}/") for kernel in kernels[target])
             dots = any(v.dots for _, v in aot.variants(target, {name}))
-            cells.append(_state(target, name, count, checked.get(target)))
+            cells.append(_state(target, name, count, proven.get(target)))
             if dots and not Arch(target).has_dot:
                 cells[-1] += " ¹"
         rows.append([target, CARDS[target], *cells])
@@ -107,26 +107,19 @@ def _by_target(kernels: dict[str, dict[str, Any]], records: list[dict[str, Any]]
 
 
 def _state(target: str, op: str, count: int, record: dict[str, Any] | None) -> str:
-    """How far an op is on one architecture, of which `record` is the latest check.
+    """How far an op is on one architecture, of which `record` is the latest `vitfast prove`.
 
     Args:
         count: compiled variants of its kernels.
     """
-    if record is None or not _ran(record, op):
+    mine = [i for i in (record["items"] if record else ()) if i["op"] == op and "state" in i]
+    states = {item["state"] for item in mine} - {"refused", "no memory"}
+    if record is None or not states:
         return f"compiled, not run ({count})"
-    if op not in record["verified"]:
-        return f"wrong ({_when(record)})"
+    if states != {"right"}:
+        return f"{min(states - {'right'})} ({_when(record)})"
     carried = launches.packaged(target).get("verdicts", {}).get("ops", {})
-    picked = "picked" if op in carried else "run"
-    return f"{picked} ({_when(record)})"
-
-
-def _ran(record: dict[str, Any], op: str) -> bool:
-    """Whether the op's Triton kernels ran in this check."""
-    return any(
-        f["name"] == op and f["backend"] == "triton" and f["state"] != "cannot run"
-        for f in record["findings"]
-    )
+    return f"{'picked' if op in carried else 'run'} ({_when(record)})"
 
 
 def _resources(kernels: dict[str, dict[str, Any]]) -> str:
@@ -154,11 +147,24 @@ def _measured(records: list[dict[str, Any]]) -> Iterator[str]:
     for record in _of(records, "check"):
         yield f"`vitfast check`, {_when(record)}: worst error over budget, 1 is the limit.\n"
         yield _errors(record["findings"])
+    for record in _of(records, "prove"):
+        yield f"`vitfast prove`, {_when(record)}: worst error over budget, 1 is the limit.\n"
+        yield _errors([_as_finding(i) for i in record["items"] if i["stage"] == "selftest"])
     timed = _of(records, "bench")
     for title, table in (("Ops", _op_speeds(timed)), ("Blocks and models", _model_speeds(timed))):
         if table:
             yield f"{title}, times faster than each peer:\n"
             yield table
+
+
+def _as_finding(item: dict[str, Any]) -> dict[str, Any]:
+    """An item of a self-test in the terms of `vitfast check`."""
+    state = {"right": "ok", "refused": "cannot run", "no memory": "cannot run"}
+    return {
+        "level": "op", "name": item["op"], "backend": "triton", "dtype": item["dtype"],
+        "state": state.get(item["state"], "wrong"),
+        "error_over_budget": item.get("error_over_budget"),
+    }  # fmt: skip
 
 
 def _errors(findings: list[dict[str, Any]]) -> str:

@@ -1,14 +1,12 @@
-"""What `vitfast check` found: one `Finding` a check, tables of them, and which ops are verified."""
+"""What `vitfast check` found: one `Finding` a check, and tables of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-OWN_KERNELS = {"triton", "cuda"}
-"""Backends that are vitfast's own GPU code."""
 OK, WRONG, REFUSED = "ok", "wrong", "cannot run"
 """States of a finding; REFUSED is a backend that says why it cannot run a case, and no error."""
 
@@ -21,10 +19,10 @@ class Finding:
     """One thing that was checked.
 
     Args:
-        level: "op", "model", or "hardware": what only a GPU can show of an op's own kernels.
-        name, case: the op and its sample (or check); the family and its model.
-        dtype: the working dtype, such as "bfloat16"; "" at level "hardware".
-        passes: "forward" or "backward"; "" at level "hardware".
+        level: "op" or "model".
+        name, case: the op and its sample; the family and its model.
+        dtype: the working dtype, such as "bfloat16".
+        passes: "forward" or "backward".
         backend: a backend's name; for models "swap".
         state: `OK`, `WRONG`, or `REFUSED` where a backend refuses this case, or
             every block of a model is left to timm.
@@ -44,19 +42,6 @@ class Finding:
     error_over_budget: float | None = None
     reason: str = ""
     picked: bool = False
-
-
-def verified(found: Iterable[Finding], left_out: Sequence[str] = ()) -> list[str]:
-    """Names of the ops whose own GPU kernels ran here, were never wrong and missed no check.
-
-    Args:
-        left_out: titles of checks that found no time, such as "mlp: hardware".
-    """
-    ran: dict[str, bool] = {name.split(":")[0]: False for name in left_out}
-    for f in found:
-        if f.level != "model" and f.backend in OWN_KERNELS and f.state != REFUSED:
-            ran[f.name] = ran.get(f.name, True) and f.state == OK
-    return sorted(op for op, right in ran.items() if right)
 
 
 def op_table(found: Iterable[Finding]) -> Table:

@@ -7,16 +7,14 @@ is a pass. `determinism` runs on the CPU too, so that it can be tested there.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from vitfast import ops
-from vitfast.check.findings import OK, OWN_KERNELS, WRONG, Finding
 from vitfast.check.fuzz import fuzz
-from vitfast.errors import BackendUnavailableError
 from vitfast.ops.spec import OpSpec, Sample, randn
 from vitfast.testing.cases import Case
 from vitfast.testing.inputs import OpCall, materialise, outputs_of
@@ -188,47 +186,36 @@ _BEYOND: dict[str, Callable[[torch.Tensor, str], torch.Tensor]] = {
 """Op -> (x [rows, 1024], backend) -> a result of as many rows, each made of rows near it in x."""
 
 
-def check_hardware(spec: OpSpec, seed: int) -> Iterator[Finding]:
-    """A finding for each check of each of the op's own GPU backends.
-
-    Args:
-        seed: number of the first random problem.
-    """
-    for backend in OWN_KERNELS & spec.dispatcher.backends.keys():
-        for name, faults in all_checks(spec, backend, seed):
-            yield Finding(
-                "hardware", spec.name, name, "", "", backend, WRONG if faults else OK,
-                reason="; ".join(faults[:3]),
-            )  # fmt: skip
+Check = Callable[[], list[str]]
+"""Gives the faults that it found as sentences."""
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def all_checks(spec: OpSpec, backend: str, seed: int) -> Iterator[tuple[str, list[str]]]:
-    """(name, faults) of every check of one backend of an op on the GPU; see `check_hardware`."""
-    few = [s for s in spec.samples if "check" in s.tags and "empty" not in s.tags]
-    checks = {"streams": streams, "graph capture": graph_capture, "out of memory": out_of_memory}
-    dtypes = [torch.bfloat16, torch.float16, torch.float32]
-    for sample in few[:4]:
+def checks_of(spec: OpSpec, backend: str, device: str) -> dict[str, Check]:
+    """The checks of one backend by name; on a CPU, which Triton's interpreter takes for a GPU, only
+    that of determinism, on the smallest samples."""
+    on_gpu = device.startswith("cuda")
+    wanted, dtypes = ("check", DTYPES) if on_gpu else ("small", DTYPES[1:])
+    few = [s for s in spec.samples if wanted in s.tags and "empty" not in s.tags]
+    found: dict[str, Check] = {}
+    for sample in few[: 4 if on_gpu else 1]:
         for dtype in dtypes:
-            yield from _guarded(
-                f"determinism {sample.name} {dtype}",
-                partial(determinism, spec, sample, dtype, backend, "cuda"),
+            found[f"determinism {sample.name} {dtype}"] = partial(
+                determinism, spec, sample, dtype, backend, device, REPEATS if on_gpu else 3
             )
-    for name, check in checks.items():
-        yield from _guarded(name, partial(check, spec, few[0], torch.float16, backend))
-    if spec.name in _BEYOND:
-        yield from _guarded("2^31 elements", partial(beyond_int32, spec.name, backend))
-    ran, faults = fuzz(spec, backend, "cuda", seed, FUZZ_SECONDS, dtypes)
-    yield f"fuzz: {ran} problems from seed {seed}", faults
+    if on_gpu:
+        for name, check in (
+            ("streams", streams), ("graph capture", graph_capture), ("out of memory", out_of_memory)
+        ):  # fmt: skip
+            found[name] = partial(check, spec, few[0], torch.float16, backend)
+        if spec.name in _BEYOND:
+            found["2^31 elements"] = partial(beyond_int32, spec.name, backend)
+        found["random problems"] = partial(_fuzzed, spec, backend, device)
+    return found
 
 
-def _guarded(name: str, check: Callable[[], list[str]]) -> Iterator[tuple[str, list[str]]]:
-    """(name, faults) of one check; an exception is a fault. Nothing where the backend refuses."""
-    try:
-        yield name, check()
-    except BackendUnavailableError:
-        return
-    except Exception as error:
-        yield name, [f"{type(error).__name__}: {error}"]
+def _fuzzed(spec: OpSpec, backend: str, device: str) -> list[str]:
+    return fuzz(spec, backend, device, 0, FUZZ_SECONDS, DTYPES)[1]
 
 
 def _on_gpu(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> OpCall:

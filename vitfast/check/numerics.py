@@ -6,10 +6,7 @@ timm's; `vitfast.check.findings` keeps the result.
 
 from __future__ import annotations
 
-import concurrent.futures
-import multiprocessing
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,18 +14,14 @@ import torch
 
 from vitfast.bench import modules, peers
 from vitfast.bench.peers import Setting, first_line
-from vitfast.check.findings import OK, OWN_KERNELS, REFUSED, WRONG, Finding
+from vitfast.check.findings import OK, REFUSED, WRONG, Finding
 from vitfast.errors import BackendUnavailableError
-from vitfast.ops import spec_of
 from vitfast.ops.spec import OpSpec, Sample
 from vitfast.report import UNTRUSTED
-from vitfast.selftest.judge import plain_arithmetic
 from vitfast.swap import swap
 from vitfast.testing.cases import Case
 from vitfast.testing.errors import ErrorReport
 
-GPU_WORKERS = 4
-"""Processes that check ops on a GPU: compiling the kernels takes longer than running them."""
 MODELS = {
     "vit": "vit_tiny_patch16_224",
     "deit": "deit_tiny_distilled_patch16_224",
@@ -76,63 +69,18 @@ def op_cases(specs: Iterable[OpSpec]) -> list[tuple[OpSpec, Sample]]:
     return [(spec, s) for spec in specs for s in spec.samples if "check" in s.tags]
 
 
-def check_op(spec: OpSpec, sample: Sample, device: str = "cpu") -> Iterator[Finding]:
-    """A finding for every dtype, pass and backend of one op on one sample.
-
-    On a GPU in bfloat16, float16 and float32, on the CPU in the dtypes of the spec.
-    """
-    dtypes = spec.dtypes if device == "cpu" else (torch.bfloat16, torch.float16, torch.float32)
-    for dtype in dtypes:
+def check_op(spec: OpSpec, sample: Sample) -> Iterator[Finding]:
+    """A finding for every dtype of the spec, pass and backend of one op on one sample."""
+    for dtype in spec.dtypes:
         case = Case(spec, sample, dtype)
         for passes in ("forward", "backward"):
-            auto = _op_finding(case, passes, "auto", device)
+            auto = _op_finding(case, passes, "auto")
             picked = spec.dispatcher.picked
             for backend in spec.dispatcher.backends:
-                found = _op_finding(case, passes, backend, device)
+                found = _op_finding(case, passes, backend)
                 if backend == picked and found.state == OK != auto.state:
                     yield auto  # goes wrong only where nobody names the backend
                 yield replace(found, picked=backend == picked)
-
-
-def check_ops(
-    cases: Sequence[tuple[OpSpec, Sample]], device: str, workers: int = 0
-) -> Iterator[list[Finding]]:
-    """What `check_op` finds for each case, a list a case, in their order.
-
-    Args:
-        workers: processes to share the work among, for a GPU, whose kernels are compiled on the
-            CPU; 0 for none but this one. A case whose process dies is wrong in every backend that
-            is vitfast's own.
-    """
-    if not workers:
-        yield from ([*check_op(spec, sample, device)] for spec, sample in cases)
-        return
-    names = [(spec.name, sample.name) for spec, sample in cases]
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, (os.cpu_count() or 1) // workers)
-    with concurrent.futures.ProcessPoolExecutor(
-        workers, context, initializer=torch.set_num_threads, initargs=(threads,)
-    ) as pool:
-        futures = [pool.submit(_check_named, op, sample, device) for op, sample in names]
-        for (op, sample), future in zip(names, futures, strict=True):
-            try:
-                yield future.result()
-            except Exception as error:  # the process died, or the GPU with it
-                reason = f"{type(error).__name__}: {first_line(error)}"
-                yield [
-                    Finding("op", op, sample, "", "", name, WRONG, reason=reason)
-                    for name in sorted(OWN_KERNELS & spec_of(op).dispatcher.backends.keys())
-                ]
-
-
-def _check_named(op: str, sample: str, device: str) -> list[Finding]:
-    """`check_op` in a worker, to which names can be sent and specs cannot."""
-    spec = spec_of(op)
-    with plain_arithmetic():
-        found = [*check_op(spec, next(s for s in spec.samples if s.name == sample), device)]
-    if device == "cuda":
-        torch.cuda.synchronize()  # what a kernel broke shows here, not in the next case
-    return found
 
 
 def check_model(family: str, dtype: torch.dtype, device: str = "cpu") -> Iterator[Finding]:
@@ -149,29 +97,26 @@ def check_model(family: str, dtype: torch.dtype, device: str = "cpu") -> Iterato
             yield replace(blank, state=WRONG, reason=f"{type(error).__name__}: {first_line(error)}")
 
 
-def _op_finding(case: Case, passes: str, backend: str, device: str) -> Finding:
+def _op_finding(case: Case, passes: str, backend: str) -> Finding:
     """What one backend gives for one pass of a case."""
     blank = Finding("op", case.spec.name, case.sample.name, _name(case.dtype), passes, backend, OK)
     try:
         run = _forward if passes == "forward" else _backward
-        return _judged(blank, run(case, backend, device))
+        return _judged(blank, run(case, backend))
     except BackendUnavailableError as error:
         return replace(blank, state=REFUSED, reason=first_line(error, last=True))
     except Exception as error:  # a crash of one backend is a finding, not the end of the check
         return replace(blank, state=WRONG, reason=f"{type(error).__name__}: {first_line(error)}")
 
 
-def _forward(case: Case, backend: str, device: str) -> list[ErrorReport]:
-    """Reports on the outputs, which are judged on the CPU."""
-    outputs = case.outputs(case.call.map(lambda t: t.to(device)), backend=backend)
-    return case.judge([t.cpu() for t in outputs])
+def _forward(case: Case, backend: str) -> list[ErrorReport]:
+    """Reports on the outputs."""
+    return case.judge(case.outputs(backend=backend))
 
 
-def _backward(case: Case, backend: str, device: str) -> list[ErrorReport]:
-    """Reports on the gradients of the arguments that models train, judged on the CPU."""
-    call = case.call.map(lambda t: t.to(device))
-    found = case.gradients(case.trained, call, backend=backend)
-    return case.judge_gradients({n: None if t is None else t.cpu() for n, t in found.items()})
+def _backward(case: Case, backend: str) -> list[ErrorReport]:
+    """Reports on the gradients of the arguments that models train."""
+    return case.judge_gradients(case.gradients(case.trained, backend=backend))
 
 
 def _model_finding(blank: Finding, setting: Setting) -> Finding:

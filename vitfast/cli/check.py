@@ -1,4 +1,7 @@
-"""`vitfast check`: every op, backend and family on this machine, against float64."""
+"""`vitfast check`: every op, backend and family on this machine, against float64.
+
+On a GPU the families only: ops are judged there in processes of their own, by `vitfast prove`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from vitfast.check.findings import (
     as_json,
     model_table,
     op_table,
-    verified,
 )
 from vitfast.cli.table import print_table
 from vitfast.errors import InputValueError
@@ -26,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), help="cuda where there is one")
     add("--op", action="append", metavar="NAME", help="only this op; may be repeated; no models")
-    add("--seed", type=int, default=0, help="first of the random problems on a GPU")
     add(
         "--minutes",
         type=float,
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     from vitfast.bench.ops import specs
     from vitfast.bench.progress import progress_bar
     from vitfast.check import numerics
-    from vitfast.check.hardware import check_hardware
+    from vitfast.selftest.judge import plain_arithmetic
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -54,17 +55,15 @@ def run(args: argparse.Namespace) -> int:
         raise InputValueError(f"--minutes {args.minutes}: expected a positive number")
     if args.json:
         record.check_writable(args.json)
-    checked = specs(args.op)
-    on_gpu = checked if device == "cuda" else []
+    if device == "cuda" and args.op:
+        raise InputValueError("--op on a GPU: vitfast prove --op judges its kernels there")
     models = [] if args.op else [(f, d) for f in numerics.MODELS for d in numerics.MODEL_DTYPES]
-    cases = numerics.op_cases(checked)
+    cases = [] if device == "cuda" else numerics.op_cases(specs(args.op))
     end = time.monotonic() + 60 * args.minutes
     found: list[Finding] = []
     left_out: list[str] = []
 
     def stages() -> Iterator[tuple[str, Callable[[], Iterable[Finding]]]]:
-        for spec in on_gpu:
-            yield f"{spec.name}: hardware", partial(check_hardware, spec, args.seed)
         for family, dtype in models:
             name = f"{family}: {numerics.MODELS[family]}"
             yield name, partial(numerics.check_model, family, dtype, device)
@@ -73,19 +72,16 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             facts = machine.describe(device)
             record.write_json(args.json, record.document(
-                "check", facts, seed=args.seed, verified=verified(found, left_out),
-                left_out=left_out, findings=as_json(found),
+                "check", facts, left_out=left_out, findings=as_json(found)
             ))  # fmt: skip
 
     with (
-        progress_bar(len(cases) + len(on_gpu) + len(models)) as show,
-        numerics.plain_arithmetic(),
+        progress_bar(len(cases) + len(models)) as show,
+        plain_arithmetic(),
     ):
-        results = numerics.check_ops(cases, device, numerics.GPU_WORKERS if device == "cuda" else 0)
-        show(f"{len(cases)} cases of ops", 0)
-        for i, ((spec, sample), more) in enumerate(zip(cases, results, strict=True)):
-            found += more
-            show(f"{spec.name} {sample.name}", i + 1)
+        for i, (spec, sample) in enumerate(cases):
+            show(f"{spec.name} {sample.name}", i)
+            found += numerics.check_op(spec, sample)
         keep()
         for i, (name, check) in enumerate(stages()):
             show(name, len(cases) + i)

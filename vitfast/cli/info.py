@@ -47,6 +47,7 @@ def collect() -> dict[str, Any]:
         "machine": {"python": sys.executable, **device.machine()},
         "location": vitfast.__path__[0],
         "native": native_facts(),
+        "trust": trust_facts(),
         "settings": {
             name: {
                 "value": getattr(settings, name),
@@ -84,6 +85,22 @@ def native_facts() -> dict[str, Any]:
     return facts
 
 
+def trust_facts() -> dict[str, dict[str, str]]:
+    """Of each GPU, "op dtype pass" -> the state of its kernels' verdict, with the reason."""
+    import torch
+
+    from vitfast.runtime import verdicts
+
+    found = {}
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", i)
+        found[str(device)] = {
+            " ".join(question): f"{verdict.state} {verdict.reason}".strip()
+            for question, verdict in verdicts.known(device).items()
+        }
+    return found
+
+
 def show(facts: dict[str, Any]) -> None:
     """Print `collect()`'s facts for people."""
     from vitfast.cli.table import print_table
@@ -111,6 +128,9 @@ def show(facts: dict[str, Any]) -> None:
         "Settings", ("setting", "value", "from", "variable"),
         [(n, s["value"], s["source"], s["variable"]) for n, s in facts["settings"].items()],
     )  # fmt: skip
+    for device, states in facts["trust"].items():
+        rows = [*states.items()] or [("none", "vitfast.prepare(model, sample) tests them")]
+        print_table(f"Kernels on {device}", ("op, dtype, pass", "verdict"), rows)
     show_ops(facts["ops"], print_table)
 
 

@@ -18,6 +18,7 @@ from vitfast.errors import VitfastError
 COMMANDS = {
     "info": "this machine, versions, settings, and which backends can run each op",
     "check": "run every op and a model of each family against float64",
+    "prove": "test and time all GPU kernels here, in minutes, and keep every result",
     "bench": "time ops, blocks or models beside their peers",
     "tune": "time launch configs of the GPU kernels and write this GPU's table",
     "swap": "report what vitfast.swap would do to a timm model",

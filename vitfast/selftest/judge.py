@@ -8,9 +8,9 @@ kernels compute on the same device; the comparison itself is made on the CPU.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,34 +64,35 @@ class _Case(Case):
         if self.lower is None:
             return function
 
+        @functools.wraps(function)  # whose parameters are asked for
         def run(*args: Any, **kwargs: Any) -> Any:
             with torch.autocast(self.device.type, self.lower):
                 return function(*args, **kwargs)
 
         return run
 
-    @cached_property
+    @functools.cached_property
     def call(self) -> OpCall:
         return materialise(self.spec, self.sample, self.dtype).map(lambda t: t.to(self.device))
 
-    @cached_property
+    @functools.cached_property
     def reference(self) -> tuple[torch.Tensor, ...]:
         return tuple(t.cpu() for t in super().reference)
 
-    @cached_property
+    @functools.cached_property
     def base(self) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             return tuple(t.cpu() for t in self.call.run(self._base))
 
-    @cached_property
+    @functools.cached_property
     def output_grads(self) -> tuple[torch.Tensor, ...]:
         return tuple(g.to(self.device) for g in self.call.output_grads(self.base))
 
-    @cached_property
+    @functools.cached_property
     def reference_gradients(self) -> dict[str, torch.Tensor | None]:
         return _on_cpu(super().reference_gradients)
 
-    @cached_property
+    @functools.cached_property
     def base_gradients(self) -> dict[str, torch.Tensor | None]:
         return _on_cpu(
             self.call.gradients(self._base, self.output_grads, names=self.differentiable)

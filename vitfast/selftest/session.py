@@ -179,7 +179,7 @@ def _tested(
     found = {}
     for question, answers in replies.items():
         before = known[question].problems if question in known else ()
-        verdict = _verdict(answers, before)
+        verdict = verdict_of(answers, before)
         if verdict is not None:
             found[question] = verdict
     if device.type == "cuda":
@@ -197,7 +197,7 @@ ENVIRONMENT = {
 """Settings of a worker: whatever this user's are, it runs the backend that it is told."""
 
 
-def _verdict(
+def verdict_of(
     answers: Sequence[tuple[Problem, Mapping[str, Any]]], before: Sequence[str]
 ) -> Verdict | None:
     """Of all problems of a question; None where it stays open, for want of memory."""
@@ -236,13 +236,28 @@ def _timed(
     for number, reply in workers.answers(jobs, 1, TASK_SECONDS, environment=ENVIRONMENT):
         if reply.get("seconds"):
             times.setdefault(tasks[number][0], []).append(reply)
-    timed = dict(found)
+    return {**found, **with_times(device, found, times)}
+
+
+def with_times(
+    device: torch.device, found: Verdicts, times: Mapping[Question, Sequence[Mapping[str, Any]]]
+) -> Verdicts:
+    """The right verdicts of those that were timed, with their speed; what was fastest at which size
+    goes into this user's launch table.
+
+    Args:
+        times: by question what workers answered, as `timing.Times`.
+    """
+    timed = {
+        question: judged_by_time(found[question], replies)
+        for question, replies in times.items()
+        if question in found and found[question].state in (RIGHT, SLOW)
+    }
     entries: dict[str, list[dict[str, Any]]] = {}
-    for question, replies in times.items():
-        timed[question] = judged_by_time(found[question], replies)
-        for reply in replies:
+    for question in timed:
+        for reply in times[question]:
             for what, key in reply["asked"]:
-                best = min(reply["seconds"], key=reply["seconds"].get)
+                best = min(reply["seconds"], key=reply["seconds"].get).split(" ")[0]
                 entries.setdefault(what, []).append({"key": key, "choice": best})
     _keep_choices(device, entries)
     return timed

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 from vitfast.ops import spec_of
+from vitfast.ops.attention import vendor
 from vitfast.runtime import trust
 from vitfast.runtime.launches import asking
 from vitfast.runtime.verdicts import RIGHT, Question, Verdict
@@ -42,22 +45,26 @@ class Times:
 
 
 def measure(
-    problem: Problem, passes: str, device: torch.device, clock: Clock | None = None
-) -> Times:
+    problem: Problem, passes: str, device: torch.device, clock: Clock | None = None,
+    by_vendor: bool = False,
+) -> Times:  # fmt: skip
     """Medians of Triton's kernels and of every backend that could stand in for them.
 
     Args:
         passes: "forward" without gradients, or "backward", which is both passes of training.
         clock: that of the GPU, after everything was put out of its second-level cache.
+        by_vendor: whether each of a vendor's attention kernels is timed by itself, too.
     """
     try:
-        return _measured(problem, passes, device, clock or gpu_clock(device))
+        return _measured(problem, passes, device, clock or clock_of(device), by_vendor)
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         return Times(reason=reason, broken=device.type == "cuda")
 
 
-def _measured(problem: Problem, passes: str, device: torch.device, clock: Clock) -> Times:
+def _measured(
+    problem: Problem, passes: str, device: torch.device, clock: Clock, by_vendor: bool
+) -> Times:
     spec = spec_of(problem.op)
     case = make_case(problem, device)
 
@@ -73,13 +80,15 @@ def _measured(problem: Problem, passes: str, device: torch.device, clock: Clock)
     trust.adopt(device, {question._replace(passes=p): Verdict(RIGHT) for p in ("forward", passes)})
     with asking() as asked:
         run("auto")
-    calls = {
+    calls: dict[str, Callable[[], Any]] = {
         name: functools.partial(run, name)
         for name in ("triton", "vendor", "reference")
         if name in spec.dispatcher.backends
     }
     if "vendor" in calls:  # which is what the reference would be replaced by
         del calls["reference"]
+    if by_vendor and problem.op == "attention":
+        calls |= _vendors_own(calls["vendor"])
     for _ in range(WARM):
         for call in calls.values():
             call()
@@ -91,8 +100,26 @@ def _measured(problem: Problem, passes: str, device: torch.device, clock: Clock)
     return Times({name: statistics.median(found) for name, found in times.items()}, keys)
 
 
-def gpu_clock(device: torch.device) -> Clock:
-    """Seconds of one call on a GPU, between events, with a cold second-level cache."""
+def _vendors_own(call: Callable[[], Any]) -> dict[str, Callable[[], Any]]:
+    """The call on each of a vendor's kernels that takes it: "vendor flash", ..."""
+
+    def forced(name: str) -> Any:
+        with vendor.forcing(name):
+            return call()
+
+    found: dict[str, Callable[[], Any]] = {}
+    for name in vendor.UNMASKED:
+        with contextlib.suppress(Exception):  # not installed, or not for this head dim or card
+            forced(name)
+            found[f"vendor {name}"] = functools.partial(forced, name)
+    return found
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Seconds of one call on a GPU, between events, with a cold second-level cache; by the wall
+    clock elsewhere."""
+    if device.type != "cuda":
+        return _wall_clock
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     cold = torch.empty(max(2 * cache, 1 << 24), dtype=torch.uint8, device=device)
 
@@ -106,3 +133,9 @@ def gpu_clock(device: torch.device) -> Clock:
         return begin.elapsed_time(end) / 1e3
 
     return clock
+
+
+def _wall_clock(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin

@@ -10,24 +10,30 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
+import math
 import os
 import queue
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = str(Path(__file__).parents[2])
-COMMAND = (
-    sys.executable, "-c",
-    "import sys; sys.path.insert(0, sys.argv[1]); from vitfast.selftest import worker; "
-    "sys.exit(worker.main())", ROOT,
-)  # fmt: skip
-"""As `python -m vitfast.selftest.worker`, of this very package, whatever the folder."""
+
+def command_of(module: str) -> tuple[str, ...]:
+    """As `python -m <module>`, of this very package, whatever lies in the current folder."""
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); import {module} as m; sys.exit(m.main())"
+    return (sys.executable, "-c", code, str(Path(__file__).parents[2]))
+
+
+COMMAND = command_of("vitfast.selftest.worker")
 START_SECONDS = 120.0
 """A worker that is not ready by then has failed: it has to load torch, from a slow disk maybe."""
+
+LEFT_OUT = "left out"
+"""State of the answer to a task for which there was no time."""
 
 Task = Mapping[str, Any]
 Reply = dict[str, Any]
@@ -118,6 +124,7 @@ def answers(
     *,
     command: Sequence[str] | None = None,
     environment: Mapping[str, str] | None = None,
+    until: float = math.inf,
 ) -> Iterator[tuple[int, Reply]]:
     """Each task's number and its answer, as they come in.
 
@@ -129,6 +136,8 @@ def answers(
         seconds: the longest that a task may take.
         command: that of a worker; `COMMAND` by default.
         environment: variables that it has besides those of this process.
+        until: the end, by `time.monotonic`; tasks in progress then are ended, and they and those
+            not begun have the answer {"state": LEFT_OUT}.
     """
     todo: queue.SimpleQueue[int] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[int, Reply]] = queue.SimpleQueue()
@@ -148,7 +157,7 @@ def answers(
             worker = Worker(command or COMMAND, environment)
             alive.append(worker)
         try:
-            worker.reply(START_SECONDS)
+            worker.reply(max(0.0, min(START_SECONDS, until - time.monotonic())))
         except WorkerError as error:
             failures.append(str(error))
             drop(worker)
@@ -171,10 +180,14 @@ def answers(
             except queue.Empty:
                 break
             try:
+                if time.monotonic() >= until:
+                    raise WorkerError("out of time")
                 worker = worker or start()
-                reply = worker.ask(tasks[number], seconds)
+                reply = worker.ask(tasks[number], min(seconds, until - time.monotonic()))
             except (WorkerError, OSError) as error:
-                reply = {"state": "failed", "reason": str(error), "broken": True}
+                is_late = time.monotonic() >= until
+                state = LEFT_OUT if is_late else "failed"
+                reply = {"state": state, "reason": str(error), "broken": True}
             if reply.get("broken"):
                 drop(worker)
                 worker = None
