@@ -55,5 +55,7 @@ def test_the_reference_backend_is_the_reference(case):
     ):
         assert torch.equal(got, want)
     gradients = case.gradients(case.trained, backend="reference")
-    for name, got in gradients.items():
-        torch.testing.assert_close(got, case.base_gradients[name], msg=name)
+    raise_if_wrong(case.judge_gradients(gradients, "reference"))
+    if case.dtype != torch.bfloat16:  # autograd rounds between the steps of a backward
+        for name, got in gradients.items():
+            torch.testing.assert_close(got, case.base_gradients[name], msg=name)
