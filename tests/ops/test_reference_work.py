@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from vitfast import ops
+from vitfast.ops.window_attention.reference import relative_index
+from vitfast.ops.window_attention.unfused import sums_by_position
 
 HEAVY = {
     "aten::mm": "product", "aten::addmm": "product", "aten::bmm": "product",
@@ -85,3 +87,42 @@ def test_a_depthwise_convolution_runs_once_and_again_only_under_a_norm(norm):
 
     found = heavy(run, *inputs)
     assert found == {"convolution": 2 if norm else 1, "gradient convolution": 1}
+
+
+def test_a_patch_embedding_convolves_once():
+    inputs = draw(2, 3, 8, 8), draw(16, 3, 4, 4), draw(16), draw(1, 5, 16), draw(1, 1, 16)
+
+    def run(image, weight, bias, pos_embed, prefix):
+        return ops.patch_embed(
+            image, weight, bias, pos_embed=pos_embed, prefix=prefix, backend="reference"
+        )
+
+    assert heavy(run, *inputs) == {"convolution": 1, "gradient convolution": 1}
+
+
+@pytest.mark.parametrize("cosine", [False, True], ids=["plain", "cosine"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_window_attention_makes_its_scores_again(frozen, cosine):
+    """Two products forward; backward the scores', the weights' gradient, and q's, k's and v's."""
+    scale = draw(2) if cosine else None
+    qkv = draw(2, 9, 6, 3, 2, 8)
+
+    def run(table, qkv=qkv, scale=scale):
+        return ops.window_attention(
+            qkv, (4, 4), (2, 1), table, logit_scale=scale, backend="reference"
+        )
+
+    if frozen:  # the table's gradient needs the weights and theirs
+        assert heavy(run, draw(49, 2)) == {"product": 4}
+    else:
+        assert heavy(run, draw(49, 2), qkv, scale) == {"product": 7}
+
+
+@pytest.mark.parametrize("window", [(1, 1), (1, 5), (4, 3), (7, 7)], ids=str)
+def test_sums_by_position_are_those_of_the_index(window):
+    n = window[0] * window[1]
+    x = draw(3, n, n).double()
+    table = torch.zeros((2 * window[0] - 1) * (2 * window[1] - 1), 3).double()
+    index = relative_index(window, x.device).flatten()
+    table.index_add_(0, index, x.flatten(1).T)
+    torch.testing.assert_close(sums_by_position(x, window), table)

@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from timm.models import maxxvit
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast.errors import BackendUnavailableError
 from vitfast.ops import window_attention
+from vitfast.ops.window_attention import unfused
+from vitfast.ops.window_attention.reference import BackwardCall, Call
 
 HEADS, D = 2, 16
 C = HEADS * D
@@ -111,6 +115,40 @@ def test_maps_of_fewer_rows_or_columns_than_the_shift(window, shift, roll_first,
             torch.testing.assert_close(
                 got.double(), want, rtol=1e-4, atol=1e-4, msg=f"{high} x {wide}"
             )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_backend_on_a_gpu(dtype):
+    """Scores are float32 without float32 copies of q, k, v and the gradient; nothing waits."""
+    with FakeTensorMode(), Products() as products:
+        qkv = torch.empty(2, 9, 7, 3, HEADS, D, device="cuda", dtype=dtype)
+        table = torch.empty(49, HEADS, device="cuda")
+        pad = torch.empty(3, HEADS, D, device="cuda", dtype=dtype)
+        call = Call(qkv, 4, 4, 2, 1, table, pad, None, None, True, False, save_stats=True)
+        out, stats = unfused.forward(call)
+        assert out.shape == (2, 9, 7, HEADS, D) and out.dtype == dtype and out.is_contiguous()
+        assert stats.shape == call.stats_shape and stats.dtype == torch.float32
+        options = call._asdict()
+        del options["save_stats"]
+        found = unfused.backward(BackwardCall(out, stats, **options, wanted=[True] * 3 + [False]))
+        for got, of in zip(found, (qkv, table, pad), strict=False):
+            assert (got.shape, got.dtype, got.device) == (of.shape, of.dtype, of.device)
+            assert got.is_contiguous()
+    wide = torch.float32
+    assert products == [(dtype, wide), (dtype, dtype), (dtype, wide), (dtype, wide)] + 3 * [
+        (dtype, dtype)
+    ]
+
+
+class Products(TorchDispatchMode, list):
+    """Dtypes of operands and result of the batched products within."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.bmm:
+            assert args[0].dtype == args[1].dtype
+            self.append((args[0].dtype, result.dtype))
+        return result
 
 
 def test_triton_refuses_a_shift_that_goes_round_the_map_more_than_once():

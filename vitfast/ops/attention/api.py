@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.attention import native, reference, vendor
-from vitfast.ops.attention.reference import Call
+from vitfast.ops.attention.reference import INPUTS, Call, wants_gradient
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import (
@@ -127,7 +127,7 @@ def _typed(
 def _check(call: Call) -> None:
     """Everything about shapes, values and devices."""
     q, k, v, mask, bias = call[:5]
-    norms = {n: getattr(call, n) for n in vendor.INPUTS if "_norm_" in n}
+    norms = {n: getattr(call, n) for n in INPUTS if "_norm_" in n}
     for name, t in (*norms.items(), ("rope", call.rope)):
         if t is not None:
             checks.check_tensor("attention", name, t)
@@ -227,7 +227,7 @@ def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
 def _reference_backward(
     grad: torch.Tensor, call: Call, out: torch.Tensor, stats: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    return vendor.differentiate(reference.compute, grad, call)
+    return reference.backward(grad, call)
 
 
 def _triton_reasons(call: Call) -> list[str]:
@@ -296,31 +296,31 @@ def _backward_fake(
     call = Call(*args[:-1])
     return tuple(
         torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
-        if vendor.wants_gradient(call, n)
+        if wants_gradient(call, n)
         else call.q.new_empty(0)
-        for n in vendor.INPUTS
+        for n in INPUTS
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     call = Call(*inputs[:-1])
     ctx.backend = inputs[-1]
-    ctx.options = [None if n in vendor.INPUTS else getattr(call, n) for n in Call._fields]
-    ctx.save_for_backward(*output, *(getattr(call, n) for n in vendor.INPUTS))
+    ctx.options = [None if n in INPUTS else getattr(call, n) for n in Call._fields]
+    ctx.save_for_backward(*output, *(getattr(call, n) for n in INPUTS))
     ctx.mark_non_differentiable(output[1])
 
 
 def _autograd(ctx: Any, grad: torch.Tensor, _: Any) -> tuple[torch.Tensor | None, ...]:
     out, stats, *tensors = ctx.saved_tensors
-    call = Call(*ctx.options)._replace(**dict(zip(vendor.INPUTS, tensors, strict=True)))
+    call = Call(*ctx.options)._replace(**dict(zip(INPUTS, tensors, strict=True)))
     found = dict(
         zip(
-            vendor.INPUTS,
+            INPUTS,
             _BACKWARD_OP(grad, out, stats, *call, ctx.backend),
             strict=True,
         )
     )
-    wanted = {n: g for n, g in found.items() if vendor.wants_gradient(call, n)}
+    wanted = {n: g for n, g in found.items() if wants_gradient(call, n)}
     return *(wanted.get(n) for n in Call._fields), None
 
 

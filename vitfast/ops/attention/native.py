@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from vitfast.ops.attention import vendor
-from vitfast.ops.attention.reference import Call
+from vitfast.ops.attention.reference import INPUTS, Call, wants_gradient
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.native import DTYPE_CODES, address, native, reasons, threads
 
@@ -96,9 +95,9 @@ def backward(
 ) -> tuple[torch.Tensor, ...]:
     if stats[1, 0, 0, 0] < 0:
         # The forward ran on another backend (settings changed in between): nothing was saved.
-        return vendor.backward(grad, call, out, stats)
+        out, stats = forward(call)
     q, k, v = call.split()
-    grads = {n: q.new_empty(0) for n in vendor.INPUTS}
+    grads = {n: q.new_empty(0) for n in INPUTS}
     if call.k is None:
         grads["q"] = q.new_empty(call.q.shape)
         dq, dk, dv = grads["q"].unbind(2)
@@ -106,9 +105,9 @@ def backward(
         dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
         grads |= {"q": dq, "k": dk, "v": dv}
     f32 = torch.float32  # gradients that are sums over tokens or the batch
-    affine = [n for n in vendor.INPUTS if "_norm_" in n]
+    affine = [n for n in INPUTS if "_norm_" in n]
     for name in ("bias", *affine):
-        if vendor.wants_gradient(call, name):
+        if wants_gradient(call, name):
             grads[name] = q.new_empty(getattr(call, name).shape, dtype=f32)
     keep: list[torch.Tensor] = []
     native().attention_backward(
@@ -125,7 +124,7 @@ def backward(
         threads(),
     )
     for name in ("bias", *affine):
-        if vendor.wants_gradient(call, name):
+        if wants_gradient(call, name):
             grads[name] = grads[name].to(getattr(call, name).dtype)
     return tuple(grads.values())
 

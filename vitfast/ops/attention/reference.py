@@ -8,12 +8,31 @@ product has v's dtype, and so has what leaves the norm and the rotation.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.layer_norm.reference import layer_norm
 from vitfast.ops.rms_norm.reference import rms_norm
+
+INPUTS = (
+    "q",
+    "k",
+    "v",
+    "mask",
+    "bias",
+    "q_norm_weight",
+    "q_norm_bias",
+    "k_norm_weight",
+    "k_norm_bias",
+    "rope",
+)
+"""Differentiable inputs, in the order of the outputs of `vitfast::attention_backward`."""
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, "torch.Tensor | None"]
+"""Of q, k and v [B, H, N, D] after the prologue, and of the scores [B, H, Nq, Nk] before softmax;
+None where nothing that is added to them has a gradient."""
 
 
 class Call(NamedTuple):
@@ -94,8 +113,56 @@ def attention(
 
 def compute(call: Call) -> torch.Tensor:
     """out [B, Nq, H, D] by differentiable torch ops; holds the [B, H, Nq, Nk] scores."""
-    q, k, v = prologue(call)
-    work = torch.promote_types(v.dtype, torch.float32)
+    out, _ = attend(call, *prologue(call))
+    return out.transpose(1, 2).contiguous()
+
+
+def attend(
+    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, with_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What follows the prologue: out [B, H, Nq, D] from its results.
+
+    Args:
+        with_lse: give each row's log-sum-exp of the scores, too, [B, H, Nq]; infinity for a query
+            that sees no key.
+    """
+    scores, blind = _scores(call, q, k)
+    weights = _weights(scores, blind)
+    out = (weights.to(v.dtype).to(weights.dtype) @ v.to(weights.dtype)).to(v.dtype)
+    if not with_lse:
+        return out, None
+    return out, scores.logsumexp(-1).masked_fill(blind[..., 0], float("inf"))
+
+
+def attend_backward(
+    grad: torch.Tensor, call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Gradients:
+    """The backward of `attend`, from the gradient of its result.
+
+    Needs nothing that a forward saved: the scores are made again, which is one matrix product
+    beside the four of the gradients, rather than kept, which is Nk numbers a query and head.
+    """
+    weights = _weights(*_scores(call, q, k))
+    work = weights.dtype
+    grad = grad.to(work)
+    dv = weights.to(v.dtype).to(work).mT @ grad
+    dscores = grad @ v.to(work).mT
+    dscores -= (weights * dscores).sum(-1, keepdim=True)
+    dscores *= weights
+    dq = dscores @ k.to(work) * call.factor
+    dk = dscores.mT @ q.to(work) * call.factor
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dscores
+
+
+def backward(grad: torch.Tensor, call: Call) -> tuple[torch.Tensor, ...]:
+    """Gradients for `INPUTS`, empty where not wanted, from that of the result [B, Nq, H, D]."""
+    grad = grad.transpose(1, 2)
+    return differentiate(call, lambda q, k, v: attend_backward(grad, call, q, k, v))
+
+
+def _scores(call: Call, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, H, Nq, Nk] with mask, bias and causality; [B, H, Nq, 1] of True where all are -inf."""
+    work = torch.promote_types(q.dtype, torch.float32)
     scores = (q.to(work) @ k.to(work).mT) * call.factor
     if call.mask is not None:
         if call.mask.dtype == torch.bool:
@@ -106,10 +173,55 @@ def compute(call: Call) -> torch.Tensor:
         scores = scores + call.bias.to(work)
     if call.is_causal:
         scores = scores.masked_fill(~causal_keep(q, k), float("-inf"))
-    blind = (scores == float("-inf")).all(-1, keepdim=True)
-    weights = scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
-    out = (weights.to(v.dtype).to(work) @ v.to(work)).to(v.dtype)
-    return out.transpose(1, 2).contiguous()
+    return scores, (scores == float("-inf")).all(-1, keepdim=True)
+
+
+def _weights(scores: torch.Tensor, blind: torch.Tensor) -> torch.Tensor:
+    """softmax of the scores, 0 for a query that sees no key."""
+    return scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0)
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def wants_gradient(call: Call, name: str) -> bool:
+    """Whether the backward op computes the gradient of this input."""
+    return getattr(call, name) is not None and getattr(call, f"{name}_grad", True)
+
+
+def differentiate(call: Call, attend: Callable[..., Gradients]) -> tuple[torch.Tensor, ...]:
+    """Gradients for `INPUTS`, empty where not wanted, from those of what `prologue` gives.
+
+    Args:
+        attend: takes the results of `prologue`, gives their gradients; called once.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def run(*operands: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *grads, dscores = attend(*operands)
+        for name, t in (("mask", call.mask), ("bias", call.bias)):
+            if t is not None and dscores is not None and wants_gradient(call, name):
+                found[name] = dscores.sum_to_size(t.shape).to(t.dtype).contiguous()
+        return tuple(grads)
+
+    if not call.qk_norm and call.rope is None:
+        dq, dk, dv = (t.transpose(1, 2) for t in run(*prologue(call)))
+        if call.k is None:
+            found["q"] = torch.stack((dq, dk, dv), 2)
+        else:
+            found |= {"q": dq.contiguous(), "k": dk.contiguous(), "v": dv.contiguous()}
+    else:
+        names = [n for n in INPUTS if n not in ("mask", "bias") and wants_gradient(call, n)]
+        through = gradients(
+            lambda *leaves: prologue(call._replace(**dict(zip(names, leaves, strict=True)))),
+            [getattr(call, n) for n in names],
+            run,
+        )
+        found |= dict(zip(names, through, strict=True))
+    return tuple(found[n] if n in found else call.q.new_empty(0) for n in INPUTS)
+
+
+# ---- q, k and v ----------------------------------------------------------------------------------
 
 
 def causal_keep(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -16,9 +16,8 @@ import triton.language as tl
 
 from vitfast.ops.attention import triton_kernels_backward as kernels
 from vitfast.ops.attention import triton_prologue as prologue
-from vitfast.ops.attention.reference import Call
+from vitfast.ops.attention.reference import INPUTS, Call, wants_gradient
 from vitfast.ops.attention.triton_kernels import forward_kernel
-from vitfast.ops.attention.vendor import INPUTS, wants_gradient
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
 

@@ -3,68 +3,53 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vitfast.ops.attention.reference import Call, causal_keep, prologue
+from vitfast.ops.attention import fused, reference
+from vitfast.ops.attention.fused import Problem
+from vitfast.ops.attention.reference import (
+    Call,
+    Gradients,
+    causal_keep,
+    differentiate,
+    prologue,
+)
 from vitfast.ops.common.autodiff import gradients
 from vitfast.runtime.dispatch import Backend
 from vitfast.runtime.launches import arch_of, choice_of
 
-INPUTS = (
-    "q",
-    "k",
-    "v",
-    "mask",
-    "bias",
-    "q_norm_weight",
-    "q_norm_bias",
-    "k_norm_weight",
-    "k_norm_bias",
-    "rope",
-)
-"""Differentiable inputs, in the order of the outputs of `vitfast::attention_backward`."""
-
-
-def wants_gradient(call: Call, name: str) -> bool:
-    """Whether the backward op computes the gradient of this input."""
-    return getattr(call, name) is not None and getattr(call, f"{name}_grad", True)
-
-
-def differentiate(
-    function: Callable[[Call], torch.Tensor], grad: torch.Tensor, call: Call
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of function(call) for `INPUTS`, through autograd; empty where not wanted."""
-    names = [n for n in INPUTS if wants_gradient(call, n)]
-    found = gradients(
-        lambda *leaves: function(call._replace(**dict(zip(names, leaves, strict=True)))),
-        [getattr(call, n) for n in names],
-        (grad,),
-    )
-    by_name = dict(zip(names, found, strict=True))
-    return tuple(by_name[n] if n in by_name else call.q.new_empty(0) for n in INPUTS)
-
 
 def compute(call: Call) -> torch.Tensor:
     """out [B, Nq, H, D] by differentiable torch ops."""
-    q, k, v = prologue(call)
-    dtype = v.dtype
+    out = _sdpa(_problem(call, *prologue(call)), kernel(call))
+    return out.to(call.q.dtype).transpose(1, 2).contiguous()
+
+
+def _problem(call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Problem:
+    """What SDPA is asked, of q, k and v after the prologue."""
     mask = _merged_mask(call, q, k)
-    is_causal = call.is_causal and mask is None
-    chosen = kernel(call)
-    if chosen == "xformers" and not is_causal:
-        return _xformers(q, k, v, call.factor)
     if q.device.type == "cuda" and mask is not None and mask.dtype not in (torch.bool, q.dtype):
         # The memory-efficient kernel wants one dtype, and rounding the mask would be felt.
         q, k, v = (t.to(mask.dtype) for t in (q, k, v))
+    is_causal = call.is_causal and mask is None
+    return Problem(q, k, v, mask, is_causal, call.factor, call.mask_grad or call.bias_grad)
+
+
+def _sdpa(problem: Problem, chosen: str) -> torch.Tensor:
+    """[B, H, Nq, D] by differentiable torch ops; chosen: as `kernel` says."""
+    q, k, v, mask, is_causal, scale, _ = problem
+    if chosen == "xformers" and not is_causal:
+        return _xformers(q, k, v, scale)
     with _choosing(chosen):
-        out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=is_causal, scale=call.factor
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale
         )
-    return out.to(dtype).transpose(1, 2).contiguous()
 
 
 KERNELS = {
@@ -133,10 +118,11 @@ def _choosing(chosen: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-    """xformers' attention, [B, H, N, D] to [B, N, H, D]."""
+    """xformers' attention, which takes [B, N, H, D]; these are [B, H, N, D]."""
     from xformers.ops import memory_efficient_attention
 
-    return memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
+    out = memory_efficient_attention(*(t.transpose(1, 2) for t in (q, k, v)), scale=scale)
+    return out.transpose(1, 2)
 
 
 def _merged_mask(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor | None:
@@ -163,10 +149,12 @@ def _merged_mask(call: Call, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor |
 
 def can_run(call: Call) -> list[str]:
     masked = call.mask is not None and call.mask.dtype != torch.bool
-    if call.save_stats and masked and not (call.mask_grad or call.bias_grad):
-        # Its log-sum-exp of a row masked by finfo.min (NaFlexViT) cannot tell one key from many,
-        # and the backward then weighs every key by 1. With a mask gradient it keeps the weights.
-        return ["a float mask: SDPA's flash backward is wrong where the mask drowns the scores"]
+    # torch's own softmax, which serves calls with a mask gradient on the CPU, keeps the weights.
+    keeps_weights = call.q.device.type == "cpu" and (call.mask_grad or call.bias_grad)
+    if call.save_stats and masked and not keeps_weights:
+        # The log-sum-exp of a row masked by finfo.min (NaFlexViT) cannot tell one key from many,
+        # and the backward then weighs every key by 1.
+        return ["a float mask: SDPA's fused backward is wrong where the mask drowns the scores"]
     return []
 
 
@@ -182,16 +170,110 @@ def no_stats(call: Call, out: torch.Tensor) -> torch.Tensor:
     return out.new_full(shape, missing, dtype=torch.promote_types(out.dtype, torch.float32))
 
 
+_LSE_ONLY = -2.0
+"""Stands for the sums where the shifts are log-sum-exps: negative, as other backends know it."""
+
+
+def _stats_of(call: Call, out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
+    """Statistics that hold a log-sum-exp [B, H, Nq], and spoil another backend as `no_stats`."""
+    stats = no_stats(call, out)
+    stats[0] = lse
+    if stats.device.type != "cuda":
+        stats[1] = _LSE_ONLY
+    return stats
+
+
+def _lse_of(call: Call, stats: torch.Tensor) -> torch.Tensor | None:
+    """The log-sum-exp [B, H, Nq] that `_stats_of` put there, or that another backend's tell.
+
+    On the CPU None where another backend ran. On a GPU, where nobody can look without waiting, it
+    follows from the shifts and sums of Triton's kernels; it is NaN where a backend left none.
+    """
+    if stats.device.type == "cuda":
+        return torch.where(stats[1].isnan(), stats[0], lse_of_sums(call, stats))
+    return stats[0] if stats[1, 0, 0, 0] == _LSE_ONLY else None
+
+
+_LARGEST_SHIFT = 2.0**26
+"""From here on Triton's kernels may scale a row's scores by another power of two."""
+
+
+def lse_of_sums(call: Call, stats: torch.Tensor) -> torch.Tensor:
+    """log(sum of exp(score)) [B, H, Nq] by each row's shift and sum [2, B, H, Nq] in Triton.
+
+    Shifts are powers of two, but with a mask or bias natural. +inf for a row that sees nothing,
+    whose weights exp(score - lse) are 0 then.
+    """
+    shift, total = stats
+    unit = 1.0 if call.mask is not None or call.bias is not None else math.log(2)
+    lse = torch.where(total == 0, math.inf, shift * unit + total.log())
+    return lse.masked_fill((shift.abs() >= _LARGEST_SHIFT) & (total != 0), math.nan)
+
+
+def _chosen(call: Call, problem: Problem) -> str:
+    """As `fused.choose`, by what the device's table or `forcing` says."""
+    chosen = kernel(call)
+    if chosen == "xformers" and not problem.is_causal:
+        return chosen
+    with _choosing(chosen):
+        return fused.choose(problem)
+
+
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    out = compute(call)
-    return out, no_stats(call, out)
+    """out [B, Nq, H, D], and for the backward the log-sum-exp of the kernel that torch chose."""
+    problem = _problem(call, *prologue(call))
+    chosen = _chosen(call, problem) if call.save_stats else ""
+    lse = None
+    if not chosen:
+        out = _sdpa(problem, kernel(call))
+    elif chosen == "math":
+        out, lse = reference.attend(call, *problem[:3], with_lse=True)
+    else:
+        out, lse = fused.KERNELS[chosen].forward(problem)
+    out = out.to(call.q.dtype).transpose(1, 2).contiguous()
+    return out, no_stats(call, out) if lse is None else _stats_of(call, out, lse)
 
 
 def backward(
     grad: torch.Tensor, call: Call, out: torch.Tensor, stats: torch.Tensor
 ) -> tuple[torch.Tensor, ...]:
-    """Recomputes the forward under autograd, so that torch picks the backward that fits it."""
-    return differentiate(compute, grad, call)
+    """The backward of the kernel that torch chooses, by the forward's log-sum-exp.
+
+    What is computed again is named here. The prologue, which is no matrix product. Where no fused
+    kernel takes the call, the scores: see `reference.attend_backward`. The forward where it ran on
+    another backend, and for devices and versions of torch whose kernels `fused` does not know.
+    """
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Gradients:
+        problem = _problem(call, q, k, v)
+        result, seed = (t.transpose(1, 2).to(problem.q.dtype) for t in (out, grad))
+        chosen = _chosen(call, problem)
+        if not chosen:
+            found = _through_autograd(seed, problem, kernel(call))
+        elif chosen == "math":
+            found = reference.attend_backward(seed, call, *problem[:3])
+        else:
+            serving, lse = fused.KERNELS[chosen], _lse_of(call, stats)
+            if lse is None:
+                result, lse = serving.forward(problem)
+            found = serving.backward(seed, problem, result, lse)
+        dq, dk, dv, dmask = found
+        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dmask
+
+    return differentiate(call, attend)
+
+
+def _through_autograd(grad: torch.Tensor, problem: Problem, chosen: str) -> Gradients:
+    """The gradients of `_sdpa`, which is run again under autograd."""
+    mask = problem.mask if problem.mask_grad else None
+    operands = [t for t in (*problem[:3], mask) if t is not None]
+
+    def run(*leaves: torch.Tensor) -> torch.Tensor:
+        given: dict[str, Any] = dict(zip(Problem._fields[: len(leaves)], leaves, strict=True))
+        return _sdpa(problem._replace(**given), chosen)
+
+    dq, dk, dv, *dmask = gradients(run, operands, (grad,))
+    return dq, dk, dv, dmask[0] if dmask else None
 
 
 BACKEND = Backend("vendor", forward, can_run, backward)

@@ -24,13 +24,14 @@ def _recording() -> Any:
 def gradients(
     function: Callable[..., Any],
     inputs: Sequence[torch.Tensor | None],
-    grads: Sequence[torch.Tensor | None],
+    grads: Sequence[torch.Tensor | None] | Callable[..., Sequence[torch.Tensor | None]],
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of `function(*inputs)` for each input; empty tensors for absent inputs.
 
     Args:
         function: takes the inputs, gives one tensor or a tuple of them.
-        grads: one per output; None where the output is unused.
+        grads: one per output; None where the output is unused. Or what makes them of the outputs,
+            where their gradients depend on them.
     """
     with _recording(), torch.enable_grad():
         leaves = [
@@ -39,6 +40,9 @@ def gradients(
         ]
         outputs = function(*leaves)
         outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+        if callable(grads):
+            with torch.no_grad():
+                grads = grads(*(o.detach() for o in outputs))
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
         wanted = [t for t in leaves if t is not None and t.requires_grad]
         found = iter(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.ops.common.autodiff import gradients
 from vitfast.ops.patch_embed import native, reference
 from vitfast.ops.patch_embed.reference import INPUTS, Call
 from vitfast.runtime import checks, triton
@@ -145,17 +144,6 @@ def _check_shapes(
         )
 
 
-def _reference_backward(
-    grad: torch.Tensor, call: Call, wanted: list[bool]
-) -> tuple[torch.Tensor, ...]:
-    def differentiable(*tensors: torch.Tensor | None) -> torch.Tensor:
-        given: dict[str, Any] = dict(zip(INPUTS, tensors, strict=True))
-        return reference.compute(call._replace(**given))
-
-    found = gradients(differentiable, [getattr(call, name) for name in INPUTS], (grad,))
-    return tuple(g if w else grad.new_empty(0) for g, w in zip(found, wanted, strict=True))
-
-
 def _triton_reasons(call: Call) -> list[str]:
     why = triton.reasons(*(getattr(call, name) for name in INPUTS), dots=True)
     on_cpu = call.image.device.type == "cpu"
@@ -180,7 +168,7 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.patch_embed.triton", _triton_reasons, key=backend_key),
-        Backend("reference", reference.compute, lambda call: [], _reference_backward),
+        Backend("reference", reference.compute, lambda call: [], reference.backward),
     ],
 )
 

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from vitfast.ops.common.autodiff import gradients
+
 
 class Call(NamedTuple):
     """The arguments of `vitfast::patch_embed` before `backend`, in the order of its schema.
@@ -80,11 +82,9 @@ def patch_embed(
 
 def compute(call: Call) -> torch.Tensor:
     """Tokens [B, P0 + N, C] of a call, by differentiable torch ops."""
-    image, dtype = call.image, call.dtype
-    if image.dtype != torch.uint8 and call.mean is None and call.std is None:
-        image = image.to(dtype)
+    dtype = call.dtype
     return patch_embed(
-        image,
+        call.image,
         call.weight.to(dtype),
         None if call.bias is None else call.bias.to(dtype),
         mean=call.mean,
@@ -93,6 +93,47 @@ def compute(call: Call) -> torch.Tensor:
         prefix=call.prefix,
         out_dtype=call.out_dtype,
     )
+
+
+def backward(grad: torch.Tensor, call: Call, wanted: list[bool]) -> tuple[torch.Tensor, ...]:
+    """Gradients for `INPUTS`, empty where not wanted: the convolution does not run again.
+
+    Args:
+        grad: [B, P0 + N, C], the gradient of the tokens.
+        wanted: for each of `INPUTS`; False where it is None.
+    """
+    wants = dict(zip(INPUTS, wanted, strict=True))
+    prefix, pos_embed = call.prefix, call.pos_embed
+    found = {}
+    if prefix is not None and wants["prefix"]:
+        found["prefix"] = _summed(grad[:, : call.prefix_tokens], prefix)
+    if pos_embed is not None and wants["pos_embed"]:
+        found["pos_embed"] = _summed(grad[:, call.tokens - pos_embed.shape[1] :], pos_embed)
+    mask = [wants[n] for n in ("image", "weight", "bias")]
+    if any(mask):
+        patches = grad[:, call.prefix_tokens :].to(call.dtype).mT.unflatten(2, call.grid)
+        weight = call.weight.to(call.dtype)
+        image = normalise(call.image, call.mean, call.std, call.dtype)
+        of_image, of_weight, of_bias = torch.ops.aten.convolution_backward(
+            patches, image, weight, [weight.shape[0]], weight.shape[2:], [0, 0], [1, 1], False,
+            [0, 0], 1, mask,
+        )  # fmt: skip
+        if wants["image"]:
+            (found["image"],) = gradients(
+                lambda t: normalise(t, call.mean, call.std, call.dtype), (call.image,), (of_image,)
+            )
+        if wants["weight"]:
+            found["weight"] = of_weight.to(call.weight.dtype).contiguous()
+        if call.bias is not None and wants["bias"]:
+            found["bias"] = of_bias.to(call.bias.dtype)
+    return tuple(found[n] if n in found else grad.new_empty(0) for n in INPUTS)
+
+
+def _summed(grad: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The gradient of t [1 or B, tokens, C], from that of what it was added to in every image."""
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    total = grad.sum(0, keepdim=True, dtype=wide) if t.shape[0] < grad.shape[0] else grad
+    return total.to(t.dtype, copy=total is grad, memory_format=torch.contiguous_format)
 
 
 def normalise(

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
-from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.window_attention import native, reference
+from vitfast.ops.window_attention import native, unfused
 from vitfast.ops.window_attention.reference import INPUTS, BackwardCall, Call
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
@@ -133,25 +132,6 @@ def _pair(op: str, name: str, value: object) -> tuple[int, int]:
     return rows, columns
 
 
-def _reference_forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    # Statistics that the reference does not leave: sums of -1 tell another backend's backward so.
-    wide = torch.promote_types(call.qkv.dtype, torch.float32)
-    return reference.compute(call), call.qkv.new_full(call.stats_shape, -1.0, dtype=wide)
-
-
-def _reference_backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
-    forward = call.forward
-    wanted = [n for n, w in zip(INPUTS, call.wanted, strict=True) if w]
-
-    def function(*leaves: torch.Tensor) -> torch.Tensor:
-        given: dict[str, Any] = dict(zip(wanted, leaves, strict=True))
-        return reference.compute(forward._replace(**given))
-
-    inputs = [getattr(call, n) for n in wanted]
-    found = dict(zip(wanted, gradients(function, inputs, (call.grad,)), strict=True))
-    return tuple(found[n] if n in found else call.qkv.new_empty(0) for n in INPUTS)
-
-
 def _triton_reasons(call: Call) -> list[str]:
     why = triton.reasons(call.qkv, call.table, call.pad, call.logit_scale, dots=True)
     sides = zip(call.shift, call.qkv.shape[1:3], strict=True)
@@ -169,7 +149,7 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.window_attention.triton", _triton_reasons),
-        Backend("reference", _reference_forward, lambda call: [], _reference_backward),
+        Backend("reference", unfused.forward, lambda call: [], unfused.backward),
     ],
 )
 

@@ -59,12 +59,18 @@ class Call(NamedTuple):
         return self.sh, self.sw
 
     @property
+    def padded(self) -> tuple[int, int]:
+        """Rows and columns of the map that whole windows fill."""
+        high, wide = self.qkv.shape[1:3]
+        return -(-high // self.wh) * self.wh, -(-wide // self.ww) * self.ww
+
+    @property
     def stats_shape(self) -> tuple[int, ...]:
         """[2, B, windows, heads, N]: a shift and a sum for each query; [0] where not wanted."""
         if not self.save_stats:
             return (0,)
-        batch, high, wide, _, heads, _ = self.qkv.shape
-        windows = -(-high // self.wh) * -(-wide // self.ww)
+        batch, heads = self.qkv.shape[0], self.qkv.shape[4]
+        windows = (self.padded[0] // self.wh) * (self.padded[1] // self.ww)
         return 2, batch, windows, heads, self.wh * self.ww
 
 
@@ -116,40 +122,48 @@ def window_attention(
 ) -> torch.Tensor:
     """Same arguments and result as `vitfast.ops.window_attention`; holds all scores at once."""
     batch, high, wide, _, heads, dim = qkv.shape
-    padded = (-(-high // window[0]) * window[0], -(-wide // window[1]) * window[1])
-    back = tuple(-s for s in shift)
-    x = qkv.roll(back, (1, 2)) if roll_first else qkv
-    x = _padded(x, padded, pad)
-    x = x if roll_first else x.roll(back, (1, 2))
-    q, k, v = partition(x, window, grid).transpose(3, 4).unbind(2)  # [B, windows, heads, N, D]
+    call = Call(
+        qkv, *window, *shift, table, pad, logit_scale, scale, roll_first, grid, save_stats=False
+    )
+    q, k, v = windowed(qkv, call, pad).transpose(3, 4).unbind(2)  # [B, windows, heads, N, D]
 
     wide_dtype = torch.promote_types(qkv.dtype, torch.float32)
     if logit_scale is not None:
-        q, k = (_unit(t, wide_dtype) for t in (q, k))
+        q, k = (unit(t, wide_dtype) for t in (q, k))
     factor = factors(logit_scale, heads, dim, scale, wide_dtype, qkv.device)
     scores = q.to(wide_dtype) @ k.to(wide_dtype).mT * factor[:, None, None]
     if table is not None:
         index = relative_index(window, qkv.device)
         scores = scores + table.to(wide_dtype)[index].permute(2, 0, 1)
     if any(shift):
-        bands = band_map(padded, window, shift, qkv.device).view(1, *padded, 1, 1, 1)
+        bands = band_map(call.padded, window, shift, qkv.device)
+        bands = bands.view(1, *call.padded, 1, 1, 1)
         bands = partition(bands, window)[0, :, 0, :, 0, 0]  # [windows, N]
         hidden = bands[:, None, :, None] != bands[:, None, None, :]
         scores = scores + MASKED * hidden.to(wide_dtype)
     out = scores.softmax(-1).to(v.dtype) @ v
 
-    out = merge(out, window, padded, grid)
+    out = merge(out, window, call.padded, grid)
     out = out if roll_first else out.roll(shift, (1, 2))
     out = out[:, :high, :wide]
     return (out.roll(shift, (1, 2)) if roll_first else out).contiguous()
 
 
-def compute(call: Call) -> torch.Tensor:
-    """`window_attention` of a call: [B, H, W, heads, D] by differentiable torch ops."""
-    return window_attention(
-        call.qkv, call.window, call.shift, call.table, call.pad, call.logit_scale,
-        scale=call.scale, roll_first=call.roll_first, grid=call.grid,
-    )  # fmt: skip
+def windowed(x: torch.Tensor, call: Call, pad: torch.Tensor | None) -> torch.Tensor:
+    """x [B, H, W, parts, heads, D], shifted and padded as a call says, cut into windows.
+
+    Args:
+        pad: [parts, heads, D], the tokens that fill the map up; zeros by default.
+
+    Returns:
+        [B, windows, parts, N, heads, D].
+    """
+    back = tuple(-s for s in call.shift)
+    if call.roll_first:
+        x = _padded(x.roll(back, (1, 2)), call.padded, pad)
+    else:
+        x = _padded(x, call.padded, pad).roll(back, (1, 2))
+    return partition(x, call.window, call.grid)
 
 
 def _padded(x: torch.Tensor, size: tuple[int, int], pad: torch.Tensor | None) -> torch.Tensor:
@@ -185,7 +199,7 @@ def merge(
     return x.permute(order).reshape(batch, high, wide, heads, dim)
 
 
-def _unit(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
+def unit(x: torch.Tensor, wide: torch.dtype) -> torch.Tensor:
     """The vectors of x made length 1, rounded to x's dtype."""
     return F.normalize(x.to(wide), dim=-1).to(x.dtype)
 
