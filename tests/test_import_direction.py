@@ -28,6 +28,7 @@ RANK = {
     "blocks": 6,
     "layers": 7,
     "families": 8,
+    "graphs": 8,
     "swap": 9,
     "bench": 10,
     "check": 11,
@@ -39,7 +40,7 @@ COMMANDS = ("bench/", "check/", "demo/", "cli/")
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "swap.py", *COMMANDS,
+        "graphs/", "swap.py", *COMMANDS,
     ),
     "timm": ("layers/", "families/", "swap.py", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitfast import layers, ops
+    from vitfast.graphs import graphed, ungraphed
     from vitfast.settings import settings
     from vitfast.swap import SwapReport, create_model, refresh, restore, swap
 
@@ -23,21 +24,25 @@ __all__ = [
     "SwapReport",
     "__version__",
     "create_model",
+    "graphed",
     "layers",
     "ops",
     "refresh",
     "restore",
     "settings",
     "swap",
+    "ungraphed",
 ]
 
 _HOME = {
     "SwapReport": "vitfast.swap",
     "create_model": "vitfast.swap",
+    "graphed": "vitfast.graphs",
     "refresh": "vitfast.swap",
     "restore": "vitfast.swap",
     "settings": "vitfast.settings",
     "swap": "vitfast.swap",
+    "ungraphed": "vitfast.graphs",
 }
 
 

@@ -53,12 +53,25 @@ def may_fuse(x: object, *others: object) -> bool:
     for t in (x, *others):
         if t is not None and not is_readable(t):  # type: ignore[arg-type]
             return False
-    return not (
+    return not _transforms()
+
+
+def _transforms() -> bool:
+    """Whether what is called now is traced, dispatched elsewhere or transformed."""
+    return bool(
         torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def is_observed(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether something wants to see or change each module or op of a call with these tensors: a
+    trace, a mode, a transform or a global hook, as for `may_fuse`; `settings.disable` does not."""
+    if is_unwatched(x, *others):
+        return False
+    return _has_any_global_hook() or originals.is_watched() or _transforms()
 
 
 def _unwatched() -> Callable[..., bool]:
