@@ -101,7 +101,7 @@ def lazy(
     """
 
     def call(function: str) -> Callable[..., Any]:
-        return lambda *args: getattr(importlib.import_module(module), function)(*args)
+        return lambda *args: getattr(_imported(module), function)(*args)
 
     op = module.split(".")[-2]
 
@@ -114,6 +114,9 @@ def lazy(
         return "" if chosen else f"{arch.name}'s table does not show it to be the fastest here"
 
     return Backend("triton", call("forward"), can_run, call("backward"), available, unproven)
+
+
+_imported = functools.cache(importlib.import_module)
 
 
 def guard(t: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
