@@ -36,14 +36,15 @@ class Driver:
     """launches: the arguments of each launch, in the order of Triton's launchers. kernels: all that
     were compiled."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
         self.launches: list[tuple[Any, ...]] = []
         self.kernels: set[Any] = set()
         self.utils = _Utils()
 
     def launcher_cls(self, src: Any, metadata: Any) -> Any:
         self.kernels.add(src.fn)
-        return lambda *args: self.launches.append(args)
+        return (lambda *args: self.launches.append(args)) if self._keep else lambda *args: None
 
     def get_current_device(self) -> int:
         return _DEVICE
@@ -59,16 +60,19 @@ class Driver:
 
 
 @contextlib.contextmanager
-def launching_nothing() -> Iterator[Driver]:
+def launching_nothing(keep: bool = True) -> Iterator[Driver]:
     """Within, ops on the CPU that are asked for `backend="triton"` compute nothing: their results
     are whatever their memory holds.
+
+    Args:
+        keep: launches with their tensors; without, memory is used again as on a GPU.
 
     Raises:
         RuntimeError: TRITON_INTERPRET is set, so that there are no compiled kernels.
     """
     if triton.knobs.runtime.interpret:
         raise RuntimeError("kernels run in Triton's interpreter, which compiles none")
-    found, interpreting, before = Driver(), runtime.interpreting, driver._active
+    found, interpreting, before = Driver(keep), runtime.interpreting, driver._active
     driver.set_active(found)
     runtime.interpreting = lambda: True  # type: ignore[assignment]
     try:
