@@ -29,6 +29,7 @@ RANK = {
     "blocks": 6,
     "layers": 7,
     "families": 8,
+    "graphs": 8,
     "preparation": 8,
     "swap": 9,
     "bench": 10,
@@ -41,7 +42,7 @@ COMMANDS = ("bench/", "check/", "demo/", "cli/")
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "selftest/", "preparation.py", "swap.py", *COMMANDS,
+        "selftest/", "graphs/", "preparation.py", "swap.py", *COMMANDS,
     ),
     "timm": ("layers/", "families/", "swap.py", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),

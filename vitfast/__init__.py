@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitfast import layers, ops
+    from vitfast.graphs import graphed, ungraphed
     from vitfast.preparation import TrustReport, prepare
     from vitfast.settings import settings
     from vitfast.swap import SwapReport, create_model, refresh, restore, swap
@@ -25,6 +26,7 @@ __all__ = [
     "TrustReport",
     "__version__",
     "create_model",
+    "graphed",
     "layers",
     "ops",
     "prepare",
@@ -32,17 +34,20 @@ __all__ = [
     "restore",
     "settings",
     "swap",
+    "ungraphed",
 ]
 
 _HOME = {
     "SwapReport": "vitfast.swap",
     "TrustReport": "vitfast.preparation",
     "create_model": "vitfast.swap",
+    "graphed": "vitfast.graphs",
     "prepare": "vitfast.preparation",
     "refresh": "vitfast.swap",
     "restore": "vitfast.swap",
     "settings": "vitfast.settings",
     "swap": "vitfast.swap",
+    "ungraphed": "vitfast.graphs",
 }
 
 

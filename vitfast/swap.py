@@ -19,7 +19,7 @@ import timm
 import torch
 from torch import nn
 
-from vitfast import layers
+from vitfast import graphs, layers
 from vitfast.engine import memo
 from vitfast.engine.eligibility import planned
 from vitfast.engine.products.weights import CACHE, clear_weight_cache
@@ -142,7 +142,8 @@ def restore(model: Model) -> Model:
 
 
 def refresh(model: nn.Module) -> None:
-    """Forget all that inference on the CPU keeps of a model's weights; it is made anew when needed.
+    """Forget all that inference on the CPU keeps of a model's weights, and the graphs of a graphed
+    model; they are made anew when needed.
 
     After edits that PyTorch does not count, or any edit under `settings.weights = "frozen"`.
 
@@ -151,6 +152,7 @@ def refresh(model: nn.Module) -> None:
     """
     for module in _unwrapped(model).modules():
         memo.forget(module)
+        graphs.forget(module)
         forget_tables(module)
         for t in (*module._parameters.values(), *module._buffers.values()):
             if t is not None:
@@ -234,8 +236,9 @@ def _no_kernels() -> str:
 
 
 def _own_class(module: nn.Module) -> type[Any]:
-    """Its class, that beneath where torch.distributed (fully_shard, replicate) put one over it."""
-    kind = type(module)
+    """Its class, that beneath where torch.distributed (fully_shard, replicate) or `graphed` put one
+    over it."""
+    kind = graphs.beneath(type(module))
     return kind.__bases__[1] if _is_distributed(kind) else kind
 
 
@@ -249,7 +252,9 @@ def _is_distributed(kind: type[Any]) -> bool:
 
 
 def _with_class(kind: type[Any], own: type[Any]) -> type[Any]:
-    """`own`, with what torch.distributed put over `kind` put over it."""
+    """`own`, with what torch.distributed and `graphed` put over `kind` put over it."""
+    if graphs.beneath(kind) is not kind:
+        return graphs.over(_with_class(graphs.beneath(kind), own), graphs.methods_of(kind))
     if not _is_distributed(kind):
         return own
     over, was = kind.__bases__

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast.errors import NotTwiceDifferentiableError
+from vitfast.runtime import native
 from vitfast.runtime.library import autocast_args, autocast_dtype, define, needs_grad
 
 
@@ -36,10 +40,52 @@ def op():
 
 
 def test_the_op_is_registered_and_runs(op):
-    assert str(op) == "vitfast._test_scale.default"
-    assert torch.ops.vitfast._test_scale.default is op
+    assert str(op.op) == "vitfast._test_scale.default"
+    assert torch.ops.vitfast._test_scale.default is op.op
     assert torch.equal(op(torch.ones(3), 2.0), torch.full((3,), 2.0))
-    assert torch.Tag.pt2_compliant_tag in op.tags
+    assert torch.Tag.pt2_compliant_tag in op.op.tags
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+class Counted(torch.Tensor):
+    pass
+
+
+def test_eager_inference_calls_the_implementation_itself_unless_someone_looks(monkeypatch):
+    at_once = []
+
+    def double(x):
+        here = inspect.stack()[1].filename
+        at_once.append(here.endswith("vitfast/runtime/library.py"))
+        return x * 2
+
+    op = define("_test_double", "(Tensor x) -> Tensor", double, torch.empty_like)
+    x = torch.ones(3)
+    with torch.no_grad():
+        assert torch.equal(op(x), x * 2) and at_once.pop() == (native.extension() is not None)
+        with Seen() as seen:
+            op(x)
+        assert "vitfast::_test_double" in seen.names and not at_once.pop()
+        with torch.profiler.profile() as profiler:
+            op(x)
+        assert "vitfast::_test_double" in [e.name for e in profiler.events()]
+        assert not at_once.pop()
+        op(x.as_subclass(Counted))
+        assert not at_once.pop()
+        negative = torch._neg_view(x)
+        assert torch.equal(op(negative), -2 * x) and not at_once.pop()
+        assert torch.equal(torch.vmap(op)(x[None]), 2 * x[None]) and not at_once.pop()
+    op(x)
+    assert not at_once.pop()
 
 
 def test_autograd(op):
@@ -57,7 +103,7 @@ def test_a_gradient_of_a_gradient_is_refused(op):
 
 
 def test_opcheck(op):
-    torch.library.opcheck(op, (torch.randn(4, 3, requires_grad=True), 0.5))
+    torch.library.opcheck(op.op, (torch.randn(4, 3, requires_grad=True), 0.5))
 
 
 def test_meta_tensors(op):

@@ -13,18 +13,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module as nn_module
 from torch.nn.modules.module import _has_any_global_hook
 
 from vitfast.engine import originals
 from vitfast.plans import Unfit, tensors_in
 from vitfast.runtime import native, trust
 from vitfast.runtime.native import is_readable
+from vitfast.runtime.watched import PLAIN, is_unwatched
 from vitfast.settings import settings
-
-PLAIN = (torch.Tensor, nn.Parameter)
-
 
 Plan = TypeVar("Plan")
 
@@ -53,7 +49,12 @@ def may_fuse(x: object, *others: object) -> bool:
     for t in (x, *others):
         if t is not None and not is_readable(t):  # type: ignore[arg-type]
             return False
-    return not (
+    return not _transforms()
+
+
+def _transforms() -> bool:
+    """Whether what is called now is traced, dispatched elsewhere or transformed."""
+    return bool(
         torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -61,34 +62,12 @@ def may_fuse(x: object, *others: object) -> bool:
     )
 
 
-def _unwatched() -> Callable[..., bool]:
-    """A function of inputs that gives True only where `may_fuse` does, False without the extension.
-
-    It looks at everything at once: one question after the other from Python takes three times as
-    long where a model's weights have just passed through the caches.
-    """
-    extension = native.extension()
-    if extension is None:
-        return lambda *inputs: False
-    kinds = (
-        "backward_pre_hooks", "backward_hooks", "forward_pre_hooks", "forward_hooks",
-        "forward_hooks_always_called", "forward_hooks_with_kwargs",
-    )  # fmt: skip
-    hooks = {name: getattr(nn_module, name) for name in (f"_global_{kind}" for kind in kinds)}
-    questions = (
-        torch._C._is_tracing, torch._C._len_torch_function_stack,
-        torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack,
-    )  # fmt: skip
-    values = (
-        (vars(settings), "disable", False),
-        (vars(forward_ad), "_current_level", -1),
-        *((vars(nn_module), name, found) for name, found in hooks.items()),
-    )
-    return extension.unwatched(PLAIN, torch.Tensor.is_neg, questions, tuple(hooks.values()), values)
-
-
-is_unwatched = _unwatched()
-"""is_unwatched(x, *others): True where `may_fuse` surely is; False says nothing."""
+def is_observed(x: torch.Tensor, *others: torch.Tensor) -> bool:
+    """Whether something wants to see or change each module or op of a call with these tensors: a
+    trace, a mode, a transform or a global hook, as for `may_fuse`; `settings.disable` does not."""
+    if is_unwatched(x, *others):
+        return False
+    return _has_any_global_hook() or originals.is_watched() or _transforms()
 
 
 def plan_call(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vitfast.errors import NotTwiceDifferentiableError
+from vitfast.runtime.watched import is_unwatched
 
 _LIBRARY = torch.library.Library("vitfast", "DEF")
 
@@ -27,7 +28,11 @@ def define(
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Any:
-    """Register `vitfast::<name>` for every device and return its op handle.
+    """Register `vitfast::<name>` for every device and return a function that calls it, whose `op`
+    is its handle.
+
+    Where nothing could see the difference, in eager inference, that function runs the
+    implementation at once: the boundary of an op costs as much as a small kernel's launch.
 
     Args:
         schema: arguments and returns, e.g. "(Tensor x, float eps) -> Tensor"; no defaults, nothing
@@ -42,7 +47,17 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     op = getattr(torch.ops.vitfast, name).default
     _LIBRARY.impl(name, _autograd_kernel(op, setup_context, backward), "Autograd", with_keyset=True)
-    return op
+
+    def call(*args: Any) -> Any:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _watchers:
+            return op(*args)
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        if is_unwatched(*tensors) and not torch._C._autograd._profiler_enabled():
+            return implementation(*args)
+        return op(*args)
+
+    call.op = op  # type: ignore[attr-defined]
+    return call
 
 
 def _autograd_kernel(

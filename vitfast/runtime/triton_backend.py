@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ def lazy(
     """
 
     def call(function: str) -> Callable[..., Any]:
-        return lambda *args: getattr(importlib.import_module(module), function)(*args)
+        return lambda *args: getattr(_imported(module), function)(*args)
 
     op = module.split(".")[-2]
 
@@ -53,6 +54,9 @@ def lazy(
     return Backend(
         "triton", call("forward"), can_run, call("backward"), available, unproven, withdraw
     )
+
+
+_imported = functools.cache(importlib.import_module)
 
 
 def _first_tensor(first: Any) -> torch.Tensor:

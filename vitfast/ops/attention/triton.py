@@ -11,13 +11,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.attention import triton_kernels_backward as kernels
 from vitfast.ops.attention import triton_prologue as prologue
 from vitfast.ops.attention.reference import INPUTS, Call, wants_gradient
 from vitfast.ops.attention.triton_kernels import forward_kernel
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
 
@@ -26,9 +27,9 @@ HEAD_DIMS = (16, 32, 64, 72, 80, 88, 96, 104, 112, 128, 256)
 
 def split_dim(d: int) -> tuple[int, int]:
     """D1 and D2: powers of two of at least 16 (or D2 = 0) that hold d columns with least waste."""
-    whole = max(16, triton.next_power_of_2(d))
+    whole = max(16, next_power_of_2(d))
     first = whole // 2
-    second = max(16, triton.next_power_of_2(max(d - first, 1)))
+    second = max(16, next_power_of_2(max(d - first, 1)))
     return (whole, 0) if first < 16 or first + second >= whole else (first, second)
 
 
@@ -138,15 +139,15 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     stats = q.new_empty((2, batch, heads, queries) if call.save_stats else (0,), dtype=wide)
     mask, bias, strides, keep = _addends(call, (batch, heads, queries, keys))
-    launch = _launch("forward", call)
-    grid = (triton.cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)
+    config = _launch("forward", call)
+    args = (
+        q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
+        keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
+    )  # fmt: skip
+    constants = _constants(arch_of(q.device), q.dtype, d, keep, call.is_causal)
+    programs = cdiv(queries, config.blocks["BLOCK_M"]) * batch * heads
     with guard(q):
-        forward_kernel[grid](
-            q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
-            keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
-            **_constants(arch_of(q.device), q.dtype, d, keep, call.is_causal),
-            **launch.blocks, **launch.options(),
-        )  # fmt: skip
+        kernel_calls.launch(forward_kernel, programs, args, constants, config)
     return out, stats
 
 
@@ -184,10 +185,10 @@ def delta_of(out: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch
     """[B, H, N]: sums over D of contiguous out [B, N, H, D] * grad, which may have any strides."""
     batch, n, heads, d = out.shape
     delta = out.new_empty((batch, heads, n), dtype=dtype)
-    tiles = triton.cdiv(n, _DELTA.blocks["BLOCK_M"])
+    tiles = cdiv(n, _DELTA.blocks["BLOCK_M"])
     with guard(out):
         kernels.delta_kernel[(tiles * batch * heads,)](
-            out, grad, delta, heads, n, *grad.stride(), D=d, BLOCK_D=triton.next_power_of_2(d),
+            out, grad, delta, heads, n, *grad.stride(), D=d, BLOCK_D=next_power_of_2(d),
             ACC=tl.float64 if dtype == torch.float64 else tl.float32, **_DELTA.blocks,
             **_DELTA.options(),
         )  # fmt: skip
@@ -219,12 +220,12 @@ def _launch_backward(
     steps = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     with guard(q):
         launch = _launch("keys", call)
-        kernels.keys_kernel[(triton.cdiv(keys, launch.blocks["BLOCK_N"]) * batch * heads,)](
+        kernels.keys_kernel[(cdiv(keys, launch.blocks["BLOCK_N"]) * batch * heads,)](
             *inputs, dk, dv, *sizes, *steps, *dk.stride()[:3], *dv.stride()[:3], *strides,
             **constants, **launch.blocks, **launch.options(),
         )  # fmt: skip
         launch = _launch("queries", call)
-        kernels.queries_kernel[(triton.cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)](
+        kernels.queries_kernel[(cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)](
             *inputs, dq, *sizes, *steps, *dq.stride()[:3], *strides,
             **constants, **launch.blocks, **launch.options(),
         )  # fmt: skip
@@ -233,7 +234,7 @@ def _launch_backward(
         launch = _launch("bias", call)
         m, n = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
         dbias = q.new_empty((heads, queries, keys), dtype=wide)
-        kernels.bias_kernel[(triton.cdiv(queries, m) * triton.cdiv(keys, n) * heads,)](
+        kernels.bias_kernel[(cdiv(queries, m) * cdiv(keys, n) * heads,)](
             *inputs, dbias, *sizes, *steps, *strides,
             **constants, **launch.blocks, **launch.options(),
         )  # fmt: skip
@@ -292,7 +293,7 @@ def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "")
 
 def _delta_variant(d: int, dtype: torch.dtype) -> Variant:
     constants = {
-        "D": d, "BLOCK_D": triton.next_power_of_2(d), "ACC": tl.float32, "grad_d": 1,
+        "D": d, "BLOCK_D": next_power_of_2(d), "ACC": tl.float32, "grad_d": 1,
         **_DELTA.blocks,
     }  # fmt: skip
     kernel = kernels.delta_kernel

@@ -6,12 +6,13 @@ import math
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common.norm import NONE
 from vitfast.ops.common.norm_triton_kernels import backward_kernel, forward_kernel
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
@@ -34,7 +35,7 @@ for sm_80, add_norm at C = 1408 takes at most 78 and 159 (tests/gpu/resources.js
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     """Whole rows, as many as fill a tile, and warps for it; key has "pass" and "c"."""
     elements, of_thread, most = _BACKWARD if key["pass"] == "backward" else _FORWARD
-    block = triton.next_power_of_2(key["c"])
+    block = next_power_of_2(key["c"])
     rows = max(1, min(_MOST_ROWS, elements // block))
     warps = max(1, min(most, rows * block // (32 * of_thread)))
     if arch.warp_size == 64:
@@ -100,16 +101,20 @@ def forward(
         norm_op.vector, (gamma, weight, bias, drop_scale, normed_scale)
     )
     rows = b * nc // c
-    launch = _launch(x, "forward", c)
+    config = _launch(x, "forward", c)
     x_outer, x_inner, x_side = _map_steps(x) if merge else (*_steps(x, nc, c), 0)
+    args = (
+        x, branch, gamma, drop_scale, weight, bias, base, normed_scale, residual, normed, stats,
+        rows, nc // c, c, x_outer, x_inner, *_steps(branch, nc, c), *_steps(base, nc, c),
+        x_side, *(x.shape[1:3] if merge else (0, 0)), eps,
+    )  # fmt: skip
+    constants = {
+        "KIND": kind, "BLOCK": next_power_of_2(c), "ACC": _acc(x.dtype), "MERGE": merge,
+    }  # fmt: skip
     with guard(x):
-        forward_kernel[(triton.cdiv(rows, launch.blocks["ROWS"]),)](
-            x, branch, gamma, drop_scale, weight, bias, base, normed_scale, residual, normed, stats,
-            rows, nc // c, c, x_outer, x_inner, *_steps(branch, nc, c), *_steps(base, nc, c),
-            x_side, *(x.shape[1:3] if merge else (0, 0)), eps,
-            KIND=kind, BLOCK=triton.next_power_of_2(c), ACC=_acc(x.dtype), MERGE=merge,
-            **launch.blocks, **launch.options(),
-        )  # fmt: skip
+        kernel_calls.launch(
+            forward_kernel, cdiv(rows, config.blocks["ROWS"]), args, constants, config
+        )
     return residual, normed, stats
 
 
@@ -139,7 +144,7 @@ def backward(
     rows = b * nc // c
     wide = torch.promote_types(residual.dtype, torch.float32)
     launch = _launch(residual, "backward", c)
-    programs = min(triton.cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
+    programs = min(cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
     normed = kind != NONE
     partial = [
         residual.new_empty((programs, c), dtype=wide) if v is not None and wanted else None
@@ -160,7 +165,7 @@ def backward(
             c, *_steps(grad_normed, nc, c), *_steps(grad_residual, nc, c), outer, inner,
             *_steps(branch, nc, c), side, *_map_steps(dx if merge else None),
             *(residual.shape[1:3] if merge else (0, 0)), eps,
-            KIND=kind, BLOCK=triton.next_power_of_2(c), ACC=_acc(residual.dtype), MERGE=merge,
+            KIND=kind, BLOCK=next_power_of_2(c), ACC=_acc(residual.dtype), MERGE=merge,
             **launch.blocks, **launch.options(),
         )  # fmt: skip
     sums = [
@@ -207,7 +212,7 @@ def variants(
                     launch_heuristic,
                 )  # fmt: skip
                 constants: dict[str, Any] = {
-                    "KIND": kind, "BLOCK": triton.next_power_of_2(c), "ACC": tl.float32,
+                    "KIND": kind, "BLOCK": next_power_of_2(c), "ACC": tl.float32,
                     "MERGE": merge, **launch.blocks,
                 }  # fmt: skip
                 signature = {}

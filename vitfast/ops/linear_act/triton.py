@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.linear_act.reference import INPUTS, BackwardCall, Call
 from vitfast.ops.linear_act.triton_kernels import backward_kernel, forward_kernel
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
 
@@ -100,15 +101,19 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     gate_w, gate_bias = (None, None) if gate is None else gate
     rows = _flat(x)
     m, k = rows.shape
-    launch = _launch(rows, m, n, call.gated)
-    grid = (triton.cdiv(m, launch.blocks["BLOCK_M"]) * triton.cdiv(n, launch.blocks["BLOCK_N"]),)
+    config = _launch(rows, m, n, call.gated)
+    programs = cdiv(m, config.blocks["BLOCK_M"]) * cdiv(n, config.blocks["BLOCK_N"])
+    args = (
+        rows, w, bias, gate_w, gate_bias, y, z if save else None, m, n, k,
+        *rows.stride(), *w.stride(), *((0, 0) if gate_w is None else gate_w.stride()),
+        z.shape[-1], *_places(call, n),
+    )  # fmt: skip
+    constants = {
+        "ACT": ACTS[call.act], "ACC": _acc(x.dtype),
+        "PRECISION": precision(x.dtype, arch_of(x.device)),
+    }  # fmt: skip
     with guard(x):
-        forward_kernel[grid](
-            rows, w, bias, gate_w, gate_bias, y, z if save else None, m, n, k,
-            *rows.stride(), *w.stride(), *((0, 0) if gate_w is None else gate_w.stride()),
-            z.shape[-1], *_places(call, n), ACT=ACTS[call.act], ACC=_acc(x.dtype),
-            PRECISION=precision(x.dtype, arch_of(x.device)), **launch.blocks, **launch.options(),
-        )  # fmt: skip
+        kernel_calls.launch(forward_kernel, programs, args, constants, config)
     return y, z
 
 
@@ -157,8 +162,8 @@ def _pre_activation_gradient(
     m, n = grad.shape
     grad = grad if grad.stride(1) == 1 else grad.contiguous()
     dz = z.new_empty((m, z.shape[-1]))
-    blocks = min(triton.cdiv(m, _BACKWARD.blocks["BLOCK_M"]), _PROGRAMS)
-    across = triton.cdiv(n, _BACKWARD.blocks["BLOCK_N"])
+    blocks = min(cdiv(m, _BACKWARD.blocks["BLOCK_M"]), _PROGRAMS)
+    across = cdiv(n, _BACKWARD.blocks["BLOCK_N"])
     wide = torch.promote_types(grad.dtype, torch.float32)
     partial = z.new_empty((2 if gated else 1, blocks, n), dtype=wide)
     value, through = _places(call, n)
