@@ -31,7 +31,7 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 1)
     if key["dtype"] == "float32":
-        return Launch({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, 4, 2)
+        return Launch({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2)
     return Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2)
 
 
