@@ -6,12 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
 import vitfast.ops
 from vitfast.ops.attention import triton as attention
@@ -38,22 +36,9 @@ def merged_dot(acc, a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, acc=acc, out_dtype=acc.dtype, input_precision=PRECISION)
 
 
-def in_order(
-    self: Any, a: Any, b: Any, acc: Any, input_precision: Any, max_num_imprecise_acc: int
-) -> interpreter.TensorHandle:
-    """acc + a b, term after term, each rounded once."""
-    total = acc.data
-    for k in range(a.data.shape[1]):
-        # The product of two float32 is exact in float64.
-        product = a.data[:, k, None].astype(np.float64) * b.data[None, k]
-        total = (total + product).astype(np.float32)
-    return interpreter.TensorHandle(total, acc.dtype.scalar)
-
-
 @pytest.fixture
-def chained(monkeypatch):
-    """Products in order, on the tiles of sm_90 cut to few rows and columns."""
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", in_order)
+def tiles():
+    """The tiles of sm_90, cut to few rows."""
 
     def compiled(kernel, key, launch):
         blocks = HEURISTICS[kernel.split(".")[0]](Arch("sm_90"), dict(key)).blocks
@@ -95,7 +80,7 @@ def _judge(op: str, make: Callable[..., Any]) -> ErrorReport:
     return report
 
 
-@pytest.mark.usefixtures("chained")
+@pytest.mark.usefixtures("chained_products", "tiles")
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_each_block_has_a_sum_of_its_own(problem, monkeypatch):
     op, kernels, make = PROBLEMS[problem]

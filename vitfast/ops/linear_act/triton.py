@@ -186,9 +186,13 @@ def _pre_activation_gradient(
 def variants(arch: Arch) -> list[Variant]:
     """Every activation, and GEGLU and SwiGLU, in each dtype, forward and backward; fc1 of ViT-B.
 
-    And a product of more than _DEEP terms, such as ConvNeXt-XL's fc2.
+    And a product of more than _DEEP terms, such as ConvNeXt-XL's fc2; and float32 weights beside
+    half-precision inputs, as autocast leaves them.
     """
     found = [_forward_variant(arch, torch.float32, "none", False, depth=8192)]
+    for dtype in (torch.float16, torch.bfloat16):
+        found.append(_forward_variant(arch, dtype, "gelu", False, autocast=True))
+        found.append(_forward_variant(arch, dtype, "silu", True, autocast=True))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for act, gated in (*((act, False) for act in ACTS), ("gelu", True), ("silu", True)):
             found.append(_forward_variant(arch, dtype, act, gated))
@@ -209,7 +213,13 @@ def _signature(kernel: Any, constants: dict[str, Any], wide: str) -> dict[str, s
 
 
 def _forward_variant(
-    arch: Arch, dtype: torch.dtype, act: str, gated: bool, depth: int = 768
+    arch: Arch,
+    dtype: torch.dtype,
+    act: str,
+    gated: bool,
+    *,
+    depth: int = 768,
+    autocast: bool = False,
 ) -> Variant:
     key: dict[str, int | str] = {
         "dtype": str(dtype).removeprefix("torch."), "gate": "yes" if gated else "no",
@@ -223,8 +233,11 @@ def _forward_variant(
     if not gated:
         constants |= {"gate_w_ptr": None, "gate_bias_ptr": None}
     signature = _signature(forward_kernel, constants, NAMES[dtype])
-    form = "-gated" if gated else "-deep" if depth > _DEEP else ""
-    name = f"forward-{act}{form}-{NAMES[dtype]}"
+    if autocast:
+        weights = ("w_ptr", "bias_ptr", "gate_w_ptr", "gate_bias_ptr")
+        signature |= {name: "*fp32" for name in weights if name in signature}
+    form = ("-gated" if gated else "") + ("-deep" if depth > _DEEP else "")
+    name = f"forward-{act}{form}-{NAMES[dtype]}{'-autocast' if autocast else ''}"
     return Variant(name, forward_kernel, signature, constants, launch, dots=dtype != torch.float32)
 
 
