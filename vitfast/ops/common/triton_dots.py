@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def add_dot(acc, a, b, PRECISION: tl.constexpr):
+def add_dot(acc: tl.tensor, a: tl.tensor, b: tl.tensor, PRECISION: tl.constexpr) -> Any:
     """acc + a b, for tiles a [M, K], b [K, N] and acc [M, N].
 
     In full float32 a product is one chain of multiply-adds over K on the GPU. Were each begun from
