@@ -69,6 +69,22 @@ def test_missing_matrix_instructions_are_seen():
     assert aot.faults(v, "sm_75", found) == []
 
 
+@pytest.mark.parametrize(
+    ("op", "name"),
+    [
+        ("linear_act", "forward-none-fp32"),
+        ("patch_embed", "forward-p16-fp32"),
+        ("attention", "forward-d16-fp32"),
+    ],
+)
+def test_float32_blocks_are_summed_apart(op, name):
+    """Triton merges an addition into a product's accumulator, which makes one chain of all."""
+    ttgir = aot.compile_variant(_variant(op, name), "sm_90").asm["ttgir"]
+    zeros = set(re.findall(r"(%\w+) = arith\.constant dense<0\.0+e\+00>", ttgir))
+    begun_from = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", ttgir)
+    assert begun_from and zeros.issuperset(begun_from)
+
+
 def test_too_much_shared_memory_is_seen():
     v = _variant("layer_norm", "forward-c384-fp16")
     found = {"registers": 1, "spilled": 0, "shared": 300_000, "matrix": 0}

@@ -16,9 +16,11 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 
 if INTERPRETING:
+    import numpy as np
     import torch
     import triton
     import triton.language as tl
+    from triton.runtime import interpreter
 
     @triton.jit
     def _count(y_ptr, n):
@@ -26,6 +28,21 @@ if INTERPRETING:
         for _ in range(tl.program_id(0), tl.cdiv(n, 1), tl.num_programs(0)):
             total += 1.0
         tl.store(y_ptr, total)
+
+    def _in_order(self, a, b, acc, input_precision, max_num_imprecise_acc):
+        """acc + a b of float32, term after term, each rounded once."""
+        total = acc.data
+        for k in range(a.data.shape[1]):
+            # The product of two float32 is exact in float64.
+            product = a.data[:, k, None].astype(np.float64) * b.data[None, k]
+            total = (total + product).astype(np.float32)
+        return interpreter.TensorHandle(total, acc.dtype.scalar)
+
+
+@pytest.fixture
+def chained_products(monkeypatch):
+    """Float32 products summed as on a GPU, and so the same for a tile and its transpose."""
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _in_order)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

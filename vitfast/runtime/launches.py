@@ -109,6 +109,7 @@ class Variant:
         signature: type of each argument that is no constant, such as "*fp16", "i32", "fp32".
         constants: value of each `tl.constexpr` argument; None for a pointer that is absent.
         dots: whether matrix instructions have to be in the result.
+        uneven: integer arguments that are no multiples of 16 in the problem this is compiled for.
     """
 
     name: str
@@ -117,6 +118,7 @@ class Variant:
     constants: Mapping[str, Any]
     launch: Launch
     dots: bool = False
+    uneven: frozenset[str] = frozenset()
 
 
 @functools.cache

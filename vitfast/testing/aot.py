@@ -67,7 +67,8 @@ def compile_variant(v: Variant, target: str) -> Any:
         for name in v.kernel.arg_names
     }
     constants = {(v.kernel.arg_names.index(name),): value for name, value in v.constants.items()}
-    source = ASTSource(fn=v.kernel, signature=signature, constexprs=constants, attrs=_attrs(v))
+    attrs = _attrs(v, arch)
+    source = ASTSource(fn=v.kernel, signature=signature, constexprs=constants, attrs=attrs)
     gpu = (
         GPUTarget("hip", target, arch.warp_size)
         if arch.is_amd
@@ -76,19 +77,27 @@ def compile_variant(v: Variant, target: str) -> Any:
     return triton.compile(source, target=gpu, options=v.launch.options())
 
 
-_UNEVEN = {*triton_runtime.COUNTS, "mask_q", "mask_k", "z_value", "z_gate"}
+_UNEVEN = {
+    *triton_runtime.COUNTS, "mask_q", "mask_k", "bias_h", "bias_q", "bias_k", "z_value", "z_gate",
+}  # fmt: skip
 """Integer arguments that real models do not give in multiples of 16."""
 
 
-def _attrs(v: Variant) -> dict[tuple[int, ...], list[list[Any]]]:
-    """Triton's own specialisation: pointers and strides of real models divide by 16."""
-    return {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(v.kernel.arg_names)
-        if name not in v.constants
-        and (v.signature[name].startswith("*") or v.signature[name] == "i32")
-        and name not in _UNEVEN
-    }
+def _attrs(v: Variant, arch: Arch) -> dict[tuple[int, ...], list[list[Any]]]:
+    """Triton's own specialisation: pointers and strides of real models divide by 16.
+
+    On AMD it also tells tensors below 2 GiB, for which there are loads with a 32-bit offset.
+    """
+    found = {}
+    for i, name in enumerate(v.kernel.arg_names):
+        if name in v.constants or name in _UNEVEN or name in v.uneven:
+            continue
+        if v.signature[name].startswith("*"):
+            small = [["tt.pointer_range", 32]] if arch.is_amd else []
+            found[(i,)] = [["tt.divisibility", 16], *small]
+        elif v.signature[name] == "i32":
+            found[(i,)] = [["tt.divisibility", 16]]
+    return found
 
 
 def resources(compiled: Any, target: str) -> dict[str, int]:

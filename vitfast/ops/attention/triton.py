@@ -80,8 +80,11 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
         m, n = (32, 64) if key["pass"] == "keys" else (64, 32)
     else:
         m, n = 32, 32
-    # On RDNA 8 warps spill half as much as 4: at most 2924 instead of 4692 bytes on gfx1100.
-    warps = 4 if is_cdna else 8
+    # On RDNA 8 warps spill half as much as 4: at most 2924 instead of 4692 bytes on gfx1100. On
+    # Hopper 4 warps are as many rows as a matrix instruction takes, and 4 more do the same again;
+    # but for the keys' gradient with a mask or bias, which then spills.
+    square = m == n == 64 and not wide and not (key["pass"] == "keys" and key["added"])
+    warps = 4 if is_cdna or (arch.capability // 10 == 9 and square) else 8
     # A second stage doubles the operands' shared memory: too much for 64 KiB, or in float32.
     stages = 1 if arch.is_amd or wide or arch.shared_bytes < 80_000 else 2
     return Launch({"BLOCK_M": m, "BLOCK_N": n}, warps, stages)
@@ -104,7 +107,15 @@ def _launch(which: str, call: Call) -> Launch:
     return launch_of(f"attention.{which}", arch_of(q.device), key, launch_heuristic)
 
 
-def _constants(arch: Arch, dtype: torch.dtype, d: int, keep: bool, causal: bool) -> dict[str, Any]:
+def _in_eighths(*tensors: torch.Tensor) -> bool:
+    """Whether all strides of [B, N, H, D] but the last are multiples of 8, and some not of 16."""
+    strides = [s for t in tensors for s in t.stride()[:3]]
+    return all(s % 8 == 0 for s in strides) and any(s % 16 for s in strides)
+
+
+def _constants(
+    arch: Arch, dtype: torch.dtype, d: int, keep: bool, causal: bool, eighths: bool
+) -> dict[str, Any]:
     d1, d2 = split_dim(d)
     return {
         "D": d,
@@ -113,6 +124,7 @@ def _constants(arch: Arch, dtype: torch.dtype, d: int, keep: bool, causal: bool)
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
         "KEEP": keep,
         "CAUSAL": causal,
+        "EIGHTHS": eighths,
         "PRECISION": precision(dtype, arch),
     }
 
@@ -133,6 +145,9 @@ def _addends(call: Call, size: tuple[int, ...]) -> tuple[Any, Any, tuple[int, ..
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     call = prologue.forward(call)
     q, k, v = call.split()
+    scale = call.factor
+    if scale < 0:  # which the kernel does not take, see there
+        q, scale = -q, -scale
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
     out = q.new_empty(q.shape)
@@ -142,9 +157,11 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     config = _launch("forward", call)
     args = (
         q, k, v, mask, bias, out, stats if call.save_stats else None, batch, heads, queries,
-        keys, call.scale, *q.stride(), *k.stride(), *v.stride(), *strides,
+        keys, scale, *q.stride(), *k.stride(), *v.stride(), *strides,
     )  # fmt: skip
-    constants = _constants(arch_of(q.device), q.dtype, d, keep, call.is_causal)
+    constants = _constants(
+        arch_of(q.device), q.dtype, d, keep, call.is_causal, _in_eighths(q, k, v)
+    )
     programs = cdiv(queries, config.blocks["BLOCK_M"]) * batch * heads
     with guard(q):
         kernel_calls.launch(forward_kernel, programs, args, constants, config)
@@ -177,22 +194,23 @@ def backward(
     return tuple(grads.values())
 
 
-_DELTA = Launch({"BLOCK_M": 16}, 4, 2)
+_ROWS = Launch({"BLOCK_M": 16}, 4, 2)
 """1K elements a tensor and program at a head dim of 64. Chosen, not measured yet."""
 
 
-def delta_of(out: torch.Tensor, grad: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[B, H, N]: sums over D of contiguous out [B, N, H, D] * grad, which may have any strides."""
+def _row_state(out: torch.Tensor, grad: torch.Tensor, stats: torch.Tensor) -> torch.Tensor:
+    """[2, B, H, N], see `rows_kernel`, of contiguous out [B, N, H, D] and grad of any strides."""
     batch, n, heads, d = out.shape
-    delta = out.new_empty((batch, heads, n), dtype=dtype)
-    tiles = cdiv(n, _DELTA.blocks["BLOCK_M"])
+    rows = torch.empty_like(stats)
+    tiles = cdiv(n, _ROWS.blocks["BLOCK_M"])
     with guard(out):
-        kernels.delta_kernel[(tiles * batch * heads,)](
-            out, grad, delta, heads, n, *grad.stride(), D=d, BLOCK_D=next_power_of_2(d),
-            ACC=tl.float64 if dtype == torch.float64 else tl.float32, **_DELTA.blocks,
-            **_DELTA.options(),
+        kernels.rows_kernel[(tiles * batch * heads,)](
+            out, grad, stats, rows, batch, heads, n, *grad.stride(), D=d,
+            BLOCK_D=next_power_of_2(d),
+            ACC=tl.float64 if stats.dtype == torch.float64 else tl.float32, **_ROWS.blocks,
+            **_ROWS.options(),
         )  # fmt: skip
-    return delta
+    return rows
 
 
 def _launch_backward(
@@ -212,11 +230,11 @@ def _launch_backward(
     batch, queries, heads, d = q.shape
     keys = k.shape[1]
     mask, bias, strides, keep = _addends(call, (batch, heads, queries, keys))
-    constants = _constants(arch_of(q.device), q.dtype, d, keep, call.is_causal)
-    wide = stats.dtype
-    delta = delta_of(out, grad, wide)
+    eighths = _in_eighths(q, k, v, grad, dq, dk, dv)
+    constants = _constants(arch_of(q.device), q.dtype, d, keep, call.is_causal, eighths)
+    rows = _row_state(out, grad, stats)
     sizes = (batch, heads, queries, keys, call.scale)
-    inputs = (q, k, v, mask, bias, grad, stats, delta)
+    inputs = (q, k, v, mask, bias, grad, stats, rows)
     steps = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     with guard(q):
         launch = _launch("keys", call)
@@ -233,7 +251,7 @@ def _launch_backward(
             return None
         launch = _launch("bias", call)
         m, n = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
-        dbias = q.new_empty((heads, queries, keys), dtype=wide)
+        dbias = q.new_empty((heads, queries, keys), dtype=stats.dtype)
         kernels.bias_kernel[(cdiv(queries, m) * cdiv(keys, n) * heads,)](
             *inputs, dbias, *sizes, *steps, *strides,
             **constants, **launch.blocks, **launch.options(),
@@ -249,7 +267,7 @@ def variants(arch: Arch) -> list[Variant]:
             for d in HEAD_DIMS:
                 for form in _forms(which, d):
                     found.append(_variant(arch, which, d, dtype, form))
-        found += [_delta_variant(d, dtype) for d in (32, 64, 72, 128, 256)]
+        found += [_rows_variant(d, dtype) for d in (32, 64, 72, 128, 256)]
     for switch in _SWITCHES:
         for dtype in (torch.float16, torch.bfloat16):
             plain = _variant(arch, "forward", 64, dtype)
@@ -276,7 +294,9 @@ def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "")
     kernel = forward_kernel if which == "forward" else getattr(kernels, f"{which}_kernel")
     key = _key(which, dtype, d, 1024, form in ("bias", "mask", "float-mask"))
     launch = launch_of(f"attention.{which}", arch, key, launch_heuristic)
-    constants = {**_constants(arch, dtype, d, form == "mask", form == "causal"), **launch.blocks}
+    eighths = d % 16 == 8  # of a packed qkv only heads are no multiples of 16 apart
+    constants = _constants(arch, dtype, d, form == "mask", form == "causal", eighths)
+    constants |= launch.blocks
     # Contiguous head dims, as of a packed qkv.
     inner = ("q_d", "k_d", "v_d", "grad_d", "bias_k", "mask_k")
     constants |= {n: 1 for n in kernel.arg_names if n in inner}
@@ -288,22 +308,22 @@ def _variant(arch: Arch, which: str, d: int, dtype: torch.dtype, form: str = "")
     signature = _signature(kernel, dtype)
     if form == "mask":
         signature["mask_ptr"] = "*u8"
-    return Variant(name, kernel, signature, constants, launch, dots=dtype != torch.float32)
-
-
-def _delta_variant(d: int, dtype: torch.dtype) -> Variant:
-    constants = {
-        "D": d, "BLOCK_D": next_power_of_2(d), "ACC": tl.float32, "grad_d": 1,
-        **_DELTA.blocks,
-    }  # fmt: skip
-    kernel = kernels.delta_kernel
+    uneven = frozenset(n for n in kernel.arg_names if eighths and n.endswith("_h"))
     return Variant(
-        f"delta-d{d}-{NAMES[dtype]}", kernel, _signature(kernel, dtype), constants, _DELTA
+        name, kernel, signature, constants, launch, dots=dtype != torch.float32, uneven=uneven
     )
 
 
+def _rows_variant(d: int, dtype: torch.dtype) -> Variant:
+    constants = {
+        "D": d, "BLOCK_D": next_power_of_2(d), "ACC": tl.float32, "grad_d": 1, **_ROWS.blocks
+    }  # fmt: skip
+    kernel = kernels.rows_kernel
+    return Variant(f"rows-d{d}-{NAMES[dtype]}", kernel, _signature(kernel, dtype), constants, _ROWS)
+
+
 def _signature(kernel: Any, dtype: torch.dtype) -> dict[str, str]:
-    wide = ("stats_ptr", "delta_ptr", "dbias_ptr")
+    wide = ("stats_ptr", "rows_ptr", "dbias_ptr")
     return {
         name: ("*fp32" if name in wide else f"*{NAMES[dtype]}")
         if name.endswith("_ptr")

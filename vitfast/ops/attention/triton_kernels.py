@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitfast.ops.common.triton_dots import add_dot
 from vitfast.runtime.triton import COUNTS
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -24,17 +25,45 @@ COEFFICIENTS2 = tl.constexpr(0.24261117)
 COEFFICIENTS3 = tl.constexpr(0.05517169)
 LAZY_BY = tl.constexpr(8.0)
 """How many powers of two a weight may stand above the row's shift before the row is rescaled."""
+LARGE = tl.constexpr(67108864.0)
+"""Of a shift, see `_factor`."""
+SMALLEST = tl.constexpr(1e-30)
+"""Least factor of a score: 0 times a hidden one's -inf were NaN."""
 
 
 @triton.jit
 def _tile(
     ptr,  # [N, D], strides (stride_row, stride_d)
     row, rows, stride_row, stride_d, first, D: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """[rows, BLOCK] of a [N, D] matrix from column `first` on; zeros outside."""
+    """[rows, BLOCK] of a [N, D] matrix from column `first` on; zeros outside.
+
+    WHOLE: all these rows exist.
+    """
     column = first + tl.arange(0, BLOCK)
     at = row.to(tl.int64)[:, None] * stride_row + column.to(tl.int64)[None, :] * stride_d
+    if WHOLE:
+        return tl.load(ptr + at, mask=(column < D)[None, :], other=0.0)
     return tl.load(ptr + at, mask=(row < rows)[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _eighths(stride_b, stride_n, stride_h):
+    """Strides that are multiples of 8, as the compiler then sees, so that loads stay wide.
+
+    By itself Triton tells only multiples of 16 from other numbers: heads of 72 or 88 are none.
+    """
+    return stride_b // 8 * 8, stride_n // 8 * 8, stride_h // 8 * 8
+
+
+@triton.jit
+def _row_at(
+    ptr,  # [N, ...], stride of rows `stride`
+    row, stride,
+):  # fmt: skip
+    """The pointer to a row, with a row number that is a scalar."""
+    return ptr + tl.full([], row, tl.int64) * stride
 
 
 @triton.jit
@@ -61,14 +90,8 @@ def _product(
 
 
 @triton.jit
-def _logits(
-    s, m, n, queries, keys,
-    mask_ptr,  # [Nq, Nk] of this batch entry and head, strides (mask_q, mask_k), or None
-    bias_ptr,  # [Nq, Nk] of this head, strides (bias_q, bias_k), or None
-    mask_q, mask_k, bias_q, bias_k, scale,
-    KEEP: tl.constexpr, CAUSAL: tl.constexpr, TURNED: tl.constexpr,
-):  # fmt: skip
-    """Scores with everything that is added or hidden; m are queries and n keys.
+def _hide(s, m, n, keys, CAUSAL: tl.constexpr, TURNED: tl.constexpr):
+    """-inf for keys n that are not there, or that come after queries m.
 
     TURNED: s is [keys, queries].
     """
@@ -76,24 +99,52 @@ def _logits(
         q, k = m[None, :], n[:, None]
     else:
         q, k = m[:, None], n[None, :]
-    live = (q < queries) & (k < keys)
-    if (mask_ptr is not None) or (bias_ptr is not None):
-        s = s * scale
-        if mask_ptr is not None:
-            at = q.to(tl.int64) * mask_q + k.to(tl.int64) * mask_k
-            if KEEP:
-                seen = tl.load(mask_ptr + at, mask=live, other=1)
-                s = tl.where(seen != 0, s, float("-inf"))
-            else:
-                s += tl.load(mask_ptr + at, mask=live, other=0.0).to(s.dtype)
-        if bias_ptr is not None:
-            at = q.to(tl.int64) * bias_q + k.to(tl.int64) * bias_k
-            s += tl.load(bias_ptr + at, mask=live, other=0.0).to(s.dtype)
-    else:
-        s = s * (scale * LOG2E)
     if CAUSAL:
         s = tl.where(k <= q, s, float("-inf"))
     return tl.where(k < keys, s, float("-inf"))
+
+
+@triton.jit
+def _with_terms(
+    s, m, n, queries, keys,
+    mask_ptr,  # [Nq, Nk] of this batch entry and head, strides (mask_q, mask_k), or None
+    bias_ptr,  # [Nq, Nk] of this head, strides (bias_q, bias_k), or None
+    mask_q, mask_k, bias_q, bias_k, scale, KEEP: tl.constexpr, TURNED: tl.constexpr,
+):  # fmt: skip
+    """Scaled scores with mask and bias; as `_hide`."""
+    if TURNED:
+        q, k = m[None, :], n[:, None]
+    else:
+        q, k = m[:, None], n[None, :]
+    live = (q < queries) & (k < keys)
+    s = s * scale
+    if mask_ptr is not None:
+        at = q.to(tl.int64) * mask_q + k.to(tl.int64) * mask_k
+        if KEEP:
+            seen = tl.load(mask_ptr + at, mask=live, other=1)
+            s = tl.where(seen != 0, s, float("-inf"))
+        else:
+            s += tl.load(mask_ptr + at, mask=live, other=0.0).to(s.dtype)
+    if bias_ptr is not None:
+        at = q.to(tl.int64) * bias_q + k.to(tl.int64) * bias_k
+        s += tl.load(bias_ptr + at, mask=live, other=0.0).to(s.dtype)
+    return s
+
+
+@triton.jit
+def _factor(shift, factor):
+    """What the scores of rows with these shifts are multiplied by, in place of `factor`.
+
+    s * factor - shift is one multiply-add, so that the rounding of the row's shift, up to half an
+    ulp, stays in the exponent, where weights and their sum share it. From 2^26 on it might
+    overflow; there the factor is the next power of two, with which nothing is rounded. Two float32
+    scores as large are at least four powers of two apart, and their rounding in the product decides
+    more about the weights.
+    """
+    if shift.dtype == tl.float64:
+        return factor
+    bits = (factor.to(tl.int32, bitcast=True) + 0x7FFFFF) & -0x800000
+    return tl.where(tl.abs(shift) < LARGE, factor, bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -102,11 +153,6 @@ def _distance(s, shift, ADDED: tl.constexpr):
     if ADDED:
         return (s - tl.where(shift == float("-inf"), 0.0, shift)) * LOG2E
     return s - shift
-
-
-@triton.jit
-def _weights(s, shift, ADDED: tl.constexpr):
-    return tl.exp2(_distance(s, shift, ADDED))
 
 
 @triton.jit
@@ -148,10 +194,13 @@ def forward_kernel(
     mask_b, mask_h, mask_q, mask_k, bias_h, bias_q, bias_k,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, ACC: tl.constexpr, KEEP: tl.constexpr,
     CAUSAL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    LAZY: tl.constexpr, POLYNOMIAL: tl.constexpr,
+    LAZY: tl.constexpr, POLYNOMIAL: tl.constexpr, EIGHTHS: tl.constexpr,
 ):  # fmt: skip
     """out [B, Nq, H, D] of a tile of queries, over all keys.
 
+    scale is not negative: the largest score has to be that of the largest product.
+
+    EIGHTHS: strides are multiples of 8.
     LAZY: rows are rescaled only once one of them has grown by 2^8 (FlashAttention-4).
     POLYNOMIAL: half of the exponentials leave the special function unit; half precision only.
     """
@@ -160,6 +209,10 @@ def forward_kernel(
     b, h = (pair // heads).to(tl.int64), (pair % heads).to(tl.int64)
     start = (tl.program_id(0) % tiles) * BLOCK_M
     m = start + tl.arange(0, BLOCK_M)
+    if EIGHTHS:
+        q_b, q_n, q_h = _eighths(q_b, q_n, q_h)
+        k_b, k_n, k_h = _eighths(k_b, k_n, k_h)
+        v_b, v_n, v_h = _eighths(v_b, v_n, v_h)
     q_ptr += b * q_b + h * q_h
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
@@ -168,52 +221,70 @@ def forward_kernel(
         mask_ptr += b * mask_b + h * mask_h
     if bias_ptr is not None:
         bias_ptr += h * bias_h
-    q1 = _tile(q_ptr, m, queries, q_n, q_d, 0, D, D1)
+    q1 = _tile(q_ptr, m, queries, q_n, q_d, 0, D, D1, False)
     q2 = q1
     o1 = tl.zeros([BLOCK_M, D1], ACC)
     o2 = o1
     if D2 > 0:
-        q2 = _tile(q_ptr, m, queries, q_n, q_d, D1, D, D2)
+        q2 = _tile(q_ptr, m, queries, q_n, q_d, D1, D, D2, False)
         o2 = tl.zeros([BLOCK_M, D2], ACC)
-    shift = tl.full([BLOCK_M], float("-inf"), ACC)
+    factor = tl.maximum(tl.full([], scale, tl.float32) * LOG2E, SMALLEST)
+    # The largest score so far, as it is; what the row's scores are multiplied by; the product.
+    highest = tl.full([BLOCK_M], float("-inf"), ACC)
+    row_factor = tl.zeros([BLOCK_M], ACC)
+    shift = highest
     total = tl.zeros([BLOCK_M], ACC)
-    last = keys
+    last, seen = keys, keys
     if CAUSAL:
-        last = tl.minimum(keys, start + BLOCK_M)
-    for first in range(0, last, BLOCK_N):
-        n = first + tl.arange(0, BLOCK_N)
-        k1 = _tile(k_ptr, n, keys, k_n, k_d, 0, D, D1)
-        k2 = k1
-        if D2 > 0:
-            k2 = _tile(k_ptr, n, keys, k_n, k_d, D1, D, D2)
-        s = _product(q1, q2, k1, k2, ACC, D2, PRECISION)
-        s = _logits(
-            s, m, n, queries, keys, mask_ptr, bias_ptr, mask_q, mask_k, bias_q, bias_k, scale, KEEP,
-            CAUSAL, False,
-        )  # fmt: skip
-        higher = tl.maximum(shift, tl.max(s, 1))
-        moves = True
-        if LAZY:
-            # -inf - -inf is NaN, and no reason to rescale.
-            moves = tl.max((higher - shift > LAZY_BY).to(tl.int32), 0) != 0
-        if moves:
-            rescale = _weights(shift, higher, ADDED)
-            total *= rescale
-            o1 *= rescale[:, None]
+        last, seen = tl.minimum(keys, start + BLOCK_M), tl.minimum(keys, start)
+    whole = seen // BLOCK_N * BLOCK_N
+    n = tl.arange(0, BLOCK_N)
+    # First the tiles of keys that all these queries see, then those where some are hidden.
+    for PART in tl.static_range(2):
+        for first in tl.range(
+            whole * PART, whole if PART == 0 else last, BLOCK_N, num_stages=None if PART == 0 else 1
+        ):
+            k_at, left = _row_at(k_ptr, first, k_n), keys - first
+            k1 = _tile(k_at, n, left, k_n, k_d, 0, D, D1, PART == 0)
+            k2 = k1
             if D2 > 0:
-                o2 *= rescale[:, None]
-            shift = higher
-        if POLYNOMIAL:
-            p = _shared_exp2(_distance(s, shift[:, None], ADDED), BLOCK_M, BLOCK_N)
-        else:
-            p = _weights(s, shift[:, None], ADDED)
-        total += tl.sum(p, 1)
-        v1 = _tile(v_ptr, n, keys, v_n, v_d, 0, D, D1)
-        p = p.to(v1.dtype)
-        o1 = tl.dot(p, v1, acc=o1, out_dtype=ACC, input_precision=PRECISION)
-        if D2 > 0:
-            v2 = _tile(v_ptr, n, keys, v_n, v_d, D1, D, D2)
-            o2 = tl.dot(p, v2, acc=o2, out_dtype=ACC, input_precision=PRECISION)
+                k2 = _tile(k_at, n, left, k_n, k_d, D1, D, D2, PART == 0)
+            s = _product(q1, q2, k1, k2, ACC, D2, PRECISION)
+            if ADDED:
+                s = _with_terms(
+                    s, m, first + n, queries, keys, mask_ptr, bias_ptr, mask_q, mask_k, bias_q,
+                    bias_k, scale, KEEP, False,
+                )  # fmt: skip
+            if PART == 1:
+                s = _hide(s, m, first + n, keys, CAUSAL, False)
+            higher = tl.maximum(highest, tl.max(s, 1))
+            by, near = row_factor, higher
+            if not ADDED:
+                by = _factor(higher * factor, factor)
+                near = higher * by
+            moves = True
+            if LAZY:
+                # -inf - -inf is NaN, and no reason to rescale.
+                moves = tl.max((near - shift > LAZY_BY).to(tl.int32), 0) != 0
+            if moves:
+                rescale = tl.exp2(_distance(shift, near, ADDED))
+                total *= rescale
+                o1 *= rescale[:, None]
+                if D2 > 0:
+                    o2 *= rescale[:, None]
+                highest, row_factor, shift = higher, by, near
+            if not ADDED:
+                s *= row_factor[:, None]
+            s = _distance(s, shift[:, None], ADDED)
+            p = _shared_exp2(s, BLOCK_M, BLOCK_N) if POLYNOMIAL else tl.exp2(s)
+            total += tl.sum(p, 1)
+            v_at = _row_at(v_ptr, first, v_n)
+            v1 = _tile(v_at, n, left, v_n, v_d, 0, D, D1, PART == 0)
+            p = p.to(v1.dtype)
+            o1 = add_dot(o1, p, v1, PRECISION)
+            if D2 > 0:
+                v2 = _tile(v_at, n, left, v_n, v_d, D1, D, D2, PART == 0)
+                o2 = add_dot(o2, p, v2, PRECISION)
     inverse = 1.0 / tl.where(total > 0, total, 1.0)
     out_ptr += (b * queries * heads + h) * D
     _put(out_ptr, o1 * inverse[:, None], m, queries, heads * D, 0, D, D1)

@@ -21,6 +21,11 @@ _PROGRAMS = 512
 """Most row blocks of the backward, each of which leaves one row of partial sums: several a
 multiprocessor of the largest GPUs. Chosen, not measured yet."""
 
+_DEEP = 4096
+"""From more terms than this on, float32 sums 32 of them at a time instead of 16: a sum of many
+sums of 16 has the rounding of many additions (of 12288 terms 1.3 times what may be). It takes
+registers, so that fewer blocks run at once on sm_80 and sm_90."""
+
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     """Tiles by dtype and architecture; a gate holds two sums.
@@ -32,7 +37,7 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "GROUP": 8}, 4, 1)
     if wide:
-        m, n, k, warps = (32, 64, 16, 4) if gated else (64, 64, 16, 4)
+        m, n, k, warps = (32, 64, 16, 4) if gated else (64, 64, 32 if key["k"] > _DEEP else 16, 4)
     elif arch.name in ("gfx1100", "gfx1201"):
         m, n, k, warps = (64, 32, 32, 4) if gated else (64, 64, 32, 4)
     else:
@@ -184,8 +189,15 @@ def _pre_activation_gradient(
 
 
 def variants(arch: Arch) -> list[Variant]:
-    """Every activation, and GEGLU and SwiGLU, in each dtype, forward and backward; fc1 of ViT-B."""
-    found = []
+    """Every activation, and GEGLU and SwiGLU, in each dtype, forward and backward; fc1 of ViT-B.
+
+    And a product of more than _DEEP terms, such as ConvNeXt-XL's fc2; and float32 weights beside
+    half-precision inputs, as autocast leaves them.
+    """
+    found = [_forward_variant(arch, torch.float32, "none", False, depth=8192)]
+    for dtype in (torch.float16, torch.bfloat16):
+        found.append(_forward_variant(arch, dtype, "gelu", False, autocast=True))
+        found.append(_forward_variant(arch, dtype, "silu", True, autocast=True))
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for act, gated in (*((act, False) for act in ACTS), ("gelu", True), ("silu", True)):
             found.append(_forward_variant(arch, dtype, act, gated))
@@ -205,10 +217,18 @@ def _signature(kernel: Any, constants: dict[str, Any], wide: str) -> dict[str, s
     }
 
 
-def _forward_variant(arch: Arch, dtype: torch.dtype, act: str, gated: bool) -> Variant:
+def _forward_variant(
+    arch: Arch,
+    dtype: torch.dtype,
+    act: str,
+    gated: bool,
+    *,
+    depth: int = 768,
+    autocast: bool = False,
+) -> Variant:
     key: dict[str, int | str] = {
         "dtype": str(dtype).removeprefix("torch."), "gate": "yes" if gated else "no",
-        "m": 4096, "n": 3072, "k": 768,
+        "m": 4096, "n": 3072, "k": depth,
     }  # fmt: skip
     launch = launch_of("linear_act.forward", arch, key, launch_heuristic)
     constants: dict[str, Any] = {
@@ -218,7 +238,11 @@ def _forward_variant(arch: Arch, dtype: torch.dtype, act: str, gated: bool) -> V
     if not gated:
         constants |= {"gate_w_ptr": None, "gate_bias_ptr": None}
     signature = _signature(forward_kernel, constants, NAMES[dtype])
-    name = f"forward-{act}{'-gated' if gated else ''}-{NAMES[dtype]}"
+    if autocast:
+        weights = ("w_ptr", "bias_ptr", "gate_w_ptr", "gate_bias_ptr")
+        signature |= {name: "*fp32" for name in weights if name in signature}
+    form = ("-gated" if gated else "") + ("-deep" if depth > _DEEP else "")
+    name = f"forward-{act}{form}-{NAMES[dtype]}{'-autocast' if autocast else ''}"
     return Variant(name, forward_kernel, signature, constants, launch, dots=dtype != torch.float32)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitfast.ops.common.triton_dots import add_dot
 from vitfast.runtime.triton import COUNTS
 
 
@@ -110,10 +111,10 @@ def forward_kernel(
         mask = (m < rows)[:, None] & (k < depth)[None, :]
         x = tl.load(x_ptr + start + k.to(tl.int64)[None, :] * x_k, mask=mask, other=0.0)
         w = _weights(w_ptr, n, k, cols, depth, w_n, w_k, x.dtype)
-        total = tl.dot(x, w, acc=total, out_dtype=ACC, input_precision=PRECISION)
+        total = add_dot(total, x, w, PRECISION)
         if gate_w_ptr is not None:
             w = _weights(gate_w_ptr, n, k, cols, depth, gate_n, gate_k, x.dtype)
-            gate = tl.dot(x, w, acc=gate, out_dtype=ACC, input_precision=PRECISION)
+            gate = add_dot(gate, x, w, PRECISION)
     inside = n < cols
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(y_ptr.dtype.element_ty).to(ACC)

@@ -31,7 +31,7 @@ def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     if arch.name == "interpreter":
         return Launch({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 1)
     if key["dtype"] == "float32":
-        return Launch({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 16}, 4, 2)
+        return Launch({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, 4, 2)
     return Launch({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, 4, 2)
 
 
@@ -120,37 +120,35 @@ def _over_images(grad: torch.Tensor, like: torch.Tensor, wide: torch.dtype) -> t
 
 
 def variants(arch: Arch) -> list[Variant]:
-    """Patches of 16 and 14 in each dtype, from floats, and from bytes with mean and std."""
-    found = []
-    for patch in (14, 16):
-        for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            for from_bytes in (False, True):
-                launch = _launch(dtype, arch, 768, 3 * patch * patch)
-                constants: dict[str, Any] = {
-                    "DEPTH": 3 * patch * patch, "P": patch, "Q": patch, "ACC": tl.float32,
-                    "DTYPE": _TL[dtype], "BYTES": from_bytes, "PRECISION": "ieee",
-                    "image_w": 1, **launch.blocks,
-                }  # fmt: skip
-                if not from_bytes:
-                    constants |= {"mean_ptr": None, "std_ptr": None}
-                signature = {}
-                for name in forward_kernel.arg_names:
-                    if name in ("mean_ptr", "std_ptr"):
-                        signature[name] = "*fp32"
-                    elif name.endswith("_ptr"):
-                        bytes_in = from_bytes and name == "image_ptr"
-                        signature[name] = "*u8" if bytes_in else f"*{NAMES[dtype]}"
-                    else:
-                        signature[name] = "i32"
-                name = f"forward-p{patch}-{NAMES[dtype]}{'-bytes' if from_bytes else ''}"
-                found.append(
-                    Variant(
-                        name,
-                        forward_kernel,
-                        signature,
-                        constants,
-                        launch,
-                        dots=dtype != torch.float32,
-                    )  # fmt: skip
-                )
-    return found
+    """Patches of 16 and 14 in each dtype, from floats, and from bytes with mean and std.
+
+    And in half precision with float32 weights, as autocast leaves them.
+    """
+    return [
+        _variant(arch, patch, dtype, form)
+        for patch in (14, 16)
+        for dtype in (torch.float16, torch.bfloat16, torch.float32)
+        for form in ("", "bytes", "autocast")
+        if form != "autocast" or dtype != torch.float32
+    ]
+
+
+def _variant(arch: Arch, patch: int, dtype: torch.dtype, form: str) -> Variant:
+    launch = _launch(dtype, arch, 768, 3 * patch * patch)
+    constants: dict[str, Any] = {
+        "DEPTH": 3 * patch * patch, "P": patch, "Q": patch, "ACC": tl.float32,
+        "DTYPE": _TL[dtype], "BYTES": form == "bytes", "PRECISION": "ieee", "image_w": 1,
+        **launch.blocks,
+    }  # fmt: skip
+    types = {name: f"*{NAMES[dtype]}" for name in ("image_ptr", "w_ptr", "bias_ptr", "pos_ptr")}
+    types |= {"out_ptr": types["image_ptr"], "mean_ptr": "*fp32", "std_ptr": "*fp32"}
+    if form == "bytes":
+        types["image_ptr"] = "*u8"
+    else:
+        constants |= {"mean_ptr": None, "std_ptr": None}
+    if form == "autocast":  # the position embedding is added outside of it, in float32
+        types |= dict.fromkeys(("w_ptr", "bias_ptr", "pos_ptr", "out_ptr"), "*fp32")
+    signature = {name: types.get(name, "i32") for name in forward_kernel.arg_names}
+    name = f"forward-p{patch}-{NAMES[dtype]}{f'-{form}' if form else ''}"
+    dots = dtype != torch.float32
+    return Variant(name, forward_kernel, signature, constants, launch, dots=dots)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vitfast.ops.common.triton_dots import add_dot
 from vitfast.runtime.triton import COUNTS
 
 
@@ -53,7 +54,7 @@ def forward_kernel(
                 x /= tl.load(std_ptr + channel, mask=real, other=1.0).to(ACC)[None, :]
         w = n.to(tl.int64)[None, :] * w_n + k[:, None]
         w = tl.load(w_ptr + w, mask=real[:, None] & inside[None, :], other=0.0).to(DTYPE)
-        total = tl.dot(x.to(DTYPE), w, acc=total, out_dtype=ACC, input_precision=PRECISION)
+        total = add_dot(total, x.to(DTYPE), w, PRECISION)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + n, mask=inside, other=0.0).to(DTYPE).to(ACC)[None, :]
     mask = live[:, None] & inside[None, :]
