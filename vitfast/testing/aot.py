@@ -88,7 +88,7 @@ def _attrs(v: Variant, arch: Arch) -> dict[tuple[int, ...], list[list[Any]]]:
 
     On AMD it also tells tensors below 2 GiB, for which there are loads with a 32-bit offset.
     """
-    found = {}
+    found: dict[tuple[int, ...], list[list[Any]]] = {}
     for i, name in enumerate(v.kernel.arg_names):
         if name in v.constants or name in _UNEVEN or name in v.uneven:
             continue
