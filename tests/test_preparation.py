@@ -83,6 +83,21 @@ def test_autocast_is_asked_for_too(model, wanted):
     assert {"float32", "bfloat16"} == {q.dtype for q in wanted[0]}
 
 
+def test_in_inference_mode_all_the_same(model, wanted):
+    with torch.inference_mode():
+        vitfast.prepare(model, torch.randn(1, 3, 32, 32))
+    assert any(problems for problems in wanted[0].values())
+
+
+def test_inside_wrappers(model, wanted, monkeypatch):
+    """Which would compile, or wait for a backward."""
+    monkeypatch.setattr(torch.nn.DataParallel, "forward", lambda *_: pytest.fail("called"))
+    compiled = torch.compile(model, backend=lambda *_: pytest.fail("compiled"))
+    for wrapped in (torch.nn.DataParallel(model), compiled):
+        vitfast.prepare(wrapped, torch.randn(1, 3, 32, 32))
+        assert any(problems for problems in wanted.pop().values())
+
+
 def test_a_failing_model_is_its_own_affair(model, wanted):
     modes = [m.training for m in model.modules()]
     with pytest.raises((RuntimeError, AssertionError, ValueError)):

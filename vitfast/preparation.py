@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitfast.errors import InputTypeError, InputValueError
+from vitfast.errors import InputValueError
 from vitfast.runtime import trust
 from vitfast.runtime.library import autocast_dtype
 from vitfast.runtime.verdicts import FAILED, PASSES, Question
+from vitfast.runtime.wrappers import unwrapped
 from vitfast.selftest.problems import Problem, recording
 from vitfast.selftest.session import TrustReport, decide, is_testable
+from vitfast.testing.inputs import map_tensors
 
 __all__ = ["TrustReport", "prepare", "prepare_ops"]
 
@@ -41,7 +43,9 @@ def prepare(
     that the model will run under.
 
     Args:
-        model: a swapped model on the GPU where it is to run. On a CPU there is nothing to do.
+        model: a swapped model on the GPU where it is to run; inside torch.compile's, DataParallel's
+            and DistributedDataParallel's wrappers it is the model itself that runs here. On a CPU
+            there is nothing to do.
         sample: what the model is called with: a tensor, a tuple of positional arguments, or a dict
             of named ones. None: only the samples of the ops that its layers may call.
         train: whether gradients are needed: True or False; None for both passes.
@@ -57,8 +61,7 @@ def prepare(
         InputTypeError: the model is no torch.nn.Module.
         InputValueError: `sync` without a process group.
     """
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     if sync and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise InputValueError("prepare: sync=True needs torch.distributed's process group")
     first = next(iter(_tensors(sample)), None)
@@ -104,8 +107,14 @@ def _recorded(model: nn.Module, sample: Any, train: bool) -> list[Problem]:
     """The calls of ops that a model makes of a sample; its modes stay what they are."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    # In inference mode no op is recorded, and its tensors cannot be differentiated.
+    with torch.inference_mode(False):
+        sample = map_tensors(sample, lambda t: t.clone() if t.is_inference() else t)
     try:
-        with recording() as problems, trust.assuming(), torch.set_grad_enabled(train):
+        with (
+            torch.inference_mode(False), recording() as problems, trust.assuming(),
+            torch.set_grad_enabled(train),
+        ):  # fmt: skip
             if isinstance(sample, tuple):
                 model(*sample)
             elif isinstance(sample, dict):

@@ -33,6 +33,7 @@ from vitfast.preparation import prepare_ops
 from vitfast.report import AS_TIMM, UNTRUSTED, Skipped, Swapped, SwapReport
 from vitfast.runtime import native, triton
 from vitfast.runtime.trust import untrusted
+from vitfast.runtime.wrappers import unwrapped
 from vitfast.selftest.session import is_testable
 from vitfast.settings import logger, settings
 
@@ -75,7 +76,7 @@ def swap(
         InputValueError: a choice matches no module of the model.
         SwapError: `strict`, and something had to be left alone, or nothing would be gained.
     """
-    model = _unwrapped(model)
+    model = unwrapped(model)
     chosen = _Selection(model, only, skip)
     report, todo = _decided(model, chosen, strict)
     if strict and (report.no_kernels or not report.swapped):
@@ -131,7 +132,7 @@ def restore(model: Model) -> Model:
     Raises:
         InputTypeError: the model is no torch.nn.Module.
     """
-    for module in _unwrapped(model).modules():
+    for module in unwrapped(model).modules():
         kind: Any = _own_class(module)
         if kind in _layers():
             forget_own_forward(module)
@@ -150,7 +151,7 @@ def refresh(model: nn.Module) -> None:
     Raises:
         InputTypeError: the model is no torch.nn.Module.
     """
-    for module in _unwrapped(model).modules():
+    for module in unwrapped(model).modules():
         memo.forget(module)
         graphs.forget(module)
         forget_tables(module)
@@ -292,19 +293,6 @@ def _layers() -> dict[type[Layer], str]:
 def _by_shape() -> set[object]:
     """Drop-in classes of which a module counts as known only where its plan can be read."""
     return {layer for layer in _layers() if layer.by_shape}
-
-
-def _unwrapped(model: Any) -> nn.Module:
-    """The model inside torch.compile's, DataParallel's and DistributedDataParallel's wrappers."""
-    if not isinstance(model, nn.Module):
-        raise InputTypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    while True:
-        if "_orig_mod" in model._modules:  # OptimizedModule; asking for its class loads Dynamo
-            model = model._orig_mod
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        else:
-            return model
 
 
 class _Selection:
