@@ -28,11 +28,12 @@ def test_every_variable_is_read_and_its_source_known():
             "VITFAST_LOG": "warning",
             "VITFAST_WEIGHTS": "frozen",
             "VITFAST_MEMORY": "low",
+            "VITFAST_TRUST": "cached",
         }
     )
     assert settings.backend == "reference" and settings.disable is True
     assert settings.cpu_isa == "avx2"
-    assert (settings.weights, settings.memory) == ("frozen", "low")
+    assert (settings.weights, settings.memory, settings.trust) == ("frozen", "low", "cached")
     assert settings.source == ENVIRONMENT
 
 
@@ -85,6 +86,7 @@ def test_attributes_are_checked_as_variables_are():
         ("log", 17, "debug, info, warning"),
         ("weights", "watched", "watch, verify, frozen"),
         ("memory", "small", "speed, low"),
+        ("trust", "always", "never, cached, test"),
     ],
 )
 def test_bad_values_are_refused_with_those_allowed(name, value, allowed):

@@ -7,7 +7,6 @@ import types
 import pytest
 import torch
 
-from vitfast.errors import InputValueError
 from vitfast.runtime import launches, native, triton, trust, verdicts
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.triton_backend import lazy
@@ -171,8 +170,6 @@ def test_the_setting(monkeypatch):
         monkeypatch.setattr(settings, "trust", value)
         assert trust.untrusted(("layer_norm",), of("cuda:0", BF16)).endswith(why)
     assert Settings.from_environment({"VITFAST_TRUST": "cached"}).trust == "cached"
-    with pytest.raises(InputValueError, match="never, cached, test"):
-        settings.trust = "always"
 
 
 # ---- a launch that fails -------------------------------------------------------------------------
@@ -189,7 +186,8 @@ def dispatcher(monkeypatch, tmp_path):
     """An op whose Triton kernels raise what `module.error` is, and a reference; on a "GPU"."""
     import sys
 
-    module = types.ModuleType("vitfast.ops.layer_norm.faulty")
+    # Another name each time: who was imported once stays.
+    module = types.ModuleType(f"vitfast.ops.layer_norm.faulty_{tmp_path.name}")
     module.error = OutOfResources("shared memory, wanted 1, there is 0")
     module.calls = []
 
