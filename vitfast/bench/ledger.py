@@ -47,8 +47,8 @@ the vendor's kernels until a self-test has seen it right on that machine. The nu
 of compiled variants.
 """
 WITHOUT_DOT = """\
-¹ Triton has no matrix instructions for this GPU: its kernels would be right and slow, so they
-refuse, and torch's own (SDPA, cuBLAS, cuDNN) run.
+¹ Triton has no matrix instructions for this GPU: kernels that multiply matrices refuse it, and
+torch's own (SDPA, cuBLAS, cuDNN) run.
 """
 RESOURCES = """\
 What the largest kernels take. None may spill on sm_80 and newer, gfx942 and gfx950, and all fit
@@ -61,7 +61,7 @@ def page(checkout: Path) -> str:
     known = json.loads((checkout / aot.TABLE).read_text())
     records = list(_records(checkout / RESULTS))
     parts = [HEAD, "## Triton kernels\n", TRITON.format(version=known["triton"])]
-    parts += [_by_target(known["kernels"], records), WITHOUT_DOT]
+    parts += [_by_target(known["kernels"], known.get("pending", {}), records), WITHOUT_DOT]
     parts += ["## Registers and shared memory\n", RESOURCES, _resources(known["kernels"])]
     for device in sorted({record["folder"] for record in records}):
         mine = [record for record in records if record["folder"] == device]
@@ -89,7 +89,10 @@ def _markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return tabulate(rows, list(header), "pipe", disable_numparse=True) + "\n"
 
 
-def _by_target(kernels: dict[str, dict[str, Any]], records: list[dict[str, Any]]) -> str:
+def _by_target(
+    kernels: dict[str, dict[str, Any]], pending: dict[str, list[str]],
+    records: list[dict[str, Any]],
+) -> str:  # fmt: skip
     """One line a GPU architecture, one column an op with Triton kernels."""
     names = list(aot.modules())
     proven = {r["machine"].get("arch"): r for r in _of(records, "prove")}
@@ -98,10 +101,10 @@ def _by_target(kernels: dict[str, dict[str, Any]], records: list[dict[str, Any]]
         cells = []
         for name in names:
             count = sum(kernel.startswith(f"{name}/") for kernel in kernels[target])
-            dots = any(v.dots for _, v in aot.variants(target, {name}))
-            cells.append(_state(target, name, count, proven.get(target)))
-            if dots and not Arch(target).has_dot:
-                cells[-1] += " ¹"
+            if name in pending.get(target, ()):
+                cells.append("changed, not compiled anew")
+            else:
+                cells.append(_state(target, name, count, proven.get(target)) if count else "none ¹")
         rows.append([target, CARDS[target], *cells])
     return _markdown(("GPU", "such as", *names), rows)
 

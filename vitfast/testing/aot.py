@@ -8,6 +8,10 @@ For each kernel x config x dtype x target: registers, bytes spilled, shared memo
 of matrix instructions. Spilling is refused on sm_80 and newer, gfx942 and gfx950; a kernel that
 claims matrix instructions must have some; shared memory must fit; no pointer offset may be a
 32-bit product with a stride.
+
+Compiling an op for all targets takes minutes to hours. Where its kernels changed and were not all
+compiled anew, the table names it under "pending" for those targets, and knows nothing of it there;
+`--write` takes it off.
 """
 
 from __future__ import annotations
@@ -48,11 +52,17 @@ def modules() -> dict[str, Any]:
 
 
 def variants(target: str, ops: set[str] | None = None) -> Iterator[tuple[str, Variant]]:
-    """(unique name, variant) of every kernel x config x dtype that a target gets."""
+    """(unique name, variant) of every kernel x config x dtype that a target gets.
+
+    Ops that live on matrix products refuse targets without matrix instructions: no kernels there.
+    """
+    arch = Arch(target)
     for op, module in modules().items():
         if ops is None or op in ops:
-            for v in module.variants(Arch(target)):
-                yield f"{op}/{v.name}", v
+            found = module.variants(arch)
+            if arch.has_dot or not any(v.dots for v in found):
+                for v in found:
+                    yield f"{op}/{v.name}", v
 
 
 def compile_variant(v: Variant, target: str) -> Any:
@@ -147,7 +157,7 @@ def faults(v: Variant, target: str, found: dict[str, int]) -> list[str]:
         why.append(f"spills {found['spilled']} bytes a thread")
     if found["shared"] > arch.shared_bytes:
         why.append(f"needs {found['shared']} bytes of shared memory; {arch.shared_bytes} exist")
-    if v.dots and arch.has_dot and not found["matrix"]:
+    if v.dots and not found["matrix"]:
         why.append("has no matrix instruction")
     return why
 
@@ -227,24 +237,43 @@ def run(
 
 
 def differences(table: dict[str, dict[str, dict[str, int]]], known: dict[str, Any]) -> list[str]:
-    """Where a table is not what the committed one says."""
+    """Where kernels that were compiled are not what the committed table says; it knows nothing of
+    ops that it calls pending."""
+    kernels, pending = known["kernels"], known.get("pending", {})
     return [
-        f"{target} {name}: {found}, the table says {known.get(target, {}).get(name)}"
+        f"{target} {name}: {found}, the table says {kernels.get(target, {}).get(name)}"
         for target, entries in table.items()
         for name, found in entries.items()
-        if known.get(target, {}).get(name) != found
+        if kernels.get(target, {}).get(name) != found
+        and name.split("/")[0] not in pending.get(target, ())
     ]
 
 
-def _as_text(version: str, kernels: dict[str, dict[str, dict[str, int]]]) -> str:
+def merged(known: dict[str, Any], table: dict[str, dict[str, dict[str, int]]]) -> dict[str, Any]:
+    """The committed table with what was compiled, all kernels of an op or a part of them.
+
+    An op stays pending for a target until all its kernels there are in.
+    """
+    kernels, pending = dict(known["kernels"]), dict(known.get("pending", {}))
+    for target, entries in table.items():
+        real = [name for name, _ in variants(target)]
+        both = {**kernels.get(target, {}), **entries}
+        kernels[target] = {name: both[name] for name in sorted(both) if name in set(real)}
+        missing = {name.split("/")[0] for name in real if name not in both}
+        pending[target] = [op for op in pending.get(target, ()) if op in missing]
+    return {"pending": {t: ops for t, ops in pending.items() if ops}, "kernels": kernels}
+
+
+def _as_text(version: str, table: dict[str, Any]) -> str:
     """The table as JSON with a line a kernel, so that a diff shows which changed."""
     targets = [
         f" {json.dumps(target)}: {{\n"
         + ",\n".join(f"  {json.dumps(n)}: {json.dumps(found)}" for n, found in entries.items())
         + "\n }"
-        for target, entries in kernels.items()
+        for target, entries in table["kernels"].items()
     ]
-    return f'{{"triton": "{version}", "kernels": {{\n' + ",\n".join(targets) + "\n}}\n"
+    head = f'{{"triton": "{version}", "pending": {json.dumps(table["pending"])}, "kernels": {{\n'
+    return head + ",\n".join(targets) + "\n}}\n"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -262,15 +291,9 @@ def main(argv: list[str] | None = None) -> int:
 
     known = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
     if args.write:
-        merged = known["kernels"]
-        for target, entries in table.items():
-            real = {name for name, _ in variants(target)}
-            both = {**merged.get(target, {}), **entries}
-            merged[target] = {name: both[name] for name in sorted(both) if name in real}
-        TABLE.write_text(_as_text(triton.__version__, merged))
-    else:
-        if known.get("triton") == triton.__version__:
-            wrong += differences(table, known["kernels"])
+        TABLE.write_text(_as_text(triton.__version__, merged(known, table)))
+    elif known.get("triton") == triton.__version__:
+        wrong += differences(table, known)
     count = sum(len(entries) for entries in table.values())
     print("\n".join([*wrong, f"{count} kernels compiled, {len(wrong)} faults"]))
     return 1 if wrong else 0
