@@ -51,8 +51,8 @@ WITHOUT_DOT = """\
 torch's own (SDPA, cuBLAS, cuDNN) run.
 """
 RESOURCES = """\
-What the largest kernels take. None may spill on sm_80 and newer, gfx942 and gfx950, and all fit
-the shared memory that one block may use there.
+What the largest kernels take, of those that are compiled as they are now. None may spill on sm_80
+and newer, gfx942 and gfx950, and all fit the shared memory that one block may use there.
 """
 
 
@@ -130,6 +130,8 @@ def _resources(kernels: dict[str, dict[str, Any]]) -> str:
     rows = []
     for target, entries in kernels.items():
         found = list(entries.values())
+        if not found:  # all of them are pending
+            continue
         spilling = [e["spilled"] for e in found if e["spilled"]]
         worst = max(e["shared"] for e in found)
         rows.append([
