@@ -3,6 +3,7 @@
     python -m vitfast.testing.aot --check      # in a checkout, against tests/gpu/resources.json
     python -m vitfast.testing.aot --write                    # make that table anew
     python -m vitfast.testing.aot --check --target sm_90 --op attention --shard 1/4
+    python -m vitfast.testing.aot --model --target sm_90 --op attention    # bounds, by a model
 
 For each kernel x config x dtype x target: registers, bytes spilled, shared memory, and the number
 of matrix instructions. Spilling is refused on sm_80 and newer, gfx942 and gfx950; a kernel that
@@ -18,37 +19,23 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import functools
-import importlib
-import importlib.util
 import json
 import re
-import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import vitfast.ops
 from vitfast.runtime import triton as triton_runtime
 from vitfast.runtime.launches import TARGETS, Arch, Variant
+from vitfast.testing import model, model_page, sass
+from vitfast.testing.recorded import modules
 
 TABLE = Path("tests", "gpu", "resources.json")
 """In a checkout."""
 _MAY_SPILL = {"sm_75", "gfx90a", "gfx1100", "gfx1201"}
 _MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)|\bv_(?:mfma|wmma|swmmac)_")
-
-
-def modules() -> dict[str, Any]:
-    """Triton modules by op."""
-    found = {}
-    for op in vitfast.ops.NAMES:
-        name = f"vitfast.ops.{op}.triton"
-        if importlib.util.find_spec(name) is not None:
-            found[op] = importlib.import_module(name)
-    return found
 
 
 def variants(target: str, ops: set[str] | None = None) -> Iterator[tuple[str, Variant]]:
@@ -118,7 +105,7 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
         spilled = 4 * _number(text, r"\.vgpr_spill_count:\s+(\d+)")
     else:
         text = compiled.asm["ptx"]
-        registers, spilled = _cubin_usage(compiled.asm["cubin"])
+        registers, spilled = sass.usage(compiled.asm["cubin"])
     return {
         "registers": registers,
         "spilled": spilled,
@@ -129,25 +116,6 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
 
 def _number(text: str, pattern: str) -> int:
     return max(int(n) for n in re.findall(pattern, text))
-
-
-@functools.cache
-def _cuobjdump() -> str:
-    import triton
-
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
-
-
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack: what spills takes room there."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [_cuobjdump(), "--dump-resource-usage", file.name],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    return _number(text, r"REG:(\d+)"), _number(text, r"STACK:(\d+)")
 
 
 def faults(v: Variant, target: str, found: dict[str, int]) -> list[str]:
@@ -281,12 +249,22 @@ def main(argv: list[str] | None = None) -> int:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--write", action="store_true", help="replace the committed table")
     action.add_argument("--check", action="store_true", help="compare with the committed table")
+    action.add_argument(
+        "--model", action="store_true", help="print what bounds the kernels, by a model"
+    )
     parser.add_argument("--target", action="append", choices=TARGETS, help="default: all")
     parser.add_argument("--op", action="append", help="default: all")
     parser.add_argument("--shard", default="1/1", help="such as 2/4: the second quarter")
     args = parser.parse_args(argv)
+    ops = args.op and set(args.op)
+    if args.model:
+        known = [t for t in args.target or model.TARGETS if t in model.TARGETS]
+        if not known:
+            parser.error(f"--model knows {', '.join(model.TARGETS)}")
+        print(model_page.page(known, ops))
+        return 0
     part, parts = map(int, args.shard.split("/"))
-    table, wrong = run(args.target or list(TARGETS), args.op and set(args.op), (part - 1, parts))
+    table, wrong = run(args.target or list(TARGETS), ops, (part - 1, parts))
     import triton
 
     known = json.loads(TABLE.read_text()) if TABLE.exists() else {"kernels": {}}
