@@ -84,8 +84,8 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
     # Hopper 4 warps are as many rows as a matrix instruction takes, and 4 more do the same again;
     # but for the keys' gradient with a mask or bias, which then spills.
     square = m == n == 64 and not wide and not (key["pass"] == "keys" and key["added"])
-    # In float32 NVIDIA's 8 warps spill 8 bytes in the gradients' small tiles, and with a mask or bias
-    # at narrow head dims; elsewhere 4 do.
+    # In float32 NVIDIA's 8 warps spill 8 bytes in the gradients' small tiles, and with a mask or
+    # bias at narrow head dims; elsewhere 4 do.
     small = wide and not arch.is_amd
     small &= bool(key["added"]) and d <= 64 if key["pass"] == "forward" else m * n <= 256
     warps = 4 if is_cdna or small or (arch.capability // 10 == 9 and square) else 8
