@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import vitfast.ops
-from vitfast.runtime import launches
+from vitfast.runtime import kernel_calls, launches
 from vitfast.runtime.dispatch import Backend, Dispatcher
-from vitfast.runtime.launches import Arch
+from vitfast.runtime.launches import Arch, Launch
 from vitfast.runtime.triton import NAMES
 from vitfast.testing.inputs import OpCall, generator_of
 
@@ -172,11 +172,19 @@ def _only_recording(found: list[Recorded], arch: Arch) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(JITFunction, "run", run))
         stack.enter_context(mock.patch.object(Dispatcher, "pick", pick))
+        stack.enter_context(mock.patch.object(kernel_calls, "launch", _launch))
         for module in list(sys.modules.values()):
             if getattr(module, "arch_of", None) is launches.arch_of and module is not launches:
                 stack.enter_context(mock.patch.object(module, "arch_of", lambda device: arch))
         stack.enter_context(_Unfilled())
         yield
+
+
+def _launch(
+    kernel: Any, programs: int, args: tuple[Any, ...], constants: Mapping[str, Any], config: Launch
+) -> None:
+    """`kernel_calls.launch`, which keeps what was compiled, through Triton's own way."""
+    kernel[(programs,)](*args, **constants, **config.blocks, **config.options())
 
 
 def with_batch(call: OpCall, batch: int) -> OpCall:
