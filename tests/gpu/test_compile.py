@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from vitfast.runtime import launches
 from vitfast.runtime.launches import Arch, Launch
 
 triton = pytest.importorskip("triton")
@@ -109,6 +110,41 @@ def test_targets_without_matrix_instructions_have_no_kernels_that_refuse_them():
     found = {name.split("/")[0] for name, _ in aot.variants("sm_75")}
     everything = {name.split("/")[0] for name, _ in aot.variants("sm_80")}
     assert everything - found == {"attention", "linear_act", "patch_embed", "window_attention"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_launch_tables_of_the_package(target):
+    """Every entry that can be reached compiles and fits."""
+    assert aot.faults_of_tables(target) == []
+
+
+def test_an_entry_that_cannot_hurt_and_one_that_does(tmp_path, monkeypatch):
+    """Each is compiled for all that it serves, and for nothing beyond a factor of two."""
+    monkeypatch.setattr(launches, "LAUNCHES", tmp_path)
+    asked = []
+
+    def note(kernel, key, launch):
+        asked.append((kernel, dict(key), launch))
+        return launch
+
+    with launches.watching(note):
+        list(aot.variants("sm_90", {"add_norm"}))
+    kernel, key, launch = asked[0]
+
+    def entry(**changes):
+        return {"key": key, "blocks": dict(launch.blocks), "num_warps": launch.num_warps,
+                "num_stages": launch.num_stages, **changes}  # fmt: skip
+
+    def write(*entries):
+        (tmp_path / "sm_90.json").write_text(json.dumps({"kernels": {kernel: entries}}))
+
+    far = {n: v * 8 if isinstance(v, int) else v for n, v in key.items()}
+    write(entry(), {"key": {}, "choice": "flash"}, entry(key={**key, "unheard of": 1}))
+    served = [name for name, _ in aot.tabled("sm_90")]
+    assert served and all(name.endswith(f"by {kernel}[0]") for name in served)
+    write(entry(num_warps=64), entry(key=far))
+    found = aot.faults_of_tables("sm_90")
+    assert found and all(f"{kernel}[0]: does not compile" in why for why in found if "[0]" in why)
 
 
 def test_too_much_shared_memory_is_seen():

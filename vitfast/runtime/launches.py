@@ -296,7 +296,7 @@ def _choice_of(what: str, arch: Arch, items: tuple[tuple[str, int | str], ...]) 
 
 def _nearest(kernel: str, arch: Arch, key: Mapping[str, int | str]) -> dict[str, Any] | None:
     entries = table(arch.name)["kernels"].get(kernel, [])
-    ranked = [(_distance(key, e["key"]), i) for i, e in enumerate(entries)]
+    ranked = [(distance(key, e["key"]), i) for i, e in enumerate(entries)]
     ranked = [r for r in ranked if r[0] < math.inf]
     return entries[min(ranked)[1]] if ranked else None
 
@@ -307,7 +307,7 @@ others (head dims, channels, tokens of a window) decide what a block holds in re
 memory: a config for head dim 64 wants more than there is at 256."""
 
 
-def _distance(key: Mapping[str, int | str], other: Mapping[str, int | str]) -> float:
+def distance(key: Mapping[str, int | str], other: Mapping[str, int | str]) -> float:
     """Of sizes, in powers of two; infinite where a name, a kind or a flag (0 or 1) differs, or a
     width by more than a factor of two."""
     if key.keys() != other.keys():

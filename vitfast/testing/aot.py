@@ -19,16 +19,19 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
 import json
+import math
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from vitfast.runtime import launches
 from vitfast.runtime import triton as triton_runtime
-from vitfast.runtime.launches import TARGETS, Arch, Variant
+from vitfast.runtime.launches import TARGETS, Arch, Launch, Variant
 from vitfast.testing import model, model_page, sass
 from vitfast.testing.recorded import modules
 
@@ -50,6 +53,48 @@ def variants(target: str, ops: set[str] | None = None) -> Iterator[tuple[str, Va
             if arch.has_dot or not any(v.dots for v in found):
                 for v in found:
                     yield f"{op}/{v.name}", v
+
+
+def tabled(target: str) -> Iterator[tuple[str, Variant]]:
+    """(unique name, variant) of every kernel that the package's launch table gives a config to.
+
+    An entry serves each problem that it is near enough to (see `launches.launch_of`): of these, the
+    ones that are compiled ahead of time, in all dtypes and forms.
+    """
+    arch = Arch(target)
+    for kernel, entries in launches.packaged(target)["kernels"].items():
+        for number, entry in enumerate(entries):
+            if "blocks" not in entry:  # a choice among vendors
+                continue
+            given = Launch(entry["blocks"], entry["num_warps"], entry["num_stages"])
+            serves = functools.partial(_serving, kernel, entry["key"], given)
+            with launches.watching(serves):
+                found = {op: module.variants(arch) for op, module in modules().items()}
+            for op, made in found.items():
+                for v in made:
+                    if v.launch is given:
+                        yield f"{op}/{v.name} by {kernel}[{number}]", v
+
+
+def _serving(
+    kernel: str, entry: Mapping[str, int | str], given: Launch, asked: str,
+    key: Mapping[str, int | str], otherwise: Launch,
+) -> Launch:  # fmt: skip
+    """The config for a problem: an entry's where the entry serves it."""
+    near = asked == kernel and launches.distance(key, entry) < math.inf
+    return given if near else otherwise
+
+
+def faults_of_tables(target: str) -> list[str]:
+    """What is wrong with the kernels that the package's launch table gives a config to."""
+    found = []
+    for name, v in tabled(target):
+        try:
+            why = faults(v, target, resources(compile_variant(v, target), target))
+        except Exception as error:  # whatever a compiler may raise
+            why = [f"does not compile: {type(error).__name__}: {error}"]
+        found += [f"{target} {name}: {reason}" for reason in why]
+    return found
 
 
 def compile_variant(v: Variant, target: str) -> Any:
