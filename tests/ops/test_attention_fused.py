@@ -7,6 +7,7 @@ which refuse what the kernels refuse; shapes are checked with fake CUDA tensors 
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 from collections import Counter
@@ -272,16 +273,21 @@ def test_a_wider_mask_on_a_gpu_keeps_its_precision(monkeypatch):
 # ---- statistics ----------------------------------------------------------------------------------
 
 
-def test_statistics_of_another_backend_are_spoiled_on_a_gpu_and_recognised_on_the_cpu():
+def test_statistics_of_another_backend_are_read_on_a_gpu_and_recognised_on_the_cpu():
+    """Triton's are shifts, powers of two without a mask, and sums; see tests/interpreter too."""
     call, out = call_of(draw(B, N, 3, H, D)), draw(B, N, H, D)
     lse = draw(B, H, N)
     stats = vendor._stats_of(call, out, lse)
-    assert torch.equal(vendor._lse_of(stats), lse) and stats[1, 0, 0, 0] < 0
-    assert vendor._lse_of(vendor.no_stats(call, out)) is None
-    assert vendor._lse_of(lse.new_ones(2, B, H, N)) is None
-    for sums, expected in ((float("nan"), lse), (1.0, torch.full_like(lse, float("nan")))):
+    assert torch.equal(vendor._lse_of(call, stats), lse) and stats[1, 0, 0, 0] < 0
+    assert vendor._lse_of(call, vendor.no_stats(call, out)) is None
+    assert vendor._lse_of(call, lse.new_ones(2, B, H, N)) is None
+    masked = call._replace(mask=torch.ones(1, 1, 1, N, dtype=torch.bool))
+    for sums, given, expected in (
+        (float("nan"), call, lse), (2.0, call, (lse + 1) * math.log(2)),
+        (2.0, masked, lse + math.log(2)), (0.0, masked, torch.full_like(lse, math.inf)),
+    ):  # fmt: skip
         on_gpu = OnGpu(torch.stack([lse, torch.full_like(lse, sums)]))
-        torch.testing.assert_close(vendor._lse_of(on_gpu), expected, equal_nan=True)
+        torch.testing.assert_close(vendor._lse_of(given, on_gpu), expected)
 
 
 class OnGpu:

@@ -204,7 +204,7 @@ def lse_of_sums(call: Call, stats: torch.Tensor) -> torch.Tensor:
     Shifts are powers of two, but with a mask or bias natural. +inf for a row that sees nothing,
     whose weights exp(score - lse) are 0 then.
     """
-    shift, total = stats
+    shift, total = stats[0], stats[1]
     unit = 1.0 if call.mask is not None or call.bias is not None else math.log(2)
     lse = torch.where(total == 0, math.inf, shift * unit + total.log())
     return lse.masked_fill((shift.abs() >= _LARGEST_SHIFT) & (total != 0), math.nan)
