@@ -36,7 +36,7 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -194,6 +194,11 @@ def _log(level: str | None) -> None:
 
 
 settings = Settings.from_environment()
+
+
+def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process with some variables changed, for a process that it starts."""
+    return {**os.environ, **changes}
 
 
 def cache_folder() -> Path:

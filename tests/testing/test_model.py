@@ -65,8 +65,10 @@ def test_memory_floor_is_the_specs(op, sample):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_attention_by_hand(target):
-    """197 queries and keys are padded to whole tiles; all products are made, none twice. Tiles whose
-    keys are all there have a loop of their own."""
+    """197 queries and keys are padded to whole tiles; all products are made, none twice.
+
+    Tiles whose keys are all there have a loop of their own.
+    """
     launch, work, cost = _only("attention", "vit_base_224", target)
     m, n = launch.arguments["BLOCK_M"], launch.arguments["BLOCK_N"]
     queries, keys = -(-197 // m) * m, -(-197 // n) * n

@@ -11,7 +11,6 @@ import collections
 import contextlib
 import json
 import math
-import os
 import queue
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vitfast.settings import environment_with
 
 
 def command_of(module: str) -> tuple[str, ...]:
@@ -45,7 +46,7 @@ class Worker:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None) -> None:
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=None if environment is None else {**os.environ, **environment},
+            text=True, env=environment_with(environment or {}),
         )  # fmt: skip
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._said: collections.deque[str] = collections.deque(maxlen=50)
