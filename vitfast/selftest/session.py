@@ -63,6 +63,8 @@ class TrustReport:
         return all(entry.state == RIGHT for entry in self.tested)
 
     def __str__(self) -> str:
+        if not self.tested:
+            return f"vitfast: nothing to test on {self.device}" + (self.note and f": {self.note}")
         right = sum(entry.state == RIGHT for entry in self.tested)
         head = f"vitfast: {right} of {len(self.tested)} kinds of kernels are used on {self.device}"
         lines = [f"{head}; {self.note}" if self.note else head]
