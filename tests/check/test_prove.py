@@ -97,6 +97,15 @@ def test_the_end_comes_by_the_clock(tmp_path, monkeypatch):
     assert {item["stage"] for item in found["items"]} == {"selftest"}
 
 
+def test_an_exact_result_is_kept(tmp_path):
+    """An error of 0 is one, and no absence."""
+    kept = prove.Record(tmp_path, {})
+    (item, *_) = prove.items(CPU, ["patch_merge"], "selftest")
+    kept.add(item, {"state": RIGHT, "error_over_budget": 0.0, "reason": "", "broken": False}, 1.0)
+    (found,) = json.loads((tmp_path / "prove.json").read_text())["items"]
+    assert found["error_over_budget"] == 0.0 and "reason" not in found and "broken" not in found
+
+
 def test_no_time_leaves_everything_out(tmp_path):
     kept, found = run(tmp_path, "layer_norm", seconds=1e-6)
     assert found["items"] == [] and len(found["left_out"]) > 4 and found["finished"]

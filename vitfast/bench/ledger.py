@@ -40,8 +40,8 @@ in [results](results); a test fails when it is out of date. How the figures were
 [README](README.md).
 """
 TRITON = """\
-Every kernel x config x dtype is compiled ahead of time by Triton {version}, and runs in Triton's
-interpreter against float64, forward and backward. *Not run* means: on no such GPU. There a kernel
+Every kernel x config x dtype is compiled ahead of time by Triton {version}, but for those that have
+changed since, and runs in Triton's interpreter against float64, forward and backward. *Not run* means: on no such GPU. There a kernel
 runs when it is asked for by name (`backend="triton"`), and `backend="auto"` takes
 the vendor's kernels until a self-test has seen it right on that machine. The number is that
 of compiled variants.
@@ -70,9 +70,11 @@ def page(checkout: Path) -> str:
 
 
 def _records(results: Path) -> Iterator[dict[str, Any]]:
-    """Every record, with the name of its folder."""
+    """Every record, with the name of its folder; launch tables, which lie there too, are none."""
     for path in sorted(results.glob("*/*.json")):
-        yield {**json.loads(path.read_text()), "folder": path.parent.name}
+        found = json.loads(path.read_text())
+        if "kind" in found:
+            yield {**found, "folder": path.parent.name}
 
 
 def _of(records: Iterable[dict[str, Any]], kind: str) -> list[dict[str, Any]]:

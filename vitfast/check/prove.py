@@ -169,7 +169,11 @@ class Record:
 
     def add(self, item: Item, reply: dict[str, Any], seconds: float) -> None:
         """Keep an answer, which came so many seconds after the beginning."""
-        kept = {name: value for name, value in reply.items() if value not in ("", False, None)}
+        kept = {
+            name: value
+            for name, value in reply.items()
+            if value is not None and value is not False and value != ""
+        }
         what = {"stage": item.stage, "name": item.name, "op": item.op, "at": round(seconds, 1)}
         if item.question is not None:
             what |= {"dtype": item.question.dtype, "passes": item.question.passes}
