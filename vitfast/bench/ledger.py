@@ -41,10 +41,10 @@ in [results](results); a test fails when it is out of date. How the figures were
 """
 TRITON = """\
 Every kernel x config x dtype is compiled ahead of time by Triton {version}, but for those that have
-changed since, and runs in Triton's interpreter against float64, forward and backward. *Not run* means: on no such GPU. There a kernel
-runs when it is asked for by name (`backend="triton"`), and `backend="auto"` takes
-the vendor's kernels until a self-test has seen it right on that machine. The number is that
-of compiled variants.
+changed since, and runs in Triton's interpreter against float64, forward and backward. *Not run*
+means: on no such GPU. There a kernel runs when it is asked for by name (`backend="triton"`), and
+`backend="auto"` takes the vendor's kernels until a self-test has seen it right on that machine. The
+number is that of compiled variants.
 """
 WITHOUT_DOT = """\
 ¹ Triton has no matrix instructions for this GPU: kernels that multiply matrices refuse it, and
