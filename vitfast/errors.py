@@ -1,4 +1,5 @@
-"""The error types. Each is also the built-in error a caller would expect to catch."""
+"""The error types. Each is also the built-in error a caller would expect to catch. And how any
+error is told in a line."""
 
 from __future__ import annotations
 
@@ -33,3 +34,9 @@ class NotTwiceDifferentiableError(VitfastError, RuntimeError):
 
 class SwapError(VitfastError, RuntimeError):
     """`swap(strict=True)` met a module it had to leave alone."""
+
+
+def first_line(error: BaseException, last: bool = False) -> str:
+    """The first (or last) line of a message that is not empty, cut to what a table can show."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[-1 if last else 0][:200]

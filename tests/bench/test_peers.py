@@ -9,7 +9,7 @@ import torch
 
 from vitfast.bench import peers, zoo
 from vitfast.bench.peers import PeerUnavailableError, Setting
-from vitfast.errors import InputValueError
+from vitfast.errors import InputValueError, first_line
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_training_gives_output_and_the_same_gradients_each_time(image):
 
 
 def test_messages_are_cut_to_a_line():
-    assert peers.first_line(ValueError("\n\n a \n b")) == "a"
-    assert peers.first_line(ValueError("a\n  - b\n"), last=True) == "b"
-    assert peers.first_line(ValueError("")) == "ValueError"
-    assert len(peers.first_line(ValueError("x" * 999))) == 200
+    assert first_line(ValueError("\n\n a \n b")) == "a"
+    assert first_line(ValueError("a\n  - b\n"), last=True) == "b"
+    assert first_line(ValueError("")) == "ValueError"
+    assert len(first_line(ValueError("x" * 999))) == 200

@@ -17,11 +17,11 @@ import torch
 from vitfast import ops
 from vitfast.bench import machine, memory
 from vitfast.bench.modules import TRAIN_WORK, block_case, model_case
-from vitfast.bench.peers import PeerUnavailableError, Setting, first_line
+from vitfast.bench.peers import PeerUnavailableError, Setting
 from vitfast.bench.progress import Progress
 from vitfast.bench.record import Result, Row
 from vitfast.bench.timer import interleave, stopwatch
-from vitfast.errors import BackendUnavailableError, InputValueError
+from vitfast.errors import BackendUnavailableError, InputValueError, first_line
 from vitfast.ops.attention import vendor
 from vitfast.ops.spec import Cost, OpSpec, Sample
 from vitfast.testing.cases import CONSTANT, NOT_TRAINED

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vitfast.errors import InputValueError, VitfastError
+from vitfast.errors import InputValueError, VitfastError, first_line
 
 Call = Callable[[], Any]
 """Runs a contender once and gives its output, or output and gradients."""
@@ -182,12 +182,6 @@ def sharing_copy(module: nn.Module) -> nn.Module:
     """A deep copy whose parameters and buffers are those of the module: no second set in memory."""
     shared = itertools.chain(module.parameters(), module.buffers())
     return copy.deepcopy(module, {id(t): t for t in shared})
-
-
-def first_line(error: BaseException, last: bool = False) -> str:
-    """The first (or last) line of a message that is not empty, cut to what a table can show."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip()]
-    return (lines or [type(error).__name__])[-1 if last else 0][:200]
 
 
 def _infer_call(module: nn.Module, inputs: Sequence[torch.Tensor], setting: Setting) -> Call:

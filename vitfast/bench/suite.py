@@ -15,10 +15,10 @@ import torch
 
 from vitfast.bench import modules, ops
 from vitfast.bench.child import add_model_memory
-from vitfast.bench.peers import Setting, first_line
+from vitfast.bench.peers import Setting
 from vitfast.bench.progress import Progress, of_part
 from vitfast.bench.record import Row
-from vitfast.errors import InputValueError
+from vitfast.errors import InputValueError, first_line
 
 Measure = Callable[[Progress], Row]
 """Measures one case, and tells how far it is."""

@@ -15,8 +15,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from vitfast.bench.peers import first_line
-from vitfast.errors import InputValueError
+from vitfast.errors import InputValueError, first_line
 
 _GAINS = ("gamma", "gamma_1", "gamma_2")
 UNFIT = (AssertionError, ValueError, TypeError, RuntimeError, NotImplementedError)

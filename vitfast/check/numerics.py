@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from vitfast.bench import modules, peers
-from vitfast.bench.peers import Setting, first_line
+from vitfast.bench.peers import Setting
 from vitfast.check.findings import OK, REFUSED, WRONG, Finding
-from vitfast.errors import BackendUnavailableError
+from vitfast.errors import BackendUnavailableError, first_line
 from vitfast.ops.spec import OpSpec, Sample
 from vitfast.report import UNTRUSTED
 from vitfast.swap import swap

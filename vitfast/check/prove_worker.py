@@ -10,7 +10,7 @@ import torch
 from vitfast.bench import modules
 from vitfast.bench.peers import Setting
 from vitfast.check.hardware import checks_of
-from vitfast.errors import BackendUnavailableError
+from vitfast.errors import BackendUnavailableError, first_line
 from vitfast.ops import spec_of
 from vitfast.runtime.verdicts import FAILED, RIGHT, WRONG
 from vitfast.selftest import worker
@@ -29,10 +29,11 @@ def _check(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
         with plain_arithmetic():
             faults = check()
     except BackendUnavailableError as error:
-        return {"state": REFUSED, "reason": str(error).splitlines()[-1].strip(" -")}
+        return {"state": REFUSED, "reason": first_line(error, last=True)}
     except Exception as error:
         broken = device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError)
-        return {"state": FAILED, "reason": f"{type(error).__name__}: {error}", "broken": broken}
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        return {"state": FAILED, "reason": reason, "broken": broken}
     return {"state": WRONG if faults else RIGHT, "reason": "; ".join(faults[:3])}
 
 
@@ -45,9 +46,9 @@ def _model(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
         case = modules.model_case(task["model"], size, task["batch"], setting, **task["options"])
         row = modules.measure(case, task["peers"], seconds=task["seconds"])
     except torch.cuda.OutOfMemoryError as error:
-        return {"state": NO_MEMORY, "reason": str(error).splitlines()[0]}
+        return {"state": NO_MEMORY, "reason": first_line(error)}
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         return {"state": FAILED, "reason": reason, "broken": device.type == "cuda"}
     result = row.results.get("vitfast")
     budget = None if result is None else result.error_over_budget

@@ -18,7 +18,7 @@ from vitfast.bench.modules import Case
 from vitfast.bench.peers import Setting
 from vitfast.bench.progress import Progress
 from vitfast.bench.timer import Timing, interleave, stopwatch
-from vitfast.errors import InputValueError
+from vitfast.errors import InputValueError, first_line
 from vitfast.swap import SwapReport, swap
 from vitfast.testing.errors import compare
 
@@ -190,7 +190,7 @@ class Showcase:
             for key, call in calls.items():
                 outputs[key] = call()
         except zoo.UNFIT as error:
-            raise InputValueError(f"{outcome.title}: {peers.first_line(error)}") from error
+            raise InputValueError(f"{outcome.title}: {first_line(error)}") from error
         timings = self._timings(
             calls, outputs, lambda share: say(f"timing {outcome.title}", 0.1 + 0.6 * share)
         )

@@ -15,6 +15,7 @@ from torch import nn
 
 from vitfast.engine.eligibility import is_observed
 from vitfast.engine.products.weights import CACHE
+from vitfast.errors import first_line
 from vitfast.graphs import device as devices
 from vitfast.graphs.guard import Guard, reason_against
 from vitfast.graphs.values import (
@@ -250,7 +251,7 @@ class Store:
         try:
             captured.launch(call.tensors)
         except Exception as error:
-            self._refuse(kind, f"its replay failed: {_first_line(error)}")
+            self._refuse(kind, f"its replay failed: {_told(error)}")
             return None
         # While the GPU computes; what it computes from is alive, and nobody has the result yet.
         if not guard.is_same(module):
@@ -275,9 +276,9 @@ class Store:
             self._refuse(kind, str(why))
         except torch.OutOfMemoryError as error:
             self._drop_all()  # whoever calls next needs the room
-            self._refuse(kind, _first_line(error))
+            self._refuse(kind, _told(error))
         except Exception as error:
-            self._refuse(kind, f"it cannot be captured: {_first_line(error)}")
+            self._refuse(kind, f"it cannot be captured: {_told(error)}")
         finally:
             _CAPTURING.release()
         if kind.captured is not None:
@@ -379,6 +380,5 @@ def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(left, right)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 
+from vitfast.errors import first_line
 from vitfast.runtime import native, triton, verdicts
 from vitfast.runtime.launches import from_tables
 from vitfast.runtime.library import autocast_dtype
@@ -178,7 +179,7 @@ def refuse(device: torch.device, questions: Iterable[Question], reason: str) -> 
 
 def withdraw(op: str, device: torch.device, dtype: torch.dtype, error: BaseException) -> None:
     """Leave an op's kernels alone from now on, in both passes, since one could not be launched."""
-    line = f"{type(error).__name__}: {error}".splitlines()[0]
+    line = f"{type(error).__name__}: {first_line(error)}"
     name = str(dtype).removeprefix("torch.")
     questions = [Question(op, name, passes) for passes in verdicts.PASSES]
     if not _DECISIONS.get((questions[0], device), ""):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vitfast.errors import BackendUnavailableError
+from vitfast.errors import BackendUnavailableError, first_line
 from vitfast.ops import spec_of
 from vitfast.runtime.triton import is_launch_failure
 from vitfast.runtime.verdicts import FAILED, RIGHT, WRONG
@@ -114,14 +114,14 @@ def judge(problem: Problem, passes: str, device: torch.device, backend: str = "t
         with plain_arithmetic():
             return _judged(_Case(problem, device), passes, backend)
     except BackendUnavailableError as error:
-        return Answer(REFUSED, str(error).splitlines()[-1].strip(" -"))
+        return Answer(REFUSED, first_line(error, last=True))
     except torch.cuda.OutOfMemoryError as error:
-        return Answer(NO_MEMORY, _first_line(error))
+        return Answer(NO_MEMORY, first_line(error))
     except AssertionError as error:  # a guard zone, or a gradient that should not be there
-        return Answer(WRONG, _first_line(error))
+        return Answer(WRONG, first_line(error))
     except Exception as error:
         broken = device.type == "cuda" and not is_launch_failure(error)
-        return Answer(FAILED, f"{type(error).__name__}: {_first_line(error)}", broken=broken)
+        return Answer(FAILED, f"{type(error).__name__}: {first_line(error)}", broken=broken)
 
 
 def _judged(case: _Case, passes: str, backend: str) -> Answer:
@@ -151,10 +151,6 @@ def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
     if a is None or b is None:
         return a is b
     return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:300]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vitfast.errors import first_line
 from vitfast.ops import spec_of
 from vitfast.ops.attention import vendor
 from vitfast.runtime import trust
@@ -58,7 +59,7 @@ def measure(
     try:
         return _measured(problem, passes, device, clock or clock_of(device), by_vendor)
     except Exception as error:
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         return Times(reason=reason, broken=device.type == "cuda")
 
 

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import torch
 
+from vitfast.errors import first_line
 from vitfast.runtime.verdicts import FAILED
 from vitfast.selftest.judge import judge
 from vitfast.selftest.problems import Problem
@@ -50,7 +51,7 @@ def serve(tasks: IO[str], answers: IO[str], handlers: Mapping[str, Handler]) -> 
             try:
                 torch.cuda.synchronize(device)  # what a kernel broke shows here at the latest
             except RuntimeError as error:
-                found = {"state": FAILED, "reason": str(error).splitlines()[0], "broken": True}
+                found = {"state": FAILED, "reason": first_line(error), "broken": True}
         say(found)
         if found.get("broken"):
             return 1
