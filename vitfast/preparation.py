@@ -7,12 +7,13 @@ kernels are known to be right on a device, layers there run timm's forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from vitfast.errors import InputValueError
 from vitfast.runtime import trust
@@ -64,7 +65,7 @@ def prepare(
     model = unwrapped(model)
     if sync and not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise InputValueError("prepare: sync=True needs torch.distributed's process group")
-    first = next(iter(_tensors(sample)), None)
+    first = next((t for t in tree_leaves(sample) if isinstance(t, torch.Tensor)), None)
     like = first if first is not None else next(model.parameters(), None)
     if like is None:
         return TrustReport("?", note="the model has no parameters and there is no sample")
@@ -125,16 +126,6 @@ def _recorded(model: nn.Module, sample: Any, train: bool) -> list[Problem]:
         for module, mode in modes:
             module.training = mode
     return problems
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from _tensors(v)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
 
 
 def _agree(device: torch.device, questions: list[Question], report: TrustReport) -> None:

@@ -3,7 +3,7 @@ memory."""
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -54,11 +54,8 @@ def test_streams_and_threads(model):
                 if not right(model, images(100 * seed + step, 1 + step % 3)):
                     wrong.append((seed, step))
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what a thread did
     assert wrong == []
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -475,11 +475,8 @@ def test_threads(fake):
                 if not torch.equal(model(x), plain(model, x)):
                     wrong.append((seed, step))
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))  # raises what a thread did
     assert wrong == [] and fake.count("replay") > 20 and fake.count("capture") == 2
 
 

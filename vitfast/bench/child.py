@@ -18,12 +18,8 @@ from vitfast.bench import memory, modules, peers
 from vitfast.bench.progress import Progress
 from vitfast.bench.record import Row
 from vitfast.errors import VitfastError
+from vitfast.selftest.workers import command_of
 
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-    "from vitfast.bench.child import measure; "
-    "print(json.dumps({'peak_mb': measure(json.loads(sys.argv[2]))}))"
-)
 CALLS = 2
 """The first call packs weights; the second has the peak of those that follow."""
 
@@ -46,7 +42,7 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
     Raises:
         ChildError: the child failed or took too long.
     """
-    command = [sys.executable, "-c", _START, json.dumps(sys.path), json.dumps(arguments)]
+    command = [*command_of("vitfast.bench.child"), json.dumps(arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
@@ -55,6 +51,12 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise ChildError(lines[-1])
     return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+
+
+def main() -> int:
+    """What the child runs; its argument is those of `measure`, as JSON."""
+    print(json.dumps({"peak_mb": measure(json.loads(sys.argv[1]))}))
+    return 0
 
 
 def measure(arguments: dict[str, Any]) -> float | None:

@@ -17,6 +17,7 @@ from vitfast import ops
 from vitfast.check.fuzz import fuzz
 from vitfast.ops.spec import OpSpec, Sample, randn
 from vitfast.testing.cases import Case
+from vitfast.testing.errors import same_bits
 from vitfast.testing.inputs import OpCall, materialise, outputs_of
 
 REPEATS = 50
@@ -46,7 +47,7 @@ def determinism(
     first = run()
     for i in range(1, repeats):
         for a, b in zip(first, run(), strict=True):
-            if not torch.equal(_bits(a), _bits(b)):
+            if not same_bits(a, b):
                 return [f"repeat {i} of {repeats} differs"]
     return []
 
@@ -225,14 +226,4 @@ def _on_gpu(spec: OpSpec, sample: Sample, dtype: torch.dtype) -> OpCall:
 def _different(expected: Any, got: Any, when: str) -> list[str]:
     """A fault for each output whose bits differ from the expected one's."""
     pairs = zip(outputs_of(expected), outputs_of(got), strict=True)
-    return [
-        f"output {i} differs {when}"
-        for i, (a, b) in enumerate(pairs)
-        if not torch.equal(_bits(a), _bits(b))
-    ]
-
-
-def _bits(t: torch.Tensor) -> torch.Tensor:
-    """As integers, so that NaN equals itself and -0 differs from 0."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return t.contiguous().view(whole[t.element_size()]) if t.is_floating_point() else t
+    return [f"output {i} differs {when}" for i, (a, b) in enumerate(pairs) if not same_bits(a, b)]

@@ -9,7 +9,6 @@ answer is written at once: a run that is ended has lost only what was in progres
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,7 +24,7 @@ from vitfast.ops import spec_of, specs
 from vitfast.runtime import launches, verdicts
 from vitfast.runtime.verdicts import PASSES, RIGHT, WRONG, Question, Verdicts
 from vitfast.selftest import session, workers
-from vitfast.selftest.problems import Problem, samples
+from vitfast.selftest.problems import Problem, most_flops, samples
 
 DTYPES = ("bfloat16", "float16", "float32")
 COMMAND = workers.command_of("vitfast.check.prove_worker")
@@ -109,10 +108,9 @@ def _dtypes(device: torch.device) -> tuple[str, ...]:
 
 def _selftest(device: torch.device, ops: Sequence[str]) -> Iterator[Item]:
     """Every op in every dtype and pass, as `vitfast.prepare` would."""
-    most = math.inf if device.type == "cuda" else 2e4
     for dtype in _dtypes(device):
         for op in ops:
-            for problem in samples(spec_of(op), dtype, most):
+            for problem in samples(spec_of(op), dtype, most_flops(device)):
                 for passes in PASSES:
                     task = _task(device, "judge", problem=problem.to_json(), passes=passes)
                     name = f"{op} {problem.name} {dtype} {passes}"

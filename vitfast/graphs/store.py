@@ -27,6 +27,7 @@ from vitfast.graphs.values import (
     unflatten,
 )
 from vitfast.settings import settings
+from vitfast.testing.errors import same_bits
 
 _MOST_KINDS = 1024
 """Kinds of calls that are remembered, nearly all of them without a graph."""
@@ -297,7 +298,7 @@ class Store:
         recorder.follow(inputs)
         # Kernels are compiled and chosen, and what a module keeps of its first call is made.
         recorder.warm_up(lambda: call.run(plain, inputs), self.options.warm_up)
-        if not all(map(_is_equal, inputs, call.tensors)):
+        if not all(map(same_bits, inputs, call.tensors)):
             raise Refused("it writes to its inputs")
         if self._guard is not None and not self._guard.is_same(module):
             self._drop_all()
@@ -372,12 +373,6 @@ def _alone() -> Iterator[None]:
     finally:
         torch.set_autocast_cache_enabled(enabled)
         _OUTER.busy = False
-
-
-def _is_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit, so that NaN is equal to itself."""
-    left, right = (t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (one, other))
-    return torch.equal(left, right)
 
 
 def _told(error: Exception) -> str:

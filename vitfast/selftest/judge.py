@@ -21,6 +21,7 @@ from vitfast.runtime.triton import is_launch_failure
 from vitfast.runtime.verdicts import FAILED, RIGHT, WRONG
 from vitfast.selftest.problems import Problem
 from vitfast.testing.cases import Case
+from vitfast.testing.errors import same_bits
 from vitfast.testing.inputs import OpCall, materialise
 
 REPEATS = 3
@@ -128,7 +129,7 @@ def _judged(case: _Case, passes: str, backend: str) -> Answer:
     results = [_results(case, passes, backend) for _ in range(REPEATS)]
     for i, other in enumerate(results[1:], 1):
         for name, t in results[0].items():
-            if not _same_bits(t, other[name]):
+            if not _are_same(t, other[name]):
                 return Answer(WRONG, f"repeat {i} of {REPEATS} has other bits in {name}")
     if passes == "forward":
         reports = case.judge([t for t in results[0].values() if t is not None], backend)
@@ -147,10 +148,8 @@ def _results(case: _Case, passes: str, backend: str) -> dict[str, torch.Tensor |
     return _on_cpu(case.gradients(case.trained, backend=backend))
 
 
-def _same_bits(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (a, b)))
+def _are_same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b if a is None or b is None else same_bits(a, b)
 
 
 @contextlib.contextmanager

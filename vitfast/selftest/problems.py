@@ -96,18 +96,22 @@ class Problem:
         return Sample(self.name, lambda dtype, generator: _arguments(self, generator))
 
 
-def samples(spec: OpSpec, dtype: str, most_flops: float = math.inf) -> list[Problem]:
+def most_flops(device: torch.device) -> float:
+    """Of a sample that a self-test runs on a device: a second or two in Triton's interpreter."""
+    return math.inf if device.type == "cuda" else 5e4
+
+
+def samples(spec: OpSpec, dtype: str, most: float = math.inf) -> list[Problem]:
     """An op's samples that reach every branch of its kernels at small sizes (`vitfast check`'s).
 
     Args:
-        most_flops: leave out larger ones; Triton's interpreter takes seconds for what a GPU does in
-            microseconds.
+        most: operations above which one is left out, as of `most_flops`.
     """
     found = [s for s in spec.samples if "check" in s.tags or "small" in s.tags]
-    if most_flops < math.inf:
+    if most < math.inf:
         found = [s for s in found if not s.tags & {"real", "large"}]
         calls = [s.make(torch.float32, torch.Generator()) for s in found]
-        found = [s for s, c in zip(found, calls, strict=True) if spec.cost(*c).flops < most_flops]
+        found = [s for s, c in zip(found, calls, strict=True) if spec.cost(*c).flops < most]
     return [Problem(spec.name, dtype, {}, sample=s.name) for s in found]
 
 

@@ -6,7 +6,6 @@ Only one process of a user tests on a machine at a time; others wait, and find t
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ from vitfast.runtime.launches import arch_of, table, write_table
 from vitfast.runtime.verdicts import FAILED, RIGHT, SLOW, WRONG, Question, Verdict, Verdicts
 from vitfast.selftest import workers
 from vitfast.selftest.judge import NO_MEMORY, REFUSED
-from vitfast.selftest.problems import Problem, samples
+from vitfast.selftest.problems import Problem, most_flops, samples
 from vitfast.settings import logger, settings
 
 MOST_WORKERS = 4
@@ -31,8 +30,6 @@ TASK_SECONDS = 120.0
 """The longest that one problem may take, compiling included, before its kernels count as hung."""
 MOST_BYTES = 2.0**28
 """Tensors of one recorded call that is tested; a larger one's kernels have the samples only."""
-_INTERPRETED_FLOPS = 5e4
-"""Most work of a sample in Triton's interpreter: a second or two."""
 _SLOWER = 1.02
 """Kernels that take this much longer than what runs otherwise are not worth it."""
 
@@ -91,9 +88,8 @@ def decide(
     Args:
         wanted: recorded problems by question, which an answer has to hold for besides the samples.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if (
-        device.type == "cuda" and device.index is None
-    ) else device  # fmt: skip
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     why = _not_now(device)
     if why:
         return TrustReport(str(device), note=why)
@@ -153,8 +149,7 @@ def _open(
             continue
         covered = set(verdict.problems) if verdict else set()
         spec = spec_of(question.op)
-        most = math.inf if device.type == "cuda" else _INTERPRETED_FLOPS
-        problems = [*samples(spec, question.dtype, most), *recorded]
+        problems = [*samples(spec, question.dtype, most_flops(device)), *recorded]
         left = [p for p in problems if p.name not in covered and p.bytes <= MOST_BYTES]
         if left:
             todo[question] = left

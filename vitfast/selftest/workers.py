@@ -24,9 +24,13 @@ from vitfast.settings import environment_with
 
 
 def command_of(module: str) -> tuple[str, ...]:
-    """As `python -m <module>`, of this very package, whatever lies in the current folder."""
-    code = f"import sys; sys.path.insert(0, sys.argv[1]); import {module} as m; sys.exit(m.main())"
-    return (sys.executable, "-c", code, str(Path(__file__).parents[2]))
+    """As `python -m <module>`: it finds this package, and all else where this process does."""
+    code = (
+        "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
+        f"import {module} as m; sys.exit(m.main())"
+    )
+    path = [str(Path(__file__).parents[2]), *sys.path]
+    return (sys.executable, "-c", code, json.dumps(path))
 
 
 COMMAND = command_of("vitfast.selftest.worker")

@@ -269,9 +269,9 @@ def merged(known: dict[str, Any], table: dict[str, dict[str, dict[str, int]]]) -
     """
     kernels, pending = dict(known["kernels"]), dict(known.get("pending", {}))
     for target, entries in table.items():
-        real = [name for name, _ in variants(target)]
+        real = {name for name, _ in variants(target)}
         both = {**kernels.get(target, {}), **entries}
-        kernels[target] = {name: both[name] for name in sorted(both) if name in set(real)}
+        kernels[target] = {name: both[name] for name in sorted(both) if name in real}
         missing = {name.split("/")[0] for name in real if name not in both}
         pending[target] = [op for op in pending.get(target, ()) if op in missing]
     return {"pending": {t: ops for t, ops in pending.items() if ops}, "kernels": kernels}

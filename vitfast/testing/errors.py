@@ -97,6 +97,13 @@ class ErrorReport:
         return "\n".join(lines + [f"  - {p}" for p in self.problems])
 
 
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bits, so that NaN equals itself."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return torch.equal(*(t.detach().contiguous().flatten().view(torch.uint8) for t in (one, other)))
+
+
 def compare(
     actual: torch.Tensor,
     reference: torch.Tensor,

@@ -373,6 +373,11 @@ def _key(which: str, launch: Recorded) -> tuple[Any, ...]:
 def line(
     op: str, sample: str, which: str, launch: Recorded, target: str, cost: Cost | None = None
 ) -> Line:
+    """The line of one launch.
+
+    Raises:
+        sass_run.UnknownTripCountError: as `work`; says which launch of which op it is.
+    """
     try:
         done = work(launch, target)
     except sass_run.UnknownTripCountError as error:
