@@ -125,6 +125,17 @@ def test_a_kernel_that_hangs_fails(monkeypatch):
     assert "no answer within" in report.tested[0].reason
 
 
+@pytest.mark.parametrize("command", [("/nowhere/python",), (sys.executable, "-c", "exit(3)")])
+def test_without_workers_nothing_is_known(monkeypatch, caplog, command):
+    """It says nothing about the kernels, which are tested when there are workers."""
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, "COMMAND", command)
+        report = session.decide(CPU, wanted("layer_norm"), None)
+    assert set(states(report).values()) == {"not tested"} and verdicts.known(CPU) == {}
+    assert caplog.text.count("could not be tested") == 1
+    assert session.decide(CPU, wanted("layer_norm"), None)
+
+
 def test_what_failed_once_is_not_tried_again(tmp_path):
     for _ in range(2):
         session.decide(CPU, wanted("rms_norm"), None)

@@ -173,6 +173,9 @@ def _tested(
         question, problem = tasks[number]
         replies[question].append((problem, reply))
         show.step()
+    unasked = [r for found in replies.values() for _, r in found if not r.get("asked", True)]
+    if unasked:
+        logger.warning("kernels could not be tested on %s: %s", device, unasked[0]["reason"])
     found = {}
     for question, answers in replies.items():
         before = known[question].problems if question in known else ()
@@ -197,7 +200,10 @@ ENVIRONMENT = {
 def verdict_of(
     answers: Sequence[tuple[Problem, Mapping[str, Any]]], before: Sequence[str]
 ) -> Verdict | None:
-    """Of all problems of a question; None where it stays open, for want of memory."""
+    """Of all problems of a question; None where it stays open, for want of memory or of a worker
+    that starts."""
+    if not all(answer.get("asked", True) for _, answer in answers):
+        return None  # which says nothing about the kernels
     for state in (WRONG, FAILED):
         for problem, answer in answers:
             if answer["state"] == state:

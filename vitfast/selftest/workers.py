@@ -133,8 +133,9 @@ def answers(
 ) -> Iterator[tuple[int, Reply]]:
     """Each task's number and its answer, as they come in.
 
-    A task that gets none has the answer {"state": "failed", "reason": why, "broken": True}. Where
-    no worker starts at all, all tasks have that. Closing the iterator ends the workers.
+    A task that gets none has the answer {"state": "failed", "reason": why, "broken": True, "asked":
+    whether a worker had it}. Where no worker starts at all, all tasks have that. Closing the
+    iterator ends the workers.
 
     Args:
         count: workers at a time.
@@ -184,15 +185,17 @@ def answers(
                 number = todo.get_nowait()
             except queue.Empty:
                 break
+            asked = False
             try:
                 if time.monotonic() >= until:
                     raise WorkerError("out of time")
                 worker = worker or start()
+                asked = True
                 reply = worker.ask(tasks[number], min(seconds, until - time.monotonic()))
             except (WorkerError, OSError) as error:
                 is_late = time.monotonic() >= until
                 state = LEFT_OUT if is_late else "failed"
-                reply = {"state": state, "reason": str(error), "broken": True}
+                reply = {"state": state, "reason": str(error), "broken": True, "asked": asked}
             if reply.get("broken"):
                 drop(worker)
                 worker = None
