@@ -30,10 +30,11 @@ def _check(task: dict[str, Any], device: torch.device) -> dict[str, Any]:
             faults = check()
     except BackendUnavailableError as error:
         return {"state": REFUSED, "reason": first_line(error, last=True)}
+    except torch.cuda.OutOfMemoryError as error:
+        return {"state": NO_MEMORY, "reason": first_line(error)}
     except Exception as error:
-        broken = device.type == "cuda" and not isinstance(error, torch.cuda.OutOfMemoryError)
         reason = f"{type(error).__name__}: {first_line(error)}"
-        return {"state": FAILED, "reason": reason, "broken": broken}
+        return {"state": FAILED, "reason": reason, "broken": device.type == "cuda"}
     return {"state": WRONG if faults else RIGHT, "reason": "; ".join(faults[:3])}
 
 
