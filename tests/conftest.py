@@ -6,8 +6,10 @@ import contextlib
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch loads OpenMP: on a machine with more work than cores, spinning threads would make
@@ -21,6 +23,8 @@ with contextlib.suppress(ImportError):
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from vitfast.engine.products import onednn
 from vitfast.engine.products import weights as weights_cache
@@ -100,6 +104,32 @@ def fork_while_held() -> Callable[[Any, Callable[[], object]], None]:
         assert os.waitpid(child, 0)[1] == 0
 
     return check
+
+
+def _rank(rank: int, world: int, store: str, results: Any, work: Any, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # whatever this machine's name resolves to
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    results.put((rank, work(rank, *arguments)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def in_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[int, Any]]:
+    """in_ranks(work, *arguments): rank -> what work(rank, *arguments) returned in two processes.
+
+    `work` is a function of a test module; the processes are a group on gloo.
+    """
+    # The processes import the test's module by its name; vitfast from where it is installed.
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1])])
+
+    def run(work: Callable[..., Any], *arguments: Any) -> dict[int, Any]:
+        results, world = mp.get_context("spawn").SimpleQueue(), 2
+        mp.spawn(_rank, (world, str(tmp_path / "store"), results, work, arguments), nprocs=world)
+        return dict(results.get() for _ in range(world))
+
+    return run
 
 
 @pytest.fixture

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import vitfast
 from vitfast import preparation, swap
@@ -144,9 +140,8 @@ def test_swapping_tests_what_nobody_knows(monkeypatch):
         trust.forget()
 
 
-def agree(rank: int, store: str, results) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+def agree(rank: int):
+    """What a rank doubts, and the states that it reports, with one op right on both ranks."""
     questions = [Question(op, "float32", "forward") for op in ("layer_norm", "grn", "attention")]
     state = {0: (RIGHT, RIGHT, WRONG), 1: (RIGHT, WRONG, RIGHT)}[rank]
     trust.adopt(CPU, {q: Verdict(s, "so") for q, s in zip(questions, state, strict=True)})
@@ -155,15 +150,11 @@ def agree(rank: int, store: str, results) -> None:
     )
     preparation._agree(CPU, questions, report)
     found = {q.op: trust.doubt(q.op, CPU, torch.float32, train=False) for q in questions}
-    results.put((rank, found, [entry.state for entry in report.tested]))
-    dist.destroy_process_group()
+    return found, [entry.state for entry in report.tested]
 
 
-def test_ranks_use_what_all_of_them_trust(tmp_path):
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    mp.spawn(agree, (str(tmp_path / "store"), results), nprocs=2)
-    found = {rank: (doubts, states) for rank, doubts, states in (results.get() for _ in range(2))}
+def test_ranks_use_what_all_of_them_trust(in_ranks):
+    found = in_ranks(agree)
     for doubts, states in found.values():
         assert doubts["layer_norm"] == "" and doubts["grn"] and doubts["attention"]
         assert states[0] == RIGHT and RIGHT not in states[1:]
