@@ -12,9 +12,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vitfast.engine import replay
-from vitfast.engine.replay import __file__, _lay_out, is_recording, record
+from vitfast.engine.replay import __file__, is_recording, record
 from vitfast.ops.common import norm as norm_op
 from vitfast.runtime import native
+from vitfast.runtime.recordings import lay_out
 
 pytestmark = pytest.mark.usefixtures("needs_native")
 
@@ -193,7 +194,7 @@ uses = st.lists(st.integers(0, 9), min_size=0, max_size=4).map(sorted)
 def test_buffers_in_use_at_the_same_time_do_not_overlap(buffers):
     sizes = [size for size, _ in buffers]
     users = [calls for _, calls in buffers]
-    offsets, total = _lay_out(sizes, users)
+    offsets, total = lay_out(sizes, users, 64)
     spans = [range(o, o + s) for o, s in zip(offsets, sizes, strict=True)]
     assert all(offset % 64 == 0 for offset in offsets)
     for i, calls in enumerate(users):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from vitfast import ops
+from vitfast.blocks.launched import through_list
 from vitfast.blocks.parts import add_residual, apply_mlp
 from vitfast.engine import convnext as engine
 from vitfast.engine import memo
@@ -41,7 +42,7 @@ def run_convnext_block(
     if isinstance(block.norm, Norm) and takes_engine(rows, block):
         out = engine.block(rows, block)
     if out is None:
-        out = _differentiable(rows, block)
+        out = through_list(_differentiable, rows, block)
     return out.permute(0, 3, 1, 2)
 
 
@@ -52,7 +53,7 @@ def run_convnext_branch(x: torch.Tensor, block: ConvNeXtBlock) -> torch.Tensor:
     if takes_engine(rows, block):
         out = engine.branch(rows, block)
     if out is None:
-        out = _branch(rows, block)
+        out = through_list(_branch, rows, block)
     return out.permute(0, 3, 1, 2)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from vitfast.blocks.launched import through_list
 from vitfast.blocks.parts import add_residual, apply_mlp
 from vitfast.engine import convnext as engine
 from vitfast.engine.eligibility import takes_engine
@@ -20,5 +21,10 @@ def run_mlp_residual(x: torch.Tensor, y: torch.Tensor, plan: MlpResidual) -> tor
     if takes_engine(base, plan, inner):
         out = engine.mlp_residual(base, inner, plan)
     if out is None:
-        out = add_residual(base, apply_mlp(inner, plan.mlp), plan.gamma, plan.drop)
+        out = through_list(_differentiable, base, plan, inner)
     return out.permute(0, 3, 1, 2)
+
+
+def _differentiable(x: torch.Tensor, plan: MlpResidual, y: torch.Tensor) -> torch.Tensor:
+    """Through the public ops, on rows [B, H, W, C]: autograd, torch.compile and any backend."""
+    return add_residual(x, apply_mlp(y, plan.mlp), plan.gamma, plan.drop)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vitfast import ops
+from vitfast.blocks.launched import through_list
 from vitfast.blocks.parts import apply_norm, operand_dtype
 from vitfast.engine import patches as engine
 from vitfast.engine.eligibility import takes_engine
@@ -22,6 +23,11 @@ def run_patch_merging(module: Any, x: torch.Tensor) -> torch.Tensor | None:
         out = engine.merge(x, merge)
         if out is not None:
             return out
+    return through_list(_differentiable, x, merge)
+
+
+def _differentiable(x: torch.Tensor, merge: PatchMerging) -> torch.Tensor:
+    """Through the public ops: autograd, torch.compile and any backend."""
     norm = merge.norm
     if merge.norm_last:
         return apply_norm(ops.linear_act(ops.patch_merge(x, norm=None), *merge.reduction), norm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vitfast import ops
+from vitfast.blocks.launched import through_list
 from vitfast.blocks.parts import apply_norm, norm_2d_dtype, operand_dtype
 from vitfast.engine import patches as engine
 from vitfast.engine.eligibility import takes_engine
@@ -15,7 +16,7 @@ from vitfast.runtime.library import autocast_dtype
 def run_patches(x: torch.Tensor, plan: Patches) -> torch.Tensor:
     """Tokens [B, N, C'] of a map x [B, C, H, W], of which every pixel lies in a patch."""
     tokens = _on_engine(x, plan)
-    return _differentiable(x, plan) if tokens is None else tokens
+    return through_list(_differentiable, x, plan) if tokens is None else tokens
 
 
 def _on_engine(x: torch.Tensor, plan: Patches) -> torch.Tensor | None:

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vitfast import ops
+from vitfast.blocks.launched import through_list
 from vitfast.blocks.parts import (
     add_normed,
     add_residual,
@@ -62,7 +63,7 @@ def run_transformer_block(
     out = None
     if takes_engine(x, block, *attention.values()):
         out = engine.block(x, block, **attention)
-    return _differentiable(x, block, attention) if out is None else out
+    return through_list(_differentiable, x, block, **attention) if out is None else out
 
 
 def _call_half(
@@ -101,6 +102,11 @@ def run_mlp_half(
         out = engine.block(x, block, half="mlp")
     if out is not None:
         return out
+    return through_list(_mlp_half, x, block)
+
+
+def _mlp_half(x: torch.Tensor, block: TransformerBlock) -> torch.Tensor:
+    """The second half of the block, through the public ops."""
     if block.norms_last:
         return add_normed(x, apply_mlp(x, block.mlp), block.norm2, block.drop2)
     normed = apply_norm(x, block.norm2, operand_dtype(x))
@@ -113,8 +119,11 @@ def run_attention_half(x: torch.Tensor, block: TransformerBlock, **attention: An
     out = None
     if takes_engine(x, block, *attention.values()):
         out = engine.block(x, block, half="attention", **attention)
-    if out is not None:
-        return out
+    return through_list(_attention_half, x, block, **attention) if out is None else out
+
+
+def _attention_half(x: torch.Tensor, block: TransformerBlock, **attention: Any) -> torch.Tensor:
+    """The first half of the block, through the public ops."""
     branch = _attend(x, block, attention)
     if block.norms_last:
         return add_normed(x, branch, block.norm1, block.drop1)
@@ -133,9 +142,7 @@ def _attend(x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any])
     )
 
 
-def _differentiable(
-    x: torch.Tensor, block: TransformerBlock, attention: dict[str, Any]
-) -> torch.Tensor:
+def _differentiable(x: torch.Tensor, block: TransformerBlock, **attention: Any) -> torch.Tensor:
     """Through the public ops: autograd, torch.compile and any backend."""
     branch = _attend(x, block, attention)
     if block.norms_last:

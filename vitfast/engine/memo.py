@@ -108,6 +108,7 @@ class Memo:
     """A plan as it was made, the snapshot it holds for, its tensors, and what was prepared of it.
 
     prepared: by kind of input: shapes and dtypes, settings, and the functions that prepare and run.
+    lists: what `vitfast.blocks.launched` recorded, by kind of call.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Memo:
         self.module = weakref.ref(module)
         self.plan, self.snapshot, self.tensors = plan, snapshot, tensors
         self.prepared: dict[Hashable, _Prepared] = {}
+        self.lists: dict[Hashable, Any] = {}
         self._storages: list[weakref.ref[torch.UntypedStorage]] = []
         key = id(self)
         _MEMOS[key] = weakref.ref(self, lambda _: _MEMOS.pop(key, None))

@@ -8,24 +8,23 @@ other tensors, their intermediates in one piece of memory.
 
 from __future__ import annotations
 
-import contextvars
 import threading
 from collections.abc import Callable, Sequence
 from operator import index
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vitfast.runtime import native
+from vitfast.runtime.recordings import ALLOCATIONS, lay_out, storages, under
 
-_ALLOCATIONS = frozenset(("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"))
 _IN_BUFFER, _REACH = 1 << 62, 1 << 44
 """As in csrc/bindings/replay.h: how a replay tells a buffer from memory that stays where it is."""
 _LEAST_ADDRESS = 1 << 32
 """Integers below 2^32 are sizes; if a buffer lies below, nothing is recorded."""
 _ALIGNMENT = 64
+"""Of buffers, in bytes: a cache line."""
 
 NativeCall = tuple[str, tuple[Any, ...]]
 """A function of the extension and its arguments."""
@@ -53,19 +52,7 @@ def record(
     if is_recording() or not all(t.is_contiguous() for t in inputs):
         return function(*inputs), None
     recorder, watch = _Recorder(native.native()), _Watch()
-
-    def watched() -> torch.Tensor | None:
-        native.recorder.set(recorder)
-        with watch:
-            return function(*inputs)
-
-    depth = torch._C._len_torch_dispatch_stack()
-    try:
-        # In a context of its own, which ends with the call however that ends.
-        out = contextvars.copy_context().run(watched)
-    finally:  # an interrupt may have kept torch from taking its mode off
-        while torch._C._len_torch_dispatch_stack() > depth:
-            _pop_mode()
+    out = under(watch, native.recorder, recorder, lambda: function(*inputs))
     if out is None or recorder.strange or watch.computes:
         return out, None
     return out, _replay(inputs, out, watch.allocated, recorder.calls)
@@ -111,16 +98,11 @@ class _Watch(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.overloadpacket.__name__ in _ALLOCATIONS:
+        if func.overloadpacket.__name__ in ALLOCATIONS:
             self.allocated.append(out)
         elif not self.computes:
-            self.computes = func._schema.is_mutable or not _storages(out) <= _storages(args)
+            self.computes = func._schema.is_mutable or not storages(out) <= storages(args)
         return out
-
-
-def _storages(values: Any) -> set[int]:
-    tensors = (t for t in tree_leaves(values) if isinstance(t, torch.Tensor))
-    return {t.untyped_storage().data_ptr() if t.layout is torch.strided else id(t) for t in tensors}
 
 
 def _interval(t: torch.Tensor) -> Interval:
@@ -158,31 +140,8 @@ def _replay(
 
     written = [(name, moved(args, i)) for i, (name, args) in enumerate(calls)]
     sizes = [end - begin for begin, end in temporaries]
-    offsets, total = _lay_out(sizes, users[len(given) :])
+    offsets, total = lay_out(sizes, users[len(given) :], _ALIGNMENT)
     recorded = native.native().Replay(total, offsets)
     for name, args in written:
         getattr(recorded, name)(*args)
     return Replay(recorded, out.shape, out.dtype)
-
-
-def _lay_out(sizes: Sequence[int], users: Sequence[Sequence[int]]) -> tuple[list[int], int]:
-    """Where buffers lie in one piece of memory, none over another in use at the same time; and how
-    large that is. users: the calls that use each, in order."""
-    offsets, total = [0] * len(sizes), 1
-    placed: list[int] = []
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if not users[i]:
-            continue
-        rivals = [k for k in placed if _meet(users[i], users[k])]
-        for k in sorted(rivals, key=lambda k: offsets[k]):
-            if offsets[i] + sizes[i] <= offsets[k]:
-                break
-            end = offsets[k] + sizes[k]
-            offsets[i] = max(offsets[i], -(-end // _ALIGNMENT) * _ALIGNMENT)
-        placed.append(i)
-        total = max(total, offsets[i] + sizes[i])
-    return offsets, total
-
-
-def _meet(a: Sequence[int], b: Sequence[int]) -> bool:
-    return a[0] <= b[-1] and b[0] <= a[-1]

@@ -26,7 +26,7 @@ from vitfast.graphs.values import (
     overlaps_itself,
     unflatten,
 )
-from vitfast.settings import settings
+from vitfast.runtime.ambient import ambient
 from vitfast.testing.errors import same_bits
 
 _MOST_KINDS = 1024
@@ -200,7 +200,7 @@ class Store:
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             return None
         return _Call(
-            method, structure, tensors, (method, structure, layouts, device, _ambient(device))
+            method, structure, tensors, (method, structure, layouts, device, ambient(device))
         )
 
     def is_of(self, module: nn.Module) -> bool:
@@ -337,28 +337,6 @@ class Store:
 def _records(module: nn.Module) -> bool:
     """Whether autograd would record what the module computes of inputs that need no gradient."""
     return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
-
-
-def _ambient(device: torch.device) -> Hashable:
-    """All but the arguments and the model that decides which kernels a call launches."""
-    autocast = torch.is_autocast_enabled(device.type)
-    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
-    return (
-        torch.get_autocast_dtype(device.type) if autocast else None,
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        settings.backend,
-        settings.disable,
-        torch.get_default_dtype(),
-        cuda.matmul.fp32_precision,
-        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]
-        torch.backends.cudnn.enabled,
-        torch.are_deterministic_algorithms_enabled(),
-        cuda.flash_sdp_enabled(),
-        cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(),
-        cuda.cudnn_sdp_enabled(),
-    )
 
 
 @contextlib.contextmanager

@@ -8,23 +8,54 @@ call before, the kernel that was compiled for that is launched at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
-from vitfast.runtime.launches import Launch
+from vitfast.runtime.launches import Launch, choose_anew
 
 _MOST = 4096
 """Kinds of calls that are remembered."""
 
 
-class _Prepared(NamedTuple):
-    compiled: Any  # triton.compiler.CompiledKernel, which keeps the kernel alive
-    tail: tuple[Any, ...]  # the constants, which come after the arguments
+class Prepared(NamedTuple):
+    """What launches a kernel of Triton without looking at its arguments.
+
+    compiled: a triton.compiler.CompiledKernel, which keeps the kernel alive.
+    run, function, metadata: its launcher, handle and number of threads, as that takes them.
+    tail: the constants, which come after the arguments.
+    """
+
+    compiled: Any
+    run: Any
+    function: Any
+    metadata: Any
+    tail: tuple[Any, ...]
 
 
-_PREPARED: dict[tuple[Any, ...], _Prepared] = {}
+_PREPARED: dict[tuple[Any, ...], Prepared] = {}
+
+
+class Launched(NamedTuple):
+    """A launch that ran.
+
+    args, options: as in kernel[(programs,)](*args, **options), which launches it again.
+    prepared: what launches it with other addresses in place of tensors; None in the interpreter and
+    on AMD's GPUs, whose kernels differ by the size of a tensor's memory, too.
+    """
+
+    kernel: Any
+    programs: int
+    args: tuple[Any, ...]
+    options: Mapping[str, Any]
+    prepared: Prepared | None
+
+
+recorder: ContextVar[list[Launched] | None] = ContextVar("recorder", default=None)
+"""Where each launch of this context is noted."""
 
 
 def launch(
@@ -40,11 +71,17 @@ def launch(
     import triton
 
     options = {**constants, **config.blocks}
+    noted = recorder.get()
     if not isinstance(kernel, triton.runtime.JITFunction) or torch.version.hip:
-        # The interpreter's; and AMD's compiler looks at the size of a tensor's memory as well.
-        kernel[(programs,)](*args, **options, **config.options())
+        options |= config.options()
+        if noted is None:
+            kernel[(programs,)](*args, **options)
+            return
+        with _disable_current_modes():  # which would see the interpreter at work
+            kernel[(programs,)](*args, **options)
+        noted.append(Launched(kernel, programs, args, options, None))
         return
-    active, hooks = triton.runtime.driver.active, triton.knobs.runtime
+    active = triton.runtime.driver.active
     device = active.get_current_device()
     key = (
         id(kernel), device, config.num_warps, config.num_stages, *options.values(),
@@ -55,29 +92,49 @@ def launch(
         ],
     )  # fmt: skip
     found = _PREPARED.get(key)
-    if found is None or _calls(hooks.launch_enter_hook) or _calls(hooks.launch_exit_hook):
+    if found is None or is_profiled():
         compiled = kernel[(programs,)](*args, **options, **config.options())
         names = kernel.arg_names[len(args) :]
         if hasattr(compiled, "packed_metadata") and set(names) == set(options):
             if len(_PREPARED) >= _MOST:
                 _PREPARED.clear()
-            _PREPARED[key] = _Prepared(compiled, tuple(options[name] for name in names))
-        return
-    compiled = found.compiled
-    compiled.run(
-        programs, 1, 1, active.get_current_stream(device), compiled.function,
-        compiled.packed_metadata, None, None, None, *args, *found.tail,
-    )  # fmt: skip
+            found = Prepared(
+                compiled, compiled.run, compiled.function, compiled.packed_metadata,
+                tuple(options[name] for name in names),
+            )  # fmt: skip
+            _PREPARED[key] = found
+    else:
+        issue(found, programs, args, active.get_current_stream(device))
+    if noted is not None:
+        noted.append(Launched(kernel, programs, args, {**options, **config.options()}, found))
+
+
+def issue(prepared: Prepared, programs: int, args: Sequence[Any], stream: int) -> None:
+    """Launch a kernel on the current device, whose arguments are as those it was compiled for.
+
+    Args:
+        args: as of `launch`; addresses may stand for tensors.
+        stream: of the current device, as torch tells it.
+    """
+    _, run, function, metadata, tail = prepared
+    run(programs, 1, 1, stream, function, metadata, None, None, None, *args, *tail)
+
+
+def is_profiled() -> bool:
+    """Whether a profiler waits for Triton's launches; its chain of hooks is there without, too."""
+    import triton
+
+    hooks = triton.knobs.runtime
+    return any(
+        hook is not None and bool(getattr(hook, "calls", True))
+        for hook in (hooks.launch_enter_hook, hooks.launch_exit_hook)
+    )
 
 
 def forget_prepared() -> None:
     """After the driver has changed, which what is prepared was compiled for."""
     _PREPARED.clear()
-
-
-def _calls(hook: Any) -> bool:
-    """Whether a profiler waits for launches; Triton's chain of hooks is there without any, too."""
-    return hook is not None and bool(getattr(hook, "calls", True))
+    choose_anew()
 
 
 def cdiv(a: int, b: int) -> int:

@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -144,8 +145,24 @@ def from_tables(function: Callable[..., Any]) -> Any:
 
 def reread_tables() -> None:
     """Read the tables again."""
+    choose_anew()
     for cached in _FROM_TABLES:
         cached.cache_clear()
+
+
+_editions = itertools.count(1)
+_edition = 0
+
+
+def choose_anew() -> None:
+    """Whatever was recorded with the kernels chosen so far is recorded again."""
+    global _edition
+    _edition = next(_editions)
+
+
+def edition() -> int:
+    """A number that changes with the tables and with what is trusted: with which kernels run."""
+    return _edition
 
 
 @from_tables
@@ -286,6 +303,11 @@ def asking() -> Iterator[list[tuple[str, dict[str, int | str]]]]:
         yield found
     finally:
         _askers.remove(found)
+
+
+def is_watched() -> bool:
+    """Whether somebody is `watching` picks or `asking` for what they depend on."""
+    return bool(_watchers or _askers)
 
 
 @from_tables

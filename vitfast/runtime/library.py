@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vitfast.errors import NotTwiceDifferentiableError
+from vitfast.runtime.kernel_calls import recorder
 from vitfast.runtime.watched import is_unwatched
 
 _LIBRARY = torch.library.Library("vitfast", "DEF")
@@ -51,6 +52,8 @@ def define(
     def call(*args: Any) -> Any:
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or _watchers:
             return op(*args)
+        if recorder.get() is not None:  # its mode is to see what the op is made of
+            return implementation(*args)
         tensors = [a for a in args if isinstance(a, torch.Tensor)]
         if is_unwatched(*tensors) and not torch._C._autograd._profiler_enabled():
             return implementation(*args)
@@ -121,6 +124,11 @@ def watching(note: Callable[[str, Mapping[str, Any]], None]) -> Iterator[None]:
         yield
     finally:
         _watchers.remove(forward_only)
+
+
+def is_watched() -> bool:
+    """Whether somebody is `watching`."""
+    return bool(_watchers)
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:

@@ -20,7 +20,7 @@ import torch
 
 from vitfast.errors import first_line
 from vitfast.runtime import native, triton, verdicts
-from vitfast.runtime.launches import from_tables
+from vitfast.runtime.launches import choose_anew, from_tables
 from vitfast.runtime.library import autocast_dtype
 from vitfast.runtime.verdicts import RIGHT, Question, Verdict, Verdicts
 from vitfast.settings import logger, settings
@@ -168,6 +168,7 @@ def adopt(device: torch.device, found: Mapping[Question, Verdict]) -> None:
     for question, verdict in found.items():
         _DECISIONS[question, device] = _reason_of(verdict)
     _ANSWERS.clear()
+    choose_anew()
 
 
 def refuse(device: torch.device, questions: Iterable[Question], reason: str) -> None:
@@ -175,6 +176,7 @@ def refuse(device: torch.device, questions: Iterable[Question], reason: str) -> 
     for question in questions:
         _DECISIONS[question, device] = reason
     _ANSWERS.clear()
+    choose_anew()
 
 
 def withdraw(op: str, device: torch.device, dtype: torch.dtype, error: BaseException) -> None:
@@ -199,6 +201,7 @@ def forget() -> None:
     """Decide everything anew, from the files: for tests, and where a machine has changed."""
     _DECISIONS.clear()
     _ANSWERS.clear()
+    choose_anew()
     _known.cache_clear()
     verdicts.machine_of.cache_clear()
     verdicts.kernels_of.cache_clear()

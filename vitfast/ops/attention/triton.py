@@ -209,14 +209,14 @@ def _row_state(out: torch.Tensor, grad: torch.Tensor, stats: torch.Tensor) -> to
     """[2, B, H, N], see `rows_kernel`, of contiguous out [B, N, H, D] and grad of any strides."""
     batch, n, heads, d = out.shape
     rows = torch.empty_like(stats)
-    tiles = cdiv(n, _ROWS.blocks["BLOCK_M"])
+    programs = cdiv(n, _ROWS.blocks["BLOCK_M"]) * batch * heads
+    args = (out, grad, stats, rows, batch, heads, n, *grad.stride())
+    constants = {
+        "D": d, "BLOCK_D": next_power_of_2(d),
+        "ACC": tl.float64 if stats.dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
     with guard(out):
-        kernels.rows_kernel[(tiles * batch * heads,)](
-            out, grad, stats, rows, batch, heads, n, *grad.stride(), D=d,
-            BLOCK_D=next_power_of_2(d),
-            ACC=tl.float64 if stats.dtype == torch.float64 else tl.float32, **_ROWS.blocks,
-            **_ROWS.options(),
-        )  # fmt: skip
+        kernel_calls.launch(kernels.rows_kernel, programs, args, constants, _ROWS)
     return rows
 
 
@@ -244,24 +244,25 @@ def _launch_backward(
     inputs = (q, k, v, mask, bias, grad, stats, rows)
     steps = (*q.stride(), *k.stride(), *v.stride(), *grad.stride())
     with guard(q):
-        launch = _launch("keys", call)
-        kernels.keys_kernel[(cdiv(keys, launch.blocks["BLOCK_N"]) * batch * heads,)](
-            *inputs, dk, dv, *sizes, *steps, *dk.stride()[:3], *dv.stride()[:3], *strides,
-            **constants, **launch.blocks, **launch.options(),
+        config = _launch("keys", call)
+        kernel_calls.launch(
+            kernels.keys_kernel, cdiv(keys, config.blocks["BLOCK_N"]) * batch * heads,
+            (*inputs, dk, dv, *sizes, *steps, *dk.stride()[:3], *dv.stride()[:3], *strides),
+            constants, config,
         )  # fmt: skip
-        launch = _launch("queries", call)
-        kernels.queries_kernel[(cdiv(queries, launch.blocks["BLOCK_M"]) * batch * heads,)](
-            *inputs, dq, *sizes, *steps, *dq.stride()[:3], *strides,
-            **constants, **launch.blocks, **launch.options(),
+        config = _launch("queries", call)
+        kernel_calls.launch(
+            kernels.queries_kernel, cdiv(queries, config.blocks["BLOCK_M"]) * batch * heads,
+            (*inputs, dq, *sizes, *steps, *dq.stride()[:3], *strides), constants, config,
         )  # fmt: skip
         if not wants_gradient(call, "bias"):
             return None
-        launch = _launch("bias", call)
-        m, n = launch.blocks["BLOCK_M"], launch.blocks["BLOCK_N"]
+        config = _launch("bias", call)
+        m, n = config.blocks["BLOCK_M"], config.blocks["BLOCK_N"]
         dbias = q.new_empty((heads, queries, keys), dtype=stats.dtype)
-        kernels.bias_kernel[(cdiv(queries, m) * cdiv(keys, n) * heads,)](
-            *inputs, dbias, *sizes, *steps, *strides,
-            **constants, **launch.blocks, **launch.options(),
+        kernel_calls.launch(
+            kernels.bias_kernel, cdiv(queries, m) * cdiv(keys, n) * heads,
+            (*inputs, dbias, *sizes, *steps, *strides), constants, config,
         )  # fmt: skip
     return dbias
 

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.attention.reference import Call
 from vitfast.ops.attention.triton_kernels_prologue import backward_kernel, forward_kernel
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
@@ -28,7 +29,7 @@ several a multiprocessor of the largest GPUs. Chosen, not measured yet."""
 
 def launch_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     """About 2K elements a program, 16 a thread. Chosen, not measured yet."""
-    return Launch({"ROWS": max(4, 2048 // triton.next_power_of_2(key["head_dim"]))}, 4, 1)
+    return Launch({"ROWS": max(4, 2048 // next_power_of_2(key["head_dim"]))}, 4, 1)
 
 
 def _key(which: str, dtype: torch.dtype, d: int) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def _key(which: str, dtype: torch.dtype, d: int) -> dict[str, Any]:
 
 def _constants(dtype: torch.dtype, d: int, norm: str, half: bool) -> dict[str, Any]:
     return {
-        "D": d, "BLOCK_D": triton.next_power_of_2(d), "NORM": _NORMS[norm], "HALF": half,
+        "D": d, "BLOCK_D": next_power_of_2(d), "NORM": _NORMS[norm], "HALF": half,
         "ACC": tl.float64 if dtype == torch.float64 else tl.float32,
     }  # fmt: skip
 
@@ -71,16 +72,18 @@ def _forward(
     # As in the reference, the rotation leaves v's dtype; all are one dtype here.
     out = torch.empty((b, n, h, d), dtype=x.dtype, device=x.device)
     rows = b * n * h
-    launch = launch_of(
+    config = launch_of(
         "attention.prologue", arch_of(x.device), _key("forward", x.dtype, d), launch_heuristic
     )
+    args = (
+        x, _contiguous(weight), _contiguous(bias), call.rope, out, rows, n, h, call.rope_prefix,
+        *x.stride(), *_rope_steps(call, x.shape), call.qk_norm_eps,
+    )  # fmt: skip
+    constants = _constants(x.dtype, d, call.qk_norm, call.rope_half)
     with guard(x):
-        forward_kernel[(triton.cdiv(rows, launch.blocks["ROWS"]),)](
-            x, _contiguous(weight), _contiguous(bias), call.rope, out, rows, n, h,
-            call.rope_prefix, *x.stride(), *_rope_steps(call, x.shape), call.qk_norm_eps,
-            **_constants(x.dtype, d, call.qk_norm, call.rope_half), **launch.blocks,
-            **launch.options(),
-        )  # fmt: skip
+        kernel_calls.launch(
+            forward_kernel, cdiv(rows, config.blocks["ROWS"]), args, constants, config
+        )
     return out
 
 
@@ -124,19 +127,19 @@ def _backward(
     """
     b, n, h, d = x.shape
     rows = b * n * h
-    launch = launch_of(
+    config = launch_of(
         "attention.prologue", arch_of(x.device), _key("backward", x.dtype, d), launch_heuristic
     )
-    programs = min(triton.cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
+    programs = min(cdiv(rows, config.blocks["ROWS"]), _PROGRAMS)
     wide = torch.promote_types(x.dtype, torch.float32)
     sums = [x.new_empty((programs, d), dtype=wide) if w else None for w in wanted]
+    args = (
+        grad, x, _contiguous(weight), call.rope, out, *sums, rows, n, h, call.rope_prefix,
+        *x.stride(), *_rope_steps(call, x.shape), *out.stride()[:3], call.qk_norm_eps,
+    )  # fmt: skip
+    constants = _constants(x.dtype, d, call.qk_norm, call.rope_half)
     with guard(x):
-        backward_kernel[(programs,)](
-            grad, x, _contiguous(weight), call.rope, out, *sums, rows, n, h, call.rope_prefix,
-            *x.stride(), *_rope_steps(call, x.shape), *out.stride()[:3], call.qk_norm_eps,
-            **_constants(x.dtype, d, call.qk_norm, call.rope_half), **launch.blocks,
-            **launch.options(),
-        )  # fmt: skip
+        kernel_calls.launch(backward_kernel, programs, args, constants, config)
     return sums
 
 

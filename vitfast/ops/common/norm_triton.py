@@ -143,8 +143,8 @@ def backward(
     nc = math.prod(shape) // b
     rows = b * nc // c
     wide = torch.promote_types(residual.dtype, torch.float32)
-    launch = _launch(residual, "backward", c)
-    programs = min(cdiv(rows, launch.blocks["ROWS"]), _PROGRAMS)
+    config = _launch(residual, "backward", c)
+    programs = min(cdiv(rows, config.blocks["ROWS"]), _PROGRAMS)
     normed = kind != NONE
     partial = [
         residual.new_empty((programs, c), dtype=wide) if v is not None and wanted else None
@@ -158,16 +158,18 @@ def backward(
         norm_op.vector, (gamma, weight, drop_scale, normed_scale)
     )
     outer, inner, side = _map_steps(source) if merge else (*_steps(source, nc, c), 0)
+    args = (
+        grad_normed, grad_residual, source, branch, gamma_, drop_scale,
+        weight_ if normed else None, normed_scale, stats, dx, dbranch, *partial, rows, nc // c,
+        c, *_steps(grad_normed, nc, c), *_steps(grad_residual, nc, c), outer, inner,
+        *_steps(branch, nc, c), side, *_map_steps(dx if merge else None),
+        *(residual.shape[1:3] if merge else (0, 0)), eps,
+    )  # fmt: skip
+    constants = {
+        "KIND": kind, "BLOCK": next_power_of_2(c), "ACC": _acc(residual.dtype), "MERGE": merge,
+    }  # fmt: skip
     with guard(residual):
-        backward_kernel[(programs,)](
-            grad_normed, grad_residual, source, branch, gamma_, drop_scale,
-            weight_ if normed else None, normed_scale, stats, dx, dbranch, *partial, rows, nc // c,
-            c, *_steps(grad_normed, nc, c), *_steps(grad_residual, nc, c), outer, inner,
-            *_steps(branch, nc, c), side, *_map_steps(dx if merge else None),
-            *(residual.shape[1:3] if merge else (0, 0)), eps,
-            KIND=kind, BLOCK=next_power_of_2(c), ACC=_acc(residual.dtype), MERGE=merge,
-            **launch.blocks, **launch.options(),
-        )  # fmt: skip
+        kernel_calls.launch(backward_kernel, programs, args, constants, config)
     sums = [
         None if v is None else v.new_zeros(c) if p is None else _total(p, v.dtype)
         for v, p in zip(vectors, partial, strict=True)

@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from vitfast.runtime.kernel_calls import next_power_of_2
 from vitfast.runtime.launches import Arch, Launch
 
 _ELEMENTS = 2048
@@ -69,7 +70,7 @@ def tile_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     """
     if key["planar"]:
         return Launch({"ROWS": 128, "BLOCK": _ELEMENTS // 128}, 4, 1)
-    block = min(triton.next_power_of_2(key["c"]), 128)
+    block = min(next_power_of_2(key["c"]), 128)
     return Launch({"ROWS": _ELEMENTS // max(block, 16), "BLOCK": block}, 4, 1)
 
 

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
 from vitfast.ops.dwconv_norm import triton_kernels as kernels
 from vitfast.ops.dwconv_norm.reference import BackwardCall, Call
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
@@ -42,7 +43,7 @@ def forward_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     64 channels are 128 bytes of a pixel in half precision, a line of cache; a thread has 16
     elements. Chosen, not measured yet: only sm_75 spills, at most 16 bytes a thread.
     """
-    block = triton.next_power_of_2(key["c"])
+    block = next_power_of_2(key["c"])
     block = max(block, 16) if key["whole"] else min(block, 64)
     pixels = max(1, min(64, 4096 // block))
     down = {1: 1, 2: 1, 4: 2, 8: 2, 16: 4, 32: 4, 64: 8}[pixels]
@@ -61,8 +62,8 @@ def taps_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     A stretch of 64 pixels bounds how many terms are added in order, and four of them make a part.
     A warp has up to 512 sums. Chosen, not measured yet: nothing spills with it.
     """
-    taps = min(64, triton.next_power_of_2(key["taps"]))
-    block = min(triton.next_power_of_2(key["c"]), 32)
+    taps = min(64, next_power_of_2(key["taps"]))
+    block = min(next_power_of_2(key["c"]), 32)
     warps = max(1, min(4, taps * block // 512))
     if arch.warp_size == 64:
         warps = max(1, warps // 2)
@@ -95,13 +96,15 @@ def _convolve(
     """out = norm(convolution of x [B, H, W, C] with taps [k k', C])."""
     x = norm_op.dense_map(x)
     b, h, w, c = x.shape
-    launch = _launch("forward", x.device, c=c, whole=int(kind != norm_op.NONE))
-    tiles = triton.cdiv(h, launch.blocks["DOWN"]) * triton.cdiv(w, launch.blocks["ACROSS"])
-    kernels.forward_kernel[(b * tiles * triton.cdiv(c, launch.blocks["BLOCK"]),)](
-        x, taps, bias, *affine, out, stats, h, w, c, *x.stride()[:3], eps,
-        KIND=kind, HEIGHT=kernel[0], WIDTH=kernel[1], FLIPPED=flipped, OPERAND=_TYPES[operand],
-        ACC=_TYPES[_wide(x.dtype)], **launch.blocks, **launch.options(),
-    )  # fmt: skip
+    config = _launch("forward", x.device, c=c, whole=int(kind != norm_op.NONE))
+    tiles = cdiv(h, config.blocks["DOWN"]) * cdiv(w, config.blocks["ACROSS"])
+    programs = b * tiles * cdiv(c, config.blocks["BLOCK"])
+    args = (x, taps, bias, *affine, out, stats, h, w, c, *x.stride()[:3], eps)
+    constants = {
+        "KIND": kind, "HEIGHT": kernel[0], "WIDTH": kernel[1], "FLIPPED": flipped,
+        "OPERAND": _TYPES[operand], "ACC": _TYPES[_wide(x.dtype)],
+    }  # fmt: skip
+    kernel_calls.launch(kernels.forward_kernel, programs, args, constants, config)
     return out
 
 
@@ -185,19 +188,19 @@ def _gradients_of_taps(
     grad, x = norm_op.dense_map(grad), norm_op.dense_map(x)
     b, h, w, c = x.shape
     taps, rows = kernel[0] * kernel[1], b * h * w
-    launch = _launch("taps", x.device, c=c, taps=taps)
-    groups = triton.cdiv(taps, launch.blocks["TAPS"]) * triton.cdiv(c, launch.blocks["BLOCK"])
-    parts = max(1, min(_PROGRAMS // groups, triton.cdiv(rows, 4 * launch.blocks["STRETCH"])))
-    per = triton.cdiv(rows, parts)
-    parts = triton.cdiv(rows, per)
+    config = _launch("taps", x.device, c=c, taps=taps)
+    groups = cdiv(taps, config.blocks["TAPS"]) * cdiv(c, config.blocks["BLOCK"])
+    parts = max(1, min(_PROGRAMS // groups, cdiv(rows, 4 * config.blocks["STRETCH"])))
+    per = cdiv(rows, parts)
+    parts = cdiv(rows, per)
     wide = _wide(x.dtype)
     dweight = x.new_empty((parts, taps, c), dtype=wide)
     dbias = x.new_empty((parts, c), dtype=wide)
-    kernels.taps_kernel[(parts * groups,)](
-        grad, x, dweight, dbias, rows, h, w, c, per, *grad.stride()[:3], *x.stride()[:3],
-        HEIGHT=kernel[0], WIDTH=kernel[1], OPERAND=_TYPES[operand], ACC=_TYPES[wide],
-        **launch.blocks, **launch.options(),
-    )  # fmt: skip
+    args = (grad, x, dweight, dbias, rows, h, w, c, per, *grad.stride()[:3], *x.stride()[:3])
+    constants = {
+        "HEIGHT": kernel[0], "WIDTH": kernel[1], "OPERAND": _TYPES[operand], "ACC": _TYPES[wide],
+    }  # fmt: skip
+    kernel_calls.launch(kernels.taps_kernel, parts * groups, args, constants, config)
     return dweight.sum(0, dtype=torch.float64), dbias.sum(0, dtype=torch.float64)
 
 

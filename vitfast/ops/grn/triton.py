@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
@@ -13,6 +12,8 @@ from vitfast.ops.common.triton_tiles import sums_heuristic, tile_heuristic
 from vitfast.ops.grn import triton_kernels as kernels
 from vitfast.ops.grn.layout import empty, of_layout, planar_or_dense, sizes, steps
 from vitfast.ops.grn.reference import Call
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
@@ -31,7 +32,7 @@ def image_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
 
     PARTS partial sums are loaded at a time. Both chosen, not measured yet: no kernel spills.
     """
-    block = min(triton.next_power_of_2(key["c"]), 1024)
+    block = min(next_power_of_2(key["c"]), 1024)
     return Launch({"PARTS": 4, "BLOCK": block}, max(1, min(8, block // 128)), 1)
 
 
@@ -57,18 +58,19 @@ def _sums(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Partial sums [B, parts, C]: of x^2, or with a gradient of grad * x and of grad."""
     b, n, c = sizes(x)
-    launch = _launch("sums", x, planar)
-    rows = launch.blocks["ROWS"]
+    config = _launch("sums", x, planar)
+    rows = config.blocks["ROWS"]
     # From four tiles on a part's sum is worth its place in memory; chosen, not measured yet.
-    per = max(4 * rows, triton.cdiv(triton.cdiv(n, _PARTS), rows) * rows)
-    parts = triton.cdiv(n, per)
+    per = max(4 * rows, cdiv(cdiv(n, _PARTS), rows) * rows)
+    parts = cdiv(n, per)
     products = x.new_empty((b, parts, c), dtype=_wide(x.dtype))
     plain = None if grad is None else torch.empty_like(products)
-    grid = (b * parts * triton.cdiv(c, launch.blocks["BLOCK"]),)
-    kernels.sums_kernel[grid](
+    programs = b * parts * cdiv(c, config.blocks["BLOCK"])
+    args = (
         grad, x, products, plain, n, c, per, *((0, 0, 0) if grad is None else steps(grad, planar)),
-        *steps(x, planar), ACC=_acc(x.dtype), **launch.blocks, **launch.options(),
+        *steps(x, planar),
     )  # fmt: skip
+    kernel_calls.launch(kernels.sums_kernel, programs, args, _constants(x), config)
     return products, plain
 
 
@@ -76,8 +78,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _acc(dtype: torch.dtype) -> Any:
-    return tl.float64 if dtype == torch.float64 else tl.float32
+def _constants(x: torch.Tensor) -> dict[str, Any]:
+    """What every kernel here gets."""
+    return {"ACC": tl.float64 if x.dtype == torch.float64 else tl.float32}
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,16 +95,16 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     weight, bias = norm_op.vector(call.weight), norm_op.vector(call.bias)
     scale = torch.empty_like(norms)
     image, tile = _launch("scale", x, planar), _launch("forward", x, planar)
-    tiles = triton.cdiv(n, tile.blocks["ROWS"]) * triton.cdiv(c, tile.blocks["BLOCK"])
+    tiles = cdiv(n, tile.blocks["ROWS"]) * cdiv(c, tile.blocks["BLOCK"])
     with guard(x):
         squares, _ = _sums(None, x, planar)
-        kernels.scale_kernel[(b,)](
-            squares, weight, norms, scale, squares.shape[1], c, call.eps,
-            ACC=_acc(x.dtype), **image.blocks, **image.options(),
+        kernel_calls.launch(
+            kernels.scale_kernel, b,
+            (squares, weight, norms, scale, squares.shape[1], c, call.eps), _constants(x), image,
         )  # fmt: skip
-        kernels.forward_kernel[(b * tiles,)](
-            x, scale, bias, y, n, c, *steps(x, planar), *steps(y, planar),
-            ACC=_acc(x.dtype), **tile.blocks, **tile.options(),
+        kernel_calls.launch(
+            kernels.forward_kernel, b * tiles,
+            (x, scale, bias, y, n, c, *steps(x, planar), *steps(y, planar)), _constants(x), tile,
         )  # fmt: skip
     return y, norms
 
@@ -117,16 +120,20 @@ def backward(grad: torch.Tensor, call: Call, norms: torch.Tensor) -> tuple[torch
     grad = of_layout(grad, planar)
     scale, along, dweight, dbias = (torch.empty_like(norms) for _ in range(4))
     image, tile = _launch("factors", x, planar), _launch("backward", x, planar)
-    tiles = triton.cdiv(n, tile.blocks["ROWS"]) * triton.cdiv(c, tile.blocks["BLOCK"])
+    tiles = cdiv(n, tile.blocks["ROWS"]) * cdiv(c, tile.blocks["BLOCK"])
     with guard(x):
         products, plain = _sums(grad, x, planar)
-        kernels.factors_kernel[(b,)](
-            products, plain, weight, norms, scale, along, dweight, dbias, products.shape[1], c,
-            call.eps, ACC=_acc(x.dtype), **image.blocks, **image.options(),
+        kernel_calls.launch(
+            kernels.factors_kernel, b,
+            (products, plain, weight, norms, scale, along, dweight, dbias, products.shape[1], c,
+             call.eps),
+            _constants(x), image,
         )  # fmt: skip
-        kernels.backward_kernel[(b * tiles,)](
-            grad, x, scale, along, dx, n, c, *steps(grad, planar), *steps(x, planar),
-            *steps(dx, planar), ACC=_acc(x.dtype), **tile.blocks, **tile.options(),
+        kernel_calls.launch(
+            kernels.backward_kernel, b * tiles,
+            (grad, x, scale, along, dx, n, c, *steps(grad, planar), *steps(x, planar),
+             *steps(dx, planar)),
+            _constants(x), tile,
         )  # fmt: skip
     # In float64, since as many rounding errors would meet here as there are images.
     totals = (t.sum(0, dtype=torch.float64) for t in (dweight, dbias))

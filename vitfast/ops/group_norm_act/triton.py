@@ -15,7 +15,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.common import norm as norm_op
@@ -23,6 +22,8 @@ from vitfast.ops.common.triton_tiles import sums_heuristic, tile_heuristic
 from vitfast.ops.group_norm_act import triton_kernels as kernels
 from vitfast.ops.group_norm_act.native import dense, empty
 from vitfast.ops.group_norm_act.reference import BackwardCall, Call, channels_last
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard
 
@@ -52,15 +53,12 @@ def _together(key: dict[str, Any]) -> int:
     size = 2 if key["dtype"] in ("float16", "bfloat16") else 4
     if key["planar"]:
         return 1
-    return min(_pow2(key["groups"]), max(1, _SECTOR // (size * _pow2(key["width"]))))
+    fill = max(1, _SECTOR // (size * next_power_of_2(key["width"])))
+    return min(next_power_of_2(key["groups"]), fill)
 
 
 def _elements(key: dict[str, Any]) -> int:
-    return _pow2(key["pixels"]) * _pow2(key["width"])
-
-
-def _pow2(n: int) -> int:
-    return triton.next_power_of_2(n)
+    return next_power_of_2(key["pixels"]) * next_power_of_2(key["width"])
 
 
 def _warps(arch: Arch, threads: int) -> int:
@@ -73,7 +71,7 @@ def whole_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
     1K is one warp at 32 elements a thread. Chosen, not measured yet: nothing spills with it.
     """
     held = _elements(key)
-    groups = max(_together(key), min(_pow2(key["groups"]), 1024 // held))
+    groups = max(_together(key), min(next_power_of_2(key["groups"]), 1024 // held))
     return Launch({"GROUPS": groups}, _warps(arch, groups * held // 32), 1)
 
 
@@ -82,8 +80,8 @@ def groups_heuristic(arch: Arch, key: dict[str, Any]) -> Launch:
 
     Chosen, not measured yet: nothing spills with it.
     """
-    span = min(_pow2(key["width"]), 512)
-    groups = max(1, min(_pow2(key["groups"]), 64 // span))
+    span = min(next_power_of_2(key["width"]), 512)
+    groups = max(1, min(next_power_of_2(key["groups"]), 64 // span))
     return Launch(
         {"GROUPS": groups, "SPAN": span, "PARTS": min(32, 2048 // (groups * span))},
         _warps(arch, 128), 1,
@@ -125,37 +123,37 @@ class _Problem:
     def __init__(self, x: torch.Tensor, groups: int) -> None:
         self.b, self.c, h, w = x.shape
         self.n, self.groups, self.width = h * w, groups, self.c // groups
-        self.last, self.dtype, self.arch = channels_last(x), x.dtype, arch_of(x.device)
+        self.last, self.arch = channels_last(x), arch_of(x.device)
         self.keys = _keys(self.n, groups, self.width, not self.last, x.dtype)
+        self.acc = tl.float64 if x.dtype == torch.float64 else tl.float32
+        self.constants = {"WIDTH": self.width, "ACC": self.acc}
+        # Those of the kernels that hold whole groups.
+        span, pixels = next_power_of_2(self.width), next_power_of_2(self.n)
+        self.held = {**self.constants, "SPAN": span, "PIXELS": pixels}
 
-    def launch(self, which: str) -> Launch:
+    def config(self, which: str) -> Launch:
         return _launch_of(which, self.arch, self.keys[which])
 
     def whole(self, which: str) -> bool:
         return in_one_program(which, self.keys[which])
 
-    def options(self, launch: Launch) -> dict[str, Any]:
-        acc = tl.float64 if self.dtype == torch.float64 else tl.float32
-        return {"WIDTH": self.width, "ACC": acc, **launch.blocks, **launch.options()}
+    def by_group(self, config: Launch) -> int:
+        return self.b * cdiv(self.groups, config.blocks["GROUPS"])
 
-    def by_group(self, launch: Launch) -> tuple[int]:
-        return (self.b * triton.cdiv(self.groups, launch.blocks["GROUPS"]),)
+    def by_tile(self, config: Launch) -> int:
+        return self.b * cdiv(self.n, config.blocks["ROWS"]) * cdiv(self.c, config.blocks["BLOCK"])
 
-    def by_tile(self, launch: Launch) -> tuple[int]:
-        rows, columns = launch.blocks["ROWS"], launch.blocks["BLOCK"]
-        return (self.b * triton.cdiv(self.n, rows) * triton.cdiv(self.c, columns),)
-
-    def per(self, launch: Launch) -> int:
+    def per(self, config: Launch) -> int:
         """Tiles of a part: from four on its sums are worth their place in memory (chosen, not
         measured yet)."""
-        return max(4, triton.cdiv(triton.cdiv(self.n, _PARTS), launch.blocks["ROWS"]))
+        return max(4, cdiv(cdiv(self.n, _PARTS), config.blocks["ROWS"]))
 
-    def by_part(self, launch: Launch, per: int) -> tuple[tuple[int], tuple[int, ...], int]:
+    def by_part(self, config: Launch, per: int) -> tuple[int, tuple[int, ...], int]:
         """The programs, the shape of what they find, and the pixels of a part."""
-        pixels = per * launch.blocks["ROWS"]
-        parts = triton.cdiv(self.n, pixels)
-        blocks = triton.cdiv(self.c, launch.blocks["BLOCK"])
-        return (self.b * parts * blocks,), (self.b, parts, self.c), pixels
+        pixels = per * config.blocks["ROWS"]
+        parts = cdiv(self.n, pixels)
+        blocks = cdiv(self.c, config.blocks["BLOCK"])
+        return self.b * parts * blocks, (self.b, parts, self.c), pixels
 
     def steps(self, t: torch.Tensor | None) -> tuple[int, int, int]:
         """Strides of images, pixels and channels; those of dimensions of size 1 mean nothing."""
@@ -185,28 +183,32 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     steps = (*p.steps(x), *p.steps(residual), *p.steps(y))
     with guard(x):
         if p.whole("whole"):
-            launch = p.launch("whole")
-            kernels.whole_kernel[p.by_group(launch)](
-                x, weight, bias, residual, y, stats if call.save_stats else None, p.n, groups,
-                *steps, eps, RELU=relu, SPAN=_pow2(p.width), PIXELS=_pow2(p.n),
-                **p.options(launch),
+            config = p.config("whole")
+            kernel_calls.launch(
+                kernels.whole_kernel, p.by_group(config),
+                (x, weight, bias, residual, y, stats if call.save_stats else None, p.n, groups,
+                 *steps, eps),
+                {**p.held, "RELU": relu}, config,
             )  # fmt: skip
             return y, saved
-        launch = p.launch("moments")
-        per = p.per(launch)
-        grid, parts, pixels = p.by_part(launch, per)
+        config = p.config("moments")
+        per = p.per(config)
+        programs, parts, pixels = p.by_part(config, per)
         moments = [x.new_empty(parts, dtype=stats.dtype) for _ in range(3)]
-        options = p.options(launch)
-        del options["WIDTH"]
-        kernels.moments_kernel[grid](x, *moments, p.n, p.c, per, *p.steps(x), **options)
-        launch = p.launch("combine")
-        kernels.combine_kernel[p.by_group(launch)](
-            *moments, stats, p.n, groups, pixels, eps, **p.options(launch)
-        )
-        launch = p.launch("apply")
-        kernels.apply_kernel[p.by_tile(launch)](
-            x, weight, bias, residual, y, stats, p.n, p.c, *steps, RELU=relu,
-            **p.options(launch),
+        kernel_calls.launch(
+            kernels.moments_kernel, programs, (x, *moments, p.n, p.c, per, *p.steps(x)),
+            {"ACC": p.acc}, config,
+        )  # fmt: skip
+        config = p.config("combine")
+        kernel_calls.launch(
+            kernels.combine_kernel, p.by_group(config),
+            (*moments, stats, p.n, groups, pixels, eps), p.constants, config,
+        )  # fmt: skip
+        config = p.config("apply")
+        kernel_calls.launch(
+            kernels.apply_kernel, p.by_tile(config),
+            (x, weight, bias, residual, y, stats, p.n, p.c, *steps),
+            {**p.constants, "RELU": relu}, config,
         )  # fmt: skip
     return y, saved
 
@@ -229,29 +231,35 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     steps = (*p.steps(grad), *p.steps(x), *p.steps(y))
     with guard(x):
         if p.whole("whole_backward"):
-            launch = p.launch("whole_backward")
-            kernels.whole_backward_kernel[p.by_group(launch)](
-                grad, x, y, weight, stats, dx, dresidual, *of_images, p.n, groups, *steps,
-                *p.steps(dx), SPAN=_pow2(p.width), PIXELS=_pow2(p.n), **p.options(launch),
+            config = p.config("whole_backward")
+            kernel_calls.launch(
+                kernels.whole_backward_kernel, p.by_group(config),
+                (grad, x, y, weight, stats, dx, dresidual, *of_images, p.n, groups, *steps,
+                 *p.steps(dx)),
+                p.held, config,
             )  # fmt: skip
         else:
-            launch = p.launch("sums")
-            per = p.per(launch)
-            grid, parts, pixels = p.by_part(launch, per)
+            config = p.config("sums")
+            per = p.per(config)
+            programs, parts, pixels = p.by_part(config, per)
             plain, product = (x.new_empty(parts, dtype=stats.dtype) for _ in range(2))
-            kernels.sums_kernel[grid](
-                grad, x, y, stats, plain, product, p.n, p.c, per, *steps, **p.options(launch)
-            )
-            launch = p.launch("factors")
-            factors = torch.empty_like(stats)
-            kernels.factors_kernel[p.by_group(launch)](
-                plain, product, weight, factors, *of_images, p.n, groups, pixels,
-                **p.options(launch),
+            kernel_calls.launch(
+                kernels.sums_kernel, programs,
+                (grad, x, y, stats, plain, product, p.n, p.c, per, *steps), p.constants, config,
             )  # fmt: skip
-            launch = p.launch("gradient")
-            kernels.gradient_kernel[p.by_tile(launch)](
-                grad, x, y, weight, stats, factors, dx, dresidual, p.n, p.c, *steps, *p.steps(dx),
-                **p.options(launch),
+            config = p.config("factors")
+            factors = torch.empty_like(stats)
+            kernel_calls.launch(
+                kernels.factors_kernel, p.by_group(config),
+                (plain, product, weight, factors, *of_images, p.n, groups, pixels),
+                p.constants, config,
+            )  # fmt: skip
+            config = p.config("gradient")
+            kernel_calls.launch(
+                kernels.gradient_kernel, p.by_tile(config),
+                (grad, x, y, weight, stats, factors, dx, dresidual, p.n, p.c, *steps,
+                 *p.steps(dx)),
+                p.constants, config,
             )  # fmt: skip
     # In float64, since as many rounding errors would meet here as there are images.
     return *found, *(
@@ -301,8 +309,8 @@ def _variant(
     kernel = _KERNELS[which]
     launch = _launch_of(which, arch, _keys(pixels, groups, width, planar, dtype)[which])
     known = {
-        "ACC": tl.float32, "RELU": True, "WIDTH": width, "SPAN": _pow2(width),
-        "PIXELS": _pow2(pixels), **launch.blocks,
+        "ACC": tl.float32, "RELU": True, "WIDTH": width, "SPAN": next_power_of_2(width),
+        "PIXELS": next_power_of_2(pixels), **launch.blocks,
     }  # fmt: skip
     contiguous = "_inner" if planar else "_step"
     constants: dict[str, Any] = {n: v for n, v in known.items() if n in kernel.arg_names}

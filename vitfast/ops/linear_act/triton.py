@@ -172,12 +172,13 @@ def _pre_activation_gradient(
     wide = torch.promote_types(grad.dtype, torch.float32)
     partial = z.new_empty((2 if gated else 1, blocks, n), dtype=wide)
     value, through = _places(call, n)
+    args = (
+        grad, z, dz, partial[0], partial[1] if gated else None, m, n, grad.stride(0),
+        z.shape[-1], value, through,
+    )  # fmt: skip
+    constants = {"ACT": ACTS[call.act], "ACC": _acc(grad.dtype), "GATED": gated}
     with guard(grad):
-        backward_kernel[(across * blocks,)](
-            grad, z, dz, partial[0], partial[1] if gated else None, m, n, grad.stride(0),
-            z.shape[-1], value, through, ACT=ACTS[call.act], ACC=_acc(grad.dtype), GATED=gated,
-            **_BACKWARD.blocks, **_BACKWARD.options(),
-        )  # fmt: skip
+        kernel_calls.launch(backward_kernel, across * blocks, args, constants, _BACKWARD)
     # In float64, since as many rounding errors would meet here.
     sums = partial.sum(1, dtype=torch.float64)
     if gated and value > through:

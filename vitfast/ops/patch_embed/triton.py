@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.patch_embed.reference import INPUTS, Call, normalise
 from vitfast.ops.patch_embed.triton_kernels import forward_kernel
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
 
@@ -61,22 +62,26 @@ def forward(call: Call) -> torch.Tensor:
     tokens = out[:, p0:]
     flat = call.weight.reshape(c, cin * p * q)
     bias, mean, std = (t if t is None else t.contiguous() for t in (call.bias, call.mean, call.std))
-    launch = _launch(dtype, arch_of(image.device), c, flat.shape[1])
+    arch = arch_of(image.device)
+    config = _launch(dtype, arch, c, flat.shape[1])
     rows = batch * n
-    grid = (triton.cdiv(rows, launch.blocks["BLOCK_M"]) * triton.cdiv(c, launch.blocks["BLOCK_N"]),)
+    programs = cdiv(rows, config.blocks["BLOCK_M"]) * cdiv(c, config.blocks["BLOCK_N"])
     if image.dtype != torch.uint8 and mean is None and std is None and image.dtype != dtype:
         image = image.to(dtype)
     pos_b, pos_t = (0, 0) if pos_embed is None else pos_embed.stride()[:2]
     if pos_embed is not None and pos_embed.shape[0] == 1:
         pos_b = 0
+    args = (
+        image, flat, bias, pos_embed, mean, std, tokens, rows, c, n, columns, *image.stride(),
+        flat.stride(0), *tokens.stride()[:2], pos_b, pos_t,
+    )  # fmt: skip
+    constants = {
+        "DEPTH": cin * p * q, "P": p, "Q": q,
+        "ACC": tl.float64 if dtype == torch.float64 else tl.float32, "DTYPE": _TL[dtype],
+        "BYTES": image.dtype == torch.uint8, "PRECISION": precision(dtype, arch),
+    }  # fmt: skip
     with guard(image):
-        forward_kernel[grid](
-            image, flat, bias, pos_embed, mean, std, tokens, rows, c, n, columns,
-            *image.stride(), flat.stride(0), *tokens.stride()[:2], pos_b, pos_t,
-            DEPTH=cin * p * q, P=p, Q=q, ACC=tl.float64 if dtype == torch.float64 else tl.float32,
-            DTYPE=_TL[dtype], BYTES=image.dtype == torch.uint8,
-            PRECISION=precision(dtype, arch_of(image.device)), **launch.blocks, **launch.options(),
-        )  # fmt: skip
+        kernel_calls.launch(forward_kernel, programs, args, constants, config)
     return out
 
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from vitfast.ops.window_attention import triton_kernels as kernels
 from vitfast.ops.window_attention import triton_kernels_large as large
 from vitfast.ops.window_attention.reference import LARGEST_SCALE, BackwardCall, Call
+from vitfast.runtime import kernel_calls
+from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
 from vitfast.runtime.launches import Arch, Launch, Variant, arch_of, launch_of
 from vitfast.runtime.triton import NAMES, guard, precision
 
@@ -102,7 +103,7 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> tuple[int, int]:
 
 
 def _power(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, next_power_of_2(n))
 
 
 def _key(which: str, dtype: torch.dtype, d: int, tokens: int, extra: str) -> dict[str, Any]:
@@ -151,26 +152,22 @@ class _Problem:
         qkv, table, pad, window = call.qkv, call.table, call.pad, call.window
         batch, high, wide, _, self.heads, d = qkv.shape
         self.qkv, self.window, self.tokens = qkv, window, call.wh * call.ww
-        self.windows = batch * triton.cdiv(high, call.wh) * triton.cdiv(wide, call.ww)
+        self.windows = batch * cdiv(high, call.wh) * cdiv(wide, call.ww)
         self.shape = (any(call.shift), call.roll_first, call.grid)
         if table is not None and _turns(self.tokens):
             table = table.t().contiguous().t()
         if high % call.wh == wide % call.ww == 0:
             pad = None  # there is no padding
-        self.arguments = {
-            "qkv_ptr": qkv, "table_ptr": table, "pad_ptr": _packed(pad, qkv.dtype),
-            "logit_ptr": _packed(call.logit_scale), "windows": self.windows,
-            "high": high, "wide": wide, "heads": self.heads,
-            "scale": d**-0.5 if call.scale is None else call.scale,
-            "shift_y": call.sh, "shift_x": call.sw,
-            **dict(zip(_STRIDES, qkv.stride(), strict=True)),
-            "table_p": 0 if table is None else table.stride(0),
-            "table_h": 0 if table is None else table.stride(1),
-        }  # fmt: skip
+        self.pad, logit = _packed(pad, qkv.dtype), _packed(call.logit_scale)
+        self.extra = "pad_ptr" if self.pad is not None else "" if logit is None else "logit_ptr"
+        self.inputs = (qkv, table, self.pad, logit)
+        self.sizes = (
+            high, wide, self.heads, d**-0.5 if call.scale is None else call.scale, call.sh,
+            call.sw, *qkv.stride(), *((0, 0) if table is None else table.stride()),
+        )  # fmt: skip
 
     def key(self, which: str) -> dict[str, Any]:
-        given = (n for n in ("pad_ptr", "logit_ptr") if self.arguments[n] is not None)
-        return _key(which, self.qkv.dtype, self.qkv.shape[-1], self.tokens, next(given, ""))
+        return _key(which, self.qkv.dtype, self.qkv.shape[-1], self.tokens, self.extra)
 
     def blocks(self, which: str) -> Launch:
         arch = arch_of(self.qkv.device)
@@ -182,24 +179,24 @@ class _Problem:
         if arch_of(self.qkv.device).name == "interpreter":
             found = 2  # few problems would be large enough for a program to get several windows
         if windows is not None:
-            found = max(found, triton.cdiv(self.windows, windows))
-        return triton.cdiv(self.windows, triton.cdiv(self.windows, found))
+            found = max(found, cdiv(self.windows, windows))
+        return cdiv(self.windows, cdiv(self.windows, found))
 
-    def launch(self, which: str, parts: int, tiles: int, **pointers: torch.Tensor | None) -> None:
-        launch, arch = self.blocks(which), arch_of(self.qkv.device)
-        _KERNELS[which][(parts * tiles * self.heads,)](
-            **self.arguments, **pointers, per=triton.cdiv(self.windows, parts),
-            **_constants(arch, which, self.qkv.dtype, self.qkv.shape[-1], self.window, *self.shape),
-            **launch.blocks, **launch.options(),
+    def launch(self, which: str, parts: int, tiles: int, *pointers: torch.Tensor | None) -> None:
+        """`pointers` are those of the kernel that no other shares, in its order."""
+        args = (*self.inputs, *pointers, self.windows, cdiv(self.windows, parts), *self.sizes)
+        constants = _constants(
+            arch_of(self.qkv.device), which, self.qkv.dtype, self.qkv.shape[-1], self.window,
+            *self.shape,
         )  # fmt: skip
+        kernel_calls.launch(
+            _KERNELS[which], parts * tiles * self.heads, args, constants, self.blocks(which)
+        )
 
     def sums(self, *shape: int) -> torch.Tensor:
         """Uninitialised, float32 or float64, for what kernels add up."""
         wide = torch.promote_types(self.qkv.dtype, torch.float32)
         return self.qkv.new_empty(shape, dtype=wide)
-
-
-_STRIDES = ("qkv_b", "qkv_y", "qkv_x", "qkv_3", "qkv_h", "qkv_d")
 
 
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -208,11 +205,11 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     batch, high, wide, _, heads, d = qkv.shape
     out = qkv.new_empty(batch, high, wide, heads, d)
     stats = problem.sums(*call.stats_shape)
-    tiles = triton.cdiv(problem.tokens, problem.blocks("forward").blocks["BLOCK_M"])
+    tiles = cdiv(problem.tokens, problem.blocks("forward").blocks["BLOCK_M"])
     with guard(qkv):
         problem.launch(
-            "forward", problem.parts(_PROGRAMS, tiles, windows=8), tiles, out_ptr=out,
-            stats_ptr=stats if call.save_stats else None,
+            "forward", problem.parts(_PROGRAMS, tiles, windows=8), tiles, out,
+            stats if call.save_stats else None,
         )  # fmt: skip
     return out, stats
 
@@ -242,8 +239,7 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     given, qkv, pad = call.forward, call.qkv, call.pad
     problem = _Problem(given)
     wanted = _Wanted(*call.wanted)
-    padded = problem.arguments["pad_ptr"] is not None
-    kernels_wanted = wanted._replace(pad=wanted.pad and padded)
+    kernels_wanted = wanted._replace(pad=wanted.pad and problem.pad is not None)
     dqkv = qkv.new_empty(qkv.shape) if wanted.qkv else None
     grad = call.grad.contiguous()
     dtable = dpad = dscale = None
@@ -281,10 +277,7 @@ def _backward(
         problem.sums(problem.windows, 2, heads, d) if wanted.pad else None,
         problem.sums(parts, heads) if wanted.logit_scale else None,
     )
-    problem.launch(
-        "backward", parts, 1, grad_ptr=grad, dqkv_ptr=dqkv, dbias_ptr=sums.bias,
-        dpad_ptr=sums.pad, dscale_ptr=sums.scale,
-    )  # fmt: skip
+    problem.launch("backward", parts, 1, grad, dqkv, sums.bias, sums.pad, sums.scale)
     return sums
 
 
@@ -296,23 +289,23 @@ def _large_backward(
     heads, d, n = problem.heads, problem.qkv.shape[-1], problem.tokens
     others = wanted.qkv or wanted.table or wanted.pad  # than queries, and they need delta
     delta = problem.sums(problem.windows, heads, n) if others else None
-    given = {"grad_ptr": grad, "stats_ptr": stats, "delta_ptr": delta}
+    given = (grad, stats, delta)
     dbias = dpad = None
-    tiles = triton.cdiv(n, problem.blocks("queries").blocks["BLOCK_M"])
+    tiles = cdiv(n, problem.blocks("queries").blocks["BLOCK_M"])
     parts = problem.parts(_PROGRAMS, tiles)
     dscale = problem.sums(parts * tiles, heads) if wanted.logit_scale else None
-    problem.launch("queries", parts, tiles, **given, dqkv_ptr=dqkv, dscale_ptr=dscale)
+    problem.launch("queries", parts, tiles, *given, dqkv, dscale)
     if wanted.qkv or wanted.pad:
-        tiles = triton.cdiv(n, problem.blocks("keys").blocks["BLOCK_N"])
+        tiles = cdiv(n, problem.blocks("keys").blocks["BLOCK_N"])
         parts = problem.parts(_PROGRAMS, tiles)
         dpad = problem.sums(parts * tiles, 2, heads, d) if wanted.pad else None
-        problem.launch("keys", parts, tiles, **given, dqkv_ptr=dqkv, dpad_ptr=dpad)
+        problem.launch("keys", parts, tiles, *given, dqkv, dpad)
     if wanted.table:
         blocks = problem.blocks("bias").blocks
-        tiles = triton.cdiv(n, blocks["BLOCK_M"]) * triton.cdiv(n, blocks["BLOCK_N"])
+        tiles = cdiv(n, blocks["BLOCK_M"]) * cdiv(n, blocks["BLOCK_N"])
         parts = problem.parts(_SUMMING, tiles)
         dbias = problem.sums(parts, heads, n, n)
-        problem.launch("bias", parts, tiles, **given, dbias_ptr=dbias)
+        problem.launch("bias", parts, tiles, *given, dbias)
     return _Sums(dbias, dpad, dscale)
 
 
@@ -321,12 +314,12 @@ def _folded(dbias: torch.Tensor, table: torch.Tensor, window: tuple[int, int]) -
     heads = dbias.shape[1]
     total = dbias.sum(0) if len(dbias) > 1 else dbias[0]
     dtable = table.new_empty(table.shape)
-    grid = (triton.cdiv(len(table), _FOLD.blocks["BLOCK_T"]) * heads,)
-    large.fold_kernel[grid](
-        total, dtable, heads, WH=window[0], WW=window[1],
-        ACC=tl.float64 if total.dtype == torch.float64 else tl.float32, **_FOLD.blocks,
-        **_FOLD.options(),
-    )  # fmt: skip
+    programs = cdiv(len(table), _FOLD.blocks["BLOCK_T"]) * heads
+    constants = {
+        "WH": window[0], "WW": window[1],
+        "ACC": tl.float64 if total.dtype == torch.float64 else tl.float32,
+    }  # fmt: skip
+    kernel_calls.launch(large.fold_kernel, programs, (total, dtable, heads), constants, _FOLD)
     return dtable
 
 

@@ -1,0 +1,98 @@
+"""Blocks on a GPU in inference: the ops' kernels from one recorded list a block.
+
+The first calls of a kind go through the ops; the third is recorded (`runtime.launch_lists`), and
+those after it issue the list, as long as nothing has changed that it depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+from vitfast.engine.memo import Memo
+from vitfast.engine.products.weights import CACHE
+from vitfast.runtime import kernel_calls, launches, library, triton
+from vitfast.runtime.ambient import ambient
+from vitfast.runtime.launch_lists import LaunchList, record
+
+_MOST_KINDS = 8
+"""Kinds of calls, by shapes and settings, of which a block keeps lists at once."""
+_RECORDED = 2
+"""Calls of a kind before the one that is recorded: kernels are compiled in the first."""
+
+
+class _Kind:
+    """What is known of one kind of call."""
+
+    def __init__(self, addresses: list[int]) -> None:
+        self.addresses = addresses  # of the plan's tensors
+        self.calls = 0
+        self.list: LaunchList | None = None
+
+
+def through_list(
+    run: Callable[..., torch.Tensor], x: torch.Tensor, plan: Any, *others: Any, **named: Any
+) -> torch.Tensor:
+    """run(x, plan, *others, **named), by its list where it has one.
+
+    `run` computes by the public ops, of x, tensors among the others, and the plan's. It does the
+    same in each call with such arguments, of which those that are no tensors can be hashed.
+    """
+    memo: Memo | None = getattr(plan, "memo", None)
+    if (
+        memo is None
+        or torch.is_grad_enabled()
+        or not (x.is_cuda or triton.interpreting())
+        or getattr(plan, "drops", False)
+        or not memo.is_of(plan)
+        or _is_watched()
+    ):
+        return run(x, plan, *others, **named)
+    values = (x, *others, *named.values())
+    inputs = [value for value in values if isinstance(value, torch.Tensor)]
+    key = (
+        run,
+        *named,
+        *[
+            (v.shape, v.stride(), v.dtype, v.device, v.data_ptr() % 16)
+            if isinstance(v, torch.Tensor) else v
+            for v in values
+        ],
+        ambient(x.device),
+    )  # fmt: skip
+    addresses = list(map(torch.Tensor.data_ptr, memo.tensors))
+    kind: _Kind | None = memo.lists.get(key)
+    if kind is None or kind.addresses != addresses:
+        _meet(memo, key, addresses)
+        return run(x, plan, *others, **named)
+    if kind.list is not None:
+        return kind.list(*inputs)
+    kind.calls += 1
+    if kind.calls != _RECORDED:
+        return run(x, plan, *others, **named)
+    with CACHE.noting() as kept:
+        out, found = record(lambda: run(x, plan, *others, **named), inputs, memo.tensors)
+    if not kept:
+        kind.list = found
+    CACHE.note(*kept)  # for whoever asks around this: it computes with what was made of weights
+    return out
+
+
+def _meet(memo: Memo, key: Hashable, addresses: list[int]) -> None:
+    """Note the first call of a kind, or the first after a weight has moved."""
+    kinds = list(memo.lists)  # at once: other threads add to it, too
+    for oldest in kinds[: max(0, len(kinds) - _MOST_KINDS + 1)]:
+        memo.lists.pop(oldest, None)
+    memo.lists[key] = _Kind(addresses)
+
+
+def _is_watched() -> bool:
+    """Whether somebody waits to see each op, each launch or each choice of a kernel."""
+    return (
+        library.is_watched()
+        or launches.is_watched()
+        or torch._C._autograd._profiler_enabled()
+        or kernel_calls.is_profiled()
+    )
