@@ -79,8 +79,18 @@ def test_spills_are_seen():
     big = {"BLOCK_M": 64, "BLOCK_N": 64}
     v = replace(v, constants={**v.constants, **big}, launch=Launch(big, 4, 1))
     found = aot.resources(aot.compile_variant(v, "sm_90"), "sm_90")
-    assert found["spilled"] > 0
+    assert found["spilled"] > 0 and found["spills_in_loops"] > 0
     assert any("spills" in why for why in aot.faults(v, "sm_90", found))
+
+
+def test_a_few_registers_may_wait_out_a_loop():
+    v, found = _variant("layer_norm", "forward-c384-fp16"), {"shared": 0, "matrix": 0}
+    for spilled, in_loops, refused in ((0, {}, False), (16, {"spills_in_loops": 0}, False),
+                                       (24, {"spills_in_loops": 0}, True), (8, {}, True),
+                                       (8, {"spills_in_loops": 1}, True)):  # fmt: skip
+        why = aot.faults(v, "sm_90", {**found, "spilled": spilled, **in_loops})
+        assert bool(why) == refused
+    assert not aot.faults(v, "gfx1100", {**found, "spilled": 900})
 
 
 def test_missing_matrix_instructions_are_seen():

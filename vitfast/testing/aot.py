@@ -6,9 +6,9 @@
     python -m vitfast.testing.aot --model --target sm_90 --op attention    # bounds, by a model
 
 For each kernel x config x dtype x target: registers, bytes spilled, shared memory, and the number
-of matrix instructions. Spilling is refused on sm_80 and newer, gfx942 and gfx950; a kernel that
-claims matrix instructions must have some; shared memory must fit; no pointer offset may be a
-32-bit product with a stride.
+of matrix instructions. Spilling is refused on sm_80 and newer, gfx942 and gfx950, but for a few
+registers that wait out a loop; a kernel that claims matrix instructions must have some; shared
+memory must fit; no pointer offset may be a 32-bit product with a stride.
 
 Compiling an op for all targets takes minutes to hours. Where its kernels changed and were not all
 compiled anew, the table names it under "pending" for those targets, and knows nothing of it there;
@@ -38,6 +38,9 @@ from vitfast.testing.recorded import modules
 TABLE = Path("tests", "gpu", "resources.json")
 """In a checkout."""
 _MAY_SPILL = {"sm_75", "gfx90a", "gfx1100", "gfx1201"}
+_FEW = 16
+"""Bytes a thread that may be spilled outside of loops: one version of ptxas has room for the last
+four registers there, and another does not."""
 _MATRIX = re.compile(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)|\bv_(?:mfma|wmma|swmmac)_")
 
 
@@ -143,7 +146,9 @@ def _attrs(v: Variant, arch: Arch) -> dict[tuple[int, ...], list[list[Any]]]:
 
 
 def resources(compiled: Any, target: str) -> dict[str, int]:
-    """Registers, spilled bytes, shared bytes and matrix instructions of a compiled kernel."""
+    """Registers, spilled bytes, shared bytes and matrix instructions of a compiled kernel; where
+    NVIDIA's spill, also how many instructions in loops do."""
+    looped = {}
     if Arch(target).is_amd:
         text = compiled.asm["amdgcn"]
         registers = _number(text, r"\.vgpr_count:\s+(\d+)")
@@ -151,9 +156,12 @@ def resources(compiled: Any, target: str) -> dict[str, int]:
     else:
         text = compiled.asm["ptx"]
         registers, spilled = sass.usage(compiled.asm["cubin"])
+        if spilled:
+            looped = {"spills_in_loops": sass.spills_in_loops(compiled.asm["cubin"])}
     return {
         "registers": registers,
         "spilled": spilled,
+        **looped,
         "shared": compiled.metadata.shared,
         "matrix": len(_MATRIX.findall(text)),
     }
@@ -166,7 +174,8 @@ def _number(text: str, pattern: str) -> int:
 def faults(v: Variant, target: str, found: dict[str, int]) -> list[str]:
     """What is wrong with a kernel that compiled."""
     arch, why = Arch(target), []
-    if found["spilled"] and target not in _MAY_SPILL:
+    few = found["spilled"] <= _FEW and not found.get("spills_in_loops", 1)
+    if found["spilled"] and not few and target not in _MAY_SPILL:
         why.append(f"spills {found['spilled']} bytes a thread")
     if found["shared"] > arch.shared_bytes:
         why.append(f"needs {found['shared']} bytes of shared memory; {arch.shared_bytes} exist")

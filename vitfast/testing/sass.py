@@ -179,6 +179,13 @@ def loops(instructions: Sequence[Instruction]) -> list[Loop]:
     return sorted((Loop(a, b) for a, b in last.items()), key=lambda o: (o.first, -o.last))
 
 
+def spills_in_loops(cubin: bytes) -> int:
+    """Loads and stores of registers that did not fit, within loops: once an iteration each."""
+    instructions = parse(disassembly(cubin))
+    within = {n for loop in loops(instructions) for n in range(loop.first, loop.last + 1)}
+    return sum(instructions[n].name in ("LDL", "STL") for n in within)
+
+
 # ---- pipes ---------------------------------------------------------------------------------------
 
 PIPES = ("tensor", "fma", "imad", "alu", "xu", "lsu", "uniform", "fp64", "control")
