@@ -51,9 +51,9 @@ WITHOUT_DOT = """\
 torch's own (SDPA, cuBLAS, cuDNN) run.
 """
 RESOURCES = """\
-What the largest kernels take, of those that are compiled as they are now. On sm_80 and newer, gfx942
-and gfx950 none may spill more than four registers, nor any in a loop, and all fit the shared memory
-that one block may use there.
+What the largest kernels take, of those that are compiled as they are now. On sm_80 and newer,
+gfx942 and gfx950 none may spill more than four registers, nor any in a loop, and all fit the shared
+memory that one block may use there.
 """
 
 
