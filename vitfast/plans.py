@@ -38,11 +38,24 @@ class Called(NamedTuple):
     module: Any = None
 
 
+class Computed(NamedTuple):
+    """In a tensor's place: what timm's forward computes in each call from a module's tensors."""
+
+    function: Callable[..., torch.Tensor]
+    tensors: tuple[torch.Tensor, ...]
+
+    def value(self) -> torch.Tensor:
+        return self.function(*self.tensors)
+
+
 class Linear(NamedTuple):
-    """weight [out, in] ([out, in, 1, 1] of a convolution) and bias [out]."""
+    """weight [out, in] ([out, in, 1, 1] of a convolution) and bias [out].
+
+    Of a packed qkv the bias may be `Computed`; see `Attention.computed`.
+    """
 
     weight: torch.Tensor
-    bias: torch.Tensor | None
+    bias: Any  # a tensor, Computed or None
 
 
 class Norm(NamedTuple):
@@ -108,6 +121,13 @@ class Attention(NamedTuple):
     head_first: bool = False
     table: torch.Tensor | None = None
     logit_scale: torch.Tensor | None = None
+
+    def computed(self) -> Attention:
+        """With tensors in place of all that is `Computed`."""
+        bias = getattr(self.qkv[0], "bias", None)  # it may be Called
+        if not isinstance(bias, Computed):
+            return self
+        return self._replace(qkv=(self.qkv[0]._replace(bias=bias.value()),))
 
     def padding(self, windows: Windows) -> torch.Tensor | None:
         """q, k and v of a zero token, [3, heads, D], where the map does not end with a window."""

@@ -214,14 +214,31 @@ def test_a_change_counts_at_once(warm, change):
     torch.testing.assert_close(call(module, x, 3), found, rtol=0, atol=0)
 
 
-def test_what_a_plan_computes_is_not_kept(lively):
-    block = beit.Block(C, 3, qkv_bias=True, init_values=0.1, window_size=(3, 3))
+BIASES = {
+    "in place": lambda bias: bias.detach().add_(1.0),
+    "past torch": lambda bias: bias.data.add_(1.0),
+    "moved": lambda bias: setattr(bias, "data", bias.data + 1.0),
+}
+
+
+@pytest.mark.parametrize("name", ["q_bias", "k_bias", "v_bias"])
+@pytest.mark.parametrize("how", BIASES)
+@pytest.mark.parametrize("kind", ["beit", "eva"])
+def test_biases_that_timm_joins_in_each_call(kind, how, name, lively):
+    if kind == "beit":
+        block = beit.Block(C, 3, qkv_bias=True, init_values=0.1)
+    else:
+        block = eva.EvaBlock(C, 3, qkv_fused=True)
     module, x = lively(block).eval(), torch.randn(2, 10, C)
     swap(module)
-    call(module, x, 3)
-    with torch.no_grad():
-        module.attn.q_bias.add_(1)
-    torch.testing.assert_close(call(module, x).double(), by_timm(module, x), rtol=1e-4, atol=1e-4)
+    call(module, x, 4)
+    assert replays(module)
+    before = call(module, x)
+    BIASES[how](getattr(module.attn, name))
+    found = call(module, x)
+    torch.testing.assert_close(found.double(), by_timm(module, x), rtol=1e-4, atol=1e-4)
+    if name != "k_bias":  # which all keys have alike
+        assert (found - before).abs().max() > 1e-3
 
 
 def test_a_frozen_bottleneck_thaws(lively):

@@ -158,6 +158,7 @@ def attend(
         windows: where attention is within windows; then without the other terms.
         normed: how x came from the residual stream, which then is all that is saved.
     """
+    plan = plan.computed()
     qkv = split_heads([project(x, layer, normed) for layer in plan.qkv], plan)
     if windows is None:
         out = ops.attention(

@@ -23,6 +23,11 @@ def prepare_block(
     windows: Windows | None,
     half: str,
 ) -> PreparedBlock | None:
+    if half != "mlp":
+        attn = plan.attn.computed()
+        if attn is not plan.attn:
+            CACHE.note(*plan.attn.qkv[0].bias.tensors)
+            plan = plan._replace(attn=attn)
     operand = autocast or x.dtype
     stream = checks.stream_dtype(x, plan, operand, half)
     if stream is None or not checks.block(x, plan, autocast, windows, half):

@@ -28,6 +28,7 @@ from vitfast.layers.reading.norm import read_optional_norm
 from vitfast.plans import (
     Attention,
     Called,
+    Computed,
     Linear,
     Unfit,
     Unsupported,
@@ -143,9 +144,13 @@ def read_packed_qkv(module: Any) -> Linear | Called:
     return read_linear(module._modules, "qkv")._replace(bias=bias)
 
 
-def read_packed_bias(module: Any) -> torch.Tensor | None:
+def read_packed_bias(module: Any) -> Computed | None:
     """The bias of EVA's and BEiT's qkv: learned for q and v, a buffer of zeros for k."""
     q_bias = read_optional_parameter(module, "q_bias")
     if q_bias is None:
         return None
-    return torch.cat((q_bias, module.k_bias, read_parameter(module, "v_bias")))
+    return Computed(_joined, (q_bias, module.k_bias, read_parameter(module, "v_bias")))
+
+
+def _joined(*biases: torch.Tensor) -> torch.Tensor:
+    return torch.cat(biases)
