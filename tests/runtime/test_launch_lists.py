@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
@@ -18,6 +19,7 @@ import triton.language as tl  # noqa: E402
 import vitfast  # noqa: E402
 from vitfast import ops  # noqa: E402
 from vitfast.blocks import launched  # noqa: E402
+from vitfast.plans import Called, Computed  # noqa: E402
 from vitfast.runtime import kernel_calls, launch_lists, launches, library, trust  # noqa: E402
 from vitfast.runtime.kernel_calls import launch  # noqa: E402
 from vitfast.runtime.launch_lists import record  # noqa: E402
@@ -145,6 +147,17 @@ def test_what_may_not_run_again_is_not_recorded(driver, function):
 def test_inputs_that_share_memory_are_not_recorded(driver):
     first, second = SHARED
     assert record(lambda: first + second, [first, second], [])[1] is None
+    assert record(lambda: first + second, [first], [second])[1] is None
+    assert record(lambda: first[:0] + 1.0, [first[:0]], [])[1] is None
+
+
+def test_torch_s_own_kernels_need_no_triton(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with torch.no_grad():
+        _, found = record(lambda: F.linear(X, WEIGHT).relu(), [X], [WEIGHT])
+        x = torch.randn_like(X)
+        assert same_bits(found(x), F.linear(x, WEIGHT).relu())
+        assert not kernel_calls.is_profiled()
 
 
 def test_an_error_leaves_no_recorder_and_no_mode_behind(driver):
@@ -227,6 +240,10 @@ def move(block, tokens):
     block.mlp.fc1.weight.data = block.mlp.fc1.weight.data.clone()
 
 
+def transpose(block, tokens):
+    block.attn.proj.weight.data = block.attn.proj.weight.data.t()
+
+
 def replace(block, tokens):
     block.norm1.bias = torch.nn.Parameter(torch.zeros(192).half())
 
@@ -234,6 +251,7 @@ def replace(block, tokens):
 OTHER = {
     "moved weight": move,
     "replaced weight": replace,
+    "other strides": transpose,
     "hook of a child": lambda b, x: b.attn.proj.register_forward_hook(lambda *_: None),
     "tables": lambda b, x: launches.reread_tables(),
     "trust": lambda b, x: trust.refuse(torch.device("cpu"), [], "so"),
@@ -287,6 +305,39 @@ def test_another_kind_of_call_has_a_list_of_its_own(swapped, tokens, what):
         assert swapped(x).shape == x.shape
     assert len({id(found) for found in lists(swapped)}) == (1 if what == "dtype" else 2)
     assert None not in lists(swapped)
+
+
+def test_a_list_that_cannot_be_launched_is_left_for_the_ops(swapped, tokens, monkeypatch):
+    for _ in range(3):
+        swapped(tokens)
+
+    def fails(self, *inputs):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(launch_lists.LaunchList, "__call__", fails)
+    message = "an illegal memory access was encountered"
+    with pytest.raises(RuntimeError, match="illegal"):
+        swapped(tokens)
+    message = "Triton Error [CUDA]: out of memory"
+    assert swapped(tokens).shape == tokens.shape
+    assert lists(swapped) == [None] and swapped(tokens).shape == tokens.shape
+
+
+def test_what_calls_a_module_has_no_list(swapped, tokens):
+    """A module's own forward may do another thing each time."""
+    swapped(tokens)
+    (entry,) = swapped.__dict__["_vitfast_memos"].values()
+    plan = entry.kept[1].plan
+    assert not launched._calls_modules(plan)
+    joined = Computed(torch.cat, (tokens,))
+    fc1 = plan.mlp.fc1._replace(bias=joined)
+    assert not launched._calls_modules(plan._replace(mlp=plan.mlp._replace(fc1=fc1)))
+    for mlp in (
+        plan.mlp._replace(act_module=torch.nn.GELU()),
+        plan.mlp._replace(fc2=Called("a hook")),
+        Called("a hook"),
+    ):
+        assert launched._calls_modules(plan._replace(mlp=mlp))
 
 
 def test_kinds_are_bounded(swapped):

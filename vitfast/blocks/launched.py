@@ -10,9 +10,11 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from torch import nn
 
 from vitfast.engine.memo import Memo
 from vitfast.engine.products.weights import CACHE
+from vitfast.plans import Called, Computed
 from vitfast.runtime import kernel_calls, launches, library, triton
 from vitfast.runtime.ambient import ambient
 from vitfast.runtime.launch_lists import LaunchList, record
@@ -24,10 +26,13 @@ _RECORDED = 2
 
 
 class _Kind:
-    """What is known of one kind of call."""
+    """What is known of one kind of call.
 
-    def __init__(self, addresses: list[int]) -> None:
-        self.addresses = addresses  # of the plan's tensors
+    places: addresses and strides of the plan's tensors. settled: nothing is recorded any more.
+    """
+
+    def __init__(self, places: list[Any], settled: bool) -> None:
+        self.places, self.settled = places, settled
         self.calls = 0
         self.list: LaunchList | None = None
 
@@ -62,16 +67,23 @@ def through_list(
         ],
         ambient(x.device),
     )  # fmt: skip
-    addresses = list(map(torch.Tensor.data_ptr, memo.tensors))
+    tensors = memo.tensors
+    places = [*map(torch.Tensor.data_ptr, tensors), *map(torch.Tensor.stride, tensors)]
     kind: _Kind | None = memo.lists.get(key)
-    if kind is None or kind.addresses != addresses:
-        _meet(memo, key, addresses)
+    if kind is None or kind.places != places:
+        _meet(memo, key, places)
         return run(x, plan, *others, **named)
     if kind.list is not None:
-        return kind.list(*inputs)
+        try:
+            return kind.list(*inputs)
+        except Exception as error:
+            if not triton.is_launch_failure(error):
+                raise
+            kind.list = None  # for the ops to say what cannot be launched
     kind.calls += 1
-    if kind.calls != _RECORDED:
+    if kind.settled or kind.calls < _RECORDED:
         return run(x, plan, *others, **named)
+    kind.settled = True
     with CACHE.noting() as kept:
         out, found = record(lambda: run(x, plan, *others, **named), inputs, memo.tensors)
     if not kept:
@@ -80,12 +92,22 @@ def through_list(
     return out
 
 
-def _meet(memo: Memo, key: Hashable, addresses: list[int]) -> None:
+def _meet(memo: Memo, key: Hashable, places: list[Any]) -> None:
     """Note the first call of a kind, or the first after a weight has moved."""
     kinds = list(memo.lists)  # at once: other threads add to it, too
     for oldest in kinds[: max(0, len(kinds) - _MOST_KINDS + 1)]:
         memo.lists.pop(oldest, None)
-    memo.lists[key] = _Kind(addresses)
+    memo.lists[key] = _Kind(places, settled=_calls_modules(memo.plan))
+
+
+def _calls_modules(plan: tuple[Any, ...]) -> bool:
+    """Whether something in a plan is called as timm calls it: it may do another thing each time."""
+    if isinstance(plan, Computed):
+        return False
+    return isinstance(plan, Called) or any(
+        isinstance(value, nn.Module) or (isinstance(value, tuple) and _calls_modules(value))
+        for value in plan
+    )
 
 
 def _is_watched() -> bool:

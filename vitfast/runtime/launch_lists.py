@@ -12,6 +12,7 @@ between kernels and that no op of torch touches. What ops of torch read or write
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -188,10 +189,12 @@ class _Watch(TorchDispatchMode):
 def _counting() -> Iterator[list[None]]:
     """Gives an item for each launch that Triton's own `kernel[grid]` makes within, of this thread;
     `kernel_calls.launch` then makes all of its by that. The interpreter has no hooks."""
-    import triton
-
-    chain, thread = triton.knobs.runtime.launch_enter_hook, threading.get_ident()
     found: list[None] = []
+    triton, thread = sys.modules.get("triton"), threading.get_ident()
+    if triton is None:  # without it there are lists of torch's own kernels
+        yield found
+        return
+    chain = triton.knobs.runtime.launch_enter_hook
 
     def note(metadata: Any) -> None:
         if threading.get_ident() == thread:
@@ -217,9 +220,11 @@ class _Compiler:
         self._recorded, self._out = recorded, out
         self._ops = [step for step in recorded if isinstance(step, _Op)]
         self._inputs = {storage(t): (i, t.data_ptr()) for i, t in enumerate(inputs)}
-        if len(self._inputs) < len(inputs) or not all(t.numel() for t in inputs):
+        self._constants = storages(constants)
+        if len(self._inputs) < len(inputs) or self._inputs.keys() & self._constants:
             raise _Unrepeatable("inputs share memory")
-        self._constants = storages(constants) - self._inputs.keys()
+        if not all(t.numel() for t in inputs):
+            raise _Unrepeatable("there is nothing to compute")
         self._made_by = {
             storage(t): step for step in self._ops for t in step.made
             if t.numel() and storage(t) not in storages(step.given)
