@@ -261,6 +261,7 @@ class MlpResidual(NamedTuple):
     mlp: Mlp
     gamma: torch.Tensor | None
     drop: DropRate | None
+    memo: Any = None
 
     @property
     def drops(self) -> bool:

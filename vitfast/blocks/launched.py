@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import nn
 
 from vitfast.engine.memo import Memo
 from vitfast.engine.products.weights import CACHE
@@ -28,7 +27,7 @@ _RECORDED = 2
 class _Kind:
     """What is known of one kind of call.
 
-    places: addresses and strides of the plan's tensors. settled: nothing is recorded any more.
+    places: where the plan's tensors lie. settled: nothing is recorded any more.
     """
 
     def __init__(self, places: list[Any], settled: bool) -> None:
@@ -67,8 +66,9 @@ def through_list(
         ],
         ambient(x.device),
     )  # fmt: skip
-    tensors = memo.tensors
-    places = [*map(torch.Tensor.data_ptr, tensors), *map(torch.Tensor.stride, tensors)]
+    # Kept until the list has run, whatever another thread assigns to a weight's `data` meanwhile.
+    storages = list(map(torch.Tensor.untyped_storage, memo.tensors))  # noqa: F841
+    places = _places(memo.tensors)
     kind: _Kind | None = memo.lists.get(key)
     if kind is None or kind.places != places:
         _meet(memo, key, places)
@@ -92,10 +92,21 @@ def through_list(
     return out
 
 
+def _places(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+    """All that a kernel is told of tensors."""
+    return [
+        *map(torch.Tensor.data_ptr, tensors), *map(torch.Tensor.size, tensors),
+        *map(torch.Tensor.stride, tensors), *[t.dtype for t in tensors],
+    ]  # fmt: skip
+
+
 def _meet(memo: Memo, key: Hashable, places: list[Any]) -> None:
     """Note the first call of a kind, or the first after a weight has moved."""
-    kinds = list(memo.lists)  # at once: other threads add to it, too
-    for oldest in kinds[: max(0, len(kinds) - _MOST_KINDS + 1)]:
+    kinds = list(memo.lists.items())  # at once: other threads add to it, too
+    for other, kind in kinds:
+        if kind.places != places:  # its list reads, and keeps, what weights were
+            memo.lists.pop(other, None)
+    for oldest, _ in kinds[: max(0, len(memo.lists) - _MOST_KINDS + 1)]:
         memo.lists.pop(oldest, None)
     memo.lists[key] = _Kind(places, settled=_calls_modules(memo.plan))
 
@@ -105,8 +116,7 @@ def _calls_modules(plan: tuple[Any, ...]) -> bool:
     if isinstance(plan, Computed):
         return False
     return isinstance(plan, Called) or any(
-        isinstance(value, nn.Module) or (isinstance(value, tuple) and _calls_modules(value))
-        for value in plan
+        _calls_modules(value) if isinstance(value, tuple) else callable(value) for value in plan
     )
 
 

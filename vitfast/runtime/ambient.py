@@ -15,6 +15,7 @@ _FLAGS = (
     torch.get_default_dtype, torch._C._get_cudnn_enabled, torch._C._get_deterministic_algorithms,
     torch._C._get_flash_sdp_enabled, torch._C._get_mem_efficient_sdp_enabled,
     torch._C._get_math_sdp_enabled, torch._C._get_cudnn_sdp_enabled,
+    torch._C._get_math_sdp_allow_fp16_bf16_reduction,
 )  # fmt: skip
 """What `torch.backends` gives, which takes three times as long."""
 
@@ -33,4 +34,5 @@ def ambient(device: torch.device) -> Hashable:
         _precision("cuda", "matmul"),
         _precision("cuda", "conv"),
         *[flag() for flag in _FLAGS],
+        tuple(torch._C._get_sdp_priority_order()),
     )

@@ -109,11 +109,15 @@ def record(
     watch = _Watch(steps)
     with _counting() as launches:
         out = under(watch, kernel_calls.recorder, steps, function)
-    if len(launches) > sum(isinstance(step, Launched) for step in steps):
+    if launches is None or len(launches) > sum(isinstance(step, Launched) for step in steps):
         return out, None
     try:
         return out, _Compiler(inputs, constants, steps, out).compiled()
-    except _Unrepeatable:
+    except (
+        _Unrepeatable,
+        NotImplementedError,
+        RuntimeError,
+    ):  # torch's, of memory that is no plain
         return out, None
 
 
@@ -186,15 +190,19 @@ class _Watch(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def _counting() -> Iterator[list[None]]:
+def _counting() -> Iterator[list[None] | None]:
     """Gives an item for each launch that Triton's own `kernel[grid]` makes within, of this thread;
-    `kernel_calls.launch` then makes all of its by that. The interpreter has no hooks."""
+    `kernel_calls.launch` then makes all of its by that. None where they cannot be counted. The
+    interpreter has no hooks."""
     found: list[None] = []
     triton, thread = sys.modules.get("triton"), threading.get_ident()
     if triton is None:  # without it there are lists of torch's own kernels
         yield found
         return
     chain = triton.knobs.runtime.launch_enter_hook
+    if not hasattr(chain, "add"):  # somebody has put a hook of another kind there, or None
+        yield None
+        return
 
     def note(metadata: Any) -> None:
         if threading.get_ident() == thread:
@@ -217,7 +225,7 @@ class _Compiler:
         recorded: Sequence[_Op | Launched],
         out: torch.Tensor,
     ) -> None:
-        self._recorded, self._out = recorded, out
+        self._recorded, self._out, self._device = recorded, out, inputs[0].device
         self._ops = [step for step in recorded if isinstance(step, _Op)]
         self._inputs = {storage(t): (i, t.data_ptr()) for i, t in enumerate(inputs)}
         self._constants = storages(constants)
@@ -292,6 +300,10 @@ class _Compiler:
         """That an op may run again, on memory that something which was noted has written to."""
         if not step.made or _BY_VALUE.intersection(step.op.tags):
             raise _Unrepeatable(f"{step.op} gives values")
+        if any(t.device != self._device for t in step.made):
+            raise _Unrepeatable(f"{step.op} copies to another device")
+        if any(isinstance(a, torch.UntypedStorage) for a in step.args):
+            raise _Unrepeatable(f"{step.op} takes memory by itself")
         targets = storages(step.written)
         if not targets <= self._made_by.keys():
             raise _Unrepeatable(f"{step.op} writes to what was there before")
@@ -350,9 +362,13 @@ class _Compiler:
         """Takes the tensors of one call out of these: where they were, and their numbers."""
         found = []
         for i, t in enumerate(leaves):
-            if isinstance(t, torch.Tensor) and not self._is_constant(t):
+            if not isinstance(t, torch.Tensor):
+                continue
+            if not self._is_constant(t):
                 found.append((i, self._number(t)))
                 leaves[i] = None
+            elif t._is_view():
+                leaves[i] = t.data  # without its base, which others may want to be alone with
         return found
 
     def _introduce(self, t: torch.Tensor) -> tuple[int, int, int]:

@@ -145,9 +145,9 @@ def from_tables(function: Callable[..., Any]) -> Any:
 
 def reread_tables() -> None:
     """Read the tables again."""
-    choose_anew()
     for cached in _FROM_TABLES:
         cached.cache_clear()
+    choose_anew()
 
 
 _editions = itertools.count(1)

@@ -201,10 +201,10 @@ def forget() -> None:
     """Decide everything anew, from the files: for tests, and where a machine has changed."""
     _DECISIONS.clear()
     _ANSWERS.clear()
-    choose_anew()
     _known.cache_clear()
     verdicts.machine_of.cache_clear()
     verdicts.kernels_of.cache_clear()
+    choose_anew()
 
 
 _assumed: list[None] = []

@@ -22,7 +22,7 @@ from vitfast.ops.attention.reference import (
 )
 from vitfast.ops.common.autodiff import gradients
 from vitfast.runtime.dispatch import Backend
-from vitfast.runtime.launches import arch_of, choice_of
+from vitfast.runtime.launches import arch_of, choice_of, choose_anew
 
 
 def compute(call: Call) -> torch.Tensor:
@@ -97,10 +97,12 @@ _forced: list[str] = []
 def forcing(name: str) -> Iterator[None]:
     """Within, unmasked calls on GPUs run this vendor kernel: for `vitfast tune` and `bench`."""
     _forced.append(name)
+    choose_anew()
     try:
         yield
     finally:
         _forced.pop()
+        choose_anew()
 
 
 def _choosing(chosen: str) -> contextlib.AbstractContextManager[None]:
