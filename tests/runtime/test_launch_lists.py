@@ -1,47 +1,27 @@
-"""Recorded lists of launches: what may be recorded, what a list launches, when it is left."""
+"""Recorded lists of launches in blocks: what they launch, and when they are left for the ops."""
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 
 triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("kernels run in Triton's interpreter", allow_module_level=True)
 
-import triton.language as tl  # noqa: E402
 
 import vitfast  # noqa: E402
 from vitfast import ops  # noqa: E402
 from vitfast.blocks import launched  # noqa: E402
+from vitfast.engine.products.weights import CACHE  # noqa: E402
+from vitfast.errors import BackendUnavailableError  # noqa: E402
 from vitfast.plans import Called, Computed  # noqa: E402
-from vitfast.runtime import kernel_calls, launch_lists, launches, library, trust  # noqa: E402
-from vitfast.runtime.kernel_calls import launch  # noqa: E402
-from vitfast.runtime.launch_lists import record  # noqa: E402
-from vitfast.runtime.launches import Launch  # noqa: E402
+from vitfast.runtime import launch_lists, launches, library, trust  # noqa: E402
 from vitfast.settings import settings  # noqa: E402
-from vitfast.testing.errors import same_bits  # noqa: E402
 from vitfast.testing.no_launch import launching_nothing  # noqa: E402
-
-X, WEIGHT = torch.randn(4, 6), torch.randn(6, 6)
-
-
-@triton.jit
-def copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
-    at = tl.arange(0, BLOCK)
-    tl.store(y_ptr + at, tl.load(x_ptr + at, at < n), at < n)
-
-
-def copied(x):
-    """As if by a kernel; the driver launches nothing."""
-    y = torch.empty_like(x)
-    launch(copy_kernel, 1, (x, y, x.numel()), {}, Launch({"BLOCK": 32}, 4, 1))
-    return y
 
 
 @pytest.fixture
@@ -71,131 +51,7 @@ def lists(block):
     return [kind.list for kind in entry.kept[1].lists.values()]
 
 
-# ---- what is recorded ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: F.linear(x, WEIGHT).relu(),
-        lambda x: F.linear(x, WEIGHT).relu_().t()[1:],
-        lambda x: (x @ WEIGHT.t()).softmax(-1).chunk(2, -1)[1] * 2.0,
-        lambda x: torch.cat([x, F.linear(x[1:], WEIGHT)]).reshape(2, -1),
-        lambda x: x.new_empty(4, 6).copy_(x[:, :1] + WEIGHT[:4]),
-        lambda x: F.scaled_dot_product_attention(*(x.view(1, 1, 4, 6) for _ in range(3))).flatten(),
-        lambda x: torch.var_mean(x, -1)[0].unsqueeze(-1) + x,
-        lambda x: (x.half() @ WEIGHT.half()).float(),
-    ],
-)
-def test_ops_of_torch_run_again_on_other_inputs(driver, function):
-    out, found = record(lambda: function(X), [X], [WEIGHT])
-    assert same_bits(out, function(X)) and found.calls_torch
-    for _ in range(2):
-        x = torch.randn_like(X)
-        assert same_bits(found(x), function(x))
-    WEIGHT.add_(1.0)  # values are read anew
-    assert same_bits(found(X), function(X))
-
-
-TABLE = torch.randn(6)
-SHARED = torch.randn(2, 4, 6)
-
-
-def edited(x):
-    x[0] = 0.0
-    return x + 1.0
-
-
-def edited_weight(x):
-    WEIGHT.mul_(1.0)
-    return x @ WEIGHT
-
-
-def past_the_recorder(x):
-    y = torch.empty_like(x)
-    copy_kernel[(1,)](x, y, x.numel(), BLOCK=32)
-    return y + 1.0
-
-
-def unwritten(x):
-    return torch.empty_like(x) + x
-
-
-def large(x):
-    return torch.empty(launch_lists._MOST_BYTES // 4 + 1).fill_(1.0)[:5]
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x * x.sum().item(),
-        lambda x: x[x > 0],
-        lambda x: x + 1 if torch.equal(x, x) else x,
-        lambda x: x + TABLE,
-        lambda x: x.view(6, 4),
-        lambda x: WEIGHT.t(),
-        lambda x: x,
-        edited, edited_weight, past_the_recorder, unwritten, large,
-    ],
-)  # fmt: skip
-def test_what_may_not_run_again_is_not_recorded(driver, function):
-    x = X.clone()
-    out, found = record(lambda: function(x), [x], [WEIGHT])
-    assert found is None and isinstance(out, torch.Tensor)
-
-
-def test_inputs_that_share_memory_are_not_recorded(driver):
-    first, second = SHARED
-    assert record(lambda: first + second, [first, second], [])[1] is None
-    assert record(lambda: first + second, [first], [second])[1] is None
-    assert record(lambda: first[:0] + 1.0, [first[:0]], [])[1] is None
-
-
-def test_torch_s_own_kernels_need_no_triton(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with torch.no_grad():
-        _, found = record(lambda: F.linear(X, WEIGHT).relu(), [X], [WEIGHT])
-        x = torch.randn_like(X)
-        assert same_bits(found(x), F.linear(x, WEIGHT).relu())
-        assert not kernel_calls.is_profiled()
-
-
-def test_an_error_leaves_no_recorder_and_no_mode_behind(driver):
-    def fails():
-        raise KeyError("so")
-
-    with pytest.raises(KeyError):
-        record(fails, [X], [])
-    assert not launch_lists.is_recording() and not torch._C._len_torch_dispatch_stack()
-    assert not kernel_calls.is_profiled()
-    assert record(lambda: copied(X), [X], [])[1] is not None
-
-
-def test_autocast_casts_in_a_list_as_in_the_call(driver):
-    def function(x):
-        return F.linear(x, WEIGHT).float() @ WEIGHT
-
-    with torch.autocast("cpu", torch.bfloat16):
-        _, found = record(lambda: function(X), [X], [WEIGHT])
-        x = torch.randn_like(X)
-        assert same_bits(found(x), function(x)) and found(x).dtype == torch.bfloat16
-
-
 # ---- what is launched ----------------------------------------------------------------------------
-
-
-def test_kernels_get_addresses_and_one_piece_of_memory(driver):
-    def function(x):
-        return copied(copied(copied(x[1:]) + 1.0))
-
-    _, found = record(lambda: function(X), [X], [])
-    driver.launches.clear()
-    x = torch.randn_like(X)
-    out = found(x)
-    first, second, third = (args[9:12] for args in driver.launches)
-    assert first[0] == x[1].data_ptr() and type(first[0]) is int
-    assert second[1] == third[0] and third[1] == out.data_ptr() and out.shape == (3, 6)
-    assert first[2] == 18 and len({first[1], second[0], second[1], third[1]}) == 4
 
 
 def test_a_block_s_list_launches_what_the_ops_launch(swapped, tokens, driver):
@@ -244,6 +100,13 @@ def transpose(block, tokens):
     block.attn.proj.weight.data = block.attn.proj.weight.data.t()
 
 
+def prune(block, tokens):
+    """Fewer hidden channels, at the same addresses and strides."""
+    block.mlp.fc1.weight.data = block.mlp.fc1.weight.data[:64]
+    block.mlp.fc1.bias.data = block.mlp.fc1.bias.data[:64]
+    block.mlp.fc2.weight.data = block.mlp.fc2.weight.data[:, :64]
+
+
 def replace(block, tokens):
     block.norm1.bias = torch.nn.Parameter(torch.zeros(192).half())
 
@@ -252,6 +115,10 @@ OTHER = {
     "moved weight": move,
     "replaced weight": replace,
     "other strides": transpose,
+    "other shape": prune,
+    "trusted": lambda b, x: trust.adopt(torch.device("cpu"), {}),
+    "priority of SDPA's kernels": lambda b, x: torch._C._set_sdp_priority_order([2, 1, 0, 3, 4]),
+    "settings": lambda b, x: setattr(settings, "trust", "never"),
     "hook of a child": lambda b, x: b.attn.proj.register_forward_hook(lambda *_: None),
     "tables": lambda b, x: launches.reread_tables(),
     "trust": lambda b, x: trust.refuse(torch.device("cpu"), [], "so"),
@@ -263,7 +130,7 @@ OTHER = {
 def test_a_change_is_seen(swapped, tokens, what, driver, monkeypatch):
     for _ in range(4):
         swapped(tokens)
-    before = lists(swapped)[-1]
+    before, order = lists(swapped)[-1], torch._C._get_sdp_priority_order()
     called = []
     own = launch_lists.LaunchList.__call__
     monkeypatch.setattr(
@@ -281,6 +148,7 @@ def test_a_change_is_seen(swapped, tokens, what, driver, monkeypatch):
             assert called[-1] is not before and len(called) >= 2
     finally:
         torch.set_float32_matmul_precision("highest")
+        torch._C._set_sdp_priority_order(order)
 
 
 CALLS = {
@@ -340,6 +208,61 @@ def test_what_calls_a_module_has_no_list(swapped, tokens):
         assert launched._calls_modules(plan._replace(mlp=mlp))
 
 
+def test_a_weight_seen_as_another_dtype_goes_to_the_ops(swapped, tokens):
+    for _ in range(4):
+        swapped(tokens)
+    swapped.norm1.weight.data = swapped.norm1.weight.data.view(torch.bfloat16)
+    with pytest.raises(BackendUnavailableError):  # what the ops say of it here
+        swapped(tokens)
+
+
+def test_masks_and_causality_are_part_of_a_kind(swapped, tokens, driver):
+    mask = torch.zeros(5, 5).half()
+    kinds = [{}, {"is_causal": True}, {"attn_mask": mask}, {"attn_mask": mask.mT},
+             {"attn_mask": mask.bool()}, {"attn_mask": mask.expand(1, 3, 5, 5)}]  # fmt: skip
+    for _ in range(4):
+        for kind in kinds:
+            swapped(tokens, **kind)
+    assert len({id(found) for found in lists(swapped)}) == len(kinds)
+    driver.launches.clear()
+    other = torch.ones(5, 5).half()
+    swapped(tokens, attn_mask=other)
+    assert other.data_ptr() in [a for args in driver.launches for a in args]
+
+
+def test_a_changed_plan_has_no_list(swapped, tokens):
+    for _ in range(4):
+        swapped(tokens)
+    (entry,) = swapped.__dict__["_vitfast_memos"].values()
+    plan = entry.kept[0]
+    changed = plan._replace(gamma1=None)
+    seen = []
+
+    def run(x, plan, **named):
+        seen.append(plan)
+        return x + 0.0
+
+    for _ in range(5):
+        launched.through_list(run, tokens, changed)
+    assert seen == [changed] * 5
+
+
+def test_what_is_made_of_weights_and_kept_is_in_no_list(swapped, tokens):
+    swapped(tokens)
+    (entry,) = swapped.__dict__["_vitfast_memos"].values()
+    plan, noted = entry.kept[0], []
+
+    def run(x, plan):
+        CACHE.note(plan.norm1.weight)
+        return x + 1.0
+
+    for _ in range(5):
+        with CACHE.noting() as kept:
+            launched.through_list(run, tokens, plan)
+        noted.append(len(kept))
+    assert noted == [1] * 5
+
+
 def test_kinds_are_bounded(swapped):
     for n in range(1, 30):
         swapped(torch.zeros(1, n, 192).half())
@@ -378,7 +301,8 @@ def asked(block, x):
 
 def recorded(block, x):
     with torch.enable_grad():
-        block(x)
+        for _ in range(4):
+            assert block(x).requires_grad
 
 
 @pytest.mark.parametrize("call", [profiled, hooked, watched, tuned, asked, recorded])
@@ -408,22 +332,3 @@ def test_threads_record_and_issue_at_once(swapped, driver):
     for thread in threads:
         thread.join()
     assert not failed
-
-
-def test_a_list_keeps_no_activation(driver):
-    import weakref
-
-    seen = []
-
-    def function(x):
-        y = copied(x) + 1.0
-        seen.extend((weakref.ref(y), weakref.ref(x)))
-        return y * 2.0
-
-    def recorded():
-        x = torch.randn(4, 6)
-        return record(lambda: function(x), [x], [])[1]
-
-    found = recorded()
-    driver.launches.clear()
-    assert found is not None and [ref() for ref in seen] == [None, None]
