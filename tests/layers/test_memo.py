@@ -214,6 +214,16 @@ def test_a_change_counts_at_once(warm, change):
     torch.testing.assert_close(call(module, x, 3), found, rtol=0, atol=0)
 
 
+def test_what_a_plan_computes_counts_at_once(lively):
+    block = beit.Block(C, 3, qkv_bias=True, init_values=0.1, window_size=(3, 3))
+    module, x = lively(block).eval(), torch.randn(2, 10, C)
+    swap(module)
+    call(module, x, 3)
+    with torch.no_grad():
+        module.attn.q_bias.add_(1)
+    torch.testing.assert_close(call(module, x).double(), by_timm(module, x), rtol=1e-4, atol=1e-4)
+
+
 BIASES = {
     "in place": lambda bias: bias.detach().add_(1.0),
     "past torch": lambda bias: bias.data.add_(1.0),

@@ -103,7 +103,7 @@ def record(
         inputs: the first is on the device that it runs on.
         constants: tensors that it may read besides: weights, that stay at their addresses.
     """
-    if kernel_calls.recorder.get() is not None:
+    if is_recording():
         return function(), None
     steps: list[Any] = []
     watch = _Watch(steps)
@@ -414,12 +414,8 @@ class _Compiler:
         return launch
 
     def _launch_tensors(self, step: Launched) -> _Step:
-        template, kernel, grid, options = (
-            list(step.args),
-            step.kernel,
-            (step.programs,),
-            step.options,
-        )
+        kernel, grid, options = step.kernel, (step.programs,), step.options
+        template = list(step.args)
         places = self._take_out(template)
 
         def launch(addresses: list[int], tensors: list[Any], stream: int) -> None:
