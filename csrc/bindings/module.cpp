@@ -76,6 +76,7 @@ PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   bind_address(m);
   bind_name_state(m);
   bind_module_state(m);
+  bind_places(m);
   bind_tensor_state(m);
   bind_unwatched(m);
   py::class_<Replay> replay = bind_replay(m);

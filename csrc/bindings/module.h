@@ -10,6 +10,7 @@ class Replay;
 void bind_address(pybind11::module_&);
 void bind_module_state(pybind11::module_&);
 void bind_name_state(pybind11::module_&);
+void bind_places(pybind11::module_&);
 void bind_tensor_state(pybind11::module_&);
 void bind_unwatched(pybind11::module_&);
 

@@ -12,9 +12,9 @@
 
 #include "address.h"
 #include "cpu/fingerprint.h"
-#include "dlpack.h"
 #include "lines.h"
 #include "module.h"
+#include "place.h"
 #include "python.h"
 
 namespace py = pybind11;
@@ -22,13 +22,12 @@ namespace py = pybind11;
 namespace vitfast {
 namespace {
 
-// Version, address, device, dtype, sizes and strides.
+// Version, and what its place is.
 using Facts = std::vector<int64_t>;
 
 class Reader {
  public:
-  explicit Reader(PyObject* t) {
-    if (!describe(t, tensor_)) throw py::error_already_set();
+  explicit Reader(PyObject* t) : place_(t) {
     static const auto* const name = new py::str("_version");  // outlives the interpreter
     const auto version = py::reinterpret_steal<py::object>(PyObject_GetAttr(t, name->ptr()));
     if (!version) PyErr_Clear();  // tensors of inference mode have none
@@ -37,23 +36,17 @@ class Reader {
 
   Facts facts() const {
     Facts found;
-    found.reserve(4 + 2 * tensor_.ndim);
-    found.assign({version_, head(), kind(), tensor_.ndim});
-    found.insert(found.end(), tensor_.shape, tensor_.shape + tensor_.ndim);
-    if (tensor_.strides) found.insert(found.end(), tensor_.strides, tensor_.strides + tensor_.ndim);
+    found.reserve(1 + place_.size());
+    found.push_back(version_);
+    place_.append_to(found);
     return found;
   }
 
-  int64_t head() const { return reinterpret_cast<int64_t>(tensor_.data) + tensor_.byte_offset; }
-  const int64_t* shape() const { return tensor_.shape; }
+  int64_t head() const { return place_.head(); }
+  const int64_t* shape() const { return place_.shape(); }
 
  private:
-  int64_t kind() const {
-    return int64_t{tensor_.device} << 40 | int64_t{tensor_.device_id} << 32 | tensor_.lanes << 16 |
-           tensor_.code << 8 | tensor_.bits;
-  }
-
-  Tensor tensor_{};
+  Place place_;
   int64_t version_;
 };
 

@@ -14,7 +14,7 @@ import torch
 from vitfast.engine.memo import Memo
 from vitfast.engine.products.weights import CACHE
 from vitfast.plans import Called, Computed
-from vitfast.runtime import kernel_calls, launches, library, triton
+from vitfast.runtime import kernel_calls, launches, library, native, triton
 from vitfast.runtime.ambient import ambient
 from vitfast.runtime.launch_lists import LaunchList, record
 
@@ -27,11 +27,13 @@ _RECORDED = 2
 class _Kind:
     """What is known of one kind of call.
 
-    places: where the plan's tensors lie. settled: nothing is recorded any more.
+    places: where the plan's tensors lay at the first. settled: nothing is recorded any more.
     """
 
-    def __init__(self, places: list[Any], settled: bool) -> None:
-        self.places, self.settled = places, settled
+    def __init__(self, memo: Memo) -> None:
+        module = native.extension()
+        self.places = (_Places if module is None else module.Places)(memo.tensors)
+        self.settled = _calls_modules(memo.plan)
         self.calls = 0
         self.list: LaunchList | None = None
 
@@ -66,12 +68,11 @@ def through_list(
         ],
         ambient(x.device),
     )  # fmt: skip
-    # Kept until the list has run, whatever another thread assigns to a weight's `data` meanwhile.
-    storages = list(map(torch.Tensor.untyped_storage, memo.tensors))  # noqa: F841
-    places = _places(memo.tensors)
     kind: _Kind | None = memo.lists.get(key)
-    if kind is None or kind.places != places:
-        _meet(memo, key, places)
+    # Kept until the list has run, whatever another thread assigns to a weight's `data` meanwhile.
+    storages = kind and kind.places.storages(memo.tensors)
+    if kind is None or storages is None:
+        _meet(memo, key)
         return run(x, plan, *others, **named)
     if kind.list is not None:
         try:
@@ -92,23 +93,30 @@ def through_list(
     return out
 
 
-def _places(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
-    """All that a kernel is told of tensors."""
-    return [
-        *map(torch.Tensor.data_ptr, tensors), *map(torch.Tensor.size, tensors),
-        *map(torch.Tensor.stride, tensors), *[t.dtype for t in tensors],
-    ]  # fmt: skip
-
-
-def _meet(memo: Memo, key: Hashable, places: list[Any]) -> None:
+def _meet(memo: Memo, key: Hashable) -> None:
     """Note the first call of a kind, or the first after a weight has moved."""
     kinds = list(memo.lists.items())  # at once: other threads add to it, too
     for other, kind in kinds:
-        if kind.places != places:  # its list reads, and keeps, what weights were
+        if kind.places.storages(memo.tensors) is None:  # its list reads, and keeps, what they were
             memo.lists.pop(other, None)
     for oldest, _ in kinds[: max(0, len(memo.lists) - _MOST_KINDS + 1)]:
         memo.lists.pop(oldest, None)
-    memo.lists[key] = _Kind(places, settled=_calls_modules(memo.plan))
+    memo.lists[key] = _Kind(memo)
+
+
+class _Places:
+    """The extension's Places, where there is no extension."""
+
+    def __init__(self, tensors: tuple[torch.Tensor, ...]) -> None:
+        self._facts = self._read(tensors)
+
+    def storages(self, tensors: tuple[torch.Tensor, ...]) -> list[Any] | None:
+        found = [t.untyped_storage() for t in tensors]
+        return found if self._read(tensors) == self._facts else None
+
+    @staticmethod
+    def _read(tensors: tuple[torch.Tensor, ...]) -> list[Any]:
+        return [(t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def _calls_modules(plan: tuple[Any, ...]) -> bool:

@@ -61,6 +61,8 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
     roomy = is_cdna or arch.capability // 10 in (9, 10)
     if not arch.has_dot:  # scalar products, whose operands all lie in shared memory
         m, n = (32, 32) if d <= (96 if wide else 128) else (16, 8 if wide else 16)
+    elif is_cdna and d == 256 and key["pass"] == "keys":
+        m, n = 16, 32
     elif wide and is_cdna:
         m, n = (32, 32) if d <= 96 and key["pass"] == "forward" else (16, 16)
     elif wide:
@@ -76,14 +78,18 @@ def _tiles(arch: Arch, key: dict[str, Any]) -> Launch:
         m, n = 32, 32
     elif d <= 64 and roomy:
         m, n = 64, 64
+    elif key["pass"] == "keys" and (
+        96 < d <= 128 and is_cdna and key["added"] or d == 96 and arch.capability // 10 == 12
+    ):
+        m, n = 16, 64
     elif d <= 128 and not is_rdna:
         m, n = (32, 64) if key["pass"] == "keys" else (64, 32)
     else:
         m, n = 32, 32
     # On RDNA 8 warps spill half as much as 4: at most 2924 instead of 4692 bytes on gfx1100. On
     # Hopper 4 warps are as many rows as a matrix instruction takes, and 4 more do the same again;
-    # but for the keys' gradient with a mask or bias, which then spills.
-    square = m == n == 64 and not wide and not (key["pass"] == "keys" and key["added"])
+    # but with a mask or bias the keys' gradient then spills, and so does a head dim of 16.
+    square = m == n == 64 and not wide and not (key["added"] and (key["pass"] == "keys" or d == 16))
     # In float32 NVIDIA's 8 warps spill 8 bytes in the gradients' small tiles, and with a mask or
     # bias at narrow head dims; elsewhere 4 do.
     small = wide and not arch.is_amd
