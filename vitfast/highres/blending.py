@@ -1,0 +1,115 @@
+"""How tiles that overlap become one map: weights, and a merger that holds one stripe of it."""
+
+from __future__ import annotations
+
+import torch
+
+from vitfast.highres.tiling import Axis
+
+BLENDS = ("cosine", "average")
+
+
+def tile_weights(axis: Axis, tile: int, blend: str) -> torch.Tensor:
+    """What a tile's cells weigh along one axis: float32 [axis.cells], all above 0.
+
+    "cosine" is the raised cosine sin^2(pi/2 * (i + 1/2) / n) over the n cells shared with the
+    neighbour before, its mirror image over those shared with the one behind, and 1 between: where
+    two tiles overlap, their weights add up to 1. At the image's own edges nothing fades. A tile's
+    weight in two dimensions is the product of both axes'. "average" is 1 everywhere.
+    """
+    cells = torch.ones(axis.cells, dtype=torch.float64, device="cpu")
+    if blend == "cosine":
+        position = torch.arange(axis.cells, dtype=torch.float64, device="cpu") + 0.5
+        for neighbour, at in ((tile - 1, position), (tile + 1, axis.cells - position)):
+            if 0 <= neighbour < len(axis.starts):
+                shared = axis.cells - abs(axis.first(tile) - axis.first(neighbour))
+                if shared > 0:
+                    cells *= torch.sin(torch.pi / 2 * (at / shared).clamp(max=1)).square()
+    return cells.float()
+
+
+def area_weights(axis: Axis, blend: str) -> torch.Tensor:
+    """How many of an image's cells along one axis each tile stands for: float64 [tiles].
+
+    A cell that several tiles cover is divided among them by their weights, and padding counts for
+    nothing: the sum is `axis.total`.
+    """
+    tiles = range(len(axis.starts))
+    covered = torch.zeros(axis.first(tiles[-1]) + axis.cells, dtype=torch.float64, device="cpu")
+    weights = [tile_weights(axis, t, blend).double() for t in tiles]
+    for t, weight in zip(tiles, weights, strict=True):
+        covered[axis.first(t) : axis.first(t) + axis.cells] += weight
+    shares = []
+    for t, weight in zip(tiles, weights, strict=True):
+        low = axis.first(t)
+        high = min(low + axis.cells, axis.total)
+        shares.append((weight[: high - low] / covered[low:high]).sum())
+    return torch.stack(shares)
+
+
+class WeightedMean:
+    """A weighted mean that grows by one value after another.
+
+    It moves towards each new value by the value's share of the weight so far, instead of dividing
+    a sum at the end: values that agree then come out exactly, to the last bit.
+    """
+
+    def __init__(self, shape: tuple[int, ...], weight_shape: tuple[int, ...], dtype: torch.dtype):
+        self.mean = torch.zeros(shape, dtype=dtype, device="cpu")
+        self.weight = torch.zeros(weight_shape, dtype=dtype, device="cpu")
+
+    def add(self, values: torch.Tensor, weight: torch.Tensor, columns: slice | None = None) -> None:
+        """Take values in, of weights above 0; of a map, at these columns."""
+        mean, total = self.mean, self.weight
+        if columns is not None:
+            mean, total = mean[..., columns], total[..., columns]
+        total += weight
+        mean += (values.to(mean.dtype) - mean) * (weight / total)
+
+
+class StripeMerger:
+    """Merges the tiles of a map from top to bottom, in float32, and hands on rows that are done.
+
+    It holds as many rows as a tile has: memory is C x tile rows x map columns x 4 bytes, however
+    tall the map is.
+
+    Args:
+        channels: C.
+        rows, columns: of cells, see `Axis`.
+        blend: one of `BLENDS`.
+    """
+
+    def __init__(self, channels: int, rows: Axis, columns: Axis, blend: str) -> None:
+        self._rows, self._columns = rows, columns
+        width = columns.first(len(columns.starts) - 1) + columns.cells
+        size = (rows.cells, width)
+        self._stripe = WeightedMean((channels, *size), size, torch.float32)
+        self._top = 0
+        self._row_weights = [tile_weights(rows, r, blend) for r in range(len(rows.starts))]
+        self._column_weights = [tile_weights(columns, c, blend) for c in range(len(columns.starts))]
+
+    def add(self, row: int, column: int, values: torch.Tensor) -> None:
+        """Take in the output [C, tile rows, tile columns] of one tile.
+
+        The rows above the tile's first must have been handed on before.
+        """
+        assert self._rows.first(row) == self._top
+        left = self._columns.first(column)
+        weight = torch.outer(self._row_weights[row], self._column_weights[column])
+        self._stripe.add(values, weight, slice(left, left + self._columns.cells))
+
+    def band(self, row: int) -> torch.Tensor:
+        """The band [C, rows of the band, columns of the map] of a row of tiles, when all tiles of
+        that row and the rows before were added. Cells that no tile gave are NaN."""
+        low, high = self._rows.band(row)
+        assert low == self._top
+        mean, weight = self._stripe.mean, self._stripe.weight
+        count = high - low
+        band = mean[:, :count, : self._columns.total].clone()
+        band.masked_fill_(weight[:count, : self._columns.total] == 0, torch.nan)
+        for held in (mean, weight):
+            kept = held[..., count:, :].clone()
+            held.zero_()
+            held[..., : kept.shape[-2], :] = kept
+        self._top = high
+        return band

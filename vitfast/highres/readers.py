@@ -1,0 +1,171 @@
+"""Image files, by pyvips or, for TIFF, tifffile where they are installed, else by Pillow.
+
+pyvips reads any format by rows: what its library cannot read in any order (JPEG, PNG) it decodes
+once, into memory below about 100 MB, else into a temporary file. tifffile decodes the strips or
+tiles of a TIFF that the rows lie in. Pillow reads the whole image (1 byte per pixel and channel).
+
+All of them report a file that is cut off before the first row is given, except for a TIFF by
+pyvips, whose missing rows show when they are reached.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from vitfast.errors import InputValueError, first_line
+from vitfast.highres.sources import ArraySource, Source, pillow_pixels, to_planes
+
+_TIFF = (".tif", ".tiff", ".btf")
+
+
+def open_path(path: str) -> Source:
+    """The source of a file; its `identity` is the file's path, size and time of change.
+
+    Raises:
+        InputValueError: no such file, a folder, no image, or one that is broken or cut off.
+    """
+    if not os.path.exists(path):
+        raise InputValueError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise InputValueError(f"{path} is a folder; name a file")
+    status = os.stat(path)
+    source = _open(path)
+    source.identity = f"{os.path.abspath(path)}:{status.st_size}:{status.st_mtime_ns}"
+    return source
+
+
+def _open(path: str) -> Source:
+    if (pyvips := _optional("pyvips")) is not None:
+        return VipsSource(pyvips, path)
+    if path.lower().endswith(_TIFF) and (tifffile := _optional("tifffile")) is not None:
+        return TiffSource(tifffile, path)
+    return _by_pillow(path)
+
+
+def _optional(name: str) -> Any:
+    """A module, or None where it or a library that it needs is missing."""
+    try:
+        return __import__(name)
+    except (ImportError, OSError):
+        return None
+
+
+def _broken(path: str, error: BaseException) -> InputValueError:
+    return InputValueError(f"{path} is broken, or cut off: {first_line(error)}")
+
+
+def _by_pillow(path: str) -> Source:
+    try:
+        with Image.open(path) as image:
+            return ArraySource(pillow_pixels(image), "HWC")
+    except UnidentifiedImageError as error:
+        raise InputValueError(f"{path} is no image that Pillow knows") from error
+    except Image.DecompressionBombError as error:
+        raise InputValueError(
+            f"{path} has more pixels than Pillow allows: install vitfast[highres], or raise "
+            "PIL.Image.MAX_IMAGE_PIXELS"
+        ) from error
+    except InputValueError as error:
+        raise InputValueError(f"{path}: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError) as error:
+        raise _broken(path, error) from error
+
+
+class VipsSource(Source):
+    """A file of any format that libvips knows, turned upright."""
+
+    def __init__(self, pyvips: Any, path: str) -> None:
+        self._error, self._path = pyvips.Error, path
+        try:
+            image = pyvips.Image.new_from_file(path, fail_on="truncated").autorot()
+            if image.interpretation not in ("srgb", "rgb16", "b-w", "grey16", "rgb", "multiband"):
+                image = image.colourspace("srgb")
+            if image.format not in ("uchar", "ushort", "float", "double"):
+                raise InputValueError(f"{path}: pixels of the format {image.format} are not read")
+            self._image = image
+            self.height, self.width, self.channels = image.height, image.width, image.bands
+            self.dtype = {
+                "uchar": torch.uint8,
+                "ushort": torch.uint16,
+                "float": torch.float32,
+                "double": torch.float64,
+            }[image.format]
+            # One row makes libvips decode the formats that it reads as a whole, and complain.
+            self._read(0, 1)
+        except pyvips.Error as error:
+            raise _broken(path, error) from error
+
+    def _read(self, top: int, bottom: int) -> torch.Tensor:
+        try:
+            pixels = self._image.crop(0, top, self.width, bottom - top).numpy()
+        except self._error as error:
+            raise _broken(f"{self._path}, rows {top} to {bottom},", error) from error
+        return to_planes(pixels)
+
+
+class TiffSource(Source):
+    """The first page of a TIFF, by tifffile; decodes the strips or tiles that rows lie in."""
+
+    def __init__(self, tifffile: Any, path: str) -> None:
+        self._path = path
+        try:
+            self._file = tifffile.TiffFile(path)
+            self._page = page = self._file.pages[0]
+            ends = [o + c for o, c in zip(page.dataoffsets, page.databytecounts, strict=True)]
+            if max(ends, default=0) > self._file.filehandle.size:
+                raise InputValueError(f"{path} is cut off: pixels lie behind the end of the file")
+            planar = int(page.planarconfig or 1) == 2 and page.samplesperpixel > 1
+            self._is_lazy = not planar and page.imagedepth == 1
+            self.height, self.width = page.imagelength, page.imagewidth
+            self.channels = page.samplesperpixel
+            whites = page.photometric == tifffile.PHOTOMETRIC.MINISWHITE
+            known = {tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.RGB}
+            known |= {tifffile.PHOTOMETRIC.YCBCR}
+            self._whole: Source | None = None
+            turned = "Orientation" in page.tags and page.tags["Orientation"].value != 1
+            if whites or turned or page.photometric not in known or not self._is_lazy:
+                # Palettes, CMYK, planes apart and pages on their side are rare: Pillow knows them.
+                self._whole = _by_pillow(path)
+                self._whole.select(None)
+                self.height, self.width = self._whole.height, self._whole.width
+                self.channels, self.dtype = self._whole.channels, self._whole.dtype
+                return
+            self.dtype = ArraySource(np.empty((1, 1, 3), page.dtype)).dtype
+            self._read(0, 1)
+        except (tifffile.TiffFileError, ValueError, OSError, KeyError, IndexError) as error:
+            self.close()
+            raise error if isinstance(error, InputValueError) else _broken(path, error) from error
+
+    def _read(self, top: int, bottom: int) -> torch.Tensor:
+        if self._whole is not None:
+            return self._whole.rows(top, bottom)
+        page = self._page
+        high = page.tilelength if page.is_tiled else page.rowsperstrip
+        across = -(-self.width // page.tilewidth) if page.is_tiled else 1
+        first, last = top // high * across, -(-bottom // high) * across
+        indices = range(first, min(last, len(page.dataoffsets)))
+        result = np.zeros((bottom - top, self.width, self.channels), page.dtype.newbyteorder("="))
+        offsets = [page.dataoffsets[i] for i in indices]
+        counts = [page.databytecounts[i] for i in indices]
+        try:
+            segments = self._file.filehandle.read_segments(offsets, counts, indices)
+            for data, index in segments:
+                options = {"jpegtables": page.jpegtables} if page.jpegtables else {}
+                values, (*_, y, x, _), (_, rows, columns, _) = page.decode(data, index, **options)
+                if values is None:  # a sparse file
+                    continue
+                a, b = max(y, top), min(y + rows, bottom)
+                part = values[0, a - y : b - y, :columns]
+                result[a - top : b - top, x : x + columns] = part[:, : self.width - x]
+        except (ValueError, OSError, RuntimeError) as error:
+            raise _broken(f"{self._path}, rows {top} to {bottom},", error) from error
+        return to_planes(result)
+
+    def close(self) -> None:
+        if hasattr(self, "_file"):
+            self._file.close()
