@@ -10,7 +10,7 @@ import torch
 
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.highres.bars import Progress, tile_bar
-from vitfast.highres.blending import WeightedMean
+from vitfast.highres.blending import Blend, WeightedMean
 from vitfast.highres.outputs import Output, PerChannel, Predictor, Transform
 from vitfast.highres.sinks import FileSink, Finished, Out, fingerprint, open_sink
 from vitfast.highres.sources import frames_of, open_source
@@ -53,6 +53,7 @@ def tiled(
     transform: Transform | None = None,
     layout: str = "auto",
     stride: int | None = None,
+    margin: int | None = None,
     on_error: str = "raise",
     resume: str | os.PathLike[str] | None = None,
     progress: bool | Progress = False,
@@ -83,8 +84,7 @@ def tiled(
             lie on multiples of the model's stride, the last ones are moved inwards. Where the image
             is no multiple it is padded by zeros after normalisation, as timm pads.
         batch: tiles per call; those of one row of tiles only.
-        blend: "cosine", weights that fade to each side by a raised cosine over what is shared, or
-            "average".
+        blend: "cosine", weights that fade to each side by a raised cosine, or "average".
         out: where the result goes: None, an array of the output's shape (with the frames before
             it), the path of an .npy file, or a function (shape, NumPy dtype) -> array. Only
             finished rows are written. A file is called `<name>.part` until it is complete.
@@ -101,6 +101,10 @@ def tiled(
         stride: pixels that tiles are to lie on multiples of; by default found from timm's
             attributes and the size of the output. Of use where a network's own grid is coarser than
             its output, as a U-Net's.
+        margin: pixels along the edges that tiles share which are not to count, for there a model
+            sees the tile's padding; by default a quarter of the overlap ("cosine") or none. A
+            convolutional network that sees this many pixels to each side gives what it would for
+            the whole image, if the overlap is at least twice that.
         on_error: what to do when the model raises for some tiles and all others are done: "raise"
             TilingError, or "keep": return a `TiledResult`.
         resume: path of a small JSON file that says which rows are finished. The same call goes on
@@ -122,7 +126,9 @@ def tiled(
     """
     if on_error not in ("raise", "keep"):
         raise InputValueError(f"on_error={on_error!r} is neither 'raise' nor 'keep'")
-    cut = _Cut(check_tile(tile), check_overlap(overlap), stride, batch, blend, layout)
+    cut = _Cut(
+        check_tile(tile), check_overlap(overlap), stride, batch, Blend(blend, margin), layout
+    )
     predictor = Predictor(model, output, mean, std, transform)
     keep = on_error == "keep"
     frames = frames_of(image)
@@ -157,6 +163,7 @@ def tiled_regions(
     transform: Transform | None = None,
     layout: str = "auto",
     stride: int | None = None,
+    margin: int | None = None,
     on_error: str = "raise",
     progress: bool | Progress = False,
 ) -> Iterator[tuple[Region, torch.Tensor]]:
@@ -180,7 +187,9 @@ def tiled_regions(
         raise InputValueError(f"on_error={on_error!r} is neither 'raise' nor 'keep'")
     if frames_of(image) is not None:
         raise InputValueError("regions are of one image; call this for each frame of a video")
-    cut = _Cut(check_tile(tile), check_overlap(overlap), stride, batch, blend, layout)
+    cut = _Cut(
+        check_tile(tile), check_overlap(overlap), stride, batch, Blend(blend, margin), layout
+    )
     predictor = Predictor(model, output, mean, std, transform)
     plan = cut.plan(image, predictor)
     try:
@@ -209,7 +218,7 @@ class _Cut(NamedTuple):
     overlap: float
     stride: int | None
     batch: int
-    blend: str
+    blend: Blend
     layout: str
 
     def plan(self, image: Any, predictor: Predictor) -> Plan | Whole:

@@ -22,6 +22,14 @@ _LARGEST_DENOMINATOR = 8
 """Of a ratio that is no stride and no whole magnification: 3/4, say."""
 
 
+class BadOutputError(UnsupportedInputError):
+    """What the model gave can be no tile of an output."""
+
+
+class RefusedTileError(InputValueError):
+    """The model raised for a tile without content."""
+
+
 def _whole(model: Any, batch: torch.Tensor) -> torch.Tensor:
     return model(batch)
 
@@ -51,11 +59,28 @@ PRESETS: dict[str, tuple[Output, tuple[str, ...], int]] = {
 
 
 def _ratio(cells: int, pixels: int) -> Fraction:
-    """Cells per pixel: a simple fraction if that is exact, else 1 / the nearest stride."""
+    """Cells per pixel: a simple fraction if that is exact, else 1 / the stride that a network which
+    rounds the number of its cells up or down must have.
+
+    Raises:
+        BadOutputError: no stride gives so many, or several do.
+    """
     exact = Fraction(cells, pixels)
     if 1 in (exact.numerator, exact.denominator) or exact.denominator <= _LARGEST_DENOMINATOR:
         return exact
-    return Fraction(1, max(round(pixels / cells), 1))
+    around = range(pixels // (cells + 1), pixels // max(cells - 1, 1) + 2)
+    strides = [s for s in around if s > 0 and cells in (pixels // s, -(-pixels // s))]
+    if len(strides) > 1:
+        raise BadOutputError(
+            f"{cells} cells for {pixels} pixels may be any stride from {strides[0]} to "
+            f"{strides[-1]}: give stride=, or a tile that is a multiple of it"
+        )
+    if not strides:
+        raise BadOutputError(
+            f"the output's size is no fixed fraction of the tile's: {cells} cells for {pixels} "
+            "pixels"
+        )
+    return Fraction(1, strides[0])
 
 
 class Geometry(NamedTuple):
@@ -263,11 +288,3 @@ class Predictor:
                 "it with dynamic_img_size=True, for Swin img_size=tile)"
             )
         return message
-
-
-class BadOutputError(UnsupportedInputError):
-    """What the model gave can be no tile of an output."""
-
-
-class RefusedTileError(InputValueError):
-    """The model raised for a tile without content."""

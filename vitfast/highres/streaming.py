@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError, VitfastError, first_line
-from vitfast.highres.blending import BLENDS, StripeMerger, WeightedMean, area_weights
+from vitfast.highres.blending import BLENDS, Blend, StripeMerger, WeightedMean
 from vitfast.highres.outputs import BadOutputError, Geometry, Predictor, RefusedTileError
 from vitfast.highres.sources import Source
 from vitfast.highres.tiling import Axis, Box, starts_of, window_of
@@ -72,7 +72,7 @@ class Plan(NamedTuple):
     columns: Axis
     geometry: Geometry
     batch: int
-    blend: str
+    blend: Blend
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -107,7 +107,7 @@ class Plan(NamedTuple):
         merger = None
         if not pooled:
             merger = StripeMerger(self.geometry.channels, self.rows, self.columns, self.blend)
-        areas = [area_weights(axis, self.blend) for axis in (self.rows, self.columns)]
+        areas = [self.blend.areas(axis) for axis in (self.rows, self.columns)]
         failed: dict[int, list[FailedTile]] = {}
         for row in range(self.bands):
             failed[row] = []
@@ -213,7 +213,7 @@ def plan_tiles(
     overlap: float,
     stride: int | None,
     batch: int,
-    blend: str,
+    blend: Blend,
 ) -> Plan | Whole:
     """How a source goes through a model: in one call if that takes it, else by tiles.
 
@@ -221,13 +221,15 @@ def plan_tiles(
         InputTypeError, InputValueError, UnsupportedInputError: options that cannot be, or a model
             that takes no such tiles or gives no output that can be merged.
     """
-    for name, value in (("batch", batch), ("stride", 1 if stride is None else stride)):
+    for name, value, least in (("batch", batch, 1), ("stride", stride, 1), ("margin", blend[1], 0)):
+        if value is None and name != "batch":
+            continue
         if not isinstance(value, int) or isinstance(value, bool):
             raise InputTypeError(f"{name} is a whole number, not {value!r}")
-        if value < 1:
-            raise InputValueError(f"{name}={value} must be at least 1")
-    if blend not in BLENDS:
-        raise InputValueError(f"blend={blend!r} is none of {', '.join(BLENDS)}")
+        if value < least:
+            raise InputValueError(f"{name}={value} must be at least {least}")
+    if blend.kind not in BLENDS:
+        raise InputValueError(f"blend={blend.kind!r} is none of {', '.join(BLENDS)}")
     if source.height <= tile[0] and source.width <= tile[1]:
         whole = _whole(source, predictor)
         if whole is not None:
@@ -241,6 +243,8 @@ def plan_tiles(
             (source.height, source.width), window, multiple, ratio, strict=True
         )
     )
+    blend.check(rows)
+    blend.check(columns)
     return Plan(source, predictor, rows, columns, geometry, batch, blend)
 
 
