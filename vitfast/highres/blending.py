@@ -101,7 +101,9 @@ class WeightedMean:
         if columns is not None:
             mean, total = mean[..., columns], total[..., columns]
         total += weight
-        mean += (values.to(mean.dtype) - mean) * (weight / total)
+        values = values.to(mean.dtype)
+        step = (values - mean) * (weight / total)
+        mean += step.masked_fill_(values == mean, 0)  # infinities that agree, too
 
 
 class StripeMerger:

@@ -4,8 +4,7 @@ pyvips reads any format by rows: what its library cannot read in any order (JPEG
 once, into memory below about 100 MB, else into a temporary file. tifffile decodes the strips or
 tiles of a TIFF that the rows lie in. Pillow reads the whole image (1 byte per pixel and channel).
 
-All of them report a file that is cut off before the first row is given, except for a TIFF by
-pyvips, whose missing rows show when they are reached.
+A file that is cut off is reported before the first row is given.
 """
 
 from __future__ import annotations
@@ -18,8 +17,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from vitfast.errors import InputValueError, first_line
+from vitfast.highres import tiff
 from vitfast.highres.sources import ArraySource, Source, pillow_pixels, to_planes
 
+_OTHER_COLOURS = ("cmyk", "hsv", "lab", "labq", "labs", "lch", "xyz", "yxy")
+"""libvips' names of colours that are no RGB."""
 _TIFF = (".tif", ".tiff", ".btf")
 
 
@@ -34,6 +36,8 @@ def open_path(path: str) -> Source:
     if os.path.isdir(path):
         raise InputValueError(f"{path} is a folder; name a file")
     status = os.stat(path)
+    if tiff.is_cut_off(path):
+        raise InputValueError(f"{path} is cut off: pixels lie behind the end of the file")
     source = _open(path)
     source.identity = f"{os.path.abspath(path)}:{status.st_size}:{status.st_mtime_ns}"
     return source
@@ -83,7 +87,7 @@ class VipsSource(Source):
         self._error, self._path = pyvips.Error, path
         try:
             image = pyvips.Image.new_from_file(path, fail_on="truncated").autorot()
-            if image.interpretation not in ("srgb", "rgb16", "b-w", "grey16", "rgb", "multiband"):
+            if image.interpretation in _OTHER_COLOURS:
                 image = image.colourspace("srgb")
             if image.format not in ("uchar", "ushort", "float", "double"):
                 raise InputValueError(f"{path}: pixels of the format {image.format} are not read")
@@ -116,9 +120,6 @@ class TiffSource(Source):
         try:
             self._file = tifffile.TiffFile(path)
             self._page = page = self._file.pages[0]
-            ends = [o + c for o, c in zip(page.dataoffsets, page.databytecounts, strict=True)]
-            if max(ends, default=0) > self._file.filehandle.size:
-                raise InputValueError(f"{path} is cut off: pixels lie behind the end of the file")
             planar = int(page.planarconfig or 1) == 2 and page.samplesperpixel > 1
             self._is_lazy = not planar and page.imagedepth == 1
             self.height, self.width = page.imagelength, page.imagewidth
@@ -128,8 +129,9 @@ class TiffSource(Source):
             known |= {tifffile.PHOTOMETRIC.YCBCR}
             self._whole: Source | None = None
             turned = "Orientation" in page.tags and page.tags["Orientation"].value != 1
-            if whites or turned or page.photometric not in known or not self._is_lazy:
-                # Palettes, CMYK, planes apart and pages on their side are rare: Pillow knows them.
+            packed = page.compression not in tifffile.TIFF.DECOMPRESSORS  # lacks imagecodecs
+            if packed or whites or turned or page.photometric not in known or not self._is_lazy:
+                # Such codecs, palettes, CMYK, planes apart, pages on their side: for Pillow.
                 self._whole = _by_pillow(path)
                 self._whole.select(None)
                 self.height, self.width = self._whole.height, self._whole.width

@@ -195,9 +195,10 @@ def to_planes(values: np.ndarray, is_planar: bool = False) -> torch.Tensor:
 def _torch_dtype(dtype: np.dtype) -> torch.dtype:
     if dtype.kind == "b":
         return torch.uint8
+    dtype = dtype.newbyteorder("=")
     if dtype.kind != "f" and dtype not in (np.uint8, np.uint16) or dtype.itemsize > 8:
         raise InputTypeError(f"pixels are {_DTYPES}, not {dtype}")
-    return torch.from_numpy(np.empty(0, dtype.newbyteorder("="))).dtype
+    return torch.from_numpy(np.empty(0, dtype)).dtype
 
 
 def _check_size(source: Source) -> None:
