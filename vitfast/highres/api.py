@@ -92,8 +92,9 @@ def tiled(
             feature map; "pooled", its vector before the classifier; "logits"; or a function
             (model, batch) -> [B, C, h, w], whose h and w are a fixed fraction of the tile's, or
             [B, C].
-        mean, std: [C], of pixels scaled to [0, 1]. By default those of the model's weights
-            (`pretrained_cfg`) for integer pixels; floating ones are taken as normalised already.
+        mean, std: [C] or one value, of pixels scaled to [0, 1]. By default integer pixels take
+            those of the model's weights (its `pretrained_cfg`; 0 and 1 where it has none), and
+            floating ones are normalised already.
         transform: instead, a function from pixels as they are, a tensor [B, C, H, W] on the model's
             device, to the model's input. Tiles stay as they are until then.
         layout: "HWC" or "CHW" where "auto" cannot know: more than four channels, say. "auto" takes
@@ -114,9 +115,10 @@ def tiled(
             many).
 
     Returns:
-        [C, h, w] or [C] in the dtype of the model's output, or `out`; with a fourth axis in front
-        for a video of an array; an iterator of results, computed as they are asked for, for an
-        iterator, list or tuple of frames. (In a `TiledResult` each, if failures are to be kept.)
+        A tensor [C, h, w] or [C] on the CPU, in the dtype of the model's output, or `out`; with a
+        fourth axis in front for a video in an array; for an iterator, list or tuple of frames an
+        iterator of results, each computed as it is asked for. (In a `TiledResult`, if failures are
+        to be kept.)
 
     Raises:
         InputTypeError, InputValueError, UnsupportedInputError: an image, model or option that
@@ -145,7 +147,7 @@ def tiled(
         raise InputTypeError("out of a video is an array, whose first axis counts the frames")
     if hasattr(image, "shape") or out is not None:
         results = _video(cut, frames, predictor, out, progress, keep=True)
-        return _stacked(results, len(image) if out is None else 0, out, keep)
+        return _stacked(results, image.shape[0] if out is None else 0, out, keep)
     return _video(cut, frames, predictor, None, progress, keep)
 
 
@@ -307,7 +309,7 @@ def _merged(plan: Plan | Whole, means: list[tuple[float, torch.Tensor]]) -> torc
     total = WeightedMean((plan.geometry.channels,), (), torch.float64)
     for weight, mean in means:
         if weight:
-            total.add(mean, torch.tensor(weight, dtype=torch.float64))
+            total.add(mean, torch.tensor(weight, dtype=torch.float64, device="cpu"))
     return (total.mean if total.weight else total.mean * torch.nan).to(plan.geometry.dtype)
 
 
@@ -316,7 +318,7 @@ def _to_json(band: Band) -> list[Any]:
 
 
 def _from_json(value: list[Any]) -> tuple[float, torch.Tensor]:
-    return value[0], torch.tensor(value[1], dtype=torch.float64)
+    return value[0], torch.tensor(value[1], dtype=torch.float64, device="cpu")
 
 
 def _region(plan: Plan | Whole, band: Band) -> Region:

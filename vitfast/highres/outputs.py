@@ -15,7 +15,7 @@ from vitfast.runtime.wrappers import unwrapped
 
 Output = Callable[[Any, torch.Tensor], torch.Tensor]
 """(model, batch [B, C, H, W]) -> [B, C', h, w] or [B, C']."""
-PerChannel = Sequence[float] | torch.Tensor | None
+PerChannel = Sequence[float] | torch.Tensor | float | None
 Transform = Callable[[torch.Tensor], torch.Tensor]
 
 _LARGEST_DENOMINATOR = 8
@@ -94,6 +94,10 @@ class Geometry(NamedTuple):
     """Whether the tile has exactly that many cells; if not, the ratio is a guess."""
 
 
+def _values(values: PerChannel) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float32, device="cpu").detach().flatten()
+
+
 class Predictor:
     """A model, what is asked of it, and how pixels are made its input.
 
@@ -132,8 +136,8 @@ class Predictor:
         self._choose(output)
         self._explicit = mean is not None or std is not None
         cfg = getattr(self.module, "pretrained_cfg", None) or {}
-        self._mean = torch.as_tensor(cfg.get("mean", 0.0) if mean is None else mean).float()
-        self._std = torch.as_tensor(cfg.get("std", 1.0) if std is None else std).float()
+        self._mean = _values(cfg.get("mean", 0.0) if mean is None else mean)
+        self._std = _values(cfg.get("std", 1.0) if std is None else std)
         self._transform = transform
         tensors = [] if module is None else [*module.parameters(), *module.buffers()]
         floating = [t for t in tensors if t.is_floating_point()]

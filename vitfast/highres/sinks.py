@@ -126,7 +126,8 @@ def open_sink(out: Out, shape: Shape, dtype: torch.dtype, index: tuple[int, ...]
 
 def _numpy_dtype(dtype: torch.dtype) -> np.dtype:
     """NumPy's, which has no bfloat16: float32 holds that."""
-    return torch.empty(0, dtype=torch.float32 if dtype == torch.bfloat16 else dtype).numpy().dtype
+    kept = torch.float32 if dtype == torch.bfloat16 else dtype
+    return torch.empty(0, dtype=kept, device="cpu").numpy().dtype
 
 
 class Finished:

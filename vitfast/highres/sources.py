@@ -29,6 +29,8 @@ class Source:
     channels: int
     dtype: torch.dtype
     """Of what `rows` gives: uint8, uint16 or floating."""
+    device: torch.device = torch.device("cpu")
+    """Of what `rows` gives."""
     identity: str = ""
     """What tells this image from another of the same size, as far as can be known cheaply."""
 
@@ -123,7 +125,7 @@ class TensorSource(Source):
             )
         if tensor.dtype not in (torch.uint8, torch.uint16) and not tensor.is_floating_point():
             raise InputTypeError(f"pixels are {_DTYPES}, not {tensor.dtype}")
-        self._tensor, self.dtype = tensor.detach(), tensor.dtype
+        self._tensor, self.dtype, self.device = tensor.detach(), tensor.dtype, tensor.device
         self.channels, self.height, self.width = tensor.shape
         _check_size(self)
 

@@ -271,7 +271,8 @@ def _fit(
     """
 
     def measured(window: tuple[int, int]) -> Geometry:
-        return predictor.measure(torch.zeros((1, source.channels, *window), dtype=source.dtype))
+        shape = (1, source.channels, *window)
+        return predictor.measure(torch.zeros(shape, dtype=source.dtype, device=source.device))
 
     whole = (window_of(tile[0], tile[0], multiple[0]), window_of(tile[1], tile[1], multiple[1]))
     geometry = measured(whole)
