@@ -200,23 +200,23 @@ tiled(model, image, 32, 0.25, 6, out=out, resume=state)
 """
 
 
-def test_a_killed_process_leaves_a_run_that_goes_on(tmp_path):
-    def run(name, last):
-        command = [sys.executable, "-c", KILLED, str(tmp_path / name), str(tmp_path / "s"), last]
-        return subprocess.run(command, env=os.environ, timeout=300).returncode
-
-    assert run("x.npy", "4") == -signal.SIGKILL
+def test_a_killed_process_leaves_a_run_that_goes_on(image, tmp_path):
+    out, state = tmp_path / "x.npy", tmp_path / "s"
+    command = [sys.executable, "-c", KILLED, str(out), str(state), "4"]
+    assert subprocess.run(command, env=os.environ, timeout=300).returncode == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "x.npy.part"]
-    assert json.loads((tmp_path / "s").read_text())["bands"] == {"0": True, "1": True}
-    assert run("x.npy", "0") == 0
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "x.npy"]
+    assert json.loads(state.read_text())["bands"] == {"0": True, "1": True}
+    calls = []
 
     def model(x):
+        calls.append(1)
         return x + x.mean((1, 2, 3), keepdim=True)
 
-    image = torch.randn(3, 100, 132, generator=torch.Generator().manual_seed(2))
-    tiled(model, image, 32, 0.25, 6, out=tmp_path / "unbroken.npy")
-    assert (tmp_path / "x.npy").read_bytes() == (tmp_path / "unbroken.npy").read_bytes()
+    tiled(model, image, batch=6, out=out, resume=state, **SIZE)
+    assert len(calls) == 1 + 3  # rows 2 and 3, and 1 for what it shares with 2
+    tiled(model, image, batch=6, out=tmp_path / "unbroken.npy", **SIZE)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s", "unbroken.npy", "x.npy"]
+    assert out.read_bytes() == (tmp_path / "unbroken.npy").read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.highres import readers, tiled
-from vitfast.highres.sources import open_source
+from vitfast.highres.readers import open_source
 from vitfast.highres.tiff import is_cut_off
 
 READERS = ("pyvips", "tifffile", "pillow")

@@ -1,4 +1,4 @@
-"""Image files, by pyvips or, for TIFF, tifffile where they are installed, else by Pillow.
+"""What an image is read with: files by pyvips or, for TIFF, tifffile where installed, else Pillow.
 
 pyvips reads any format by rows: what its library cannot read in any order (JPEG, PNG) it decodes
 once, into memory below about 100 MB, else into a temporary file. tifffile decodes the strips or
@@ -16,13 +16,41 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from vitfast.errors import InputValueError, first_line
+from vitfast.errors import InputTypeError, InputValueError, first_line
 from vitfast.highres import tiff
-from vitfast.highres.sources import ArraySource, Source, pillow_pixels, to_planes
+from vitfast.highres.sources import (
+    LAYOUTS,
+    ArraySource,
+    Source,
+    TensorSource,
+    pillow_pixels,
+    to_planes,
+)
 
 _OTHER_COLOURS = ("cmyk", "hsv", "lab", "labq", "labs", "lch", "xyz", "yxy")
 """libvips' names of colours that are no RGB."""
 _TIFF = (".tif", ".tiff", ".btf")
+
+
+def open_source(image: Any, layout: str = "auto") -> Source:
+    """The source of one image: a path, Pillow's image, a tensor or anything like an array.
+
+    Raises:
+        InputTypeError, InputValueError: no image; a file that is missing, broken or cut off.
+    """
+    if layout not in LAYOUTS:
+        raise InputValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
+    if isinstance(image, (str, os.PathLike)):
+        return open_path(os.fspath(image))
+    if isinstance(image, Image.Image):
+        return ArraySource(pillow_pixels(image), "HWC")
+    if isinstance(image, torch.Tensor):
+        return TensorSource(image, layout)
+    if all(hasattr(image, name) for name in ("shape", "dtype", "__getitem__")):
+        return ArraySource(image, layout)
+    raise InputTypeError(
+        f"an image is a path, an array, a tensor or Pillow's image, not {type(image).__name__}"
+    )
 
 
 def open_path(path: str) -> Source:

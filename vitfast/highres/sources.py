@@ -1,8 +1,7 @@
-"""Images that are read some rows at a time: arrays, tensors, Pillow's; files by `readers`."""
+"""Images that are read some rows at a time: arrays, tensors, Pillow's."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -131,29 +130,6 @@ class TensorSource(Source):
 
     def _read(self, top: int, bottom: int) -> torch.Tensor:
         return self._tensor[:, top:bottom]
-
-
-def open_source(image: Any, layout: str = "auto") -> Source:
-    """The source of one image: a path, Pillow's image, a tensor or anything like an array.
-
-    Raises:
-        InputTypeError, InputValueError: no image; a file that is missing, broken or cut off.
-    """
-    if layout not in LAYOUTS:
-        raise InputValueError(f"layout={layout!r} is none of {', '.join(LAYOUTS)}")
-    if isinstance(image, (str, os.PathLike)):
-        from vitfast.highres.readers import open_path
-
-        return open_path(os.fspath(image))
-    if isinstance(image, Image.Image):
-        return ArraySource(pillow_pixels(image), "HWC")
-    if isinstance(image, torch.Tensor):
-        return TensorSource(image, layout)
-    if all(hasattr(image, name) for name in ("shape", "dtype", "__getitem__")):
-        return ArraySource(image, layout)
-    raise InputTypeError(
-        f"an image is a path, an array, a tensor or Pillow's image, not {type(image).__name__}"
-    )
 
 
 def frames_of(image: Any) -> Iterator[Any] | None:
