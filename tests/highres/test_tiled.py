@@ -233,6 +233,12 @@ def test_autocast_is_honoured_and_no_gradient_kept():
     assert set(seen) == {(True, True)} and not found.requires_grad and not found.is_inference()
 
 
+@pytest.mark.parametrize("tile", [32, 132])
+def test_regions_can_be_computed_with(picked, tile):
+    for _, values in tiled_regions(picked, IMAGE, tile):
+        assert not values.is_inference()
+
+
 def test_regions_leave_the_callers_modes_alone(picked):
     for _ in tiled_regions(picked, IMAGE, 32):
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
