@@ -32,12 +32,13 @@ RANK = {
     "graphs": 8,
     "preparation": 8,
     "swap": 9,
-    "bench": 10,
-    "check": 11,
-    "demo": 11,
-    "cli": 12,
+    "highres": 10,
+    "bench": 11,
+    "check": 12,
+    "demo": 12,
+    "cli": 13,
 }
-COMMANDS = ("bench/", "check/", "demo/", "cli/")
+COMMANDS = ("highres/", "bench/", "check/", "demo/", "cli/")
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
     "torch": (
@@ -47,7 +48,7 @@ HOMES = {
     "timm": ("layers/", "families/", "swap.py", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),
-    "rich": ("bench/", "cli/"),
+    "rich": ("highres/", "bench/", "cli/"),
     "einops": ("ops/", "testing/"),
     "pytest": (),
     "pybind11": (),
