@@ -32,19 +32,20 @@ RANK = {
     "graphs": 8,
     "preparation": 8,
     "swap": 9,
-    "bench": 10,
-    "check": 11,
-    "demo": 11,
-    "cli": 12,
+    "highres": 10,
+    "bench": 11,
+    "check": 12,
+    "demo": 12,
+    "cli": 13,
 }
 COMMANDS = ("bench/", "check/", "demo/", "cli/")
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "selftest/", "graphs/", "preparation.py", "swap.py", *COMMANDS,
+        "selftest/", "graphs/", "preparation.py", "swap.py", "highres/", *COMMANDS,
     ),
-    "timm": ("layers/", "families/", "swap.py", *COMMANDS),
+    "timm": ("layers/", "families/", "swap.py", "highres/", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),
     "rich": ("bench/", "cli/"),

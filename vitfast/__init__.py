@@ -13,7 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vitfast import layers, ops
+    from vitfast import highres, layers, ops
     from vitfast.graphs import graphed, ungraphed
     from vitfast.preparation import TrustReport, prepare
     from vitfast.settings import settings
@@ -27,6 +27,7 @@ __all__ = [
     "__version__",
     "create_model",
     "graphed",
+    "highres",
     "layers",
     "ops",
     "prepare",
@@ -52,7 +53,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("layers", "ops"):
+    if name in ("highres", "layers", "ops"):
         return importlib.import_module(f"vitfast.{name}")
     if name in _HOME:
         value = getattr(importlib.import_module(_HOME[name]), name)
