@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,22 +13,26 @@ from torch import nn
 
 from vitfast.bench.zoo import enliven
 
+SMALL = dict(embed_dim=96, num_heads=3)
 
-def make(name: str, **kwargs) -> nn.Module:
+
+def make(name: str, img_size=(48, 64), depth: int | None = 2, **kwargs) -> nn.Module:
     """A timm model in evaluation mode, whose random weights all have effect and whose attention
     is far from uniform."""
     torch.manual_seed(0)
-    model = timm.create_model(name, **kwargs).eval()
+    if depth is not None:
+        kwargs["depth"] = depth
+    model = timm.create_model(name, img_size=img_size, **kwargs).eval()
     enliven(model)
     with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            # Else random scores are so small that a wrong scale or bias would hardly show.
-            if "qkv.weight" in parameter_name or "_proj.weight" in parameter_name:
-                parameter.mul_(4)
-            elif "bias_table" in parameter_name or "q_bias" in parameter_name:
+        for where, parameter in model.named_parameters():
+            # Else scores are so small that a wrong scale or bias would hardly show.
+            if any(part in where for part in ("qkv.weight", "q_proj.w", "k_proj.w", "kv.weight")):
+                parameter.mul_(3)
+            elif any(part in where for part in ("bias_table", "q_bias", "qkv.bias", "q_proj.b")):
                 parameter.add_(torch.randn_like(parameter))
-            elif "q_norm" in parameter_name or "k_norm" in parameter_name:
-                parameter.mul_(2)
+            elif "q_norm" in where or "k_norm" in where:
+                parameter.mul_(0.5 + torch.rand_like(parameter))
     return model
 
 
@@ -47,7 +52,15 @@ def dense(
     return found
 
 
+def joined(found) -> torch.Tensor:
+    """A map as [B, heads, Q, N], tokens in the model's order."""
+    return torch.cat([found.prefix, found.patches.flatten(-2)], -1)
+
+
+def noise(batch: int = 2, size=(48, 64)) -> torch.Tensor:
+    return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
 @pytest.fixture
-def image() -> torch.Tensor:
-    """Two images that are wider than high."""
-    return torch.randn(2, 3, 48, 64, generator=torch.Generator().manual_seed(1))
+def zoo() -> SimpleNamespace:
+    return SimpleNamespace(make=make, dense=dense, joined=joined, noise=noise, SMALL=SMALL)

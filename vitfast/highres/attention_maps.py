@@ -82,24 +82,28 @@ def attention_map(
         found = vitfast.highres.attention_map(model, image)
         overlay = found.upsampled((height, width))[0, 0, 0]
 
-    The model runs its own forward, swapped or not, up to the last layer that is asked for; then q of
-    the queries and k of all tokens are computed as timm computes them, with q/k norm, rotary
+    The model runs its own forward, swapped or not, up to the last layer that is asked for; then q
+    of the queries and k of all tokens are computed as timm computes them, with q/k norm, rotary
     embedding, position bias and masks, in the model's dtype (and under the caller's autocast), and
-    their softmax in float32. The run is that of evaluation mode, without autograd. The model is left
-    as it was: no hook stays, `fused_attn`, training mode and what is cached do not change. It also
-    may be one that torch.compile made, whose plain forward is run.
+    their softmax in float32. The run is that of evaluation mode, without autograd. The model is
+    left as it was: no hook stays, and `fused_attn`, training mode and what is cached do not change.
+    Of a model that torch.compile made, the plain forward is run.
 
     Known are timm's Attention, AttentionRope, EvaAttention, BEiT's and RelPosAttention, in any
     block, ParallelScalingBlock, AttentionPoolLatent, and the window attention of Swin and Swin V2,
-    or vitfast's drop-ins for them: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA-02, BEiT, Perception
-    Encoder, NaFlexViT, ViTs with relative positions, hybrids. One that is not known, such as MaxViT's
-    or Hiera's, is refused.
+    or vitfast's drop-ins for them: ViT, DeiT, DINOv2, DINOv3, CLIP, SigLIP, EVA-02, BEiT,
+    Perception Encoder, NaFlexViT, ViTs with relative positions, hybrids. A model with another
+    attention, such as MaxViT or Hiera, is refused.
+
+    Memory, beyond the model's own: k of 2,048 tokens at a time and the map; k of all tokens and 32
+    MB of scores where there are so many queries that their scores need more than that at once.
 
     Args:
         model: a timm model, or a module that holds one and takes images.
-        image: a tensor [3, H, W] or [B, 3, H, W] of floats as the model takes them, normalised; or a
-            picture: a path, a PIL image, or uint8 [H, W, 3] as NumPy array or [3, H, W] as tensor.
-            Pictures are resized to the model's own size and normalised as its pretrained_cfg says.
+        image: a tensor [3, H, W] or [B, 3, H, W] of floats as the model takes them, normalised; or
+            a picture: a path, a PIL image, or uint8 [H, W, 3] as NumPy array or [3, H, W] as
+            tensor. Pictures are resized to the model's own size, all of them without a crop, and
+            normalised as its pretrained_cfg says.
         layer: number of a block, -1 is the last; a list of them, or "all"; or "pool" for the
             attention that pools the tokens of SigLIP and the like, whose queries are its latents.
         query: "cls", "dist" (of distilled models) or "registers"; the index of a token, the prefix

@@ -111,7 +111,8 @@ def _rgb(picture: Any) -> Image.Image:
         picture = picture.movedim(0, -1).cpu().numpy() if picture.ndim == 3 else picture
     if not hasattr(picture, "shape"):
         raise InputTypeError(
-            f"image: expected a tensor, an array, a PIL image or a path, got {type(picture).__name__}"
+            "image: expected a tensor, an array, a PIL image or a path, got "
+            f"{type(picture).__name__}"
         )
     shape = tuple(picture.shape)
     if (

@@ -24,8 +24,8 @@ def attention_rollout(
     With A_l the mean over heads of layer l's attention and I the residual connection, rollout is
     the product of (1 - residual) A_l + residual I over all layers (Abnar and Zuidema, 2020,
     "Quantifying Attention Flow in Transformers"). Of that product only the rows of the queries are
-    computed, as a vector that is multiplied by one layer after the other from the last to the first.
-    No N x N matrix exists at any time.
+    computed, as a vector that is multiplied by one layer after the other from the last to the
+    first. No N x N matrix exists at any time.
 
     Memory: the inputs of all blocks, layers * B * N * C elements in the model's dtype, since they
     come from the first to the last; k of one layer, and 32 MB of scores. Time: about as much as the
