@@ -16,7 +16,7 @@ SMALL = dict(embed_dim=96, num_heads=3)
 
 
 def state(model: nn.Module) -> list:
-    """All that can be seen of the modules but for what is cached; tensors by identity and version."""
+    """All that can be seen of the modules but for what is cached; tensors by identity."""
     found = []
     for name, module in model.named_modules():
         values = {

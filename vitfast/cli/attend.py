@@ -153,7 +153,7 @@ def _size(text: str | None, name: str, picture: Image.Image) -> tuple[int, int] 
 
 def _patch(model: nn.Module) -> tuple[int, int]:
     for part in ("patch_embed", "embeds"):
-        embed = getattr(model, part, None)
+        embed: Any = getattr(model, part, None)
         if hasattr(embed, "feat_ratio"):
             rows, columns = embed.feat_ratio(as_scalar=False)
             return int(rows), int(columns)
@@ -172,7 +172,7 @@ def _build(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
     if args.checkpoint is None:
         return zoo.build(args.model, size, pretrained=args.pretrained)
     # Its position embedding is of the model's own size, and resized from there.
-    model = zoo.build(args.model)
+    model: Any = zoo.build(args.model)
     _load(model, args.checkpoint)
     if size is None or size == _own_size(model):
         return model

@@ -78,4 +78,5 @@ def _sums(qk: QueriesKeys, weights: torch.Tensor) -> list[torch.Tensor]:
             scores = qk.scores(q[:, one], k[:, one], of, every, head)
             part = weights[..., of].to(scores.dtype) @ softmax_(scores)[:, 0]
             sums[head] = part if start == 0 else sums[head].add_(part)
+            del scores  # before the next ones are made
     return sums

@@ -242,10 +242,10 @@ def grid_of(site: Site, image: torch.Tensor, tokens: int) -> tuple[int, int, int
         raise UnsupportedInputError(
             f"the model does not tell which of its tokens are patches, at {site.name}"
         )
-    prefixes = (owner.num_prefix_tokens,)
+    prefixes: list[int] = [owner.num_prefix_tokens]
     if timm_class(site.attn) is POOL:
-        prefixes = (0, owner.num_prefix_tokens)  # models pool with or without them
-    embed = getattr(owner, "patch_embed", None)
+        prefixes.append(0)  # models pool with or without them
+    embed: Any = getattr(owner, "patch_embed", None)
     sizes = []
     if hasattr(embed, "dynamic_feat_size"):
         sizes.append(tuple(embed.dynamic_feat_size((height, width))))

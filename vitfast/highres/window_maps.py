@@ -116,6 +116,6 @@ def _bias(attn: Any) -> torch.Tensor:
 def _mask(block: Any, x: torch.Tensor) -> torch.Tensor | None:
     """That keeps apart what the shift brought together, [windows, A, A]."""
     if not block.dynamic_mask:
-        return block.attn_mask  # type: ignore[no-any-return]
+        return block.attn_mask
     padded = [-(-n // w) * w for n, w in zip(x.shape[1:3], block.window_size, strict=True)]
-    return block.get_attn_mask(x.new_zeros(()).expand(1, *padded, 1))  # type: ignore[no-any-return]
+    return block.get_attn_mask(x.new_zeros(()).expand(1, *padded, 1))
