@@ -83,13 +83,18 @@ def test_blocks_of_many_branches_are_layers_each(zoo):
 
 def test_grouped_queries_and_half_rotations(zoo):
     model = zoo.make(
-        "vit_small_patch16_dinov3", **SMALL, attn_type="rope", rope_rotate_half=True, qk_norm=True
+        "vit_small_patch16_dinov3",
+        embed_dim=128,
+        num_heads=4,
+        attn_type="rope",
+        rope_rotate_half=True,
+        qk_norm=True,
     )
     for block in model.blocks:
-        attn, width = block.attn, 96
-        attn.num_kv_heads, attn.num_kv_groups, attn.qkv = 1, 3, None
+        attn, width = block.attn, 128
+        attn.num_kv_heads, attn.num_kv_groups, attn.qkv = 2, 2, None
         attn.q_proj = nn.Linear(width, width)
-        attn.k_proj, attn.v_proj = nn.Linear(width, 32), nn.Linear(width, 32)
+        attn.k_proj, attn.v_proj = nn.Linear(width, 64), nn.Linear(width, 64)
     image = zoo.noise()
     expected = zoo.dense(model, image)
     for found, right in zip(
@@ -357,6 +362,7 @@ def test_upsampled(zoo):
     for size, mode, message in (
         ((0, 4), "bilinear", "size"),
         ((4,), "bilinear", "size"),
+        (4, "bilinear", "size"),
         ((4, 4), "x", "mode"),
     ):
         with pytest.raises(InputValueError, match=message):

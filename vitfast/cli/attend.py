@@ -217,9 +217,7 @@ def _look(
 
     if rollout:
         return attention_rollout(model, image, query)
-    found = attention_map(model, image, layer, query, head)
-    assert not isinstance(found, list)
-    return found
+    return attention_map(model, image, layer, query, head)
 
 
 def _overlay(picture: Image.Image, found: AttentionMap, colours: Any, alpha: float) -> Image.Image:

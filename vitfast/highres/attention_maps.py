@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,8 @@ class AttentionMap:
         Raises:
             InputValueError: no size of two positive integers, or a mode that torch does not know.
         """
-        if len(size) != 2 or any(type(n) is not int or n < 1 for n in size):
+        fits = isinstance(size, (tuple, list)) and len(size) == 2
+        if not fits or any(type(n) is not int or n < 1 for n in size):
             raise InputValueError(f"size {size!r}: expected height and width")
         how: dict[str, Any] = (
             {} if mode in ("nearest", "nearest-exact", "area") else {"align_corners": False}
@@ -70,6 +71,22 @@ class AttentionMap:
         return found.unflatten(1, self.patches.shape[1:3])
 
 
+@overload
+def attention_map(
+    model: nn.Module,
+    image: Any,
+    layer: int | Literal["pool"] = -1,
+    query: Queries = "cls",
+    head: int | str = "mean",
+) -> AttentionMap: ...
+@overload
+def attention_map(
+    model: nn.Module,
+    image: Any,
+    layer: Sequence[int] | Literal["all"],
+    query: Queries = "cls",
+    head: int | str = "mean",
+) -> list[AttentionMap]: ...
 def attention_map(
     model: nn.Module,
     image: Any,
@@ -164,7 +181,8 @@ def weigh(
     pick = chosen_heads(head, site.attn.num_heads)  # type: ignore[arg-type]
     if timm_class(site.attn) is POOL:
         latents = int(site.attn.latent_len)  # type: ignore[arg-type]
-        chosen = list(range(latents)) if query == "cls" else checked_indices(query, latents)
+        every = isinstance(query, str) and query == "cls"
+        chosen = list(range(latents)) if every else checked_indices(query, latents)
         return rows(qk, torch.tensor(chosen, device=qk.device), pick)
     if isinstance(query, str) and query == "mean":
         prefix = grid[0]

@@ -37,8 +37,9 @@ def rows(qk: QueriesKeys, index: torch.Tensor, pick: Pick) -> torch.Tensor:
         part = q[:, :, start : start + at_once]
         scores: list[torch.Tensor] = []
         for first in range(0, qk.tokens, TOKENS):
-            to = torch.arange(first, min(first + TOKENS, qk.tokens), device=qk.device)
-            k = qk.keys(to) if every is None else every[:, :, to[0] : to[-1] + 1]
+            last = min(first + TOKENS, qk.tokens)
+            to = torch.arange(first, last, device=qk.device)
+            k = qk.keys(to) if every is None else every[:, :, first:last]
             scores.append(qk.scores(part, k, of, to))
         found.append(pick(softmax_(torch.cat(scores, -1))))
     return torch.cat(found, 2)
@@ -46,10 +47,9 @@ def rows(qk: QueriesKeys, index: torch.Tensor, pick: Pick) -> torch.Tensor:
 
 def averaged_row(qk: QueriesKeys, index: torch.Tensor, pick: Pick) -> torch.Tensor:
     """The mean of the rows of these tokens, as [B, heads, 1, N]."""
-    weights = torch.zeros(1, 1, qk.tokens, device=qk.device, dtype=torch.float64)
-    weights[..., index] = 1 / len(index)
-    found = torch.stack(list(_sums(qk, weights)), 1)
-    return pick(found)
+    weights = torch.zeros(1, 1, qk.tokens, device=qk.device)
+    weights[..., index] = 1
+    return pick(torch.stack(_sums(qk, weights), 1) / len(index))
 
 
 def mean_head_sum(qk: QueriesKeys, weights: torch.Tensor) -> torch.Tensor:
