@@ -31,6 +31,8 @@ def make(name: str, img_size=(48, 64), depth: int | None = 2, **kwargs) -> nn.Mo
                 parameter.mul_(3)
             elif any(part in where for part in ("bias_table", "q_bias", "qkv.bias", "q_proj.b")):
                 parameter.add_(torch.randn_like(parameter))
+            elif where.endswith("_token"):  # which else are as good as equal
+                parameter.normal_()
             elif "q_norm" in where or "k_norm" in where:
                 parameter.mul_(0.5 + torch.rand_like(parameter))
     return model
