@@ -43,9 +43,9 @@ COMMANDS = ("highres/", "bench/", "check/", "demo/", "cli/")
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "selftest/", "graphs/", "preparation.py", "swap.py", *COMMANDS,
+        "selftest/", "graphs/", "preparation.py", "swap.py", "highres/", *COMMANDS,
     ),
-    "timm": ("layers/", "families/", "swap.py", *COMMANDS),
+    "timm": ("layers/", "families/", "swap.py", "highres/", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),
     "rich": ("highres/", "bench/", "cli/"),

@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "time ops, blocks or models beside their peers",
     "tune": "time launch configs of the GPU kernels and write this GPU's table",
     "swap": "report what vitfast.swap would do to a timm model",
+    "attend": "lay what a model attends to over a picture",
     "demo": "run real models with timm and with vitfast on a photograph",
 }
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -224,6 +225,24 @@ def recall_plan(
 def forget(module: nn.Module) -> None:
     """Keep nothing of a module."""
     module.__dict__.pop(_NAME, None)
+
+
+@contextmanager
+def set_aside(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What is kept of these modules is out of reach within, and back afterwards.
+
+    For a change that is taken back at once, such as a hook for one call. Left in place, what is
+    kept would be made anew with the change and again without it, and no longer be kept at all after
+    a few such calls.
+    """
+    kept = [(module, module.__dict__.pop(_NAME, None)) for module in modules]
+    try:
+        yield
+    finally:
+        for module, entries in kept:
+            forget(module)
+            if entries is not None:
+                module.__dict__[_NAME] = entries
 
 
 def recall(

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from vitfast.errors import InputTypeError, InputValueError
-from vitfast.highres import readers, tiled
-from vitfast.highres.readers import open_source
-from vitfast.highres.tiff import is_cut_off
+from vitfast.highres import tiled
+from vitfast.highres.tiles import readers
+from vitfast.highres.tiles.readers import open_source
+from vitfast.highres.tiles.tiff import is_cut_off
 
 READERS = ("pyvips", "tifffile", "pillow")
 RGB = np.random.default_rng(0).integers(0, 256, (90, 70, 3), dtype=np.uint8)

@@ -17,8 +17,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from vitfast.errors import InputTypeError, InputValueError, first_line
-from vitfast.highres import tiff
-from vitfast.highres.sources import (
+from vitfast.highres.tiles import tiff
+from vitfast.highres.tiles.sources import (
     LAYOUTS,
     ArraySource,
     Source,

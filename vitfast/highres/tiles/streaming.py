@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError, VitfastError, first_line
-from vitfast.highres.blending import BLENDS, Blend, StripeMerger, WeightedMean
-from vitfast.highres.outputs import BadOutputError, Geometry, Predictor, RefusedTileError
-from vitfast.highres.sources import Source
-from vitfast.highres.tiling import Axis, Box, starts_of, window_of
+from vitfast.highres.tiles.blending import BLENDS, Blend, StripeMerger, WeightedMean
+from vitfast.highres.tiles.outputs import BadOutputError, Geometry, Predictor, RefusedTileError
+from vitfast.highres.tiles.sources import Source
+from vitfast.highres.tiles.tiling import Axis, Box, starts_of, window_of
 
 
 class FailedTile(NamedTuple):

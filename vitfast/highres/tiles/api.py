@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
-from vitfast.highres.bars import Progress, tile_bar
-from vitfast.highres.blending import Blend, WeightedMean
-from vitfast.highres.outputs import Output, PerChannel, Predictor, Transform
-from vitfast.highres.readers import open_source
-from vitfast.highres.sinks import FileSink, Finished, Out, fingerprint, open_sink
-from vitfast.highres.sources import frames_of
-from vitfast.highres.streaming import Band, FailedTile, Plan, TilingError, Whole, plan_tiles
-from vitfast.highres.tiling import Box, check_overlap, check_tile
+from vitfast.highres.tiles.bars import Progress, tile_bar
+from vitfast.highres.tiles.blending import Blend, WeightedMean
+from vitfast.highres.tiles.outputs import Output, PerChannel, Predictor, Transform
+from vitfast.highres.tiles.readers import open_source
+from vitfast.highres.tiles.sinks import FileSink, Finished, Out, fingerprint, open_sink
+from vitfast.highres.tiles.sources import frames_of
+from vitfast.highres.tiles.streaming import Band, FailedTile, Plan, TilingError, Whole, plan_tiles
+from vitfast.highres.tiles.tiling import Box, check_overlap, check_tile
 
 
 class TiledResult(NamedTuple):

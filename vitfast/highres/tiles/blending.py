@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from vitfast.errors import InputValueError
-from vitfast.highres.tiling import Axis
+from vitfast.highres.tiles.tiling import Axis
 
 BLENDS = ("cosine", "average")
 

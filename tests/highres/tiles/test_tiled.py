@@ -10,7 +10,7 @@ from torch import nn
 
 import vitfast
 from vitfast.highres import tiled, tiled_regions
-from vitfast.highres.tiling import starts_of
+from vitfast.highres.tiles.tiling import starts_of
 
 IMAGE = torch.randn(3, 100, 132, generator=torch.Generator().manual_seed(1))
 PIXELS = (IMAGE * 50 + 128).clamp(0, 255).byte()

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vitfast.errors import InputTypeError, InputValueError
-from vitfast.highres.blending import (
+from vitfast.highres.tiles.blending import (
     Blend,
     StripeMerger,
     WeightedMean,
 )
-from vitfast.highres.tiling import (
+from vitfast.highres.tiles.tiling import (
     Axis,
     Box,
     check_overlap,

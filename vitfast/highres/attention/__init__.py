@@ -1,0 +1,1 @@
+"""Rows of attention matrices, which nobody holds whole."""

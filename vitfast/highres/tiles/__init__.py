@@ -1,0 +1,1 @@
+"""Images by overlapping tiles, one stripe of them at a time."""
