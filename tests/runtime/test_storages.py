@@ -222,3 +222,9 @@ def test_what_is_free_does_not_stand_in_the_way():
             fits = False
         os._exit(0 if fits else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_nothing_is_kept_where_memory_is_low(kept, monkeypatch):
+    monkeypatch.setattr(native.settings, "memory", "low")
+    large()
+    assert kept.nbytes() == 0

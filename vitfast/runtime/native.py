@@ -104,7 +104,8 @@ def empty(
     nobody else has its storage."""
     device = device or _CPU
     nbytes = math.prod(shape) * dtype.itemsize
-    if nbytes < _LARGE or device != _CPU or recorder.get() is not None:
+    is_kept = device == _CPU and recorder.get() is None and settings.memory != "low"
+    if nbytes < _LARGE or not is_kept:
         return torch.empty(shape, dtype=dtype, device=device)
     storage = RESULTS.take(nbytes)
     if storage is not None:
