@@ -20,7 +20,10 @@ def test_gradcheck_of_the_reference(case):
         )
 
     inputs = [call.arguments[n] for n in names]
-    assert torch.autograd.gradcheck(function, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
+    # Along random directions: element by element it takes a thousand times as long.
+    assert torch.autograd.gradcheck(
+        function, inputs, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True
+    )
 
 
 @pytest.mark.cases(tags=["small", "check"], dtypes=[torch.float64])
