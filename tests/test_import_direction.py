@@ -19,6 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANK = {
     "errors": 0,
     "report": 0,
+    "loading": 1,
     "settings": 1,
     "runtime": 2,
     "ops": 3,
@@ -32,22 +33,27 @@ RANK = {
     "graphs": 8,
     "preparation": 8,
     "swap": 9,
-    "bench": 10,
-    "check": 11,
-    "demo": 11,
-    "cli": 12,
+    "embedding": 10,
+    "bench": 11,
+    "check": 12,
+    "demo": 12,
+    "cli": 13,
 }
 COMMANDS = ("bench/", "check/", "demo/", "cli/")
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "selftest/", "graphs/", "preparation.py", "swap.py", *COMMANDS,
+        "selftest/", "graphs/", "preparation.py", "loading.py", "swap.py", "embedding/", *COMMANDS,
     ),
-    "timm": ("layers/", "families/", "swap.py", *COMMANDS),
+    "timm": ("layers/", "families/", "loading.py", "swap.py", "embedding/", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),
     "rich": ("bench/", "cli/"),
+    "pyarrow": ("embedding/",),
+    "daft": ("embedding/",),
+    "ray": (),
+    "usearch": ("embedding/",),
     "einops": ("ops/", "testing/"),
     "pytest": (),
     "pybind11": (),

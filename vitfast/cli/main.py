@@ -23,6 +23,8 @@ COMMANDS = {
     "tune": "time launch configs of the GPU kernels and write this GPU's table",
     "swap": "report what vitfast.swap would do to a timm model",
     "demo": "run real models with timm and with vitfast on a photograph",
+    "embed": "turn a folder of images into vectors, in Parquet files",
+    "search": "find the images of an embedded folder that are most like others",
 }
 
 
