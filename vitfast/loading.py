@@ -89,10 +89,8 @@ def _loaded(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
     }
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     if missing or unknown:
-        found = [f"it lacks {missing[0]}"] * bool(missing) + [f"it has {unknown[0]}"] * bool(
-            unknown
-        )
-        return f"{' and '.join(found)} ({len(missing)} missing, {len(unknown)} unknown)"
+        what = [f"it lacks {name}" for name in missing[:1]] + [f"it has {n}" for n in unknown[:1]]
+        return f"{' and '.join(what)} ({len(missing)} missing, {len(unknown)} unknown)"
     for name, value in own.items():
         if value.shape != state[name].shape:
             return f"{name} has shape {list(state[name].shape)}, the model's {list(value.shape)}"
