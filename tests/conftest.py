@@ -203,7 +203,8 @@ def _trained_on(
     torch.manual_seed(0)
     try:
         model = timm.create_model(name, num_classes=10, **kwargs).train()
-        transform = create_transform(**resolve_data_config({"input_size": (3, 32, 32)}, model=model))
+        config = resolve_data_config({"input_size": (3, 32, 32)}, model=model)
+        transform = create_transform(**config)
         x = torch.stack([transform(Image.fromarray(image).convert("RGB")) for image in images])
         y = torch.from_numpy(labels)
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)

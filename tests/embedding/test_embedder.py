@@ -1,4 +1,4 @@
-"""Vectors are the model's own, in order, whatever the batch, the threads and the broken among them."""
+"""Vectors are the model's own, in order, whatever the threads and the broken among them."""
 
 from __future__ import annotations
 

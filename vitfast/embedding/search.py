@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +21,12 @@ from vitfast.errors import InputValueError
 from vitfast.settings import logger
 
 EXACT_UP_TO = 1_000_000
-"""Vectors. An exact pass over so many of 384 float16 reads 768 MB, about a second; an index of them
-takes minutes to build, and pays where many searches follow."""
+"""Vectors. An exact pass over so many of 384 float16 took 6 s on two cores, most of it to decode
+Parquet; an index of them takes minutes to build, and pays where many searches follow."""
 CHUNK = 65_536
 """Rows of one matrix product, so that memory stays small beside an archive's."""
+READERS = 4
+"""Threads that read shards: decoding Parquet takes longer than the matrix product."""
 CANDIDATES = 8
 """How many times as many as asked for an index is asked for, to be ranked exactly."""
 
@@ -126,7 +131,8 @@ class Archive:
                 )
                 exact = True
         found = self._exact(unit, top) if exact else self._by_index(unit, top)
-        return [[Hit(self.ids[i], score) for i, score in row] for row in found]
+        names = self._ids_at(sorted({i for row in found for i, _ in row}))
+        return [[Hit(names[i], score) for i, score in row] for row in found]
 
     def _unit_queries(self, queries: np.ndarray) -> np.ndarray:
         queries = np.atleast_2d(np.asarray(queries, np.float32))
@@ -144,11 +150,12 @@ class Archive:
         rows = np.empty((len(queries), 0), np.int64)
         first = 0
         for chunk in self._chunks():
-            here = queries @ _unit(chunk).T
-            scores = np.concatenate([scores, here], 1)
-            numbers = np.arange(first, first + len(chunk), dtype=np.int64)
-            rows = np.concatenate([rows, np.broadcast_to(numbers, here.shape)], 1)
-            scores, rows = _best(scores, rows, top)
+            here, numbers = _best(_cosines(queries, chunk), None, top)
+            scores, rows = _best(
+                np.concatenate([scores, here], 1),
+                np.concatenate([rows, numbers + first], 1),
+                top,
+            )
             first += len(chunk)
         return [_pairs(r, s) for r, s in zip(rows, scores, strict=True)]
 
@@ -158,8 +165,7 @@ class Archive:
         for query in queries:
             keys = index.search(query, min(top * CANDIDATES, len(self))).keys
             near = np.sort(keys.astype(np.int64))
-            scores = _unit(self._at(near)) @ query
-            best, rows = _best(scores[None], near[None], top)
+            best, rows = _best(_cosines(query[None], self._at(near)), near[None], top)
             found.append(_pairs(rows[0], best[0]))
         return found
 
@@ -207,6 +213,18 @@ class Archive:
     def _places(self) -> dict[str, int]:
         return {one: i for i, one in enumerate(self.ids)}
 
+    def _ids_at(self, numbers: list[int]) -> dict[int, str]:
+        """The ids of these rows, which are in order."""
+        found, first = {}, 0
+        for path, rows in zip(self._paths, self._rows, strict=True):
+            here = [i for i in numbers if first <= i < first + rows]
+            if here:
+                with opened(path) as file:
+                    column = file.read(columns=["id"])["id"]
+                found.update((i, column[i - first].as_py()) for i in here)
+            first += rows
+        return found
+
     def _at(self, numbers: np.ndarray) -> np.ndarray:
         """[N, D] of these rows, which are in order; each shard is read once."""
         found, first = [], 0
@@ -226,10 +244,15 @@ class Archive:
             )
 
     def _chunks(self) -> Iterator[np.ndarray]:
-        for path in self._paths:
-            shard = self._shard(path)
-            for start in range(0, len(shard), CHUNK):
-                yield shard[start : start + CHUNK]
+        """All vectors in order, a part at a time; threads read the next shards meanwhile."""
+        paths = iter(self._paths)
+        with ThreadPoolExecutor(READERS) as threads:
+            ahead = deque(threads.submit(self._shard, path) for path in islice(paths, READERS))
+            while ahead:
+                shard = ahead.popleft().result()
+                ahead.extend(threads.submit(self._shard, path) for path in islice(paths, 1))
+                for start in range(0, len(shard), CHUNK):
+                    yield shard[start : start + CHUNK]
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -239,10 +262,28 @@ def _unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
-def _best(scores: np.ndarray, rows: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `top` highest of each line, best first, equals by row."""
-    order = np.lexsort((rows, -scores))[:, :top]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+def _cosines(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """[Q, N] of queries of unit length and vectors of any; 0 of a vector that is zero."""
+    wide = vectors.astype(np.float32, copy=False)
+    lengths = np.sqrt(np.einsum("nd,nd->n", wide, wide))
+    return (queries @ wide.T) / np.maximum(lengths, np.finfo(np.float32).tiny)
+
+
+def _best(scores: np.ndarray, rows: np.ndarray | None, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `top` highest of each line and their rows, best first, equals by row.
+
+    rows: the numbers of the columns, in rising order where scores are equal; None counts from 0.
+    """
+    kept_scores, kept_rows = [], []
+    for i, line in enumerate(scores):
+        numbers = np.arange(len(line)) if rows is None else rows[i]
+        if len(line) > top:  # all that reach the last place: a partition alone takes any of equals
+            enough = line >= np.partition(line, len(line) - top)[len(line) - top]
+            line, numbers = line[enough], numbers[enough]
+        order = np.lexsort((numbers, -line))[:top]
+        kept_scores.append(line[order])
+        kept_rows.append(numbers[order])
+    return np.stack(kept_scores), np.stack(kept_rows)
 
 
 def _pairs(rows: Sequence[Any] | np.ndarray, scores: Sequence[Any] | np.ndarray) -> list[Any]:
