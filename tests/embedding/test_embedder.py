@@ -285,5 +285,8 @@ def test_what_gives_no_vector_says_so(small, pictures):
         small(pool=lambda features: features).embed(pictures)
     with pytest.raises(InputValueError, match="no class token"):
         vitfast.Embedder("test_convnext", pool="token", device="cpu").embed(pictures)
+    plain = small(transform=lambda image: torch.zeros(3, image.height, image.width))
+    with pytest.raises(InputValueError, match="several shapes"):
+        plain.embed(pictures)
     with pytest.raises(InputTypeError, match="list of images"):
         small().embed("a.png")

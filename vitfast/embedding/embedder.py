@@ -244,6 +244,10 @@ class Embedder:
 
         Threads decode the next two batches while one is computed; no more of `items` is taken than
         that. An image that cannot be embedded yields its reason, and nothing is raised for it.
+
+        Raises:
+            InputValueError: a transform gives tensors of several shapes, or the model something
+                else than a vector for an image.
         """
         source = iter(items)
         ahead: deque[tuple[str, Future[torch.Tensor]]] = deque()
@@ -342,6 +346,9 @@ class Embedder:
     def _compute(self, tensors: list[torch.Tensor]) -> np.ndarray:
         """float32 [B, D], neither normalised nor rounded."""
         like = self._like()
+        shapes = {tuple(t.shape) for t in tensors}
+        if len(shapes) > 1:
+            raise InputValueError(f"the transform gave several shapes: {sorted(shapes)}")
         x = torch.stack(tensors).to(like.device, like.dtype, non_blocking=True)
         model: Any = self.model
         if self.pool is not None:

@@ -32,7 +32,7 @@ def weights_sha256(model: nn.Module) -> str:
         if torch.is_tensor(value):
             digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+            digest.update(flat.view(torch.uint8).numpy().data)
         else:  # what a module keeps through get_extra_state
             digest.update(f"{name} {value!r}\n".encode())
     return digest.hexdigest()

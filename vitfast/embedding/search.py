@@ -215,7 +215,8 @@ class Archive:
 
     def _ids_at(self, numbers: list[int]) -> dict[int, str]:
         """The ids of these rows, which are in order."""
-        found, first = {}, 0
+        found: dict[int, str] = {}
+        first = 0
         for path, rows in zip(self._paths, self._rows, strict=True):
             here = [i for i in numbers if first <= i < first + rows]
             if here:
