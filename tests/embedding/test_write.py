@@ -157,7 +157,10 @@ def test_ranks_share_a_folder(small, pictures, tmp_path):
         "errors-r000-of-002.jsonl",
         "errors-r001-of-002.jsonl",
     ]
-    assert embedder.write(items, tmp_path).present == 10
+    mended = {**items, "y": pictures[1]}
+    embedder.write(mended, tmp_path, place=(1, 2))
+    assert [n for n in names(tmp_path) if n.startswith("err")] == ["errors-r000-of-002.jsonl"]
+    assert embedder.write(items, tmp_path).present == 11
     assert [n for n in names(tmp_path) if n.startswith("err")] == ["errors.jsonl"]
 
 

@@ -286,7 +286,7 @@ def _write_errors(
     own = folder / ("errors.jsonl" if world == 1 else f"errors-{name}of-{world:03d}.jsonl")
     if rank == 0:
         for old in folder.glob("errors*.jsonl"):
-            if world == 1 or not old.stem.endswith(f"-of-{world:03d}"):
+            if old != own and (world == 1 or not old.stem.endswith(f"-of-{world:03d}")):
                 old.unlink(missing_ok=True)
     if not errors:
         own.unlink(missing_ok=True)
