@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before torch loads OpenMP: on a machine with more work than cores, spinning threads would make
 # thousands of tiny parallel regions take minutes.
@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -144,3 +145,78 @@ def empty_cache() -> Iterator[None]:
     weights_cache.clear_weight_cache()
     yield
     weights_cache.clear_weight_cache()
+
+
+class Digits(NamedTuple):
+    """Scikit-learn's handwritten digits, and a small ViT that was trained on most of them.
+
+    Attributes:
+        model: timm's name of its architecture.
+        model_kwargs: what makes it small, for `timm.create_model`.
+        checkpoint: its weights, those of a classifier of ten classes included.
+        images: uint8 [360, 32, 32], which it was not trained on.
+        labels: int64 [360].
+    """
+
+    model: str
+    model_kwargs: dict[str, int]
+    checkpoint: Path
+    images: np.ndarray
+    labels: np.ndarray
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Digits:
+    """Trained once, by whichever worker asks first: about 20 s on one core."""
+    from filelock import FileLock
+
+    datasets = pytest.importorskip("sklearn.datasets")
+    values, labels = datasets.load_digits(return_X_y=True)
+    pixels = np.rint(values.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
+    images = pixels.repeat(4, 1).repeat(4, 2)
+    order = np.random.default_rng(0).permutation(len(images))
+    held_out, rest = order[:360], order[360:]
+    name = "vit_tiny_patch16_224"
+    kwargs = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # that of all workers
+    path = folder / "digits.pth"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            torch.save(_trained_on(images[rest], labels[rest], name, kwargs), f"{path}.part")
+            os.replace(f"{path}.part", path)
+    return Digits(name, kwargs, path, images[held_out], labels[held_out])
+
+
+def _trained_on(
+    images: np.ndarray, labels: np.ndarray, name: str, kwargs: dict[str, int], epochs: int = 12
+) -> dict[str, torch.Tensor]:
+    """The state dict of a timm ViT after as many epochs, on one thread; seeded."""
+    import timm
+    from PIL import Image
+    from timm.data import create_transform, resolve_data_config
+    from torch.nn.functional import cross_entropy
+
+    threads, state = torch.get_num_threads(), torch.get_rng_state()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    try:
+        model = timm.create_model(name, num_classes=10, **kwargs).train()
+        config = resolve_data_config({"input_size": (3, 32, 32)}, model=model)
+        transform = create_transform(**config)
+        x = torch.stack([transform(Image.fromarray(image).convert("RGB")) for image in images])
+        y = torch.from_numpy(labels)
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+        steps = epochs * -(-len(x) // 64)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(x)).split(64):
+                optimizer.zero_grad()
+                cross_entropy(model(x[batch]), y[batch], label_smoothing=0.1).backward()
+                optimizer.step()
+                schedule.step()
+        return model.state_dict()
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_rng_state(state)

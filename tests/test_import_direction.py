@@ -19,6 +19,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 RANK = {
     "errors": 0,
     "report": 0,
+    "loading": 1,
+    "pictures": 1,
     "settings": 1,
     "runtime": 2,
     "ops": 3,
@@ -32,23 +34,28 @@ RANK = {
     "graphs": 8,
     "preparation": 8,
     "swap": 9,
+    "embedding": 10,
     "highres": 10,
     "bench": 11,
     "check": 12,
     "demo": 12,
     "cli": 13,
 }
-COMMANDS = ("highres/", "bench/", "check/", "demo/", "cli/")
+COMMANDS = ("embedding/", "highres/", "bench/", "check/", "demo/", "cli/")
 # Third-party package -> path prefixes inside vitfast/ that may import it.
 HOMES = {
     "torch": (
         "runtime/", "ops/", "plans.py", "testing/", "engine/", "blocks/", "layers/", "families/",
-        "selftest/", "graphs/", "preparation.py", "swap.py", "highres/", *COMMANDS,
+        "selftest/", "graphs/", "preparation.py", "loading.py", "swap.py", *COMMANDS,
     ),
-    "timm": ("layers/", "families/", "swap.py", "highres/", *COMMANDS),
+    "timm": ("layers/", "families/", "loading.py", "swap.py", *COMMANDS),
     "triton": ("runtime/", "ops/", "testing/"),
     "xformers": ("ops/attention/",),
     "rich": ("highres/", "bench/", "cli/"),
+    "pyarrow": ("embedding/",),
+    "daft": ("embedding/",),
+    "ray": (),
+    "usearch": ("embedding/",),
     "einops": ("ops/", "testing/"),
     "pytest": (),
     "pybind11": (),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vitfast import highres, layers, ops
+    from vitfast.embedding import Embedder
     from vitfast.graphs import graphed, ungraphed
     from vitfast.preparation import TrustReport, prepare
     from vitfast.settings import settings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Embedder",
     "SwapReport",
     "TrustReport",
     "__version__",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "Embedder": "vitfast.embedding",
     "SwapReport": "vitfast.swap",
     "TrustReport": "vitfast.preparation",
     "create_model": "vitfast.swap",

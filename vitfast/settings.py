@@ -201,6 +201,23 @@ def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **changes}
 
 
+def torchrun() -> tuple[int, int, int]:
+    """(rank, world size, rank on this machine) as torchrun tells its processes; (0, 1, 0) outside.
+
+    Raises:
+        InputValueError: the variables are set to what torchrun would not set them to.
+    """
+    names, alone = ("RANK", "WORLD_SIZE", "LOCAL_RANK"), ("0", "1", "0")
+    if "RANK" not in os.environ:
+        return 0, 1, 0
+    given = [os.environ.get(name, usual) for name, usual in zip(names, alone, strict=True)]
+    if not all(text.isdecimal() for text in given) or int(given[0]) >= int(given[1]):
+        text = ", ".join(map("=".join, zip(names, given, strict=True)))
+        raise InputValueError(f"{text} in the environment: torchrun sets no such values")
+    rank, world, local = map(int, given)
+    return rank, world, local
+
+
 def cache_folder() -> Path:
     """Where this user's measurements are kept; it may not exist yet.
 

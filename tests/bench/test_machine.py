@@ -11,6 +11,7 @@ import vitfast
 from vitfast.bench import machine, memory
 from vitfast.bench.record import Result, Row
 from vitfast.ops.spec import Cost
+from vitfast.runtime import commit
 
 
 def row_of(**median_ms: float | None) -> Row:
@@ -88,17 +89,17 @@ def test_no_commit_where_there_is_no_checkout(monkeypatch):
     def no_git(*arguments):
         raise subprocess.CalledProcessError(128, "git")
 
-    monkeypatch.setattr(machine, "_git", no_git)
-    machine.commit.cache_clear()
-    assert machine.commit() is None
-    machine.commit.cache_clear()
+    monkeypatch.setattr(commit, "_git", no_git)
+    commit.commit.cache_clear()
+    assert commit.commit() is None
+    commit.commit.cache_clear()
 
 
 def test_the_commit_of_somebody_elses_checkout_is_not_ours(monkeypatch):
-    monkeypatch.setattr(machine, "_git", lambda folder, *arguments: "/somewhere/else")
-    machine.commit.cache_clear()
-    assert machine.commit() is None
-    machine.commit.cache_clear()
+    monkeypatch.setattr(commit, "_git", lambda folder, *arguments: "/somewhere/else")
+    commit.commit.cache_clear()
+    assert commit.commit() is None
+    commit.commit.cache_clear()
 
 
 @pytest.mark.skipif(not memory.reset_peak(), reason="this system cannot reset the high-water mark")

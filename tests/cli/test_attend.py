@@ -130,7 +130,7 @@ def test_a_flat_map_is_no_division_by_zero():
         (("{in}", "--rollout", "--layer", "1"), "no --layer"),
         (("{in}", "--checkpoint", "none.pth"), "no such file"),
         (("{in}", "--checkpoint", "{tmp}/text.png"), "cannot be read"),
-        (("{in}", "--checkpoint", "{tmp}/other.pth"), "is of another model"),
+        (("{in}", "--checkpoint", "{tmp}/other.pth"), "does not fit the model"),
         ((), "required"),
         (("{in}", "--pretrained", "--checkpoint", "x"), "not allowed with"),
     ],

@@ -8,10 +8,8 @@ The floor of a case is the time below which no kernel can do its work under thes
 from __future__ import annotations
 
 import functools
-import subprocess
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +21,7 @@ from vitfast.bench.timer import stopwatch
 from vitfast.ops.spec import Cost
 from vitfast.runtime import device as facts
 from vitfast.runtime import native
+from vitfast.runtime.commit import commit
 from vitfast.runtime.launches import arch_of
 
 GEMM_SHAPES = ((2048, 2048, 2048), (4096, 768, 3072), (4096, 3072, 768))
@@ -94,31 +93,6 @@ def device_name(device: str = "cpu") -> str:
 def floors(device: str, dtype: torch.dtype) -> dict[str, float]:
     """The ceilings as a record keeps them, under the name "floors"."""
     return {"gflops": gemm_gflops(device, dtype), "gbs": copy_gbs(device)}
-
-
-@functools.cache
-def commit() -> str | None:
-    """The commit that vitfast runs from, "+" appended where files changed; None if installed."""
-    package = Path(vitfast.__file__).resolve().parent
-    try:
-        top = _git(package, "rev-parse", "--show-toplevel")
-        if Path(top).resolve() / "vitfast" != package:
-            return None  # installed below some other checkout
-        dirty = _git(package, "status", "--porcelain", "--untracked-files=no")
-        return _git(package, "rev-parse", "--short=12", "HEAD") + ("+" if dirty else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(
-        ["git", "-C", str(folder), *arguments],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=10,
-    )
-    return done.stdout.strip()
 
 
 def _best(call: Callable[[], Any], device: str) -> float:

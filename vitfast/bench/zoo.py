@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import timm
 import torch
 from timm.layers import DropPath
-from timm.models import is_model
 from torch import nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitfast.errors import InputValueError, first_line
+from vitfast.loading import check_name, no_weights, stay_offline_without_network
 
 _GAINS = ("gamma", "gamma_1", "gamma_2")
 UNFIT = (AssertionError, ValueError, TypeError, RuntimeError, NotImplementedError)
@@ -33,15 +32,6 @@ def parse_img_size(text: str) -> tuple[int, int]:
         raise InputValueError(f"--img-size {text}: expected a size such as 224 or 2160x3840")
     height = int(found[1])
     return height, int(found[2] or height)
-
-
-def check_name(name: str) -> None:
-    """Raises InputValueError, with the nearest names, for a model that timm does not have."""
-    if is_model(name):
-        return
-    near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.6)
-    hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
-    raise InputValueError(f"timm has no model {name!r}{hint}")
 
 
 def build(
@@ -63,7 +53,7 @@ def build(
     """
     check_name(name)
     if pretrained:
-        _stay_offline_without_network()
+        stay_offline_without_network()
     kwargs = dict(timm_kwargs)
     if img_size is not None:
         kwargs["img_size"] = img_size
@@ -73,10 +63,10 @@ def build(
             model = _create(name, pretrained, kwargs)
         except UNFIT as error:
             if pretrained:
-                raise InputValueError(_no_weights(name, error)) from error
+                raise InputValueError(no_weights(name, error)) from error
             raise InputValueError(f"{name} {_sized(img_size)}: {first_line(error)}") from error
         except Exception as error:  # the hub's client has a family of errors of its own
-            raise InputValueError(_no_weights(name, error)) from error
+            raise InputValueError(no_weights(name, error)) from error
     if not pretrained and device != "meta":
         enliven(model, seed)
     for module in model.modules():
@@ -96,23 +86,6 @@ def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
             raise
         rest = {k: v for k, v in kwargs.items() if k != "img_size"}
         return timm.create_model(name, pretrained=pretrained, **rest)  # takes any size, as ResNet
-
-
-def _stay_offline_without_network() -> None:
-    """Where the hub is out of reach, use its cache only: its own retries take a minute a file."""
-    from huggingface_hub import constants, get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # requests or httpx, by the hub's version; either way there is no way out
-        constants.HF_HUB_OFFLINE = True
-
-
-def _no_weights(name: str, error: BaseException) -> str:
-    return (
-        f"the pretrained weights of {name} cannot be fetched (no network?): "
-        f"{type(error).__name__}: {first_line(error)}"
-    )
 
 
 def _sized(img_size: tuple[int, int] | None) -> str:

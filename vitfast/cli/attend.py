@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vitfast.bench import zoo
     from vitfast.cli.table import print_text
-    from vitfast.highres.pictures import picture_input, read_picture
+    from vitfast.highres.pictures import picture_input, read_image
     from vitfast.swap import swap
 
     target = _check_target(args.out)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputValueError("--device cuda: torch sees no GPU here")
-    picture = read_picture(args.image)
+    picture = read_image(args.image)
     size = _size(args.size, args.model, picture)
     model = _build(args, size).to(device)
     if not args.pretrained and not args.checkpoint:
@@ -168,12 +168,13 @@ def _own_size(model: nn.Module) -> tuple[int, int]:
 
 def _build(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
     from vitfast.bench import zoo
+    from vitfast.loading import load_backbone
 
     if args.checkpoint is None:
         return zoo.build(args.model, size, pretrained=args.pretrained)
     # Its position embedding is of the model's own size, and resized from there.
-    model: Any = zoo.build(args.model)
-    _load(model, args.checkpoint)
+    model: Any = zoo.build(args.model, num_classes=0)
+    load_backbone(model, args.checkpoint)
     if size is None or size == _own_size(model):
         return model
     if not hasattr(model, "set_input_size"):
@@ -183,31 +184,6 @@ def _build(args: argparse.Namespace, size: tuple[int, int] | None) -> nn.Module:
     except zoo.UNFIT as error:
         raise InputValueError(f"--size {args.size}: {first_line(error)}") from error
     return model
-
-
-def _load(model: nn.Module, path: str) -> None:
-    """Load a checkpoint whose classifier may be of other classes."""
-    from timm.models import load_state_dict
-
-    if not Path(path).is_file():
-        raise InputValueError(f"--checkpoint {path}: no such file")
-    try:
-        state = load_state_dict(path)
-    except Exception as error:  # of torch, pickle, safetensors and zip
-        raise InputValueError(f"--checkpoint {path} cannot be read: {first_line(error)}") from error
-    if not isinstance(state, dict):
-        raise InputValueError(f"--checkpoint {path} holds no weights")
-    own = model.state_dict()
-    fitting = {name: t for name, t in state.items() if name in own and own[name].shape == t.shape}
-    head = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
-    heads = tuple(f"{name}." for name in ((head,) if isinstance(head, str) else head))
-    lacking = [name for name in own if name not in fitting and not name.startswith(heads)]
-    if lacking:
-        raise InputValueError(
-            f"--checkpoint {path} is of another model: {len(lacking)} of {len(own)} weights are "
-            f"missing or of another shape, such as {lacking[0]}"
-        )
-    model.load_state_dict(fitting, strict=False)
 
 
 def _look(

@@ -24,6 +24,8 @@ COMMANDS = {
     "swap": "report what vitfast.swap would do to a timm model",
     "attend": "lay what a model attends to over a picture",
     "demo": "run real models with timm and with vitfast on a photograph",
+    "embed": "turn a folder of images into vectors, in Parquet files",
+    "search": "find the images of an embedded folder that are most like others",
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from vitfast.errors import InputValueError
-from vitfast.highres.pictures import read_picture
+from vitfast.pictures import read_image
 
 BUILT_IN = "grace_hopper.jpg"
 """A name among matplotlib's sample data."""
@@ -28,8 +28,8 @@ def load(path: str | os.PathLike[str] | None = None) -> tuple[Image.Image, str]:
         from matplotlib import cbook
 
         found = cbook.get_sample_data(BUILT_IN, asfileobj=False)
-        return read_picture(str(found)), BUILT_IN_CREDIT
+        return read_image(str(found)), BUILT_IN_CREDIT
     try:
-        return read_picture(path), Path(path).name
+        return read_image(path), Path(path).name
     except InputValueError as error:
         raise InputValueError(f"--image {error}") from error.__cause__

@@ -1,44 +1,18 @@
-"""Pictures as inputs of models: read from files, resized, normalised."""
+"""Pictures as inputs of models: resized, normalised."""
 
 from __future__ import annotations
 
 import os
-import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import nn
 
 from vitfast.errors import InputTypeError, InputValueError
-
-
-def read_picture(path: str | os.PathLike[str]) -> Image.Image:
-    """The picture in a file as RGB, turned upright.
-
-    Raises:
-        InputValueError: no such file, a folder, or no image that Pillow can read to its end.
-    """
-    file = Path(path)
-    if not file.exists():
-        raise InputValueError(f"{file}: no such file")
-    if file.is_dir():
-        raise InputValueError(f"{file} is a folder; name a file")
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns of an image of more than 89 million pixels up to twice that.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError as error:
-        raise InputValueError(f"{file} is no image that Pillow knows") from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise InputValueError(f"{file} is too large: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise InputValueError(f"{file} is broken: {error}") from error
+from vitfast.pictures import decode, read_image
 
 
 def as_images(model: nn.Module, image: Any) -> torch.Tensor:
@@ -68,21 +42,20 @@ def picture_input(model: nn.Module, picture: Any, size: tuple[int, int] | None) 
     """A picture as a model's input [1, 3, H, W], normalised by the model's pretrained_cfg.
 
     Args:
-        picture: a path, a PIL image, or uint8 [H, W, 3] as NumPy array or [3, H, W] as tensor.
+        picture: uint8 [3, H, W] as tensor, or what `vitfast.pictures.decode` takes: a path, a PIL
+            image, an array [H, W, 3].
         size: (H, W) to which all of it is resized; None: as it is.
 
     Raises:
-        InputTypeError, InputValueError: nothing of that kind; a file as `read_picture`.
+        InputTypeError, InputValueError: nothing of that kind.
     """
     config = _config(model)
     pixels = _rgb(picture)
     if size is not None:
         pixels = pixels.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.array(pixels)).permute(2, 0, 1).float() / 255
-    mean = torch.tensor(config.get("mean", IMAGENET_DEFAULT_MEAN), device=values.device).view(
-        -1, 1, 1
-    )
-    std = torch.tensor(config.get("std", IMAGENET_DEFAULT_STD), device=values.device).view(-1, 1, 1)
+    mean = values.new_tensor(config.get("mean", IMAGENET_DEFAULT_MEAN)).view(-1, 1, 1)
+    std = values.new_tensor(config.get("std", IMAGENET_DEFAULT_STD)).view(-1, 1, 1)
     return _like_weights(model, ((values - mean) / std)[None])
 
 
@@ -106,30 +79,17 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 def _rgb(picture: Any) -> Image.Image:
     if isinstance(picture, (str, os.PathLike)):
-        return read_picture(picture)
-    if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return read_image(picture)
     if isinstance(picture, torch.Tensor):
-        picture = picture.movedim(0, -1).cpu().numpy() if picture.ndim == 3 else picture
-    if not hasattr(picture, "shape"):
-        raise InputTypeError(
-            "image: expected a tensor, an array, a PIL image or a path, got "
-            f"{type(picture).__name__}"
-        )
-    shape = tuple(picture.shape)
-    if (
-        isinstance(picture, torch.Tensor)
-        or picture.dtype != np.uint8
-        or len(shape) != 3
-        or shape[2] != 3
-    ):
-        raise InputValueError(
-            "image: expected uint8 pixels [H, W, 3] as an array or [3, H, W] as a tensor, got "
-            f"{picture.dtype} of shape {shape}"
-        )
-    if 0 in shape:
-        raise InputValueError(f"image: there are no pixels in shape {shape}")
-    return Image.fromarray(np.ascontiguousarray(picture))
+        if picture.ndim != 3:
+            raise InputValueError(
+                f"image: expected uint8 pixels [3, H, W], got shape {tuple(picture.shape)}"
+            )
+        picture = picture.movedim(0, -1).cpu().numpy()
+    try:
+        return decode(picture)
+    except (InputTypeError, InputValueError) as error:
+        raise type(error)(f"image: {error}") from error.__cause__
 
 
 def _like_weights(model: nn.Module, image: torch.Tensor) -> torch.Tensor:
