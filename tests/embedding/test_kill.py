@@ -17,6 +17,7 @@ import torch
 
 torch.set_num_threads(1)
 from vitfast.embedding import Archive, Embedder, shards
+from vitfast.runtime import files
 
 embedder = Embedder("test_vit", model_kwargs={"img_size": 32}, device="cpu", batch_size=4,
                     workers=2)
@@ -24,7 +25,7 @@ random_ = np.random.default_rng(0)
 ITEMS = {f"{i:02d}": random_.integers(0, 256, (32, 32, 3), np.uint8) for i in range(40)}
 ITEMS["07"] = b"broken"
 embedder.dim
-sync, link, write_table = shards._sync, os.link, pq.write_table
+sync, link, write_table = files.sync, os.link, pq.write_table
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -49,7 +50,8 @@ def dies_at(point, count):
         come("before it has its name")
         link(source, target)
         come("when it has its name")
-    shards._sync, os.link, pq.write_table = synced, linked, half_a_table
+    shards.sync = files.sync = synced
+    os.link, pq.write_table = linked, half_a_table
     return lambda good, bad, there: come("an image")
 
 def run(point, count, place=None):

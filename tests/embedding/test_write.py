@@ -209,7 +209,7 @@ def test_an_interrupt_keeps_what_was_computed(embedder, pictures, tmp_path):
 
 
 def test_a_full_disk_leaves_whole_shards(embedder, pictures, tmp_path, monkeypatch):
-    sync, calls = shards._sync, []
+    sync, calls = shards.sync, []
 
     def full(path):
         calls.append(path)
@@ -217,7 +217,7 @@ def test_a_full_disk_leaves_whole_shards(embedder, pictures, tmp_path, monkeypat
             raise OSError(28, "No space left on device")
         sync(path)
 
-    monkeypatch.setattr(shards, "_sync", full)
+    monkeypatch.setattr(shards, "sync", full)
     with pytest.raises(OSError, match="No space"):
         embedder.write(items_of(pictures), tmp_path, shard_rows=4)
     assert names(tmp_path) == ["part-00000.parquet"]

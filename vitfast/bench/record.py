@@ -14,6 +14,7 @@ from typing import Any
 
 from vitfast.bench.timer import Timing
 from vitfast.errors import InputValueError
+from vitfast.runtime.files import whole_file
 
 SCHEMA = 1
 WORSE = 0.10
@@ -144,13 +145,8 @@ def check_writable(path: str | os.PathLike[str]) -> Path:
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write a file whole or not at all: an interrupt leaves what was there before."""
-    target = Path(path).absolute()
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,11 +228,12 @@ def _summary(name: str, image: torch.Tensor, found: AttentionMap) -> str:
 
 def _write(target: Path, picture: Image.Image) -> None:
     """Write the file whole or not at all."""
-    temporary = target.absolute().with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
+    from PIL import Image
+
+    from vitfast.runtime.files import whole_file
+
     try:
-        picture.save(temporary)
-        os.replace(temporary, target)
+        with whole_file(target) as temporary:
+            picture.save(temporary, Image.EXTENSION[target.suffix.lower()])
     except (OSError, ValueError) as error:
         raise InputValueError(f"--out {target} cannot be written: {first_line(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -18,6 +18,7 @@ import numpy as np
 from vitfast.embedding.provenance import difference
 from vitfast.embedding.shards import metadata_of, opened, parquet, shard_paths
 from vitfast.errors import InputValueError
+from vitfast.runtime.files import whole_file
 from vitfast.settings import logger
 
 EXACT_UP_TO = 1_000_000
@@ -189,12 +190,8 @@ class Archive:
         for chunk in self._chunks():
             index.add(np.arange(first, first + len(chunk)), _unit(chunk))
             first += len(chunk)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(target) as temporary:
             index.save(str(temporary))
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
         for old in self.folder.glob("index-*.usearch"):
             if old != target:
                 old.unlink(missing_ok=True)

@@ -17,6 +17,7 @@ import numpy as np
 from vitfast.embedding.images import check_id, check_ids
 from vitfast.embedding.provenance import difference
 from vitfast.errors import BackendUnavailableError, InputValueError, first_line
+from vitfast.runtime.files import sync, whole_file
 from vitfast.settings import torchrun
 
 KEY = b"vitfast"
@@ -255,7 +256,7 @@ def _publish(temporary: Path, target: Path) -> None:
     Raises:
         FileExistsError: the name is taken.
     """
-    _sync(temporary)
+    sync(temporary)
     try:
         os.link(temporary, target)  # unlike a rename, never over another file
     except FileExistsError:
@@ -264,16 +265,7 @@ def _publish(temporary: Path, target: Path) -> None:
         if target.exists():
             raise FileExistsError(target) from None
         os.rename(temporary, target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk keep a file's bytes, or a folder's names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _write_errors(
@@ -291,14 +283,9 @@ def _write_errors(
     if not errors:
         own.unlink(missing_ok=True)
         return
-    temporary = own.with_name(f".{own.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(own, on_disk=True) as temporary:
         lines = [json.dumps({"id": one, "error": why}) + "\n" for one, why in errors.items()]
         temporary.write_text("".join(lines), encoding="utf-8")
-        _sync(temporary)
-        os.replace(temporary, own)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager

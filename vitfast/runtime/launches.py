@@ -18,7 +18,6 @@ import importlib.metadata
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 
 from vitfast import __version__
+from vitfast.runtime.files import whole_file
 from vitfast.settings import cache_folder, logger
 
 LAUNCHES = Path(__file__).parent / "launch_tables"
@@ -232,9 +232,8 @@ def write_table(arch: Arch, kernels: dict[str, Any]) -> Path:
     known = table(arch.name)
     known = {"made_with": _made_with(arch.name), "kernels": {**known["kernels"], **kernels}}
     path = path_of(arch)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")  # other processes see all of it, or nothing
-    temporary.write_text(json.dumps(known, indent=1) + "\n")
-    temporary.replace(path)
+    with whole_file(path) as temporary:  # other processes see all of it, or nothing
+        temporary.write_text(json.dumps(known, indent=1) + "\n")
     reread_tables()
     return path
 

@@ -16,7 +16,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vitfast import __version__
+from vitfast.runtime.files import whole_file
 from vitfast.runtime.launches import arch_of, packaged
 from vitfast.settings import cache_folder, logger
 
@@ -161,9 +161,8 @@ def keep(device: torch.device, verdicts: Mapping[Question, Verdict]) -> None:
         with locked(path):
             ops = {**_decoded(_read(path).get("ops", {})), **verdicts}
             document = as_document(device, ops)
-            temporary = path.with_suffix(f".{os.getpid()}.tmp")
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
-            temporary.replace(path)
+            with whole_file(path) as temporary:
+                temporary.write_text(json.dumps(document, indent=1) + "\n")
     except OSError as error:
         _say_once(
             f"verdicts on GPU kernels cannot be kept, and hold for this process only: {error}"

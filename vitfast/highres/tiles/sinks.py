@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vitfast.errors import InputTypeError, InputValueError
+from vitfast.runtime.files import whole_file
 
 Out = Any
 """None, an array-like, the path of an .npy file, or a function (shape, NumPy dtype) -> array."""
@@ -171,13 +172,8 @@ class Finished:
         """A band is finished; `value` is JSON that comes back in `bands`."""
         self.bands[band] = value
         if self._path is not None:
-            text = json.dumps({"about": self._about, "bands": self.bands})
-            beside = self._path.with_name(self._path.name + ".new")
-            with open(beside, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, self._path)
+            with whole_file(self._path, on_disk=True) as temporary:
+                temporary.write_text(json.dumps({"about": self._about, "bands": self.bands}))
 
 
 def fingerprint(model: Any) -> str:
