@@ -15,7 +15,7 @@ from vitfast.engine.products.weights import clear_weight_cache
 from vitfast.swap import swap
 
 PACKAGE = Path(vitfast.__file__).parent
-ROOMS = ("ops", "engine", "blocks", "layers", "families", "highres", "runtime")
+ROOMS = ("ops", "engine", "blocks", "layers", "families", "embedding", "highres", "runtime")
 FILES = [f for room in ROOMS for f in sorted((PACKAGE / room).rglob("*.py"))]
 FILES += sorted(PACKAGE.glob("*.py"))
 FACTORIES = {

@@ -1,11 +1,14 @@
-"""Names of timm models, their trained weights, and checkpoint files."""
+"""Timm models by name, trained weights, checkpoint files, and whether weights are the same."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import hashlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -22,6 +25,18 @@ def check_name(name: str) -> None:
     near = difflib.get_close_matches(name.split(".")[0], timm.list_models(), n=3, cutoff=0.6)
     hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models()"
     raise InputValueError(f"timm has no model {name!r}{hint}")
+
+
+def create(name: str, pretrained: bool, kwargs: Mapping[str, Any]) -> nn.Module:
+    """timm's `create_model`; `img_size` is left out for a model that takes no such argument, as
+    ResNet, which takes images of any size."""
+    try:
+        return timm.create_model(name, pretrained=pretrained, **kwargs)
+    except TypeError as error:
+        if "img_size" not in kwargs or "img_size" not in str(error):
+            raise
+        rest = {key: value for key, value in kwargs.items() if key != "img_size"}
+        return timm.create_model(name, pretrained=pretrained, **rest)
 
 
 def stay_offline_without_network() -> None:
@@ -96,3 +111,19 @@ def _loaded(model: nn.Module, state: dict[str, torch.Tensor]) -> str:
             return f"{name} has shape {list(state[name].shape)}, the model's {list(value.shape)}"
     model.load_state_dict(state)
     return ""
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """The SHA-256 of a state dict: names, dtypes, shapes and bytes, in the order of the names.
+
+    Swapping, the device and the file that weights came in do not change it.
+    """
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        if torch.is_tensor(value):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+        else:  # what a module keeps through get_extra_state
+            digest.update(f"{name} {value!r}\n".encode())
+    return digest.hexdigest()

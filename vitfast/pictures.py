@@ -14,6 +14,20 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from vitfast.errors import InputTypeError, InputValueError
 
 
+def check_is_file(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that is there.
+
+    Raises:
+        InputValueError: no such file, or a folder.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise InputValueError(f"{file}: no such file")
+    if file.is_dir():
+        raise InputValueError(f"{file} is a folder; name a file")
+    return file
+
+
 def read_image(path: str | os.PathLike[str]) -> Image.Image:
     """The image in a file, as `decode`.
 
@@ -21,11 +35,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
         InputValueError: no such file, a folder, or no image that Pillow can read to its end; the
             message names the file.
     """
-    file = Path(path)
-    if not file.exists():
-        raise InputValueError(f"{file}: no such file")
-    if file.is_dir():
-        raise InputValueError(f"{file} is a folder; name a file")
+    file = check_is_file(path)
     try:
         with warnings.catch_warnings():
             # Of what is refused here anyway. Not in `decode`, which threads call: filters are the

@@ -21,7 +21,8 @@ variable                  attribute    meaning
                                        "verify" all of them in every call, "frozen" looks at no
                                        weight again until `vitfast.refresh`. Default "watch"
 ``VITFAST_MEMORY``        memory       "speed" keeps weights in the order in which products read
-                                       them; "low" orders them anew in each call and keeps nothing.
+                                       them and the memory of large results for the next; "low"
+                                       orders weights anew in each call and keeps neither.
                                        Default "speed"
 ``VITFAST_TRUST``         trust        which GPU kernels the automatic choice may take: those that a
                                        record, this user's cache or a self-test in a process of its

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import timm
 import torch
 from timm.layers import DropPath
 from torch import nn
@@ -14,7 +13,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from vitfast.errors import InputValueError, first_line
-from vitfast.loading import check_name, no_weights, stay_offline_without_network
+from vitfast.loading import check_name, create, no_weights, stay_offline_without_network
 
 _GAINS = ("gamma", "gamma_1", "gamma_2")
 UNFIT = (AssertionError, ValueError, TypeError, RuntimeError, NotImplementedError)
@@ -60,7 +59,7 @@ def build(
     torch.manual_seed(seed)
     with torch.device(device):
         try:
-            model = _create(name, pretrained, kwargs)
+            model = create(name, pretrained, kwargs)
         except UNFIT as error:
             if pretrained:
                 raise InputValueError(no_weights(name, error)) from error
@@ -75,17 +74,6 @@ def build(
         elif isinstance(module, nn.Dropout):
             module.p = 0.0
     return model.eval()
-
-
-def _create(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """timm's `create_model`; `img_size` is left out for a model that takes no such argument."""
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
-        if "img_size" not in kwargs or "img_size" not in str(error):
-            raise
-        rest = {k: v for k, v in kwargs.items() if k != "img_size"}
-        return timm.create_model(name, pretrained=pretrained, **rest)  # takes any size, as ResNet
 
 
 def _sized(img_size: tuple[int, int] | None) -> str:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitfast.cli.device import chosen_device
 from vitfast.errors import InputValueError, first_line
 
 if TYPE_CHECKING:
@@ -58,11 +59,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
 
     from vitfast.bench import zoo
     from vitfast.cli.table import print_text
-    from vitfast.highres.pictures import picture_input, read_image
+    from vitfast.highres.pictures import picture_input
+    from vitfast.pictures import read_image
     from vitfast.swap import swap
 
     target = _check_target(args.out)
@@ -75,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
         raise InputValueError("--rollout goes through all layers and heads: no --layer, no --head")
     query = _query(args.query)
     zoo.check_name(args.model)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputValueError("--device cuda: torch sees no GPU here")
+    device = chosen_device(args.device)
     picture = read_image(args.image)
     size = _size(args.size, args.model, picture)
     model = _build(args, size).to(device)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vitfast.cli.device import chosen_device
 from vitfast.cli.table import print_table, print_text
 from vitfast.errors import InputValueError
 
@@ -104,9 +105,7 @@ def _setting(args: argparse.Namespace) -> Setting:
 
     from vitfast.bench.peers import Setting
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputValueError("--device cuda: torch sees no GPU here")
+    device = chosen_device(args.device)
     dtype = args.dtype or ("bf16" if device == "cuda" and not args.level else "fp32")
     return Setting(getattr(torch, DTYPES[dtype]), device, args.passes == "train")
 

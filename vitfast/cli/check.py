@@ -20,6 +20,7 @@ from vitfast.check.findings import (
     model_table,
     op_table,
 )
+from vitfast.cli.device import chosen_device
 from vitfast.cli.table import print_table
 from vitfast.errors import InputValueError
 
@@ -38,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
 
     from vitfast.bench import machine, record
     from vitfast.bench.ops import specs
@@ -46,9 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from vitfast.check import numerics
     from vitfast.selftest.judge import plain_arithmetic
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputValueError("--device cuda: torch sees no GPU here")
+    device = chosen_device(args.device)
     if args.minutes is None:
         args.minutes = 7.0 if device == "cuda" else math.inf
     if not args.minutes > 0:

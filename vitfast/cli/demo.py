@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vitfast.errors import InputValueError
+from vitfast.cli.device import chosen_device
 
 if TYPE_CHECKING:
     from vitfast.demo.showcase import Outcome
@@ -38,9 +38,7 @@ def run(args: argparse.Namespace) -> int:
     target = record.check_writable(target / REPORT if target.is_dir() else target)
     models = showcase.parse_models(args.models)
     picture, credit = photo.load(args.image)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputValueError("--device cuda: torch sees no GPU here")
+    device = chosen_device(args.device)
     setting = peers.Setting(getattr(torch, DTYPES[args.dtype]), device)
     outcomes: list[Outcome] = []
     with progress_bar(len(models)) as show:

@@ -7,13 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.data import resolve_data_config
 from torch import nn
 
 from vitfast.errors import InputValueError, first_line
-from vitfast.loading import check_name, load_backbone, no_weights, stay_offline_without_network
+from vitfast.loading import (
+    check_name,
+    create,
+    load_backbone,
+    no_weights,
+    stay_offline_without_network,
+)
 
 
 def source_of(
@@ -39,7 +44,7 @@ def built(name: str, source: dict[str, Any], kwargs: dict[str, Any]) -> nn.Modul
     before = generator.get_state()  # the user's own random numbers stay what they are
     generator.manual_seed(source.get("seed", 0))
     try:
-        model = _created(name, pretrained, {**kwargs, "num_classes": 0})
+        model = create(name, pretrained, {**kwargs, "num_classes": 0})
     except Exception as error:  # the hub's client has a family of errors of its own
         why = no_weights(name, error) if pretrained else f"{name}: {first_line(error)}"
         raise InputValueError(why) from error
@@ -48,17 +53,6 @@ def built(name: str, source: dict[str, Any], kwargs: dict[str, Any]) -> nn.Modul
     if source["from"] == "checkpoint":
         load_backbone(model, source["checkpoint"])
     return model
-
-
-def _created(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    """timm's `create_model`; `img_size` is left out for a model that takes images of any size."""
-    try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
-    except TypeError as error:
-        if "img_size" not in kwargs or "img_size" not in str(error):
-            raise
-        rest = {key: value for key, value in kwargs.items() if key != "img_size"}
-        return timm.create_model(name, pretrained=pretrained, **rest)
 
 
 def name_of(model: nn.Module) -> str:

@@ -17,9 +17,10 @@ from torch import nn
 
 from vitfast.embedding.building import built, data_config, device_of, name_of, pooled, source_of
 from vitfast.embedding.images import said
-from vitfast.embedding.provenance import FORMAT, difference, versions, weights_sha256
+from vitfast.embedding.provenance import FORMAT, difference, versions
 from vitfast.embedding.shards import Written, write
 from vitfast.errors import InputTypeError, InputValueError, first_line
+from vitfast.loading import weights_sha256
 from vitfast.pictures import decode
 from vitfast.swap import swap as swap_layers
 
@@ -324,7 +325,7 @@ class Embedder:
     def _like(self) -> torch.Tensor:
         """A tensor as the model's are; of a model without any, one on the CPU."""
         tensors = (*self.model.parameters(), *self.model.buffers())
-        return next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        return next((t for t in tensors if t.is_floating_point()), torch.empty(0, device="cpu"))
 
     def _prepared(self, image: Any) -> torch.Tensor:
         """What a thread does: [C, H, W] of one image."""

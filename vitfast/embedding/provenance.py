@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
-from torch import nn
 
 import vitfast
 from vitfast.runtime.commit import commit
@@ -20,22 +18,6 @@ MUST_AGREE = (
 )  # fmt: skip
 """Vectors that differ in one of these cannot be compared. Versions, the device and whether fused
 kernels ran change a vector by rounding only."""
-
-
-def weights_sha256(model: nn.Module) -> str:
-    """The SHA-256 of a state dict: names, dtypes, shapes and bytes, in the order of the names.
-
-    Swapping, the device and the file that weights came in do not change it.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        if torch.is_tensor(value):
-            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-        else:  # what a module keeps through get_extra_state
-            digest.update(f"{name} {value!r}\n".encode())
-    return digest.hexdigest()
 
 
 def versions() -> dict[str, str | None]:

@@ -240,13 +240,14 @@ def test_the_state_of_another_run_is_refused(picked, image, tmp_path, change, na
         tiled(picked, image[:, :96], out=out, resume=state, **SIZE)
 
 
-def test_other_weights_are_another_run(vit, image, tmp_path):
+@pytest.mark.parametrize("at", [0, -1])
+def test_other_weights_are_another_run(vit, image, tmp_path, at):
     state = tmp_path / "s"
     where = dict(tile=64, output="features", out=tmp_path / "x.npy", resume=state)
     tiled(vit, image, **where)
     before = vit.norm.bias.detach().clone()
     with torch.no_grad():
-        vit.norm.bias[0] += 1
+        vit.norm.bias[at] += 1
     try:
         with pytest.raises(InputValueError, match="of another run: weights differ"):
             tiled(vit, image, **where)

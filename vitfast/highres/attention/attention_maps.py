@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vitfast.errors import InputValueError, UnsupportedInputError
+from vitfast.errors import InputValueError
 from vitfast.highres.attention import window_maps
 from vitfast.highres.attention.queries import (
     Queries,
@@ -153,11 +153,7 @@ def attention_map(
             patches = chosen_heads(head, to.shape[1])(to)
             found[number] = AttentionMap(patches, patches.new_zeros((*patches.shape[:3], 0)), label)
             return
-        if x.ndim != 3 or len(x) != len(images):
-            raise UnsupportedInputError(
-                f"{site.name} gets {tuple(x.shape)} of {len(images)} images, not all tokens of each"
-            )
-        grid = grid_of(site, images, x.shape[1])
+        grid = grid_of(site, images, x)
         qk = read(site, x, given)
         tensor = weigh(site, qk, grid, query, head)
         found[number] = split_prefix(tensor, grid, label)

@@ -61,11 +61,7 @@ def attention_rollout(
     grids = set()
 
     def keep(site: Site, x: torch.Tensor, given: dict[str, Any]) -> None:
-        if x.ndim != 3 or len(x) != len(images):
-            raise UnsupportedInputError(
-                f"{site.name} gets {tuple(x.shape)} of {len(images)} images, not all tokens of each"
-            )
-        grids.add(grid_of(site, images, x.shape[1]))
+        grids.add(grid_of(site, images, x))
         if len(grids) > 1:
             raise UnsupportedInputError("the layers have different tokens: there is no rollout")
         inputs.append((site, x, given))

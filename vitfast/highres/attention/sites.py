@@ -231,13 +231,17 @@ def _evaluating(model: nn.Module, watched: Sequence[nn.Module]) -> Iterator[None
                 module.training = True
 
 
-def grid_of(site: Site, image: torch.Tensor, tokens: int) -> tuple[int, int, int]:
-    """(prefix tokens, rows, columns) of the tokens that reach a site with global attention.
+def grid_of(site: Site, images: torch.Tensor, x: torch.Tensor) -> tuple[int, int, int]:
+    """(prefix tokens, rows, columns) of x [B, N, C], which reaches a site with global attention.
 
     Raises:
-        UnsupportedInputError: the model does not tell.
+        UnsupportedInputError: x is not all tokens of each image, or the model does not tell.
     """
-    owner, (height, width) = site.owner, image.shape[-2:]
+    if x.ndim != 3 or len(x) != len(images):
+        raise UnsupportedInputError(
+            f"{site.name} gets {tuple(x.shape)} of {len(images)} images, not all tokens of each"
+        )
+    owner, tokens, (height, width) = site.owner, x.shape[1], images.shape[-2:]
     if owner is None:
         raise UnsupportedInputError(
             f"the model does not tell which of its tokens are patches, at {site.name}"

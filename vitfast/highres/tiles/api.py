@@ -13,10 +13,11 @@ from vitfast.highres.tiles.bars import Progress, tile_bar
 from vitfast.highres.tiles.blending import Blend, WeightedMean
 from vitfast.highres.tiles.outputs import Output, PerChannel, Predictor, Transform
 from vitfast.highres.tiles.readers import open_source
-from vitfast.highres.tiles.sinks import FileSink, Finished, Out, fingerprint, open_sink
+from vitfast.highres.tiles.sinks import FileSink, Finished, Out, open_sink
 from vitfast.highres.tiles.sources import frames_of
 from vitfast.highres.tiles.streaming import Band, FailedTile, Plan, TilingError, Whole, plan_tiles
 from vitfast.highres.tiles.tiling import Box, check_overlap, check_tile
+from vitfast.loading import weights_sha256
 
 
 class TiledResult(NamedTuple):
@@ -127,13 +128,9 @@ def tiled(
             be broken further down than the rows that are done.
         TilingError: the model raised for some tiles.
     """
-    if on_error not in ("raise", "keep"):
-        raise InputValueError(f"on_error={on_error!r} is neither 'raise' nor 'keep'")
-    cut = _Cut(
-        check_tile(tile), check_overlap(overlap), stride, batch, Blend(blend, margin), layout
-    )
+    keep = _is_to_keep(on_error)
+    cut = _Cut.of(tile, overlap, batch, blend, layout, stride, margin)
     predictor = Predictor(model, output, mean, std, transform)
-    keep = on_error == "keep"
     frames = frames_of(image)
     if frames is None:
         plan = cut.plan(image, predictor)
@@ -186,13 +183,10 @@ def tiled_regions(
         What `tiled` raises, at the first region; TilingError, after the last, unless `on_error` is
         "keep". `Region.failed` names the failed tiles in any case.
     """
-    if on_error not in ("raise", "keep"):
-        raise InputValueError(f"on_error={on_error!r} is neither 'raise' nor 'keep'")
+    keep = _is_to_keep(on_error)
     if frames_of(image) is not None:
         raise InputValueError("regions are of one image; call this for each frame of a video")
-    cut = _Cut(
-        check_tile(tile), check_overlap(overlap), stride, batch, Blend(blend, margin), layout
-    )
+    cut = _Cut.of(tile, overlap, batch, blend, layout, stride, margin)
     predictor = Predictor(model, output, mean, std, transform)
     plan = cut.plan(image, predictor)
     try:
@@ -208,10 +202,16 @@ def tiled_regions(
             if bands:
                 box = Box(0, 0, plan.source.height, plan.source.width)
                 yield Region((), box, tuple(failed)), _merged(plan, bands)
-        if failed and on_error == "raise":
+        if failed and not keep:
             raise TilingError(tuple(failed), plan.tiles)
     finally:
         plan.source.close()
+
+
+def _is_to_keep(on_error: str) -> bool:
+    if on_error not in ("raise", "keep"):
+        raise InputValueError(f"on_error={on_error!r} is neither 'raise' nor 'keep'")
+    return on_error == "keep"
 
 
 class _Cut(NamedTuple):
@@ -223,6 +223,21 @@ class _Cut(NamedTuple):
     batch: int
     blend: Blend
     layout: str
+
+    @classmethod
+    def of(
+        cls,
+        tile: int | tuple[int, int],
+        overlap: float,
+        batch: int,
+        blend: str,
+        layout: str,
+        stride: int | None,
+        margin: int | None,
+    ) -> _Cut:
+        """Arguments as `tiled` takes them."""
+        sides, share = check_tile(tile), check_overlap(overlap)
+        return cls(sides, share, stride, batch, Blend(blend, margin), layout)
 
     def plan(self, image: Any, predictor: Predictor) -> Plan | Whole:
         source = open_source(image, self.layout)
@@ -247,7 +262,7 @@ class _Cut(NamedTuple):
             "output": name if output is not None else "",
             "shape": plan.shape,
             "normalisation": predictor.normalisation,
-            "weights": fingerprint(predictor.module),
+            "weights": "" if predictor.module is None else weights_sha256(predictor.module),
         }
 
 

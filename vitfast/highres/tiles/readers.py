@@ -26,6 +26,7 @@ from vitfast.highres.tiles.sources import (
     pillow_pixels,
     to_planes,
 )
+from vitfast.pictures import check_is_file
 
 _OTHER_COLOURS = ("cmyk", "hsv", "lab", "labq", "labs", "lch", "xyz", "yxy")
 """libvips' names of colours that are no RGB."""
@@ -59,11 +60,7 @@ def open_path(path: str) -> Source:
     Raises:
         InputValueError: no such file, a folder, no image, or one that is broken or cut off.
     """
-    if not os.path.exists(path):
-        raise InputValueError(f"{path}: no such file")
-    if os.path.isdir(path):
-        raise InputValueError(f"{path} is a folder; name a file")
-    status = os.stat(path)
+    status = check_is_file(path).stat()
     if tiff.is_cut_off(path):
         raise InputValueError(f"{path} is cut off: pixels lie behind the end of the file")
     source = _open(path)

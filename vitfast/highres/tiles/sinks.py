@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -174,13 +173,3 @@ class Finished:
         if self._path is not None:
             with whole_file(self._path, on_disk=True) as temporary:
                 temporary.write_text(json.dumps({"about": self._about, "bands": self.bands}))
-
-
-def fingerprint(model: Any) -> str:
-    """What tells a model's weights from others: names, shapes, and the first values of each."""
-    digest = hashlib.sha256()
-    if isinstance(model, torch.nn.Module):
-        for name, values in model.state_dict().items():
-            head = values.detach().flatten()[:16].double().cpu().tolist()
-            digest.update(repr((name, tuple(values.shape), str(values.dtype), head)).encode())
-    return digest.hexdigest()[:16]
