@@ -101,11 +101,11 @@ def empty(
     shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
 ) -> torch.Tensor:
     """torch.empty, of the CPU by default; a large result lies in memory that is used again once
-    nobody else has its storage."""
+    nobody else has its storage, unless `settings.memory` is "low"."""
     device = device or _CPU
     nbytes = math.prod(shape) * dtype.itemsize
-    is_kept = device == _CPU and recorder.get() is None and settings.memory != "low"
-    if nbytes < _LARGE or not is_kept:
+    may_keep = device == _CPU and recorder.get() is None and settings.memory != "low"
+    if nbytes < _LARGE or not may_keep:
         return torch.empty(shape, dtype=dtype, device=device)
     storage = RESULTS.take(nbytes)
     if storage is not None:
