@@ -58,11 +58,17 @@ void bind_isa(py::module_& m) {
   m.def("build_info", &build_info, "Compiler, instruction sets, OpenMP version, CUDA or not.");
 }
 
-void bind_huge_pages(py::module_& m) {
+void bind_pages(py::module_& m) {
   m.def(
       "ask_for_huge_pages",
       [](uintptr_t begin, int64_t bytes) {
         ask_for_huge_pages(reinterpret_cast<void*>(begin), bytes);
+      },
+      "See csrc/common/huge_pages.h.");
+  m.def(
+      "release_pages",
+      [](uintptr_t begin, int64_t bytes) {
+        release_pages(reinterpret_cast<void*>(begin), bytes);
       },
       "See csrc/common/huge_pages.h.");
 }
@@ -72,7 +78,7 @@ void bind_huge_pages(py::module_& m) {
 PYBIND11_MODULE(_native, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of vitfast";
   bind_isa(m);
-  bind_huge_pages(m);
+  bind_pages(m);
   bind_address(m);
   bind_name_state(m);
   bind_module_state(m);

@@ -13,7 +13,7 @@ from vitfast import ops
 from vitfast.blocks.launched import through_list
 from vitfast.blocks.parts import add_residual, apply_mlp
 from vitfast.engine import convnext as engine
-from vitfast.engine import memo
+from vitfast.engine import donation, memo
 from vitfast.engine.eligibility import takes_engine
 from vitfast.plans import Called, ConvNeXtBlock, Norm
 from vitfast.runtime.library import autocast_dtype
@@ -28,6 +28,8 @@ def run_convnext_block(
         module, over_nchw: whose children are called where they are not read; as what they take it.
     """
     rows = x.permute(0, 2, 3, 1)
+    if type(block.mlp) is Called or type(block.conv) is Called:
+        donation.withdraw()
     if type(block.mlp) is Called:
         return _call_tail(x, _normed(rows, block), module, over_nchw)
     if type(block.conv) is Called:

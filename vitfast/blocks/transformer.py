@@ -30,7 +30,7 @@ from vitfast.blocks.parts import (
     normed_from,
     operand_dtype,
 )
-from vitfast.engine import memo
+from vitfast.engine import donation, memo
 from vitfast.engine import transformer as engine
 from vitfast.engine.eligibility import PLAIN, takes_engine
 from vitfast.plans import Called, TransformerBlock
@@ -53,6 +53,8 @@ def run_transformer_block(
         module, attend, maps: whose children are called where a half is not read; its attention
             with what timm passes to it; on what timm computes.
     """
+    if type(block.attn) is Called or type(block.mlp) is Called:
+        donation.withdraw()
     if type(block.attn) is Called:
         x = _call_half(x, module, 1, attend, block.norms_last, maps[0])
         # A hook there may have changed what is still to come.

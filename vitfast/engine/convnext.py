@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitfast.engine import checks, memo
+from vitfast.engine import checks, donation, memo
 from vitfast.engine import rows as by_rows
 from vitfast.engine.products.linear import PreparedMlp, prepare_mlp
 from vitfast.ops.common import norm as norm_op
@@ -42,15 +42,19 @@ def block(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
 def _run(steps: _PreparedConvNeXt, x: torch.Tensor) -> torch.Tensor:
     plan, operand, dtype, halves = steps
     x = x.contiguous()
-    out = native.empty(x.shape, dtype)
-    rows_in, rows_out = (t.view(-1, t.shape[3]) for t in (x, out))
     mlp = plan.mlp
+    if _reach(plan) <= _step(x, operand):
+        out = donation.result(x, x.shape, dtype)
+    else:  # a stripe of lines reads more than the next one's
+        out = native.empty(x.shape, dtype)
+    ahead = out.data_ptr() == x.data_ptr()
+    rows_in, rows_out = (t.view(-1, t.shape[3]) for t in (x, out))
 
     def finish(rows: slice, hidden: Sequence[torch.Tensor]) -> None:
         before, after = by_rows.part(rows_in, rows), by_rows.part(rows_out, rows)
         halves.add_to(before, plan.gamma, hidden, after)
 
-    for images, pieces in _convolved(x, plan, operand):
+    for images, pieces in _convolved(x, plan, operand, ahead):
         if mlp.grn is None:
             for rows, normed in pieces:
                 finish(rows, halves.hidden(normed))
@@ -86,32 +90,67 @@ class _PreparedConvNeXt(NamedTuple):
 Piece = tuple[slice, torch.Tensor]
 
 
+def _reach(plan: ConvNeXtBlock) -> int:
+    """Lines above and below one that its convolution reads."""
+    return plan.conv.weight.shape[2] // 2
+
+
+def _rows_at_once(x: torch.Tensor, operand: torch.dtype) -> int:
+    return max(_CONVOLVED_BYTES // (x.shape[3] * operand.itemsize), by_rows.CHUNK_ROWS)
+
+
+def _step(x: torch.Tensor, operand: torch.dtype) -> int:
+    """Lines of a stripe of maps [B, H, W, C]; the last of an image may have fewer."""
+    return _rows_at_once(x, operand) // x.shape[2]
+
+
 def _convolved(
-    x: torch.Tensor, plan: ConvNeXtBlock, operand: torch.dtype
+    x: torch.Tensor, plan: ConvNeXtBlock, operand: torch.dtype, ahead: bool = False
 ) -> Iterator[tuple[int, Iterator[Piece]]]:
     """norm(conv(x)) of contiguous maps, by group of images: how many, and their pieces.
 
     A piece is some of the B * H * W rows and what they are. It holds all of every image if it holds
     several images' and there is a global response norm.
+
+    Args:
+        ahead: whether what a piece is of may be written to before the next is asked for.
     """
     batch, high, wide, channels = x.shape
-    at_once = max(_CONVOLVED_BYTES // (channels * operand.itemsize), by_rows.CHUNK_ROWS)
+    at_once = _rows_at_once(x, operand)
     most = max(_HIDDEN_BYTES // (len(plan.mlp.fc1.weight) * operand.itemsize), _LEAST_ROWS)
     for images, stripes in by_rows.stripes(batch, high, wide, at_once):
         count = images.stop - images.start
         whole = plan.mlp.grn is not None and count > 1
         step = count * high * wide if whole else most
-        yield count, _pieces(x, plan, operand, images, stripes, step)
+        found = _stripes(x, plan, operand, images, stripes)
+        yield count, _pieces(_one_ahead(found) if ahead else found, step)
 
 
-def _pieces(
+def _pieces(stripes: Iterator[tuple[int, torch.Tensor]], most: int) -> Iterator[Piece]:
+    """At most so many rows of stripes, each given by its first row and what its rows are."""
+    for start, normed in stripes:
+        count = normed.shape[0]
+        for i in range(0, count, most):
+            last = min(i + most, count)
+            yield slice(start + i, start + last), by_rows.part(normed, slice(i, last))
+
+
+def _one_ahead(stripes: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
+    """Each stripe after the one behind it was computed, which reads lines of this one's input."""
+    stripe = next(stripes, None)
+    while stripe is not None:
+        behind = next(stripes, None)
+        yield stripe
+        stripe = behind
+
+
+def _stripes(
     x: torch.Tensor,
     plan: ConvNeXtBlock,
     operand: torch.dtype,
     images: slice,
     stripes: list[tuple[int, int]],
-    most: int,
-) -> Iterator[Piece]:
+) -> Iterator[tuple[int, torch.Tensor]]:
     norm, conv = plan.norm, plan.conv
     assert isinstance(norm, Norm)  # `checks.convolved` saw to it
     _, high, wide, channels = x.shape
@@ -120,11 +159,7 @@ def _pieces(
             by_rows.part(x, images), conv.weight, conv.bias, norm.weight, norm.bias, norm.eps,
             norm=norm.kind, dtype=operand, out_dtype=operand, rows=(first, last),
         ).view(-1, channels)  # fmt: skip
-        start = (images.start * high + first) * wide
-        count = normed.shape[0]
-        for i in range(0, count, most):
-            last = min(i + most, count)
-            yield slice(start + i, start + last), by_rows.part(normed, slice(i, last))
+        yield (images.start * high + first) * wide, normed
 
 
 def _responses(hiddens: list[Sequence[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vitfast.engine import checks, memo
+from vitfast.engine import checks, donation, memo
 from vitfast.engine import rows as by_rows
 from vitfast.engine.products.linear import PreparedLinear, prepare_linear
 from vitfast.ops.common import norm as norm_op
@@ -70,12 +70,14 @@ def _merge(steps: _Merging, x: torch.Tensor) -> torch.Tensor:
     if batch * high * wide <= by_rows.WHOLE_ROWS:
         return patches(x).view(batch, high, wide, -1)
     width = len(plan.reduction.weight)
-    out = native.empty((batch, high, wide, width), operand)
+    # A line of the result is written after two of x were read, and takes no more room.
+    out = donation.result(x, (batch, high, wide, width), operand)
     step = max(1, by_rows.CHUNK_ROWS // wide)
     for image, result in zip(x, out, strict=True):
         for first in range(0, high, step):
             part = image[None, 2 * first : 2 * (first + step)]
             result[first : first + step] = patches(part).view(-1, wide, width)
+    donation.release_rest(x, out)
     return out
 
 
@@ -142,8 +144,12 @@ def _downsample(steps: _Downsampling, x: torch.Tensor) -> torch.Tensor:
     batch, high, wide, channels = x.shape
     width, _, height, across = plan.projection.weight.shape
     lines, columns = high // height, wide // across
-    out = native.empty((batch, lines, columns, width), operand)
     x = x.contiguous()
+    shape = (batch, lines, columns, width)
+    if columns * width <= height * wide * channels:  # a line is written after its patches were read
+        out = donation.result(x, shape, operand)
+    else:
+        out = native.empty(shape, operand)
     for images, stripes in by_rows.stripes(batch, lines, columns, by_rows.CHUNK_ROWS):
         for first, last in stripes:
             part = x[images, first * height : last * height]
@@ -155,4 +161,5 @@ def _downsample(steps: _Downsampling, x: torch.Tensor) -> torch.Tensor:
                 by_rows.normalise(part[:, i, :, j], plan.norm, rows[:, :, i, j])
             result = out[images, first:last].view(-1, width)
             linear.into(rows.view(-1, height * across * channels), result)
+    donation.release_rest(x, out)
     return out.view(batch, -1, width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vitfast.engine import donation
 from vitfast.engine import rows as by_rows
 from vitfast.engine.steps import PreparedBlock
 from vitfast.ops.window_attention import native as window_op
@@ -15,7 +16,7 @@ def run_windowed(steps: PreparedBlock, x: torch.Tensor) -> torch.Tensor:
     """The block on a map x [B, H W, C], from norm1 to the end in one chunk after the other.
 
     A chunk is some images, or some rows of windows of one. Only x and the result are as large as
-    the map.
+    the map, and may be one: no row belongs to two windows.
     """
     attn, windows = steps.plan.attn, steps.windows
     assert windows is not None
@@ -38,7 +39,10 @@ def run_windowed(steps: PreparedBlock, x: torch.Tensor) -> torch.Tensor:
         attended = attended.view(-1, width)
         steps.finish(rows.view(-1, channels), attended, out.view(-1, channels))
 
-    out = native.empty(x.shape, steps.stream)
+    if steps.half:  # who computes the other may read x again
+        out = native.empty(x.shape, steps.stream)
+    else:
+        out = donation.result(x, x.shape, steps.stream)
     if tokens <= by_rows.WHOLE_ROWS:
         images = max(1, by_rows.WHOLE_ROWS // tokens)
         for rows, result in zip(x.contiguous().split(images), out.split(images), strict=True):

@@ -8,6 +8,7 @@ FAMILY = Family(
     models=("convnext",),
     sample="convnext_tiny",
     layers=(
+        layers.ConvNeXtStage,
         layers.ConvNeXtBlock,
         layers.GlobalResponseNormMlp,
         layers.GlobalResponseNorm,

@@ -7,5 +7,11 @@ FAMILY = Family(
     name="swin",
     models=("swin_transformer",),
     sample="swin_tiny_patch4_window7_224",
-    layers=(layers.SwinTransformerBlock, layers.SwinWindowAttention, layers.SwinPatchMerging),
+    layers=(
+        layers.SwinTransformerStage,
+        layers.SwinTransformerBlock,
+        layers.SwinWindowAttention,
+        layers.SwinPatchMerging,
+        layers.Sequential,
+    ),
 )

@@ -7,5 +7,11 @@ FAMILY = Family(
     name="swin_v2",
     models=("swin_transformer_v2",),
     sample="swinv2_tiny_window8_256",
-    layers=(layers.SwinTransformerV2Block, layers.SwinV2WindowAttention, layers.SwinV2PatchMerging),
+    layers=(
+        layers.SwinTransformerV2Stage,
+        layers.SwinTransformerV2Block,
+        layers.SwinV2WindowAttention,
+        layers.SwinV2PatchMerging,
+        layers.Sequential,
+    ),
 )

@@ -37,6 +37,7 @@ from vitfast.layers.relpos import RelPosAttention, RelPosBlock
 from vitfast.layers.resnetv2 import Bottleneck as ResNetV2Bottleneck
 from vitfast.layers.resnetv2 import PreActBottleneck as ResNetV2PreActBottleneck
 from vitfast.layers.sequential import Sequential
+from vitfast.layers.stage import ConvNeXtStage, SwinTransformerStage, SwinTransformerV2Stage
 from vitfast.layers.std_conv import GroupNorm1Act, GroupNormAct, StdConv2d, StdConv2dSame
 from vitfast.layers.swin import PatchMerging as SwinPatchMerging
 from vitfast.layers.swin import SwinTransformerBlock
@@ -56,6 +57,7 @@ __all__ = [
     "BeitBlock",
     "Block",
     "ConvNeXtBlock",
+    "ConvNeXtStage",
     "DavitSpatialBlock",
     "DavitWindowAttention",
     "EdgeNeXtConvBlock",
@@ -98,8 +100,10 @@ __all__ = [
     "SwiGLU",
     "SwinPatchMerging",
     "SwinTransformerBlock",
+    "SwinTransformerStage",
     "SwinTransformerV2Block",
     "SwinTransformerV2CrBlock",
+    "SwinTransformerV2Stage",
     "SwinV2CrPatchMerging",
     "SwinV2CrWindowAttention",
     "SwinV2PatchMerging",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from vitfast.engine import memo
+from vitfast.engine import donation, memo
 from vitfast.engine.eligibility import plan_call, planned
 from vitfast.layers import subclass
 from vitfast.layers.reading.children import TIMM_CLASSES, describe_called
@@ -74,6 +74,13 @@ class Layer:
         theirs = super().forward  # type: ignore[misc]
         if torch.compiler.is_compiling():
             return theirs(*args, **kwargs)
+        donation.withdraw()
+        out = self._theirs(theirs, args, kwargs)
+        donation.withdraw()
+        return out
+
+    def _theirs(self, theirs: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """timm's forward, or this layer's own on plain tensors."""
         kind = subclass.kind_of((*args, *kwargs.values()))
         if kind is None:
             return theirs(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Drop-in for the stems and downsamplings that are a torch Sequential of two modules."""
+"""Drop-in for what is a torch Sequential in timm: a stem, a downsampling, or stages."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import torch
 from torch import nn
 
 from vitfast import plans
+from vitfast.blocks.in_turn import is_worthwhile
 from vitfast.blocks.patches import run_patches
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.conv import plan_projection
 from vitfast.layers.reading.norm import read_norm_2d
+from vitfast.layers.stage import is_stage, run_stages
 from vitfast.plans import Unsupported
 
 
-def plan_patches(module: nn.Module) -> plans.Patches:
-    """Which of a Sequential's two modules is the convolution, and which the norm."""
+def plan_sequential(module: nn.Module) -> plans.Patches | None:
+    """Which of two modules is the convolution, and which the norm; None of stages."""
     children = module._modules
+    if children and all(map(is_stage, children.values())):
+        return None
     kinds = [type(child) for child in children.values()]
     if len(kinds) != 2 or nn.Conv2d not in kinds:
         raise Unsupported("not a norm and a convolution")
@@ -29,14 +33,17 @@ def plan_patches(module: nn.Module) -> plans.Patches:
 class Sequential(Layer, nn.Sequential):
     """`torch.nn.Sequential` of a LayerNorm2d and a convolution of disjoint patches, in any order.
 
-    ConvNeXt's stem and downsampling, on `vitfast.ops.patch_embed`; channels-last out.
+    ConvNeXt's stem and downsampling, on `vitfast.ops.patch_embed`; channels-last out. And that of
+    the stages of Swin, Swin V2 and ConvNeXt, each of which writes to the memory of the one before.
     """
 
     ops = ("layer_norm", "patch_embed", "rms_norm")
     by_shape = True
-    plan = staticmethod(plan_patches)
+    plan = staticmethod(plan_sequential)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._modules and all(map(is_stage, self._modules.values())):
+            return run_stages(self, x) if is_worthwhile(x) else self.timm_class.forward(self, x)
         plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)

@@ -1,0 +1,65 @@
+"""Modules called one after the other, each of which alone reads what the one before made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from vitfast.engine import donation
+from vitfast.engine.eligibility import CALLERS
+from vitfast.runtime.watched import PLAIN
+from vitfast.settings import settings
+
+_LARGE = 4 << 20
+"""Bytes of an input from which its memory is used again, whatever `settings.memory` says. Below it
+a block's calls are replayed, in memory of their own. Chosen, not measured yet."""
+_REPLACED = ("forward", *CALLERS)
+
+
+def is_worthwhile(x: object) -> bool:
+    """Whether modules that get x are to be called by `in_turn`: a large tensor on the CPU."""
+    if torch.compiler.is_compiling() or type(x) not in PLAIN:
+        return False
+    assert isinstance(x, torch.Tensor)
+    return x.is_cpu and (settings.memory == "low" or x.nbytes >= _LARGE)
+
+
+def is_seen(module: nn.Module) -> bool:
+    """Whether something besides the module gets hold of its input or result: a hook, or a forward
+    or call that was replaced."""
+    state = module.__dict__
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or any(state.get(name) is not None for name in _REPLACED)
+    )
+
+
+def in_turn(modules: Iterable[nn.Module], x: torch.Tensor, drop_in: type[object]) -> torch.Tensor:
+    """modules[-1](... modules[0](x)): what an `nn.Sequential` of them computes, bit for bit.
+
+    What a drop-in made is given to the next, which may write its result there. So is x if it was
+    given to this call. Modules that something else sees get and leave memory of their own, and so
+    do those that are no drop-ins.
+
+    Args:
+        drop_in: the class of drop-ins.
+    """
+    outer = donation.given()
+    mine = donation.is_given(x)
+    try:
+        for module in modules:
+            seen = is_seen(module)
+            takes = mine and not seen and isinstance(module, drop_in)
+            donation.give(x.data_ptr() if takes else 0)
+            y = module(x)
+            if seen or type(y) is not torch.Tensor:
+                mine = False
+            elif y is not x:
+                mine = donation.is_made(y)
+            x = y
+    finally:
+        donation.give_back(outer, mine)
+    return x
