@@ -117,11 +117,14 @@ def samples(spec: OpSpec, dtype: str, most: float = math.inf) -> list[Problem]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Problem]]:
-    """Gives the calls of ops that are made within, by any thread, each different one once."""
+    """Gives the calls of ops with kernels to test that are made within, by any thread, each
+    different one once."""
     found: dict[str, Problem] = {}
     problems: list[Problem] = []
 
     def note(op: str, arguments: Mapping[str, Any]) -> None:
+        if "triton" not in spec_of(op).dispatcher.backends:
+            return  # none of its kernels is ours
         problem = problem_of(op, arguments)
         if found.setdefault(problem.name, problem) is problem:
             problems.append(problem)
