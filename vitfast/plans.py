@@ -10,6 +10,7 @@ there is one, is the handle of what `engine.memo` keeps for the block; None in a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -153,6 +154,21 @@ class Windows(NamedTuple):
         return any(s % w for s, w in zip(self.size, self.window, strict=True))
 
 
+class Sequences(NamedTuple):
+    """That the rows of a batch of one are the tokens of several sequences, one after the other,
+    which see only those of their own.
+
+    cu_seqlens: as `ops.varlen_attention` takes it; offsets: the same as numbers.
+    """
+
+    cu_seqlens: torch.Tensor
+    offsets: tuple[int, ...]
+
+    @property
+    def longest(self) -> int:
+        return max((end - begin for begin, end in pairwise(self.offsets)), default=0)
+
+
 class Mlp(NamedTuple):
     """What an MLP module holds: fc2(norm(h)), with h one of
 
@@ -200,6 +216,18 @@ class TransformerBlock(NamedTuple):
     @property
     def attn_is_called(self) -> bool:
         return type(self.attn) is Called
+
+
+class NaFlexVit(NamedTuple):
+    """What a NaFlexVit holds beside its embedding, its blocks and its head.
+
+    norm: after the last block, or None. prefix: class and register tokens before each image's
+    patches. mixed: whether each block has a rotary embedding of its own.
+    """
+
+    norm: Norm | None
+    prefix: int
+    mixed: bool
 
 
 class Projection(NamedTuple):
@@ -405,13 +433,13 @@ def tensors_in(values: tuple) -> Iterator[torch.Tensor]:
 
 
 def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:
-    """The packed [B, N, 3 A] as [B, N, 3, H, D]; or q, k and v [B, N, A] each as [B, N, H, D]."""
+    """The packed [..., 3 A] as [..., 3, H, D]; or q, k and v [..., A] each as [..., H, D]."""
     if len(projected) == 1:
         return [split_packed(projected[0], plan)]
     dim = projected[0].shape[-1] // plan.heads
     split = [t.unflatten(-1, (t.shape[-1] // dim, dim)) for t in projected]
     if plan.kv_groups > 1:
-        split[1:] = [t.repeat_interleave(plan.kv_groups, 2) for t in split[1:]]
+        split[1:] = [t.repeat_interleave(plan.kv_groups, -2) for t in split[1:]]
     return split
 
 

@@ -19,7 +19,7 @@ import torch
 
 from vitfast.ops import spec_of
 from vitfast.ops.spec import Arguments, OpSpec, Sample, randn
-from vitfast.runtime import library
+from vitfast.runtime import library, trust
 
 _ABSENT = {"qk_norm": "", "gate": ""}
 """Public argument -> what the registered op has for None."""
@@ -123,8 +123,8 @@ def recording() -> Iterator[list[Problem]]:
     problems: list[Problem] = []
 
     def note(op: str, arguments: Mapping[str, Any]) -> None:
-        if "triton" not in spec_of(op).dispatcher.backends:
-            return  # none of its kernels is ours
+        if op in trust.WITHOUT_OURS:
+            return
         problem = problem_of(op, arguments)
         if found.setdefault(problem.name, problem) is problem:
             problems.append(problem)
