@@ -10,7 +10,6 @@ there is one, is the handle of what `engine.memo` keeps for the block; None in a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -155,18 +154,12 @@ class Windows(NamedTuple):
 
 
 class Sequences(NamedTuple):
-    """That the rows of a batch of one are the tokens of several sequences, one after the other,
-    which see only those of their own.
-
-    cu_seqlens: as `ops.varlen_attention` takes it; offsets: the same as numbers.
-    """
+    """That rows are the tokens of several sequences, as `ops.varlen_attention` takes them. offsets:
+    cu_seqlens as numbers; longest: tokens of the longest sequence."""
 
     cu_seqlens: torch.Tensor
     offsets: tuple[int, ...]
-
-    @property
-    def longest(self) -> int:
-        return max((end - begin for begin, end in pairwise(self.offsets)), default=0)
+    longest: int
 
 
 class Mlp(NamedTuple):
@@ -216,18 +209,6 @@ class TransformerBlock(NamedTuple):
     @property
     def attn_is_called(self) -> bool:
         return type(self.attn) is Called
-
-
-class NaFlexVit(NamedTuple):
-    """What a NaFlexVit holds beside its embedding, its blocks and its head.
-
-    norm: after the last block, or None. prefix: class and register tokens before each image's
-    patches. mixed: whether each block has a rotary embedding of its own.
-    """
-
-    norm: Norm | None
-    prefix: int
-    mixed: bool
 
 
 class Projection(NamedTuple):

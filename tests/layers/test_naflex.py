@@ -63,8 +63,7 @@ def batch_of(grids=GRIDS, tokens=None, dtype=torch.float32, padding=0.0):
         g = torch.Generator().manual_seed(100 * rows + columns)
         drawn = torch.randn(rows * columns, patches.shape[-1], generator=g)
         patches[i, : len(drawn)] = drawn.to(dtype)
-        where = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
-        coord[i, : len(drawn)] = where
+        coord[i, : len(drawn)] = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
     return {"patches": patches, "patch_coord": coord, "patch_valid": valid}
 
 
@@ -82,8 +81,7 @@ def packed(monkeypatch):
 
 
 def swapped(model):
-    ours = copy.deepcopy(model)
-    swap(ours)
+    swap(ours := copy.deepcopy(model))
     assert type(ours) is layers.NaFlexVit
     return ours
 
@@ -391,7 +389,8 @@ def with_offsets(change):
         def __init__(self, *args):
             super().__init__(*args)
             offsets = change(list(self.sequences.offsets))
-            self.sequences = Sequences(torch.tensor(offsets, dtype=torch.int32), tuple(offsets))
+            made = torch.tensor(offsets, dtype=torch.int32)
+            self.sequences = Sequences(made, tuple(offsets), offsets[-1])
 
     return Faulty
 

@@ -31,7 +31,7 @@ class Packing:
         self._prefix = prefix
         offsets = (0, *accumulate(prefix + length for length in lengths))
         cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=valid.device)
-        self.sequences = Sequences(cu_seqlens, offsets)
+        self.sequences = Sequences(cu_seqlens, offsets, prefix + max(lengths, default=0))
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """The valid tokens of x [B, prefix + N, C], as [1, total, C]."""

@@ -10,7 +10,6 @@ import torch
 from timm.models import eva, naflexvit, vision_transformer
 from torch import nn
 
-from vitfast import plans
 from vitfast.blocks.packing import Packing
 from vitfast.blocks.parts import apply_norm
 from vitfast.blocks.transformer import run_packed_block
@@ -22,12 +21,24 @@ from vitfast.layers.eva import EvaBlock
 from vitfast.layers.reading.children import check_bare, describe_called, timm_class
 from vitfast.layers.reading.norm import read_norm
 from vitfast.ops.varlen_attention.api import has_kernel
-from vitfast.plans import Unfit, Unsupported
+from vitfast.plans import Norm, Unfit, Unsupported
 from vitfast.runtime.library import autocast_dtype
 from vitfast.settings import settings
 
 
-def plan_naflex(module: Any) -> plans.NaFlexVit:
+class Plan(NamedTuple):
+    """What a NaFlexVit holds beside its embedding, its blocks and its head.
+
+    norm: after the last block, or None. prefix: class and register tokens before each image's
+    patches. mixed: whether each block has a rotary embedding of its own.
+    """
+
+    norm: Norm | None
+    prefix: int
+    mixed: bool
+
+
+def plan_naflex(module: Any) -> Plan:
     """How timm's `NaFlexVit` computes between its embedding and its head."""
     blocks = module._modules["blocks"]
     if timm_class(blocks) is not nn.Sequential:
@@ -48,7 +59,7 @@ def plan_naflex(module: Any) -> plans.NaFlexVit:
         norm.check_width(module.embed_dim)
     else:
         check_bare(module._modules["norm"], "norm")
-    return plans.NaFlexVit(norm, module.num_prefix_tokens, bool(module.rope_is_mixed))
+    return Plan(norm, module.num_prefix_tokens, bool(module.rope_is_mixed))
 
 
 class NaFlexVit(Layer, naflexvit.NaFlexVit):
@@ -110,7 +121,7 @@ def _batch_of(x: object, coord: object, valid: object, mask: object) -> _Batch |
     return batch if fits and batch.valid.device == batch.patches.device else None
 
 
-def _read(model: Any, batch: _Batch) -> tuple[plans.NaFlexVit, list[Any]] | None:
+def _read(model: Any, batch: _Batch) -> tuple[Plan, list[Any]] | None:
     """The plans of the model and of its blocks; None where timm's forward has to run."""
     if settings.backend not in ("auto", "cpu") or batch.valid.numel() == 0:
         return None
@@ -141,9 +152,7 @@ def _calls(plan: Any) -> bool:
     return any(True for _ in describe_called(plan))
 
 
-def _run(
-    model: Any, batch: _Batch, plan: plans.NaFlexVit, blocks: list[Any]
-) -> torch.Tensor | None:
+def _run(model: Any, batch: _Batch, plan: Plan, blocks: list[Any]) -> torch.Tensor | None:
     """The model's output; None where timm's forward has to run."""
     lengths = batch.valid.sum(1).tolist()
     if min(lengths) == 0:
@@ -172,6 +181,6 @@ def _run(
     return model.forward_head(patches=x, patch_valid=batch.valid)
 
 
-def _ropes(plan: plans.NaFlexVit, rope: Any) -> Iterable[torch.Tensor | None]:
+def _ropes(plan: Plan, rope: Any) -> Iterable[torch.Tensor | None]:
     """The rotary embedding of each block, of the model's: one for all, or by block."""
     return rope if plan.mixed and rope is not None else repeat(rope)
