@@ -153,6 +153,15 @@ class Windows(NamedTuple):
         return any(s % w for s, w in zip(self.size, self.window, strict=True))
 
 
+class Sequences(NamedTuple):
+    """That rows are the tokens of several sequences, as `ops.varlen_attention` takes them. offsets:
+    cu_seqlens as numbers; longest: tokens of the longest sequence."""
+
+    cu_seqlens: torch.Tensor
+    offsets: tuple[int, ...]
+    longest: int
+
+
 class Mlp(NamedTuple):
     """What an MLP module holds: fc2(norm(h)), with h one of
 
@@ -405,13 +414,13 @@ def tensors_in(values: tuple) -> Iterator[torch.Tensor]:
 
 
 def split_heads(projected: list[torch.Tensor], plan: Attention) -> list[torch.Tensor]:
-    """The packed [B, N, 3 A] as [B, N, 3, H, D]; or q, k and v [B, N, A] each as [B, N, H, D]."""
+    """The packed [..., 3 A] as [..., 3, H, D]; or q, k and v [..., A] each as [..., H, D]."""
     if len(projected) == 1:
         return [split_packed(projected[0], plan)]
     dim = projected[0].shape[-1] // plan.heads
     split = [t.unflatten(-1, (t.shape[-1] // dim, dim)) for t in projected]
     if plan.kv_groups > 1:
-        split[1:] = [t.repeat_interleave(plan.kv_groups, 2) for t in split[1:]]
+        split[1:] = [t.repeat_interleave(plan.kv_groups, -2) for t in split[1:]]
     return split
 
 

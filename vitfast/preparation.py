@@ -93,7 +93,8 @@ def _wanted(
     """The questions about ops, in the dtype of a tensor and of autocast."""
     dtypes = dict.fromkeys((like.dtype, autocast_dtype(like.device) or like.dtype))
     names = [str(dtype).removeprefix("torch.") for dtype in dtypes]
-    return {Question(op, name, p): [] for name in names for op in ops for p in passes}
+    ours = [op for op in ops if op not in trust.WITHOUT_OURS]
+    return {Question(op, name, p): [] for name in names for op in ours for p in passes}
 
 
 def _ops_of(model: nn.Module) -> tuple[str, ...]:

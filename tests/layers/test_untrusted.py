@@ -189,3 +189,8 @@ def test_every_layer_names_ops_that_exist():
     assert {op for k in layers for op in k.ops} <= set(ops.NAMES)
     without = {k.__name__ for k in layers if not k.ops}
     assert without == {"LayerScale"}  # whose forward is timm's
+
+
+def test_ops_without_kernels_of_ours_are_those_without_triton():
+    without = {s.name for s in ops.specs() if "triton" not in s.dispatcher.backends}
+    assert without == trust.WITHOUT_OURS

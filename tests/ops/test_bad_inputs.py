@@ -13,6 +13,7 @@ import torch
 
 import vitfast.ops as ops
 from vitfast.errors import BackendUnavailableError, VitfastError
+from vitfast.ops.varlen_attention.spec import cumulative
 
 
 def good(op: str) -> dict[str, object]:
@@ -37,6 +38,9 @@ def good(op: str) -> dict[str, object]:
             "x": t(2, 5, 8), "branch": t(2, 5, 8), "gamma": t(8), "drop_scale": t(2).abs(),
         },
         "attention": lambda: {n: t(2, 5, 3, 8) for n in ("q", "k", "v")},
+        "varlen_attention": lambda: {
+            **{n: t(7, 3, 8) for n in ("q", "k", "v")}, "cu_seqlens": cumulative([2, 5]),
+        },
         "linear_act": lambda: {"x": t(2, 5, 8), "weight": t(6, 8), "bias": t(6), "act": "gelu"},
         "mlp": lambda: {"x": t(2, 5, 8), "weight1": t(6, 8), "bias1": t(6), "weight2": t(4, 6),
                         "bias2": t(4), "act": "gelu"},
@@ -62,7 +66,12 @@ def good(op: str) -> dict[str, object]:
 
 
 OPS = ops.NAMES
-TENSORS = [(op, name) for op in OPS for name, v in good(op).items() if isinstance(v, torch.Tensor)]
+TENSORS = [
+    (op, name)
+    for op in OPS
+    for name, v in good(op).items()
+    if isinstance(v, torch.Tensor) and v.is_floating_point()
+]
 Z = torch.zeros
 
 
@@ -247,6 +256,43 @@ PARTICULAR = [
     ("group_norm_act", {"out_dtype": torch.int8}, TypeError, ["out_dtype", "int8"]),
     ("residual_add", {"gamma": Z(1)}, ValueError, ["gamma", r"\(1,\)", r"\(8,\)"]),
     ("residual_add", {"drop_scale": Z(2, 1, 1)}, ValueError, ["drop_scale", r"\(2,\)"]),
+    ("varlen_attention", {"q": Z(7, 3, 8).half()}, TypeError, ["q", "float16", "float32"]),
+    ("varlen_attention", {"q": Z(1, 7, 3, 8)}, ValueError, ["q", r"\(1, 7, 3, 8\)", "total, H, D"]),
+    ("varlen_attention", {"k": None, "v": None}, ValueError, ["q", r"\[total, 3, H, D\]"]),
+    ("varlen_attention", {"v": None}, ValueError, ["k and v"]),
+    ("varlen_attention", {"k": Z(6, 3, 8)}, ValueError, ["k", r"\(6, 3, 8\)", r"\(7, 3, 8\)"]),
+    ("varlen_attention", {"v": Z(7, 1, 8)}, ValueError, ["v", r"\(7, 1, 8\)", r"\(7, 3, 8\)"]),
+    ("varlen_attention", {n: Z(7, 3, 0) for n in "qkv"}, ValueError, ["head dim"]),
+    ("varlen_attention", {"cu_seqlens": [0, 2, 7]}, TypeError, ["cu_seqlens", "list"]),
+    ("varlen_attention", {"cu_seqlens": torch.tensor([0, 2, 7])}, TypeError,
+     ["cu_seqlens", "int64", "int32"]),
+    ("varlen_attention", {"cu_seqlens": cumulative([2, 5]).to("meta")}, RuntimeError,
+     ["cu_seqlens", "cpu", "meta"]),
+    ("varlen_attention", {"cu_seqlens": cumulative([2, 5])[None]}, ValueError,
+     ["cu_seqlens", r"\(1, 3\)", r"\[B \+ 1\]"]),
+    ("varlen_attention", {"cu_seqlens": cumulative([2, 5])[:0]}, ValueError,
+     ["cu_seqlens", r"\(0,\)", r"\[B \+ 1\]"]),
+    ("varlen_attention", {"cu_seqlens": cumulative([2, 5])[1:]}, ValueError,
+     ["cu_seqlens", "begins with 2", "0"]),
+    ("varlen_attention", {"cu_seqlens": cumulative([5, -3, 5])}, ValueError,
+     ["cu_seqlens", "decreases from 5 to 2"]),
+    ("varlen_attention", {"cu_seqlens": cumulative([2, 4])}, ValueError,
+     ["cu_seqlens", "ends with 6", "7 tokens"]),
+    ("varlen_attention", {"cu_seqlens": cumulative([2, 6])}, ValueError,
+     ["cu_seqlens", "ends with 8", "7 tokens"]),
+    ("varlen_attention", {"max_seqlen": 4}, ValueError, ["max_seqlen is 4", "5 tokens"]),
+    ("varlen_attention", {"max_seqlen": -1}, ValueError, ["max_seqlen", "-1"]),
+    ("varlen_attention", {"max_seqlen": 5.0}, TypeError, ["max_seqlen", "float"]),
+    ("varlen_attention", {"scale": math.inf}, ValueError, ["scale", "inf"]),
+    ("varlen_attention", {"qk_norm": "group"}, ValueError, ["qk_norm", "group", "layer"]),
+    ("varlen_attention", {"k_norm_weight": Z(8)}, ValueError, ["k_norm_weight", "qk_norm"]),
+    ("varlen_attention", {"qk_norm": "rms", "k_norm_bias": Z(8)}, ValueError, ["k_norm_bias"]),
+    ("varlen_attention", {"qk_norm": "rms", "q_norm_weight": Z(24)}, ValueError,
+     ["q_norm_weight", r"\(24,\)", r"\(8,\)"]),
+    ("varlen_attention", {"rope": Z(5, 16)}, ValueError, ["rope", r"\(5, 16\)", r"\[7, 16\]"]),
+    ("varlen_attention", {"rope": Z(2, 7, 16)}, ValueError, ["rope", r"\[3, 7, 16\]"]),
+    ("varlen_attention", {"rope": Z(7, 14), **{n: Z(7, 3, 7) for n in "qkv"}}, ValueError,
+     ["rope", "even", "7"]),
     ("mlp", {"act": "gelo"}, ValueError, ["act", "gelo", "gelu"]),
     ("mlp", {"weight1": Z(6, 7)}, ValueError, ["x", "8", "7"]),
     ("mlp", {"weight2": Z(4, 5)}, ValueError, ["weight2", "4, 5", "6"]),
@@ -513,7 +559,7 @@ def test_a_subclass_of_tensor_gives_the_right_numbers(op):
 @pytest.mark.parametrize("op", OPS)
 def test_parameters_are_tensors(op):
     arguments = {
-        k: torch.nn.Parameter(v) if isinstance(v, torch.Tensor) and k != "drop_scale" else v
+        k: torch.nn.Parameter(v) if (op, k) in TENSORS and k != "drop_scale" else v
         for k, v in good(op).items()
     }
     result = getattr(ops, op)(**arguments)

@@ -85,6 +85,14 @@ COMPOSITIONS = {
             *(t.transpose(1, 2) for t in (q, k, v)), attn_mask=bias.to(LOW)
         ),
     ),
+    "varlen_attention": (
+        lambda d: (
+            *(_t(5, 3, 8, dtype=d) for _ in range(3)),
+            torch.tensor([0, 5], dtype=torch.int32),
+        ),
+        ops.varlen_attention,
+        lambda q, k, v, _: F.scaled_dot_product_attention(*(t.mT for t in (q, k, v))).mT,
+    ),
     "linear_act": (
         lambda d: (_t(2, 5, 8, dtype=d), _t(6, 8), _t(6)),
         lambda x, w, b: ops.linear_act(x, w, b, "gelu"),
@@ -168,8 +176,8 @@ def test_dtypes_under_autocast(name, dtype):
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_gradients_have_their_inputs_dtype(name):
     make, op, _ = COMPOSITIONS[name]
-    arguments = [t if t is None else t.requires_grad_() for t in make(torch.float32)]
-    inputs = [t for t in arguments if t is not None]
+    arguments = make(torch.float32)
+    inputs = [t.requires_grad_() for t in arguments if t is not None and t.is_floating_point()]
     with torch.autocast("cpu", LOW):
         outputs = _tuple(op(*arguments))
     grads = torch.autograd.grad(sum(o.float().square().sum() for o in outputs), inputs)

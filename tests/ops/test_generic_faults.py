@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
 
 import pytest
 import torch
@@ -322,6 +323,71 @@ ATTENTION = {
 }
 
 
+# ---- varlen_attention ----------------------------------------------------------------------------
+
+
+def every_end_one_early(offsets):
+    """The last token of each sequence but the last goes to the next one."""
+    inner = (offsets[1:-1] - 1).clamp(min=0)
+    return torch.cat((offsets[:1], inner, offsets[-1:]))
+
+
+def one_sequence(offsets):
+    return offsets[[0, -1]]
+
+
+def lengths_backwards(offsets):
+    return torch.cat((offsets[:1], offsets.diff().flip(0).cumsum(0, dtype=torch.int32)))
+
+
+def first_left_out(offsets):
+    return torch.cat((offsets[:1], offsets[2:])) if len(offsets) > 2 else offsets
+
+
+def sequences_swapped(sound, call):
+    """The results of the first two sequences of one length trade places."""
+    out, stats = sound(call)
+    spans = list(pairwise(call.cu_seqlens.tolist()))
+    for (a, b), (c, d) in zip(spans, spans[1:], strict=False):
+        if b - a == d - c:
+            out = torch.cat((out[:a], out[c:d], out[a:b], out[d:]))
+            break
+    return out, stats
+
+
+def last_sequence_unwritten(sound, call):
+    out, stats = sound(call)
+    begin = call.cu_seqlens.tolist()[-2]
+    return torch.cat((out[:begin], torch.empty_like(out[begin:]))), stats
+
+
+def rope_of_the_token_before(rope):
+    """Every token takes the embedding of the token before it."""
+    return rope.roll(1, -2)
+
+
+VARLEN = {
+    "varlen_attention forward ends_one_early": on_field("cu_seqlens", every_end_one_early),
+    "varlen_attention forward one_sequence": on_field("cu_seqlens", one_sequence),
+    "varlen_attention forward lengths_backwards": on_field("cu_seqlens", lengths_backwards),
+    "varlen_attention forward boundary_left_out": on_field("cu_seqlens", first_left_out),
+    "varlen_attention forward sequences_swapped": sequences_swapped,
+    "varlen_attention forward last_sequence_unwritten": last_sequence_unwritten,
+    "varlen_attention forward rope_of_another_token": on_field("rope", rope_of_the_token_before),
+    "varlen_attention forward rope_dropped": on_field("rope", none),
+    "varlen_attention forward norm_weights_swapped": on_call(with_norm_weights_swapped),
+    "varlen_attention forward causality_ignored": on_field("is_causal", lambda causal: False),
+    "varlen_attention forward scale_off": on_field("scale", lambda s: s * 1.01),
+    "varlen_attention forward in_bfloat16": on_output(in_bfloat16),
+    "varlen_attention backward ends_one_early": on_field("cu_seqlens", every_end_one_early, 1),
+    "varlen_attention backward one_sequence": on_field("cu_seqlens", one_sequence, 1),
+    "varlen_attention backward dq_and_dk_swapped": swapped(0, 1),
+    "varlen_attention backward rope_not_turned_back": on_field("rope", none, 1),
+    "varlen_attention backward norm_gradient_halved": on_output(lambda g: g * 0.5, 3),
+    "varlen_attention backward statistics_of_another_head": on_argument(3, lambda s: s.roll(1, 1)),
+}
+
+
 # ---- linear_act and patch_embed ------------------------------------------------------------------
 
 
@@ -570,7 +636,7 @@ GROUPS = {
     "group_norm_act backward weight_and_bias_swapped": swapped(2, 3),
     "group_norm_act backward weight_ignored": on_field("weight", torch.ones_like),
 }
-FAULTS = NORMS | GROUPS | ATTENTION | GEMMS | MLP | PATCHES | WINDOWS | DWCONV | GRN
+FAULTS = NORMS | GROUPS | ATTENTION | VARLEN | GEMMS | MLP | PATCHES | WINDOWS | DWCONV | GRN
 
 
 def judge(case, which, backend):

@@ -18,6 +18,7 @@ from vitfast.plans import (
     Linear,
     Mlp,
     Norm,
+    Sequences,
     Windows,
     prologue,
     split_heads,
@@ -151,16 +152,27 @@ def attend(
     is_causal: bool = False,
     normed: Normed | None = None,
     windows: Windows | None = None,
+    sequences: Sequences | None = None,
 ) -> torch.Tensor:
     """What timm's fused forward computes for x [B, N, C], by the differentiable ops.
 
     Args:
         windows: where attention is within windows; then without the other terms.
+        sequences: of the rows of x [1, total, C]; then without mask, bias and causality, and with
+            a rotary embedding of all tokens, as `ops.varlen_attention` takes it.
         normed: how x came from the residual stream, which then is all that is saved.
     """
     plan = plan.computed()
     qkv = split_heads([project(x, layer, normed) for layer in plan.qkv], plan)
-    if windows is None:
+    if sequences is not None:
+        q, k, v = (t[0] for t in qkv) if len(qkv) == 3 else (qkv[0][0], None, None)
+        options = prologue(plan, rope)
+        options.pop("rope_prefix", None)
+        out = ops.varlen_attention(
+            q, k, v, sequences.cu_seqlens, max_seqlen=sequences.longest, **options
+        )
+        out = out.flatten(1)[None]
+    elif windows is None:
         out = ops.attention(
             *qkv, mask=mask, bias=bias, is_causal=is_causal, **prologue(plan, rope)
         ).flatten(2)

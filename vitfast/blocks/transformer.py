@@ -33,7 +33,7 @@ from vitfast.blocks.parts import (
 from vitfast.engine import donation, memo
 from vitfast.engine import transformer as engine
 from vitfast.engine.eligibility import PLAIN, takes_engine
-from vitfast.plans import Called, TransformerBlock
+from vitfast.plans import Called, Sequences, TransformerBlock
 
 Maps = tuple[tuple[int, int] | None, tuple[int, int] | None]
 """By half: rows and columns of the map that timm's forward computes it on; None: on tokens."""
@@ -66,6 +66,23 @@ def run_transformer_block(
     if takes_engine(x, block, *attention.values()):
         out = engine.block(x, block, **attention)
     return through_list(_differentiable, x, block, **attention) if out is None else out
+
+
+def run_packed_block(
+    x: torch.Tensor,
+    block: TransformerBlock,
+    sequences: Sequences,
+    rope: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The block on the rows x [1, total, C] of several sequences, all of it read.
+
+    Args:
+        rope: of all tokens, as `ops.varlen_attention` takes it.
+    """
+    out = None
+    if takes_engine(x, block, rope):
+        out = engine.packed_block(x, block, sequences, rope)
+    return _differentiable(x, block, rope=rope, sequences=sequences) if out is None else out
 
 
 def _call_half(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from vitfast.ops.spec import randn
+from vitfast.ops.varlen_attention.spec import cumulative
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """(args, kwargs) of a call."""
@@ -107,6 +108,18 @@ def _attention(pick: Pick, size: Size, normal: Randn) -> Arguments:
     return (normal(b, n, h, d), normal(b, k, h, d), normal(b, k, h, d)), options
 
 
+def _varlen_attention(pick: Pick, size: Size, normal: Randn) -> Arguments:
+    h, d = size(1, 3), pick(13, 64, 64, 72, 128)
+    lengths = [pick(0, 1, size(2, 20), size(21, 200)) for _ in range(size(1, 6))]
+    total = sum(lengths)
+    options: dict[str, Any] = {}
+    if pick(True, False, False):
+        options["is_causal"] = True
+    if pick(True, False, False):
+        options["qk_norm"] = pick("layer", "rms")
+    return (*(normal(total, h, d) for _ in range(3)), cumulative(lengths)), options
+
+
 def _linear_act(pick: Pick, size: Size, normal: Randn) -> Arguments:
     m, n, k = size(1, 300), 2 * size(1, 150), pick(size(1, 70), size(71, 800))
     gate = pick(None, None, "first", "last")
@@ -186,6 +199,7 @@ _CALLS: dict[str, Callable[[Pick, Size, Randn], Arguments]] = {
     "norm_add": _norm_add,
     "residual_add": _residual,
     "attention": _attention,
+    "varlen_attention": _varlen_attention,
     "linear_act": _linear_act,
     "mlp": _mlp,
     "patch_embed": _patch_embed,

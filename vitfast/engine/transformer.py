@@ -14,7 +14,9 @@ from vitfast.engine import rows as by_rows
 from vitfast.engine.steps import PreparedBlock, prepare_block
 from vitfast.engine.windows import run_windowed
 from vitfast.ops.attention import native as attention_op
+from vitfast.ops.varlen_attention import native as varlen_op
 from vitfast.plans import (
+    Sequences,
     TransformerBlock,
     Windows,
     prologue,
@@ -56,6 +58,46 @@ def block(
     if steps is None or not checks.terms(x, plan, mask, bias, rope):
         return None
     return _whole(steps, x, rope, mask, bias, is_causal)
+
+
+def packed_block(
+    x: torch.Tensor, plan: TransformerBlock, sequences: Sequences, rope: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """The block on the rows x [1, total, C] of several sequences, or None as `block`.
+
+    Nearly every batch of images of mixed sizes has another total. What is prepared for one works
+    for any number of rows, so it is kept for the largest power of two in it, and not replayed.
+
+    Args:
+        rope: of all tokens, as `ops.varlen_attention` takes it.
+    """
+    if x.ndim != 3 or x.shape[0] != 1 or x.numel() == 0:
+        return None
+    like = x[:, :1].expand(1, 1 << (x.shape[1].bit_length() - 1), -1)
+    steps = memo.recall(prepare_block, like.shape[1], like, plan, None, "")
+    if steps is None:
+        return None
+    attn = plan.attn._replace(prefix=0)  # the prefixes lie among the rows
+    if not checks.terms(x, plan._replace(attn=attn), None, None, rope):
+        return None
+    rows = x[0]
+    qkv = split_heads(steps.project(rows), attn)
+    q, k, v = qkv if len(qkv) == 3 else qkv[0].unbind(1)
+    options = prologue(attn, rope)
+    options.pop("rope_prefix", None)
+    attended = varlen_op.forward_direct(
+        q,
+        k,
+        v,
+        sequences.offsets,
+        scale=q.shape[-1] ** -0.5,
+        out=torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        **options,
+    )
+    del qkv, q, k, v  # as large as three maps
+    out = native.empty(rows.shape, steps.stream)
+    steps.finish(rows, attended.flatten(1), out)
+    return out[None]
 
 
 def _causal(

@@ -1,12 +1,17 @@
-"""NaFlexViT: blocks of ViT and EVA behind an embedding of images of any size."""
+"""NaFlexViT: blocks of ViT and EVA on images of any size, packed without their padding."""
 
+from vitfast import layers
 from vitfast.families._family import Family, Gap
 
 FAMILY = Family(
     name="naflex",
     models=("naflexvit",),
     sample="naflexvit_base_patch16_gap",
+    layers=(layers.NaFlexVit,),
     gaps=(
-        Gap("timm.models.naflexvit.NaFlexEmbeds", "patches of mixed sizes: not implemented yet"),
+        Gap(
+            "timm.models.naflexvit.NaFlexEmbeds",
+            "embeds patches and resizes position tables, once a model: not implemented yet",
+        ),
     ),
 )

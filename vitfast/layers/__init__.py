@@ -29,6 +29,7 @@ from vitfast.layers.metaformer import LayerNorm2dNoBias as MetaFormerLayerNorm2d
 from vitfast.layers.metaformer import LayerNormNoBias as MetaFormerLayerNormNoBias
 from vitfast.layers.metaformer import MetaFormerBlock
 from vitfast.layers.mlp import GlobalResponseNormMlp, GluMlp, Mlp, SwiGLU
+from vitfast.layers.naflex import NaFlexVit
 from vitfast.layers.norm import GlobalResponseNorm, LayerNorm, LayerNorm2d, RmsNorm, RmsNorm2d
 from vitfast.layers.patch_embed import PatchEmbed
 from vitfast.layers.rdnet import Block as RDNetBlock
@@ -85,6 +86,7 @@ __all__ = [
     "MetaFormerLayerNorm2dNoBias",
     "MetaFormerLayerNormNoBias",
     "Mlp",
+    "NaFlexVit",
     "PatchEmbed",
     "RDNetBlock",
     "RDNetBlockESE",

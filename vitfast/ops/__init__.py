@@ -22,6 +22,7 @@ from vitfast.ops.patch_merge.api import patch_merge
 from vitfast.ops.residual_add.api import residual_add
 from vitfast.ops.rms_norm.api import rms_norm
 from vitfast.ops.spec import OpSpec
+from vitfast.ops.varlen_attention.api import varlen_attention
 from vitfast.ops.window_attention.api import window_attention
 
 NAMES = (
@@ -31,6 +32,7 @@ NAMES = (
     "norm_add",
     "residual_add",
     "attention",
+    "varlen_attention",
     "linear_act",
     "mlp",
     "patch_embed",
@@ -57,6 +59,7 @@ __all__ = [
     "rms_norm",
     "spec_of",
     "specs",
+    "varlen_attention",
     "window_attention",
 ]
 

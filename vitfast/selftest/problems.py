@@ -19,7 +19,7 @@ import torch
 
 from vitfast.ops import spec_of
 from vitfast.ops.spec import Arguments, OpSpec, Sample, randn
-from vitfast.runtime import library
+from vitfast.runtime import library, trust
 
 _ABSENT = {"qk_norm": "", "gate": ""}
 """Public argument -> what the registered op has for None."""
@@ -117,11 +117,14 @@ def samples(spec: OpSpec, dtype: str, most: float = math.inf) -> list[Problem]:
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Problem]]:
-    """Gives the calls of ops that are made within, by any thread, each different one once."""
+    """Gives the calls of ops with kernels to test that are made within, by any thread, each
+    different one once."""
     found: dict[str, Problem] = {}
     problems: list[Problem] = []
 
     def note(op: str, arguments: Mapping[str, Any]) -> None:
+        if op in trust.WITHOUT_OURS:
+            return
         problem = problem_of(op, arguments)
         if found.setdefault(problem.name, problem) is problem:
             problems.append(problem)

@@ -68,10 +68,10 @@ def forward_direct(
         q, k, v, mask, bias, is_causal, scale, qk_norm or "", q_norm_weight, q_norm_bias,
         k_norm_weight, k_norm_bias, qk_norm_eps, rope, rope_prefix, rope_half,
     )  # fmt: skip
-    return _run(call, q.new_empty(q.shape) if out is None else out, stats)
+    return forward_into(call, q.new_empty(q.shape) if out is None else out, stats)
 
 
-def _run(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
+def forward_into(call: Call, out: torch.Tensor, stats: torch.Tensor | None) -> torch.Tensor:
     """Writes out and stats, see `forward_direct`, and returns out."""
     q, k, v = call.split()
     if out.numel() == 0 or k.shape[1] == 0:
@@ -87,7 +87,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     q = call.split()[0]
     batch, queries, heads, _ = q.shape
     stats = q.new_empty((2, batch, heads, queries) if call.save_stats else 0, dtype=torch.float32)
-    return _run(call, q.new_empty(q.shape), stats if call.save_stats else None), stats
+    return forward_into(call, q.new_empty(q.shape), stats if call.save_stats else None), stats
 
 
 def backward(
@@ -96,19 +96,41 @@ def backward(
     if stats[1, 0, 0, 0] < 0:
         # The forward ran on another backend (settings changed in between): nothing was saved.
         out, stats = forward(call)
-    q, k, v = call.split()
+    q = call.q
     grads = {n: q.new_empty(0) for n in INPUTS}
-    if call.k is None:
-        grads["q"] = q.new_empty(call.q.shape)
-        dq, dk, dv = grads["q"].unbind(2)
-    else:
-        dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-        grads |= {"q": dq, "k": dk, "v": dv}
-    f32 = torch.float32  # gradients that are sums over tokens or the batch
+    names = ("q",) if call.k is None else ("q", "k", "v")
+    written = {n: q.new_empty(getattr(call, n).shape) for n in names}
+    grads |= written
+    sums = backward_into(grad, call, out, stats, written)
+    grads |= {n: total.to(getattr(call, n).dtype) for n, total in sums.items()}
+    return tuple(grads.values())
+
+
+def backward_into(
+    grad: torch.Tensor,
+    call: Call,
+    out: torch.Tensor,
+    stats: torch.Tensor,
+    written: dict[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The gradients of a call whose forward left out and stats, see `forward_direct`.
+
+    Args:
+        written: by name, the tensors like q, k and v, or like a packed q, of any strides, that get
+            their gradients.
+
+    Returns:
+        By name the gradients that are sums over tokens or the batch, float32: of the bias, and of
+        the norms' weights and biases.
+    """
+    q, k, v = call.split()
+    dq, dk, dv = written["q"].unbind(2) if call.k is None else (written[n] for n in "qkv")
     affine = [n for n in INPUTS if "_norm_" in n]
-    for name in ("bias", *affine):
-        if wants_gradient(call, name):
-            grads[name] = q.new_empty(getattr(call, name).shape, dtype=f32)
+    sums = {
+        name: q.new_empty(getattr(call, name).shape, dtype=torch.float32)
+        for name in ("bias", *affine)
+        if wants_gradient(call, name)
+    }
     keep: list[torch.Tensor] = []
     native().attention_backward(
         _problem(keep, call, q, k, v),
@@ -119,14 +141,11 @@ def backward(
         _view(dq),
         _view(dk),
         _view(dv),
-        address(grads["bias"]),
-        tuple(address(grads[n]) for n in affine),
+        address(sums.get("bias")),
+        tuple(address(sums.get(n)) for n in affine),
         threads(),
     )
-    for name in ("bias", *affine):
-        if wants_gradient(call, name):
-            grads[name] = grads[name].to(getattr(call, name).dtype)
-    return tuple(grads.values())
+    return sums
 
 
 def _problem(

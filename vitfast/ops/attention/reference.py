@@ -9,7 +9,7 @@ product has v's dtype, and so has what leaves the norm and the rotation.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -184,8 +184,8 @@ def _weights(scores: torch.Tensor, blind: torch.Tensor) -> torch.Tensor:
 # ---- gradients -----------------------------------------------------------------------------------
 
 
-def wants_gradient(call: Call, name: str) -> bool:
-    """Whether the backward op computes the gradient of this input."""
+def wants_gradient(call: tuple[Any, ...], name: str) -> bool:
+    """Whether the backward op computes the gradient of this input of a call record."""
     return getattr(call, name) is not None and getattr(call, f"{name}_grad", True)
 
 
