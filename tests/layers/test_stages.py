@@ -41,9 +41,10 @@ STAGES = (layers.SwinTransformerStage, layers.SwinTransformerV2Stage, layers.Con
 
 
 @pytest.fixture(autouse=True)
-def in_place():
-    """At any size, and nothing is replayed."""
+def in_place(monkeypatch):
+    """At any size, in many stripes, and nothing is replayed."""
     before, settings.memory = settings.memory, "low"
+    monkeypatch.setattr(engine_convnext, "_CONVOLVED_BYTES", 1 << 16)
     clear_weight_cache()
     with torch.no_grad():
         yield
@@ -96,6 +97,24 @@ def test_the_bits_are_those_of_blocks_one_by_one(name, batch):
 def test_maps_of_odd_sizes(size):
     model, x = made("convnext"), torch.randn(2, 3, *size)
     assert torch.equal(model(x), one_by_one(model)(x))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_response_norm_computes_its_hidden_tensor_twice(batch, monkeypatch):
+    """Instead of keeping it: the same bits, and no more than a piece of it at a time."""
+    model, x = made("convnext_v2"), image(batch)
+    out = model(x)
+    most, respond = [], engine_convnext._respond
+    settings.memory = "speed"
+    assert torch.equal(model(x), out)
+    settings.memory = "low"
+    monkeypatch.setattr(engine_convnext, "_HIDDEN_BYTES", 1 << 18)
+    monkeypatch.setattr(
+        engine_convnext, "_respond", lambda h, *a: most.append(h[0].shape[0]) or respond(h, *a)
+    )
+    model(x)
+    assert max(most) <= 512 or batch > 1  # several images' rows stay together
+    assert HIGH // 4 * WIDE // 4 > 8 * 512
 
 
 @pytest.mark.parametrize("name", ["swin", "swin_v2", "convnext"])

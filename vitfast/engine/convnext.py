@@ -6,7 +6,8 @@ tensor stay in the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from vitfast.ops.grn import native as grn_op
 from vitfast.plans import ConvNeXtBlock, Grn, MlpResidual, Norm
 from vitfast.runtime import native
 from vitfast.runtime.library import autocast_dtype
+from vitfast.settings import settings
 
 _CONVOLVED_BYTES = 4 << 20
 """Of a convolution's results at a time: each stripe of lines reads those around it again. Measured
@@ -55,14 +57,19 @@ def _run(steps: _PreparedConvNeXt, x: torch.Tensor) -> torch.Tensor:
         halves.add_to(before, plan.gamma, hidden, after)
 
     for images, pieces in _convolved(x, plan, operand, ahead):
-        if mlp.grn is None:
-            for rows, normed in pieces:
-                finish(rows, halves.hidden(normed))
-            continue
-        hiddens = [(rows, halves.hidden(normed)) for rows, normed in pieces]
-        scales = _responses([hidden for _, hidden in hiddens], images, mlp.grn)
-        for rows, hidden in hiddens:
-            _respond(hidden, scales, mlp.grn.bias)
+        found: Iterator[tuple[slice, Sequence[torch.Tensor]]]
+        found = ((rows, halves.hidden(normed)) for rows, normed in pieces())
+        if mlp.grn is not None:
+            if settings.memory == "low":  # computed twice: all of it is as large as four maps
+                first = (halves.hidden(normed) for _, normed in pieces())
+                scales = _responses(first, images, mlp.grn)
+            else:
+                kept = list(found)
+                scales = _responses((hidden for _, hidden in kept), images, mlp.grn)
+                found = iter(kept)
+        for rows, hidden in found:
+            if mlp.grn is not None:
+                _respond(hidden, scales, mlp.grn.bias)
             finish(rows, hidden)
     return out
 
@@ -106,8 +113,8 @@ def _step(x: torch.Tensor, operand: torch.dtype) -> int:
 
 def _convolved(
     x: torch.Tensor, plan: ConvNeXtBlock, operand: torch.dtype, ahead: bool = False
-) -> Iterator[tuple[int, Iterator[Piece]]]:
-    """norm(conv(x)) of contiguous maps, by group of images: how many, and their pieces.
+) -> Iterator[tuple[int, Callable[[], Iterator[Piece]]]]:
+    """norm(conv(x)) of contiguous maps, by group of images: how many, and what computes its pieces.
 
     A piece is some of the B * H * W rows and what they are. It holds all of every image if it holds
     several images' and there is a global response norm.
@@ -122,13 +129,21 @@ def _convolved(
         count = images.stop - images.start
         whole = plan.mlp.grn is not None and count > 1
         step = count * high * wide if whole else most
-        found = _stripes(x, plan, operand, images, stripes)
-        yield count, _pieces(_one_ahead(found) if ahead else found, step)
+        yield count, partial(_pieces, x, plan, operand, images, stripes, step, ahead)
 
 
-def _pieces(stripes: Iterator[tuple[int, torch.Tensor]], most: int) -> Iterator[Piece]:
-    """At most so many rows of stripes, each given by its first row and what its rows are."""
-    for start, normed in stripes:
+def _pieces(
+    x: torch.Tensor,
+    plan: ConvNeXtBlock,
+    operand: torch.dtype,
+    images: slice,
+    stripes: list[tuple[int, int]],
+    most: int,
+    ahead: bool,
+) -> Iterator[Piece]:
+    """Those of some images' stripes of lines, of at most so many rows."""
+    found = _stripes(x, plan, operand, images, stripes)
+    for start, normed in _one_ahead(found) if ahead else found:
         count = normed.shape[0]
         for i in range(0, count, most):
             last = min(i + most, count)
@@ -162,11 +177,11 @@ def _stripes(
         yield (images.start * high + first) * wide, normed
 
 
-def _responses(hiddens: list[Sequence[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
+def _responses(hiddens: Iterable[Sequence[torch.Tensor]], images: int, grn: Grn) -> torch.Tensor:
     """1 + weight * n [images, 4C] of a global response norm, from all rows of the images."""
-    widths = [piece.shape[1] for piece in hiddens[0]]
-    sums = torch.empty((images, sum(widths)), dtype=torch.float64, device="cpu")
+    sums = torch.empty((images, len(grn.weight)), dtype=torch.float64, device="cpu")
     for i, hidden in enumerate(hiddens):
+        widths = [piece.shape[1] for piece in hidden]
         for piece, totals in zip(hidden, sums.split(widths, 1), strict=True):
             for one, total in zip(piece.chunk(images), totals, strict=True):
                 grn_op.accumulate(one, total, adds=i > 0)
@@ -196,7 +211,7 @@ def branch(x: torch.Tensor, plan: ConvNeXtBlock) -> torch.Tensor | None:
     out = native.empty((*x.shape[:3], len(plan.mlp.fc2.weight)), operand)
     rows_out = out.view(-1, out.shape[3])
     for _, pieces in _convolved(x, plan, operand):
-        for rows, normed in pieces:
+        for rows, normed in pieces():
             rows_out[rows] = halves(halves.hidden(normed))
     return out
 
