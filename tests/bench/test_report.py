@@ -38,7 +38,7 @@ def test_table_puts_peers_side_by_side_and_reasons_below():
             "openvino": Result(reason="openvino not installed"),
             "vitfast": Result(median_ms=10.0, peak_mb=90.0, error_over_budget=0.25),
         },
-        rate=123.4, unit="GFLOP/s", floor_share=0.5, note="a note",
+        rate=123.4, unit="GFLOP/s", floor_share=0.5, memory_floor_mb=70.4, note="a note",
     )  # fmt: skip
     header, (cells,), notes = table([row], ["eager", "openvino"])
     found = dict(zip(header, cells, strict=True))
@@ -47,7 +47,7 @@ def test_table_puts_peers_side_by_side_and_reasons_below():
     assert found["vitfast"] == "10.0 ms"
     assert found["rate"] == "123 GFLOP/s"
     assert found["of floor"] == "50%"
-    assert (found["MB eager"], found["MB vitfast"]) == ("100", "90")
+    assert [found[f"MB {n}"] for n in ("eager", "vitfast", "floor")] == ["100", "90", "70"]
     assert found["error/budget"] == "0.25"
     assert notes == ["openvino: openvino not installed", "vit_tiny: a note"]
 
@@ -90,4 +90,6 @@ def test_what_was_not_measured_is_a_dash():
     row = Row("ops", "x", "1", "float32", "infer", "cpu", {"vitfast": Result(median_ms=1.0)})
     header, (cells,), _ = table([row], [])
     found = dict(zip(header, cells, strict=True))
-    assert {found[n] for n in ("rate", "of floor", "MB vitfast", "error/budget")} == {"-"}
+    assert {found[n] for n in ("rate", "of floor", "MB vitfast", "MB floor", "error/budget")} == {
+        "-"
+    }

@@ -61,6 +61,7 @@ class Row:
         passes: "infer" or "train".
         rate, unit, floor_share: of the vitfast contender, in the unit of the ceiling that binds.
         backend: what vitfast picked, where a single op ran.
+        memory_floor_mb: of a model's inference; see `vitfast.bench.memory_floor`.
         note: how a number was obtained, or why it is missing.
     """
 
@@ -74,6 +75,7 @@ class Row:
     rate: float | None = None
     unit: str = ""
     floor_share: float | None = None
+    memory_floor_mb: float | None = None
     backend: str = ""
     note: str = ""
 

@@ -45,7 +45,7 @@ def table(
     shown = [n for n in names if any(_median(row, n) is not None for row in rows)]
     header = (
         "case", "shape", "dtype", "pass", *shown, "vitfast", "rate", "of floor",
-        *(f"MB {name}" for name in (*names[:1], "vitfast")), "error/budget",
+        *(f"MB {name}" for name in (*names[:1], "vitfast")), "MB floor", "error/budget",
     )  # fmt: skip
     notes: list[str] = []
     cells = []
@@ -76,6 +76,7 @@ def table(
                 _ours(ours) + (f" {row.backend}" if row.backend else ""),
                 f"{digits(row.rate)} {row.unit}" if row.rate else MISSING,
                 f"{row.floor_share:.0%}" if row.floor_share else MISSING, *memory,
+                megabytes(row.memory_floor_mb),
                 MISSING if ours.error_over_budget is None else f"{ours.error_over_budget:.2f}",
             )
         )  # fmt: skip

@@ -15,6 +15,7 @@ import torch
 
 from vitfast.bench import modules, ops
 from vitfast.bench.child import add_model_memory
+from vitfast.bench.memory_floor import memory_floor_mb
 from vitfast.bench.peers import Setting
 from vitfast.bench.progress import Progress, of_part
 from vitfast.bench.record import Row
@@ -142,10 +143,14 @@ def _model(part: Part, setting: Setting, options: Options, progress: Progress) -
         progress(f"{part.model}: {text}", share)
 
     say("building", 0.0)
+    case = build(part.model or "", part.img_size, part.batch, setting)
     row = modules.measure(
-        build(part.model or "", part.img_size, part.batch, setting), options.wanted[part.level],
+        case, options.wanted[part.level],
         seconds=options.seconds[part.level], with_memory=options.with_memory, progress=say,
     )  # fmt: skip
+    if part.level == "models":
+        row.memory_floor_mb = memory_floor_mb(case.module, case.inputs, setting)
+    del case  # what its peers' memory is measured beside
     if part.level == "models" and options.with_memory and setting.device == "cpu":
         arguments = {
             "model": part.model, "img_size": part.img_size, "batch": part.batch,

@@ -145,11 +145,8 @@ def _downsample(steps: _Downsampling, x: torch.Tensor) -> torch.Tensor:
     width, _, height, across = plan.projection.weight.shape
     lines, columns = high // height, wide // across
     x = x.contiguous()
-    shape = (batch, lines, columns, width)
-    if columns * width <= height * wide * channels:  # a line is written after its patches were read
-        out = donation.result(x, shape, operand)
-    else:
-        out = native.empty(shape, operand)
+    # A line is written after its patches were read; if all fit into x, it fits into their lines.
+    out = donation.result(x, (batch, lines, columns, width), operand)
     for images, stripes in by_rows.stripes(batch, lines, columns, by_rows.CHUNK_ROWS):
         for first, last in stripes:
             part = x[images, first * height : last * height]
