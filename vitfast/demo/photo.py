@@ -94,7 +94,7 @@ def enlarged(photo: Photograph, height: int, width: int) -> tuple[Image.Image, s
     crop = (max(1, round(width * scale)), max(1, round(height * scale)))
     left, top = (whole.width - crop[0]) // 2, (whole.height - crop[1]) // 2
     box = (left, top, left + crop[0], top + crop[1])
-    image = whole.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    image = whole.crop(box).resize((width, height), Image.Resampling.BICUBIC)
     middle = "whole" if crop == whole.size else f"middle {crop[0]} x {crop[1]} pixels"
     verb = "upscaled" if scale < 1 else "as it is" if scale == 1 else "scaled down"
     return image, f"{photo.credit}: its {middle}, {verb} to {width} x {height} pixels"
