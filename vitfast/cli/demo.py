@@ -222,6 +222,11 @@ def _show_outcomes(outcomes: Sequence[Outcome]) -> None:
             for o in outcomes
         ],
     )  # fmt: skip
+    for text in dict.fromkeys(o.memory_reason for o in outcomes if o.memory_reason):
+        print_text(f"MB {MISSING}: {text}")
+    featured = [o.title for o in outcomes if o.agreement is None]
+    if featured:
+        print_text(f"top-5 {MISSING}: features, no classes: {', '.join(featured)}")
     usual, *others = dict.fromkeys(o.budget_from for o in outcomes)
     print_text(f"budget: {usual}")
     for text in others:

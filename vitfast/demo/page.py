@@ -150,12 +150,12 @@ def time_bars(outcome: Outcome) -> list[tuple[str, float, str]]:
 
 
 def memory_bars(outcome: Outcome) -> list[tuple[str, float, str]]:
-    """(who, per cent of the larger peak, peak) of both contenders; no bar, and the reason, where a
-    peak is unknown."""
+    """(who, per cent of the larger peak, peak) of both contenders; no bar where a peak is unknown:
+    the table says why."""
     peaks = {"timm": outcome.timm_mb, "vitfast": outcome.vitfast_mb}
     largest = max([mb for mb in peaks.values() if mb is not None], default=0.0)
     return [
-        (who, 0.0, "unknown: see the table") if mb is None
+        (who, 0.0, "unknown") if mb is None
         else (who, 100 * mb / largest if largest else 0.0, f"{mb:.0f} MB")
         for who, mb in peaks.items()
     ]  # fmt: skip
