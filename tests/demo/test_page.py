@@ -12,6 +12,7 @@ from vitfast.demo import page
 from vitfast.demo.large import Large, Scale, Way
 from vitfast.demo.photo import Photograph
 from vitfast.demo.showcase import Outcome
+from vitfast.runtime import device
 from vitfast.swap import Skipped, Swapped, SwapReport
 
 EVIL = "<script>alert('&')</script>"
@@ -238,3 +239,17 @@ def test_light_dark_and_narrow():
         assert table.startswith('<div class="scroll">')
     wide = [float(n) for n in re.findall(r"minmax\(min\(100%, ([\d.]+)rem\)", style)]
     assert wide and 16 * max(wide) <= 460  # a column fits into a page of 500 pixels
+
+
+def test_the_processor_is_named_exactly(monkeypatch, tmp_path):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(
+        "processor : 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: X\nstepping\t: 2\n"
+        "\nprocessor : 1\ncpu family\t: 99\nflags\n"
+    )
+    monkeypatch.setattr(device, "Path", lambda name: cpuinfo)
+    machine = {**MACHINE, "name": "X, 2 threads"}
+    assert page.where(machine) == ("X, 2 threads; family 25, model 1, stepping 2; kernels for avx2")
+    cpuinfo.unlink()
+    assert "family and model unknown to this system" in page.where(machine)
+    assert page.where({**machine, "device": "cuda"}) == "X, 2 threads"
