@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from vitfast.bench import zoo
-from vitfast.cli import attend
 from vitfast.highres import AttentionMap, attention_map
+from vitfast.highres.attention.overlay import overlay
 from vitfast.highres.pictures import picture_input
 
 
@@ -101,7 +101,7 @@ def test_a_flat_map_is_no_division_by_zero():
 
     flat = AttentionMap(torch.full((1, 1, 1, 2, 2), 0.25), torch.zeros(1, 1, 1, 0), 0)
     image = Image.new("RGB", (4, 4), (10, 20, 30))
-    assert attend._overlay(image, flat, colormaps["gray"], 1.0).getpixel((1, 1)) == (0, 0, 0)
+    assert overlay(image, flat, colormaps["gray"], 1.0).getpixel((1, 1)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

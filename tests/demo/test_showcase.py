@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vitfast.bench import modules
+from vitfast.bench import child, modules
 from vitfast.bench.peers import Setting
 from vitfast.demo import showcase
-from vitfast.demo.showcase import Outcome, Showcase, parse_models
+from vitfast.demo.showcase import Failure, Outcome, Showcase, parse_models, verdict
 from vitfast.errors import InputValueError
 from vitfast.swap import SwapReport
 
@@ -54,6 +54,8 @@ def test_a_run_has_everything(photo):
     assert found.report.counts["blocks_swapped"] == found.report.counts["blocks"] > 0
     assert found.timm_ms > 0
     assert found.vitfast_ms > 0
+    low, high = found.vitfast_quartiles_ms
+    assert found.rounds >= 3 and 0 < low <= found.vitfast_ms <= high
     assert 0 < found.error <= found.budget
     assert found.within_budget
     assert "float64" in found.budget_from
@@ -93,7 +95,7 @@ def test_without_time_the_budget_is_one_that_was_measured_and_says_which(photo):
         f"too slow for float64 here, and no smaller size ran: {difference} on test_vit @ 64"
     )
     for found in (larger, other):
-        assert found.rounds == 1
+        assert found.rounds == 1 and found.timm_quartiles_ms is None
         assert 0 < found.budget < 20 * first.budget
         assert found.within_budget
 
@@ -127,3 +129,61 @@ def test_the_photograph_is_what_the_model_sees(photo):
     image = stage._image(model, (64, 96))
     assert image.shape == (1, 3, 64, 96)
     assert not torch.equal(image, Showcase(photo.rotate(180), Setting())._image(model, (64, 96)))
+
+
+def test_peaks_of_memory_or_why_there_are_none(photo, monkeypatch):
+    stage = Showcase(photo, Setting())
+    found = Outcome("test_vit", 64, 96, "float32", SwapReport("x"))
+    peaks = {"eager": 30.0, "vitfast": 20.0}
+    seen = []
+
+    def peak(arguments):
+        seen.append(arguments)
+        return peaks[arguments["contender"]]
+
+    monkeypatch.setattr(child, "peak_in_child", peak)
+    stage.measure_memory(found, quiet)
+    assert (found.timm_mb, found.vitfast_mb, found.memory_reason) == (30.0, 20.0, "")
+    assert {a["img_size"] for a in seen} == {(64, 96)}
+    peaks["vitfast"] = None
+    stage.measure_memory(found, quiet)
+    assert (found.timm_mb, found.vitfast_mb) == (30.0, None)
+    assert "does not tell" in found.memory_reason
+    del peaks["vitfast"]
+
+    def fail(arguments):
+        raise child.ChildError("killed")
+
+    monkeypatch.setattr(child, "peak_in_child", fail)
+    stage.measure_memory(found, quiet)
+    assert found.memory_reason == "the process that measures it failed: killed"
+
+
+def measured(timm, ours, memory=(30.0, 20.0), error=1.0, spread=5.0) -> Outcome:
+    return Outcome(
+        "m", 64, 64, "float32", SwapReport("x"), timm, ours, 3, (timm - spread, timm + spread),
+        (ours - spread, ours + spread), *memory, error=error, budget=2.0,
+    )  # fmt: skip
+
+
+def test_the_verdict_is_what_the_numbers_say():
+    fast, even, slow = measured(200.0, 100.0), measured(100.0, 98.0), measured(100.0, 200.0)
+    assert [o.pace for o in (fast, even, slow)] == ["faster", "level", "slower"]
+    assert verdict([fast]) == (
+        "vitfast beside timm was faster on 1 of 1 model (2.00x the speed), took less memory on "
+        "1 of 1, and kept the error budget on 1 of 1."
+    )
+    greedy = measured(100.0, 98.0, (20.0, 30.0), error=3.0)
+    unknown = measured(100.0, 98.0, (20.0, None))
+    assert verdict([fast, even, slow, greedy, unknown], [Failure("bad @ 5", "too small")]) == (
+        "vitfast beside timm was faster on 1 of 5, level on 3 of 5, slower on 1 of 5 models (0.50x "
+        "to 2.00x the speed), took less memory on 3 of 4, and kept the error budget on 4 of 5; "
+        "failed: bad @ 5."
+    )
+    assert verdict([], [Failure("a", "b")]) == "No model could be compared; failed: a."
+
+
+def test_one_round_is_judged_by_its_times_alone():
+    once = measured(100.0, 98.0)
+    once.timm_quartiles_ms = once.vitfast_quartiles_ms = None
+    assert once.pace == "faster"

@@ -11,6 +11,11 @@ from PIL import Image
 import vitfast
 
 
+@pytest.fixture(scope="module", params=("vit", "swin", "convnext"))
+def digits(request, trained_on_digits):
+    return trained_on_digits(request.param)
+
+
 @pytest.fixture(scope="module")
 def embedder(digits):
     return vitfast.Embedder(
@@ -29,9 +34,9 @@ def test_accuracy_before_and_after_swap(digits, embedder):
         assert vitfast.swap(model).counts["blocks_swapped"] == 4
         after = model(x)
     accuracy = (before.argmax(1) == labels).float().mean().item()
-    assert accuracy > 0.95
+    assert accuracy >= 0.96
     assert (after.argmax(1) == before.argmax(1)).all()
-    assert (after - before).abs().max() < 1e-4 * before.abs().max()
+    assert 0 < (after - before).abs().max() < 1e-4 * before.abs().max()
 
 
 def precision(vectors, labels, top=10):

@@ -42,7 +42,19 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
     Raises:
         ChildError: the child failed or took too long.
     """
-    command = [*command_of("vitfast.bench.child"), json.dumps(arguments)]
+    return answer("vitfast.bench.child", arguments, timeout)["peak_mb"]
+
+
+def answer(module: str, arguments: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """The JSON that `python -m <module>` prints last, given its arguments as JSON.
+
+    Args:
+        timeout: seconds.
+
+    Raises:
+        ChildError: the child failed or took too long.
+    """
+    command = [*command_of(module), json.dumps(arguments)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired as error:
@@ -50,7 +62,7 @@ def peak_in_child(arguments: dict[str, Any], timeout: float = 600.0) -> float | 
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise ChildError(lines[-1])
-    return json.loads(done.stdout.splitlines()[-1])["peak_mb"]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> int:

@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vitfast.bench import zoo
     from vitfast.cli.table import print_text
+    from vitfast.highres.attention.overlay import overlay
     from vitfast.highres.pictures import picture_input
     from vitfast.pictures import read_image
     from vitfast.swap import swap
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     swap(model)
     image = picture_input(model, picture, size or _own_size(model))
     found = _look(model, image, layer, head, query, args.rollout)
-    _write(target, _overlay(picture, found, colours, args.alpha))
+    _write(target, overlay(picture, found, colours, args.alpha))
     print_text(_summary(args.model, image, found))
     print_text(f"overlay: {target}")
     return 0
@@ -192,23 +193,6 @@ def _look(
     if rollout:
         return attention_rollout(model, image, query)
     return attention_map(model, image, layer, query, head)
-
-
-def _overlay(picture: Image.Image, found: AttentionMap, colours: Any, alpha: float) -> Image.Image:
-    """The map in colours over the picture, from its least to its largest value; the mean of its
-    queries where there are several."""
-    import numpy as np
-    from PIL import Image
-
-    from vitfast.highres import AttentionMap
-
-    mean = AttentionMap(found.patches.mean((1, 2), keepdim=True).float(), found.prefix, found.layer)
-    values = mean.upsampled((picture.height, picture.width))[0, 0, 0].cpu().numpy()
-    low, high = float(values.min()), float(values.max())
-    shares = (values - low) / (high - low) if high > low else np.zeros_like(values)
-    coloured = colours(shares)[..., :3] * 255
-    blended = (1 - alpha) * np.asarray(picture, dtype=np.float32) + alpha * coloured
-    return Image.fromarray(blended.round().astype(np.uint8))
 
 
 def _summary(name: str, image: torch.Tensor, found: AttentionMap) -> str:

@@ -5,171 +5,177 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
-from PIL.Image import Image
+from markupsafe import Markup, escape
+from PIL import Image
 
-from vitfast.bench.report import MISSING, digits, megabytes, milliseconds
-from vitfast.demo.showcase import Outcome
+from vitfast.bench.report import MISSING, digits, milliseconds
+from vitfast.demo.attention import Attention
+from vitfast.demo.duplicates import Duplicates
+from vitfast.demo.large import Large, Way, share
+from vitfast.demo.photo import Photograph
+from vitfast.demo.showcase import Failure, Outcome, verdict
+from vitfast.demo.template import PAGE
+from vitfast.runtime.device import cpu_signature
 
-GREY, GREEN, INK, MUTED = "#b9c0ca", "#1f8a5f", "#1d2733", "#66707c"
-THUMBNAIL = (220, 220)
-"""Pixels (width, height) that the photograph fits into."""
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>vitfast demo</title>
-<style>
-:root { color-scheme: light; }
-body { margin: 0; background: #fff; color: #1d2733;
-       font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 3rem; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.1rem; margin: 2.25rem 0 .5rem; }
-p { margin: .25rem 0; }
-.muted { color: #66707c; font-size: .875rem; }
-.head { display: flex; gap: 1.5rem; align-items: flex-start; justify-content: space-between; }
-.head img { border-radius: 6px; max-width: 9rem; height: auto; }
-.chart svg { width: 100%; height: auto; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .9rem; }
-th, td { padding: .45rem .75rem .45rem 0; text-align: right; white-space: nowrap;
-         border-bottom: 1px solid #e6e9ed; font-variant-numeric: tabular-nums; }
-th { font-weight: 600; color: #66707c; }
-th:first-child, td:first-child { text-align: left; }
-.good { color: #1f8a5f; font-weight: 600; }
-.bad { color: #b3261e; font-weight: 600; }
-details { border-bottom: 1px solid #e6e9ed; padding: .45rem 0; }
-summary { cursor: pointer; }
-pre { font-size: .8rem; overflow-x: auto; background: #f6f7f9; padding: .75rem; }
-</style>
-</head>
-<body>
-<main>
-<div class="head">
-<div>
-<h1>timm beside vitfast</h1>
-<p>Same weights, same photograph, one process, taking turns.</p>
-<p class="muted">{{ where }}</p>
-<p class="muted">{{ versions }}; {{ weights }}</p>
-</div>
-{% if photo %}<img src="data:image/jpeg;base64,{{ photo }}" alt="{{ credit }}"
- title="{{ credit }}">{% endif %}
-</div>
-
-<h2>Time of one image, timm = 100 %</h2>
-<div class="chart">{{ chart }}</div>
-
-<h2>Numbers</h2>
-<div class="scroll"><table>
-<tr><th>model</th><th>dtype</th><th>timm</th><th>vitfast</th><th>faster</th>
-<th>MB timm</th><th>MB vitfast</th><th>error / budget</th><th>top-5</th></tr>
-{% for o in outcomes %}<tr>
-<td>{{ o.title }}</td><td>{{ o.dtype }}</td>
-<td>{{ ms(o.timm_ms) }}</td><td>{{ ms(o.vitfast_ms) }}</td>
-<td class="{{ 'good' if o.ratio >= 1 else 'bad' }}">{{ digits(o.ratio) }}x</td>
-<td>{{ mb(o.timm_mb) }}</td><td>{{ mb(o.vitfast_mb) }}</td>
-<td class="{{ 'good' if o.within_budget else 'bad' }}">
-{{ "%.1e"|format(o.error) }} / {{ "%.1e"|format(o.budget) }}</td>
-<td>{{ missing if o.agreement is none else "%d of 5"|format(o.agreement) }}</td>
-</tr>{% endfor %}
-</table></div>
-<p class="muted">Medians of interleaved runs. Memory: the peak of the first run beyond the weights
-that both share; vitfast's includes its prepacked copy of them.</p>
-{% for o in outcomes %}<p class="muted">{{ o.title }}:
-{{ o.rounds }} {{ "round" if o.rounds == 1 else "rounds" }};
-budget: {{ o.budget_from }}.</p>{% endfor %}
-
-{% for o in outcomes if o.labels %}{% if loop.first %}<h2>What the models see</h2>{% endif %}
-<p>{{ o.title }}: {% for label, chance in o.labels %}{{ label }}
-<span class="muted">{{ "%.0f"|format(100 * chance) }} %</span>{{ "" if loop.last else ", " }}
-{% endfor %}</p>{% endfor %}
-
-<h2>What was swapped</h2>
-{% for o in outcomes %}<details><summary>{{ o.title }}: {{ o.swapped_classes() }}</summary>
-<pre>{{ o.report }}</pre></details>{% endfor %}
-</main>
-</body>
-</html>
-"""
+THUMBNAIL = 220
+"""Pixels that the longer side of the timed photograph has."""
+WIDTH = 480
+"""Pixels that other pictures are wide, unless the page names another width."""
 
 
-def render(
-    outcomes: Sequence[Outcome],
-    machine: dict[str, Any],
-    photo: Image | None,
-    credit: str,
-    pretrained: bool,
-) -> str:
-    """The whole page; every text in it is escaped.
+@dataclass
+class Report:
+    """What the page shows. A section is None where it was not asked for, and a text where it
+    failed: the reason.
 
     Args:
         machine: what `vitfast.bench.machine.describe` gives.
-        photo: the photograph, None for a page without one; `credit` says where it is from.
-        pretrained: whether the weights are trained, which the page says.
+        photo: what the models were timed on.
+        pretrained: whether the weights are trained.
+        created: date and time.
+        command: as it was typed.
     """
-    versions = machine["versions"]
+
+    outcomes: Sequence[Outcome]
+    machine: dict[str, Any]
+    photo: Photograph | None
+    pretrained: bool
+    created: str
+    command: str
+    failures: Sequence[Failure] = ()
+    large: Large | str | None = None
+    attention: Attention | str | None = None
+    duplicates: Duplicates | str | None = None
+
+
+@dataclass
+class Notes:
+    """Reasons for what a table lacks, each once, numbered from 1."""
+
+    reasons: list[str] = field(default_factory=list)
+
+    def missing(self, reason: str) -> Markup:
+        """The cell of what is not there, with the number of its reason."""
+        if reason not in self.reasons:
+            self.reasons.append(reason)
+        return Markup(f"{MISSING}<sup>{self.reasons.index(reason) + 1}</sup>")
+
+
+def render(report: Report) -> str:
+    """The whole page; every text in it is escaped."""
+    versions = report.machine["versions"]
+    photo = report.photo
+    notes, large_notes = Notes(), Notes()
+
+    def spread(outcome: Outcome, quartiles: tuple[float, float] | None) -> str:
+        if quartiles is None:
+            return notes.missing(f"{outcome.title}: one round has no spread")
+        return f"{milliseconds(quartiles[0])} to {milliseconds(quartiles[1])}"
+
+    def memory(outcome: Outcome, peak: float | None) -> str:
+        if peak is None:
+            return notes.missing(f"{outcome.title}: {outcome.memory_reason}")
+        return f"{peak:.0f} MB"
+
+    def agreement(outcome: Outcome) -> str:
+        if outcome.agreement is None:
+            return notes.missing(f"{outcome.title} gives features, no classes")
+        return f"{outcome.agreement} of 5"
+
+    def way_time(way: Way) -> str:
+        if way.median is None:
+            return large_notes.missing(f"{way.name}: {way.reason}")
+        text = escape(f"{digits(way.median)} s")
+        if len(way.seconds) == 1:
+            return Markup(f"{text}<small>one call</small>")
+        low, high = min(way.seconds), max(way.seconds)
+        of = f"{digits(low)} s to {digits(high)} s in {len(way.seconds)} calls"
+        return Markup(f"{text}<small>{of}</small>")
+
+    def way_memory(way: Way) -> str:
+        if way.peak_mb is None:
+            return large_notes.missing(f"{way.name}: {way.peak_reason}")
+        return f"{way.peak_mb:.0f} MB"
+
+    def way_apart(way: Way) -> str:
+        if way.apart is None:
+            return large_notes.missing(f"{way.name}: {way.apart_reason}")
+        return share(way.apart)
+
     environment = jinja2.Environment(autoescape=True, trim_blocks=True)
     environment.globals |= {
-        "ms": milliseconds, "mb": megabytes, "digits": digits, "missing": MISSING,
+        "ms": milliseconds, "digits": digits, "spread": spread, "memory": memory,
+        "agreement": agreement, "way_time": way_time, "way_memory": way_memory,
+        "way_apart": way_apart, "picture": picture, "time_bars": time_bars,
+        "memory_bars": memory_bars,
     }  # fmt: skip
-    return environment.from_string(_PAGE).render(
-        outcomes=outcomes,
-        chart=Markup(chart(outcomes)),  # made here, texts escaped
-        photo=None if photo is None else _thumbnail(photo),
-        credit=credit,
-        where=machine["name"],
+    return environment.from_string(PAGE).render(
+        outcomes=report.outcomes,
+        failures=report.failures,
+        verdict=verdict(report.outcomes, report.failures),
+        notes=notes,
+        large_notes=large_notes,
+        large=report.large,
+        attention=report.attention,
+        duplicates=report.duplicates,
+        photo=None if photo is None else picture(photo.image, 0, THUMBNAIL),
+        credit="" if photo is None else photo.credit,
+        where=where(report.machine),
         versions=", ".join(f"{n} {versions[n]}" for n in ("vitfast", "torch", "timm")),
-        weights="pretrained weights" if pretrained else "random weights, seeded",
+        weights="pretrained weights" if report.pretrained else "random weights, seeded",
+        created=report.created,
+        command=report.command,
     )
 
 
-def chart(outcomes: Sequence[Outcome]) -> str:
-    """Times as an <svg> element: two bars a model, timm's always as long as 100 %."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 0.5 + 0.8 * len(outcomes)))
-    FigureCanvasSVG(figure)
-    axes = figure.add_axes((0.28, 0.02, 0.72, 0.96))
-    style: dict[str, Any] = {"va": "center", "fontsize": 10, "parse_math": False}
-    for i, outcome in enumerate(outcomes):
-        share = 100 * outcome.vitfast_ms / outcome.timm_ms
-        axes.barh(i - 0.19, 100, height=0.34, color=GREY)
-        axes.barh(i + 0.19, share, height=0.34, color=GREEN)
-        axes.text(101, i - 0.19, f"timm {milliseconds(outcome.timm_ms)}", color=MUTED, **style)
-        label = f"vitfast {milliseconds(outcome.vitfast_ms)}, {digits(outcome.ratio)}x"
-        axes.text(share + 1, i + 0.19, label, color=GREEN, weight="bold", **style)
-        axes.text(-2, i, outcome.title, ha="right", color=INK, **style)
-    axes.set_ylim(len(outcomes) - 0.5, -0.5)
-    longest = max([100.0, *(100 * o.vitfast_ms / o.timm_ms for o in outcomes)])
-    axes.set_xlim(0, 1.4 * longest)  # the labels stand right of the bars
-    axes.axis("off")
-    buffer = io.StringIO()
-    with _svg_text():
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+def where(machine: dict[str, Any]) -> str:
+    """The machine in words: its name and threads, what the processor calls itself to programs, and
+    the instruction set that kernels use."""
+    parts = [machine["name"]]
+    if not str(machine.get("device", "cpu")).startswith("cuda"):
+        parts += [cpu_signature() or "family and model unknown to this system"]
+        parts += [f"kernels for {machine['isa']}"] if machine.get("isa") else []
+    return "; ".join(parts)
 
 
-def _svg_text() -> AbstractContextManager[None]:
-    """Within, letters stay text, in the reader's font, and ids are the same in every run."""
-    import matplotlib
+def time_bars(outcome: Outcome) -> list[tuple[str, float, str]]:
+    """(who, per cent of the longer time, time) of both contenders."""
+    times = {"timm": outcome.timm_ms, "vitfast": outcome.vitfast_ms}
+    longest = max(times.values())
+    return [(who, 100 * ms / longest, milliseconds(ms)) for who, ms in times.items()]
 
-    return matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "vitfast",
-                                  "font.family": "sans-serif"})  # fmt: skip
+
+def memory_bars(outcome: Outcome) -> list[tuple[str, float, str]]:
+    """(who, per cent of the larger peak, peak) of both contenders; no bar where a peak is unknown:
+    the table says why."""
+    peaks = {"timm": outcome.timm_mb, "vitfast": outcome.vitfast_mb}
+    largest = max([mb for mb in peaks.values() if mb is not None], default=0.0)
+    return [
+        (who, 0.0, "unknown") if mb is None
+        else (who, 100 * mb / largest if largest else 0.0, f"{mb:.0f} MB")
+        for who, mb in peaks.items()
+    ]  # fmt: skip
 
 
-def _thumbnail(photo: Image) -> str:
-    """A small JPEG of the photograph, in base64."""
-    small = photo.copy()
-    small.thumbnail(THUMBNAIL)
+def picture(image: Image.Image, enlarge_to: int = 0, fit: int = WIDTH) -> str:
+    """A small JPEG as a data URI; no more than `fit` pixels a side.
+
+    Args:
+        enlarge_to: pixels in width that a picture of few cells is brought to instead, cells staying
+            squares.
+    """
+    if enlarge_to:
+        factor = max(1, enlarge_to // image.width)
+        small = image.resize(
+            (image.width * factor, image.height * factor), Image.Resampling.NEAREST
+        )
+    else:
+        small = image.copy()
+        small.thumbnail((fit, fit))
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    small.convert("RGB").save(buffer, "JPEG", quality=82)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch
 from PIL.Image import Image
 from timm.data import ImageNetInfo, create_transform, resolve_data_config
 
-from vitfast.bench import memory, modules, peers, zoo
+from vitfast.bench import child, modules, peers, zoo
 from vitfast.bench.modules import Case
 from vitfast.bench.peers import Setting
 from vitfast.bench.progress import Progress
+from vitfast.bench.report import digits
 from vitfast.bench.timer import Timing, interleave, stopwatch
 from vitfast.errors import InputValueError, first_line
 from vitfast.swap import SwapReport, swap
@@ -49,8 +50,9 @@ class Outcome:
     Args:
         dtype: working dtype, such as "float32".
         timm_ms, vitfast_ms: medians over `rounds` rounds.
-        timm_mb, vitfast_mb: peak of the first run in MB beyond the weights, which both share; None
-            where it cannot be measured.
+        timm_quartiles_ms, vitfast_quartiles_ms: the 25th and 75th percentile; None of one round.
+        timm_mb, vitfast_mb: peak of inference in MB, weights included, each from a process of its
+            own; None where it was not measured, and `memory_reason` says why.
         error: max |vitfast - reference|, or max |vitfast - timm| where there is no reference.
         budget: what `error` may be; `budget_from` says in words how it was obtained.
         agreement: how many of timm's five most likely classes are vitfast's, in the same order;
@@ -66,8 +68,11 @@ class Outcome:
     timm_ms: float = 0.0
     vitfast_ms: float = 0.0
     rounds: int = 0
+    timm_quartiles_ms: tuple[float, float] | None = None
+    vitfast_quartiles_ms: tuple[float, float] | None = None
     timm_mb: float | None = None
     vitfast_mb: float | None = None
+    memory_reason: str = "not measured in this run"
     error: float = 0.0
     budget: float = 0.0
     budget_from: str = ""
@@ -93,6 +98,14 @@ class Outcome:
         """Whether the outputs are right."""
         return self.error <= self.budget
 
+    @property
+    def pace(self) -> str:
+        """ "faster" or "slower" than timm where the two interquartile ranges lie apart, else
+        "level"; by the medians alone where one round leaves no ranges."""
+        low, high = self.vitfast_quartiles_ms or (self.vitfast_ms, self.vitfast_ms)
+        timm_low, timm_high = self.timm_quartiles_ms or (self.timm_ms, self.timm_ms)
+        return "faster" if high < timm_low else "slower" if low > timm_high else "level"
+
     def swapped_classes(self) -> str:
         """What was swapped, by timm class, as in "12 Block, 25 LayerNorm"."""
         counts = Counter(entry.timm_class for entry in self.report.swapped)
@@ -107,6 +120,35 @@ class Outcome:
         """As values that JSON knows, the swap report among them."""
         plain = {k: v for k, v in vars(self).items() if k != "report"}
         return {**plain, "ratio": self.ratio, "swap": self.report.to_dict()}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A model that gave no outcome, and why."""
+
+    title: str
+    reason: str
+
+
+def verdict(outcomes: Sequence[Outcome], failures: Sequence[Failure] = ()) -> str:
+    """What the outcomes come to, in one sentence."""
+    failed = f"; failed: {', '.join(f.title for f in failures)}" if failures else ""
+    if not outcomes:
+        return f"No model could be compared{failed}."
+    count = len(outcomes)
+    paces = Counter(o.pace for o in outcomes)
+    ratios = sorted(o.ratio for o in outcomes)
+    said = [f"{pace} on {paces[pace]} of {count}" for pace in ("faster", "level", "slower")
+            if paces[pace]]  # fmt: skip
+    text = f"vitfast beside timm was {', '.join(said)} {'model' if count == 1 else 'models'} "
+    shown = [f"{digits(ratio)}x" for ratio in dict.fromkeys((ratios[0], ratios[-1]))]
+    text += f"({' to '.join(shown)} the speed)"
+    known = [(o.timm_mb, o.vitfast_mb) for o in outcomes]
+    less = [ours < theirs for theirs, ours in known if theirs is not None and ours is not None]
+    if less:
+        text += f", took less memory on {sum(less)} of {len(less)}"
+    right = sum(o.within_budget for o in outcomes)
+    return f"{text}, and kept the error budget on {right} of {count}{failed}."
 
 
 def parse_models(text: str | None) -> list[tuple[str, tuple[int, int] | None]]:
@@ -164,7 +206,7 @@ class Showcase:
             factory(case.module, case.inputs, self.setting)()
 
     def run(self, name: str, size: tuple[int, int] | None, say: Progress) -> Outcome:
-        """Swap one model, then measure memory, time and error beside timm's.
+        """Swap one model, then measure time and error beside timm's.
 
         Args:
             size: (height, width); None for the model's own.
@@ -181,8 +223,8 @@ class Showcase:
         dtype = str(self.setting.dtype).removeprefix("torch.")
         outcome = Outcome(name, height, width, dtype, swap(fast))
         calls = {
-            "timm": _Watched(peers.eager(model, (image,), self.setting), self.setting.device),
-            "vitfast": _Watched(peers.eager(fast, (image,), self.setting), self.setting.device),
+            "timm": _Watched(peers.eager(model, (image,), self.setting)),
+            "vitfast": _Watched(peers.eager(fast, (image,), self.setting)),
         }
         outputs: dict[str, torch.Tensor] = {}
         say(f"first run of {outcome.title}", 0.1)
@@ -197,7 +239,10 @@ class Showcase:
         outcome.timm_ms = timings["timm"].median * 1e3
         outcome.vitfast_ms = timings["vitfast"].median * 1e3
         outcome.rounds = len(timings["timm"].samples)
-        outcome.timm_mb, outcome.vitfast_mb = calls["timm"].added, calls["vitfast"].added
+        if outcome.rounds > 1:
+            timm, ours = ([1e3 * q for q in timings[key].quartiles] for key in calls)
+            outcome.timm_quartiles_ms = (timm[0], timm[1])
+            outcome.vitfast_quartiles_ms = (ours[0], ours[1])
         del calls, fast
         gc.collect()
         say(f"float64 reference of {outcome.title}", 0.7)
@@ -205,6 +250,28 @@ class Showcase:
         self._classify(outcome, outputs)
         say(outcome.title, 1.0)
         return outcome
+
+    def measure_memory(self, outcome: Outcome, say: Progress) -> None:
+        """Fill in the peaks of both contenders, each from a process of its own on random weights
+        and pixels; or the reason why there are none."""
+        arguments = {
+            "model": outcome.name, "img_size": (outcome.height, outcome.width), "batch": 1,
+            "dtype": outcome.dtype, "device": self.setting.device, "train": False,
+            "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        peaks: list[float | None] = []
+        for i, contender in enumerate(("eager", "vitfast")):
+            say(f"memory of {outcome.title}", i / 2)
+            try:
+                peaks.append(child.peak_in_child({**arguments, "contender": contender}))
+            except child.ChildError as error:
+                outcome.memory_reason = f"the process that measures it failed: {error}"
+                return
+        outcome.timm_mb, outcome.vitfast_mb = peaks
+        outcome.memory_reason = ""
+        if None in peaks:
+            outcome.memory_reason = "this system does not tell the peak of a process"
+        say(f"memory of {outcome.title}", 1.0)
 
     def _image(self, model: torch.nn.Module, size: tuple[int, int] | None) -> torch.Tensor:
         """The photograph as the model's own preprocessing makes it, [1, 3, height, width]."""
@@ -297,21 +364,16 @@ class Showcase:
 
 
 class _Watched:
-    """A call that notes the memory (`added`, in MB) and the seconds of its first run."""
+    """A call that notes the seconds of its first run."""
 
-    def __init__(self, call: peers.Call, device: str) -> None:
+    def __init__(self, call: peers.Call) -> None:
         self.call = call
-        self.device = device
         self.seconds = 0.0
-        self.added: float | None = None
-        self.ran = False
 
     def __call__(self) -> Any:
-        if self.ran:
+        if self.seconds:
             return self.call()
-        self.ran = True
-        outputs = []
         start = time.perf_counter()
-        self.added = memory.added_by(lambda: outputs.append(self.call()), self.device)
+        output = self.call()
         self.seconds = time.perf_counter() - start
-        return outputs[0]
+        return output

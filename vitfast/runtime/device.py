@@ -21,6 +21,25 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def cpu_signature() -> str | None:
+    """ "family 25, model 1, stepping 1", as the processor tells programs; None where Linux is not.
+
+    Its name alone is often that of a virtual machine's maker, "AMD EPYC" say.
+    """
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    values: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = (part.strip() for part in line.partition(":"))
+        if colon:
+            values.setdefault(name, value)  # the first core's
+    names = {"cpu family": "family", "model": "model", "stepping": "stepping"}
+    found = [f"{short} {values[name]}" for name, short in names.items() if name in values]
+    return ", ".join(found) or None
+
+
 def versions() -> dict[str, str | None]:
     """Installed versions of the packages that matter; None where missing."""
     names = ("vitfast", "torch", "torchvision", "timm", "triton", "xformers", "numpy")
