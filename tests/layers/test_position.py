@@ -8,6 +8,7 @@ import sys
 import pytest
 import timm
 import torch
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 
 from vitfast.layers.reading.position import _KEPT, swin_v2_table
 from vitfast.runtime import native
@@ -40,3 +41,17 @@ def test_a_forked_child_begins_with_none():
         os._exit(len(_KEPT))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert mlp in _KEPT
+
+
+@pytest.mark.usefixtures("needs_native")
+def test_coordinates_in_channels_last_order():
+    """As `model.to(memory_format=torch.channels_last)` leaves every buffer of four dimensions."""
+    model = SwinTransformerV2(
+        img_size=64, window_size=8, embed_dim=32, depths=(2, 1), num_heads=(1, 2), num_classes=0
+    ).eval()
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        swap(model)
+        model.to(memory_format=torch.channels_last)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

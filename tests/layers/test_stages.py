@@ -260,6 +260,110 @@ def test_modules_of_others_between_ours(name):
     assert torch.equal(model(x), one_by_one(model)(x))
 
 
+class Keeper(nn.Module):
+    """Keeps what it gets, or what its block makes, beside a copy of it then."""
+
+    def __init__(self, block: nn.Module | None = None) -> None:
+        super().__init__()
+        self.block, self.found = block, []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x if self.block is None else self.block(x)
+        self.found.append((y, y.clone()))
+        return y
+
+
+def _between(blocks: nn.Sequential, stage: nn.Module) -> list:
+    keeper = Keeper()
+    blocks.insert(1, keeper)
+    return keeper.found
+
+
+def _around(blocks: nn.Sequential, stage: nn.Module) -> list:
+    blocks[1] = Keeper(blocks[1])
+    return blocks[1].found
+
+
+def _inside(blocks: nn.Sequential, stage: nn.Module) -> list:
+    found: list = []
+    blocks[1].register_forward_hook(recorder(found))
+    blocks[1] = nn.Sequential(blocks[1])
+    return found
+
+
+def _derived(blocks: nn.Sequential, stage: nn.Module) -> list:
+    found: list = []
+
+    class Mine(type(blocks[1])):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            found.append((y, y.clone()))
+            return y
+
+    blocks[1].__class__ = Mine
+    return found
+
+
+def _after_a_downsample(blocks: nn.Sequential, stage: nn.Module) -> list:
+    keeper = Keeper()
+    stage.downsample = nn.Sequential(stage.downsample, keeper)
+    return keeper.found
+
+
+@pytest.mark.parametrize(
+    "put", [_between, _around, _inside, _derived, _after_a_downsample], ids=lambda f: f.__name__
+)
+@pytest.mark.parametrize("name", ["swin", "swin_v2", "convnext"])
+def test_what_a_module_of_others_keeps_stays_what_it_was(name, put):
+    model, x = made(name), image()
+    expected, stages = one_by_one(model)(x), stages_of(model)
+    found = put(stages[0].blocks, stages[1])
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert found
+    assert all(torch.equal(t, then) for t, then in found)
+
+
+@pytest.mark.parametrize("name", ["swin", "convnext"])
+def test_transforms_of_functions(name):
+    model, x = made(name), image()
+    expected = one_by_one(model)(x)
+    torch.testing.assert_close(torch.func.vmap(model)(x[None])[0], expected)
+    with torch.enable_grad():
+        ours, theirs = (
+            torch.func.grad(lambda z, m=m: m(z).square().mean())(x)
+            for m in (model, one_by_one(model))
+        )
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["swin", "convnext"])
+def test_a_backward_hook_on_the_container_of_blocks_is_called(name):
+    model, x = made(name), image()
+    called = []
+    blocks = stages_of(model)[0].blocks
+    blocks.register_full_backward_hook(lambda *args: called.append(1))
+    with torch.enable_grad():
+        model(x).sum().backward()
+    assert called
+
+
+@pytest.mark.parametrize("kind", ["stage", "container"])
+@pytest.mark.parametrize("name", ["swin", "swin_v2", "convnext"])
+def test_a_forward_that_was_put_on_timms_class_is_called(name, kind, monkeypatch):
+    model, x = made(name), image()
+    stage = type(stages_of(model)[0])
+    owner = stage.timm_class if kind == "stage" else nn.Sequential
+    theirs, called = owner.forward, []
+
+    def forward(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        called.append(type(self))
+        return theirs(self, x)
+
+    monkeypatch.setattr(owner, "forward", forward)
+    model(x)
+    assert called
+
+
 @pytest.mark.parametrize("name", ["swin", "swin_v2"])
 def test_a_block_whose_attention_was_replaced_by_one_that_holds_a_block(name):
     model, x = made(name), image()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ _REPLACED = ("forward", *CALLERS)
 
 
 def is_worthwhile(x: object) -> bool:
-    """Whether modules that get x are to be called by `in_turn`: a large tensor on the CPU."""
-    if torch.compiler.is_compiling() or type(x) not in PLAIN:
+    """Whether modules that get x are to be called by `in_turn`: a large tensor on the CPU, in
+    inference."""
+    if torch.compiler.is_compiling() or type(x) not in PLAIN or torch.is_grad_enabled():
         return False
     assert isinstance(x, torch.Tensor)
     return x.is_cpu and (settings.memory == "low" or x.nbytes >= _LARGE)
@@ -33,32 +34,36 @@ def is_seen(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
         or any(state.get(name) is not None for name in _REPLACED)
     )
 
 
-def in_turn(modules: Iterable[nn.Module], x: torch.Tensor, drop_in: type[object]) -> torch.Tensor:
+def in_turn(
+    modules: Iterable[nn.Module], x: torch.Tensor, ours: Container[type[nn.Module]]
+) -> torch.Tensor:
     """modules[-1](... modules[0](x)): what an `nn.Sequential` of them computes, bit for bit.
 
     What a drop-in made is given to the next, which may write its result there. So is x if it was
-    given to this call. Modules that something else sees get and leave memory of their own, and so
-    do those that are no drop-ins.
+    given to this call. What another module got or made may be kept by it, and what something else
+    sees (a hook, say) by that: it is written to by nobody, and they get nothing to write to.
 
     Args:
-        drop_in: the class of drop-ins.
+        ours: the classes of drop-ins, which keep nothing; not what derives from them.
     """
     outer = donation.given()
     mine = donation.is_given(x)
     try:
         for module in modules:
-            seen = is_seen(module)
-            takes = mine and not seen and isinstance(module, drop_in)
-            donation.give(x.data_ptr() if takes else 0)
+            kind, seen = type(module), is_seen(module)
+            is_ours = kind in ours and not seen
+            donation.give(x.data_ptr() if mine and is_ours else 0)
             y = module(x)
-            if seen or type(y) is not torch.Tensor:
-                mine = False
-            elif y is not x:
-                mine = donation.is_made(y)
+            if is_ours:
+                mine = type(y) is torch.Tensor and donation.is_made(y)
+            else:
+                mine = mine and kind is nn.Identity and not seen
             x = y
     finally:
         donation.give_back(outer, mine)

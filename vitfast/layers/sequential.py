@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from vitfast import plans
-from vitfast.blocks.in_turn import is_worthwhile
 from vitfast.blocks.patches import run_patches
 from vitfast.layers.base import Layer
 from vitfast.layers.reading.conv import plan_projection
@@ -15,11 +14,11 @@ from vitfast.layers.stage import is_stage, run_stages
 from vitfast.plans import Unsupported
 
 
-def plan_sequential(module: nn.Module) -> plans.Patches | None:
-    """Which of two modules is the convolution, and which the norm; None of stages."""
+def plan_sequential(module: nn.Module) -> plans.Patches | tuple[()]:
+    """Which of two modules is the convolution, and which the norm; nothing of stages."""
     children = module._modules
     if children and all(map(is_stage, children.values())):
-        return None
+        return ()
     kinds = [type(child) for child in children.values()]
     if len(kinds) != 2 or nn.Conv2d not in kinds:
         raise Unsupported("not a norm and a convolution")
@@ -43,7 +42,8 @@ class Sequential(Layer, nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._modules and all(map(is_stage, self._modules.values())):
-            return run_stages(self, x) if is_worthwhile(x) else self.timm_class.forward(self, x)
+            out = run_stages(self, x)
+            return self.timm_class.forward(self, x) if out is None else out
         plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)

@@ -8,25 +8,36 @@ import torch
 from timm.models import convnext, swin_transformer, swin_transformer_v2
 from torch import nn
 
-from vitfast.blocks.in_turn import in_turn, is_seen, is_worthwhile
+from vitfast.blocks.in_turn import in_turn, is_worthwhile
 from vitfast.layers.base import Layer
+from vitfast.layers.reading.children import TIMM_CLASSES, check_bare
+from vitfast.plans import Unfit
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
+
+
+def plan_stage(stage: Any) -> tuple[()]:
+    """That timm's forward of a stage would call its downsampling and its blocks, and nobody would
+    see more of it."""
+    blocks = stage._modules["blocks"]
+    if type(blocks) not in _CONTAINERS:
+        raise Unfit(f"blocks is a {type(blocks).__name__}")
+    check_bare(blocks, "blocks")
+    return ()
 
 
 def run_stage(stage: Any, x: torch.Tensor) -> torch.Tensor | None:
     """What timm's forward of a stage computes, in the memory of two maps at most; None where that
     has to run."""
-    blocks = stage.blocks
-    if not is_worthwhile(x) or stage.grad_checkpointing:
+    if not is_worthwhile(x) or stage.grad_checkpointing or stage._plan_call(x) is None:
         return None
-    if type(blocks) not in _CONTAINERS or is_seen(blocks):
-        return None
-    return in_turn((stage.downsample, *blocks), x, Layer)
+    return in_turn((stage.downsample, *stage.blocks), x, TIMM_CLASSES)
 
 
 class SwinTransformerStage(Layer, swin_transformer.SwinTransformerStage):
     """`timm.models.swin_transformer.SwinTransformerStage`, its blocks in each other's memory."""
+
+    plan = staticmethod(plan_stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = run_stage(self, x)
@@ -36,6 +47,8 @@ class SwinTransformerStage(Layer, swin_transformer.SwinTransformerStage):
 class SwinTransformerV2Stage(Layer, swin_transformer_v2.SwinTransformerV2Stage):
     """`timm.models.swin_transformer_v2.SwinTransformerV2Stage`, as `SwinTransformerStage`."""
 
+    plan = staticmethod(plan_stage)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = run_stage(self, x)
         return super().forward(x) if out is None else out
@@ -43,6 +56,8 @@ class SwinTransformerV2Stage(Layer, swin_transformer_v2.SwinTransformerV2Stage):
 
 class ConvNeXtStage(Layer, convnext.ConvNeXtStage):
     """`timm.models.convnext.ConvNeXtStage`, as `SwinTransformerStage`."""
+
+    plan = staticmethod(plan_stage)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = run_stage(self, x)
@@ -58,8 +73,13 @@ def is_stage(module: object) -> bool:
     return type(module) in _KINDS
 
 
-def run_stages(stages: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
-    """Stages one after the other. The result's memory is no larger than itself: a stage may have
-    written it into that of a map which was four times as large."""
-    out = in_turn(stages, x, Layer)
+def run_stages(stages: Any, x: torch.Tensor) -> torch.Tensor | None:
+    """Stages one after the other; None where timm's forward has to run.
+
+    The result's memory is no larger than itself: a stage may have written it into that of a map
+    which was four times as large.
+    """
+    if not is_worthwhile(x) or stages._plan_call(x) is None:
+        return None
+    out = in_turn(stages, x, TIMM_CLASSES)
     return out.clone() if out.untyped_storage().nbytes() > out.nbytes else out

@@ -154,7 +154,7 @@ def _inputs(
     except (KeyError, Unfit):
         return None
     weights = (t for pair in linears for t in pair if t is not None)
-    tensors = (coordinates.view(-1, 2), *weights)
+    tensors = (coordinates.reshape(-1, 2), *weights)
     if records_grad(tensors) or any(t.dtype == torch.float64 for t in tensors):
         return None
     return act, autocast_dtype(coordinates.device), tensors
