@@ -92,6 +92,14 @@ class Layer:
             return theirs(*args, **kwargs)
         return subclass.run_plain(self.forward, kind, args, kwargs)
 
+    def _as_timm(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's forward of a layer that is made of drop-ins: each of them looks at the class of
+        its inputs itself, and at what of it is called."""
+        donation.withdraw()
+        out = self.timm_class.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        donation.withdraw()
+        return out
+
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         memo.forget(self)  # type: ignore[arg-type]
         return super()._apply(*args, **kwargs)  # type: ignore[misc]

@@ -92,7 +92,7 @@ class NaFlexVit(Layer, naflexvit.NaFlexVit):
         found = None if batch is None else _read(self, batch)
         out = None if batch is None or found is None else _run(self, batch, *found)
         if out is None:
-            return super().forward(
+            return self._as_timm(
                 x, patch_coord=patch_coord, patch_valid=patch_valid, attn_mask=attn_mask
             )
         return out

@@ -43,7 +43,7 @@ class Sequential(Layer, nn.Sequential):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self._modules and all(map(is_stage, self._modules.values())):
             out = run_stages(self, x)
-            return self.timm_class.forward(self, x) if out is None else out
+            return self._as_timm(x) if out is None else out
         plan = self._recall_plan(x)
         if plan is None or x.ndim != 4:
             return super().forward(x)

@@ -41,7 +41,7 @@ class SwinTransformerStage(Layer, swin_transformer.SwinTransformerStage):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = run_stage(self, x)
-        return super().forward(x) if out is None else out
+        return self._as_timm(x) if out is None else out
 
 
 class SwinTransformerV2Stage(Layer, swin_transformer_v2.SwinTransformerV2Stage):
@@ -51,7 +51,7 @@ class SwinTransformerV2Stage(Layer, swin_transformer_v2.SwinTransformerV2Stage):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = run_stage(self, x)
-        return super().forward(x) if out is None else out
+        return self._as_timm(x) if out is None else out
 
 
 class ConvNeXtStage(Layer, convnext.ConvNeXtStage):
@@ -61,7 +61,7 @@ class ConvNeXtStage(Layer, convnext.ConvNeXtStage):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = run_stage(self, x)
-        return super().forward(x) if out is None else out
+        return self._as_timm(x) if out is None else out
 
 
 _STAGES = (SwinTransformerStage, SwinTransformerV2Stage, ConvNeXtStage)
