@@ -110,7 +110,9 @@ def _attention(pick: Pick, size: Size, normal: Randn) -> Arguments:
 
 def _varlen_attention(pick: Pick, size: Size, normal: Randn) -> Arguments:
     h, d = size(1, 3), pick(13, 64, 64, 72, 128)
-    lengths = [pick(0, 1, size(2, 20), size(21, 200)) for _ in range(size(1, 6))]
+    # One of them is long: of a few tokens alone, whose sums are short, the errors are luck.
+    lengths = [pick(0, size(2, 20), size(21, 200)) for _ in range(size(0, 5))]
+    lengths.insert(size(0, len(lengths)), size(40, 200))
     total = sum(lengths)
     options: dict[str, Any] = {}
     if pick(True, False, False):
