@@ -150,7 +150,7 @@ def _model(part: Part, setting: Setting, options: Options, progress: Progress) -
     )  # fmt: skip
     if part.level == "models":
         row.memory_floor_mb = memory_floor_mb(case.module, case.inputs, setting)
-    del case  # what its peers' memory is measured beside
+    del case  # the processes that measure memory come next, and need room for their own
     if part.level == "models" and options.with_memory and setting.device == "cpu":
         arguments = {
             "model": part.model, "img_size": part.img_size, "batch": part.batch,

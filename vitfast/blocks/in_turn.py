@@ -8,36 +8,28 @@ import torch
 from torch import nn
 
 from vitfast.engine import donation
-from vitfast.engine.eligibility import CALLERS
+from vitfast.engine.eligibility import CALLERS, has_hooks
+from vitfast.runtime import native
 from vitfast.runtime.watched import PLAIN
 from vitfast.settings import settings
 
-_LARGE = 4 << 20
-"""Bytes of an input from which its memory is used again, whatever `settings.memory` says. Below it
-a block's calls are replayed, in memory of their own. Chosen, not measured yet."""
 _REPLACED = ("forward", *CALLERS)
 
 
 def is_worthwhile(x: object) -> bool:
-    """Whether modules that get x are to be called by `in_turn`: a large tensor on the CPU, in
-    inference."""
+    """Whether modules that get x are to be called by `in_turn`: in inference on the CPU, a large
+    tensor, or with `settings.memory = "low"` any."""
     if torch.compiler.is_compiling() or type(x) not in PLAIN or torch.is_grad_enabled():
         return False
     assert isinstance(x, torch.Tensor)
-    return x.is_cpu and (settings.memory == "low" or x.nbytes >= _LARGE)
+    return x.is_cpu and (settings.memory == "low" or x.nbytes >= native.LARGE)
 
 
 def is_seen(module: nn.Module) -> bool:
     """Whether something besides the module gets hold of its input or result: a hook, or a forward
     or call that was replaced."""
     state = module.__dict__
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or any(state.get(name) is not None for name in _REPLACED)
-    )
+    return has_hooks(module) or any(state.get(name) is not None for name in _REPLACED)
 
 
 def in_turn(

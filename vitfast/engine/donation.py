@@ -6,8 +6,9 @@ only the next of them reads what one made, and gives it to that one; a step of t
 or lines are read before they are written then writes there. The idea is that of `jax.jit`'s
 `donate_argnums`.
 
-Both are told by address and by thread: `give` holds for the one call that follows, during which the
-caller keeps the tensor, so that no other can lie there.
+What may be written to (`give`) and what a step made (`result`, `is_made`) are told by address, for
+the calls of one thread. The caller keeps the tensor that it gives during that call, so that no
+other can lie at its address.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def is_given(x: torch.Tensor) -> bool:
 
 
 def give(address: int) -> None:
-    """Have the next call write to the tensor at this address, which is its input; 0 for none."""
+    """Let the next call write to the tensor at this address, which is its input; 0 for none. What
+    was made before is no longer told."""
     _STATE.given, _STATE.made = address, 0
 
 
@@ -52,10 +54,11 @@ def withdraw() -> None:
 
 
 def give_back(address: int, made: bool) -> None:
-    """As `give`, after calls that came in between.
+    """What was given before the caller gave tensors of its own is given again.
 
     Args:
-        made: whether what the last of them made was seen by nobody else, and is still told.
+        made: whether the last result of its calls was seen by nobody else, so that its own caller
+            may give that away.
     """
     _STATE.given = address
     if not made:

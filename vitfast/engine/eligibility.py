@@ -130,6 +130,17 @@ CALLERS = ("_call_impl", "_wrapped_call_impl", "_compiled_call_impl")
 """What `__call__` runs, where an instance has its own; `nn.Module.compile` sets the last."""
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a hook sees what goes into a module, comes out of it, or goes back through it."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
 _METHODS: dict[type, tuple[str, ...]] = {}
 
 

@@ -23,7 +23,7 @@ from vitfast.settings import ISA_LEVELS, settings
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}
 """The numbers of `DType` in csrc/common/dtype.h."""
-_LARGE = 4 << 20
+LARGE = 4 << 20
 """Bytes from which a result asks for huge pages and its storage is used again."""
 RESULTS = Storages(min(memory.available() // 32, 512 << 20))
 _READABLE = frozenset(
@@ -105,7 +105,7 @@ def empty(
     device = device or _CPU
     nbytes = math.prod(shape) * dtype.itemsize
     may_keep = device == _CPU and recorder.get() is None and settings.memory != "low"
-    if nbytes < _LARGE or not may_keep:
+    if nbytes < LARGE or not may_keep:
         return torch.empty(shape, dtype=dtype, device=device)
     storage = RESULTS.take(nbytes)
     if storage is not None:

@@ -25,6 +25,7 @@ from vitfast.engine.eligibility import (
     PLAIN,
     check_original,
     check_unhidden,
+    has_hooks,
     is_own_method,
     methods,
 )
@@ -55,12 +56,7 @@ def forget_own_forward(module: nn.Module) -> None:
 def check_bare(module: nn.Module, name: str) -> None:
     """No hooks, no forward or other method put on the instance (as accelerate does) or class."""
     state = module.__dict__
-    if (
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-    ):
+    if has_hooks(module):
         raise Unfit(f"{name} has hooks")
     for method in methods(type(module)):
         if method in state and not is_own_method(module, method):
