@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from vitfast.bench import zoo
 from vitfast.bench.peers import Setting
@@ -48,18 +47,12 @@ def memory_floor_mb(
         for m in module.modules()
         if (layer := layer_table().get(type(m))) is not None and layer.role == "block"
     ]
-    state = [*module.named_parameters(), *module.named_buffers()]
     try:
-        with torch.no_grad():
-            functional_call(
-                module,
-                {name: t.detach().to("meta") for name, t in state},
-                tuple(x.to("meta") for x in inputs),
-            )
+        zoo.run_on_meta(module, inputs)
     except zoo.UNFIT:
         return None
     finally:
         for handle in handles:
             handle.remove()
-    held = tensor_bytes(*(t for _, t in state), *inputs)
+    held = tensor_bytes(*module.parameters(), *module.buffers(), *inputs)
     return (held + most) / 1e6 if most else None

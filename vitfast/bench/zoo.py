@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -113,15 +113,28 @@ def flops(module: nn.Module, name: str, inputs: Sequence[torch.Tensor]) -> float
     Raises:
         InputValueError: the module cannot take these inputs.
     """
-    state = [*module.named_parameters(), *module.named_buffers()]
-    meta: Mapping[str, torch.Tensor] = {name: t.detach().to("meta") for name, t in state}
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with FlopCounterMode(display=False) as counter:
         try:
-            functional_call(module, dict(meta), tuple(x.to("meta") for x in inputs))
+            run_on_meta(module, inputs)
         except UNFIT as error:
             shape = "x".join(str(n) for n in inputs[0].shape)
             raise InputValueError(f"{name} on {shape}: {first_line(error)}") from error
     return float(counter.get_total_flops())
+
+
+@torch.no_grad()
+def run_on_meta(module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
+    """One forward on the meta device, where shapes are worked out and nothing is computed; hooks
+    and modes see it. The module stays where it is.
+
+    Raises:
+        one of UNFIT: the module cannot take these inputs.
+    """
+    state: dict[str, torch.Tensor] = {
+        name: t.detach().to("meta")
+        for name, t in (*module.named_parameters(), *module.named_buffers())
+    }
+    functional_call(module, state, tuple(x.to("meta") for x in inputs))
 
 
 def checked_forward(model: nn.Module, name: str, image: torch.Tensor) -> torch.Tensor:

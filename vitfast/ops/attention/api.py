@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.attention import native, reference, vendor
-from vitfast.ops.attention.reference import INPUTS, Call, wants_gradient
+from vitfast.ops.attention.reference import INPUTS, Call, unwritten_gradients, wants_gradient
 from vitfast.runtime import checks, triton
 from vitfast.runtime.dispatch import Backend, Dispatcher
 from vitfast.runtime.library import (
@@ -170,23 +170,24 @@ def _check(call: Call) -> None:
         raise InputValueError(
             f"attention: bias has shape {tuple(bias.shape)}, expected {(heads, queries, keys)}"
         )
-    _check_norm(call, norms, dim)
+    check_qk_norm("attention", call.qk_norm, call.qk_norm_eps, norms, dim)
     _check_rope(call, size)
 
 
-def _check_norm(call: Call, norms: dict[str, torch.Tensor | None], dim: int) -> None:
-    """What concerns q/k norm; `norms` are the norms' weights and biases by name."""
-    if call.qk_norm not in ("", "layer", "rms"):
-        raise InputValueError(
-            f"attention: qk_norm must be None, 'layer' or 'rms', got {call.qk_norm!r}"
-        )
+def check_qk_norm(
+    op: str, kind: str, eps: float, norms: dict[str, torch.Tensor | None], dim: int
+) -> None:
+    """What concerns q/k norm of a kind and eps; `norms` are the norms' weights and biases by name,
+    each [dim] or None."""
+    if kind not in ("", "layer", "rms"):
+        raise InputValueError(f"{op}: qk_norm must be None, 'layer' or 'rms', got {kind!r}")
     for name, t in norms.items():
-        if t is not None and not call.qk_norm:
-            raise InputValueError(f"attention: {name} was given without qk_norm")
-        if t is not None and call.qk_norm == "rms" and name.endswith("bias"):
-            raise InputValueError(f"attention: {name} was given, but an RMS norm has no bias")
-        checks.check_shape("attention", name, t, (dim,))
-    checks.check_eps("attention", call.qk_norm_eps)
+        if t is not None and not kind:
+            raise InputValueError(f"{op}: {name} was given without qk_norm")
+        if t is not None and kind == "rms" and name.endswith("bias"):
+            raise InputValueError(f"{op}: {name} was given, but an RMS norm has no bias")
+        checks.check_shape(op, name, t, (dim,))
+    checks.check_eps(op, eps)
 
 
 def _check_rope(call: Call, size: tuple[int, int, int, int, int]) -> None:
@@ -293,13 +294,7 @@ def _backward(
 def _backward_fake(
     grad: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, ...]:
-    call = Call(*args[:-1])
-    return tuple(
-        torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
-        if wants_gradient(call, n)
-        else call.q.new_empty(0)
-        for n in INPUTS
-    )
+    return unwritten_gradients(Call(*args[:-1]), INPUTS)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:

@@ -8,7 +8,7 @@ product has v's dtype, and so has what leaves the norm and the rotation.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -187,6 +187,17 @@ def _weights(scores: torch.Tensor, blind: torch.Tensor) -> torch.Tensor:
 def wants_gradient(call: tuple[Any, ...], name: str) -> bool:
     """Whether the backward op computes the gradient of this input of a call record."""
     return getattr(call, name) is not None and getattr(call, f"{name}_grad", True)
+
+
+def unwritten_gradients(call: Any, names: Sequence[str]) -> tuple[torch.Tensor, ...]:
+    """For each input of a call record a contiguous tensor like it, its elements not set, where its
+    gradient is wanted; else an empty one, of the dtype and device of q."""
+    return tuple(
+        torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
+        if wants_gradient(call, n)
+        else call.q.new_empty(0)
+        for n in names
+    )
 
 
 def differentiate(call: Call, attend: Callable[..., Gradients]) -> tuple[torch.Tensor, ...]:

@@ -9,7 +9,8 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from vitfast.errors import InputTypeError, InputValueError
-from vitfast.ops.attention.reference import wants_gradient
+from vitfast.ops.attention.api import check_qk_norm
+from vitfast.ops.attention.reference import unwritten_gradients, wants_gradient
 from vitfast.ops.varlen_attention import native, reference, vendor
 from vitfast.ops.varlen_attention.reference import INPUTS, Call
 from vitfast.runtime import checks
@@ -145,22 +146,8 @@ def _check(call: Call) -> None:
             raise InputValueError(f"{op}: max_seqlen is {call.max_seqlen}, expected at least 0")
     if call.scale is not None and not math.isfinite(call.scale):
         raise InputValueError(f"{op}: scale must be finite, got {call.scale}")
-    _check_norm(call, norms, dim)
+    check_qk_norm(op, call.qk_norm, call.qk_norm_eps, norms, dim)
     _check_rope(call, total, heads, dim)
-
-
-def _check_norm(call: Call, norms: dict[str, torch.Tensor | None], dim: int) -> None:
-    """What concerns q/k norm; `norms` are the norms' weights and biases by name."""
-    op = "varlen_attention"
-    if call.qk_norm not in ("", "layer", "rms"):
-        raise InputValueError(f"{op}: qk_norm must be None, 'layer' or 'rms', got {call.qk_norm!r}")
-    for name, t in norms.items():
-        if t is not None and not call.qk_norm:
-            raise InputValueError(f"{op}: {name} was given without qk_norm")
-        if t is not None and call.qk_norm == "rms" and name.endswith("bias"):
-            raise InputValueError(f"{op}: {name} was given, but an RMS norm has no bias")
-        checks.check_shape(op, name, t, (dim,))
-    checks.check_eps(op, call.qk_norm_eps)
 
 
 def _check_rope(call: Call, total: int, heads: int, dim: int) -> None:
@@ -234,13 +221,7 @@ def _backward(
 def _backward_fake(
     grad: torch.Tensor, out: torch.Tensor, stats: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, ...]:
-    call = Call(*args[:-1])
-    return tuple(
-        torch.empty_like(getattr(call, n), memory_format=torch.contiguous_format)
-        if wants_gradient(call, n)
-        else call.q.new_empty(0)
-        for n in INPUTS
-    )
+    return unwritten_gradients(Call(*args[:-1]), INPUTS)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
