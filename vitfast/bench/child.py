@@ -24,6 +24,10 @@ CALLS = 2
 """The first call packs weights; the second has the peak of those that follow."""
 
 
+UNTOLD = "this system does not tell the peak of a process"
+"""Why there is no number where a child ran and gave None."""
+
+
 class ChildError(VitfastError, RuntimeError):
     """The child gave no number; the message is its last line."""
 

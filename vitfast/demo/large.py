@@ -155,7 +155,7 @@ def run(
                 continue
             way.seconds, way.peak_mb = answer["seconds"], answer["peak_mb"]
             if way.peak_mb is None:
-                way.peak_reason = "this system does not tell the peak of a process"
+                way.peak_reason = child.UNTOLD
             weights[way.key], features[way.key] = answer["weights"], np.load(out)
         _compare(ways, features, weights)
         pictures = dict(_coloured(features))

@@ -24,7 +24,8 @@ from vitfast.swap import SwapReport, swap
 from vitfast.testing.errors import compare
 
 SECONDS_IN_ALL = 105.0
-"""What the demo plans for on two cores; the rest of two minutes is for start, build and report."""
+"""What timing and judging all models may take together, on two cores; their memory is measured
+afterwards, and the demo's other sections have times of their own."""
 SECONDS_A_MODEL = 3.0
 """Timed work a model, both contenders together."""
 ROUNDS = 3
@@ -270,7 +271,7 @@ class Showcase:
         outcome.timm_mb, outcome.vitfast_mb = peaks
         outcome.memory_reason = ""
         if None in peaks:
-            outcome.memory_reason = "this system does not tell the peak of a process"
+            outcome.memory_reason = child.UNTOLD
         say(f"memory of {outcome.title}", 1.0)
 
     def _image(self, model: torch.nn.Module, size: tuple[int, int] | None) -> torch.Tensor:

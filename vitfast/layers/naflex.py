@@ -63,7 +63,7 @@ def plan_naflex(module: Any) -> Plan:
 
 
 class NaFlexVit(Layer, naflexvit.NaFlexVit):
-    """`timm.models.naflexvit.NaFlexVit` that computes no padding.
+    """`timm.models.naflexvit.NaFlexVit` whose blocks compute no padding.
 
     A call with `patch_coord` and `patch_valid` packs the valid tokens of all images once after the
     embedding, runs the blocks on them with `vitfast.ops.varlen_attention`, and unpacks them for
