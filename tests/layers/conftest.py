@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from timm.models import convnext, swin_transformer, swin_transformer_v2
 from timm.models.naflexvit import NaFlexVit
 from torch import nn
 from torch.utils._pytree import tree_leaves
@@ -28,6 +29,13 @@ from vitfast.testing.inputs import map_tensors, to_float64
 
 KERNELS = {torch.float32, torch.bfloat16}
 """Dtypes of the CPU's kernels."""
+CONTAINERS = {
+    NaFlexVit,
+    convnext.ConvNeXtStage,
+    swin_transformer.SwinTransformerStage,
+    swin_transformer_v2.SwinTransformerV2Stage,
+}
+"""Classes whose forward calls drop-ins, and may be timm's for that."""
 TIMM = tuple(int(part) for part in timm.__version__.split(".")[:3])
 
 
@@ -76,7 +84,7 @@ def timm_forbidden(monkeypatch: pytest.MonkeyPatch, *classes: type) -> Iterator[
         for kind in classes or layer_table():
             if layer_table()[kind].by_shape:  # others of this class are none of ours
                 continue
-            if kind is NaFlexVit and not classes:  # whose forward runs swapped blocks on images
+            if kind in CONTAINERS and not classes:
                 continue
             if layer_table()[kind].forward is not kind.forward:
                 patch.setattr(kind, "forward", refusal(f"timm's {kind.__name__}.forward ran"))

@@ -96,7 +96,7 @@ class Layer:
         """timm's forward of a layer that is made of drop-ins: each of them looks at the class of
         its inputs itself, and at what of it is called."""
         donation.withdraw()
-        out = self.timm_class.forward(self, *args, **kwargs)  # type: ignore[arg-type]
+        out = super().forward(*args, **kwargs)  # type: ignore[misc]
         donation.withdraw()
         return out
 

@@ -18,8 +18,8 @@ _Sizes = tuple[int, int, int]
 """total, H and D."""
 _Extra = Callable[[torch.dtype, torch.Generator, _Sizes], dict[str, Any]]
 """Makes further keyword arguments of a sample."""
-_Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Iterable[torch.Tensor]]
-"""Makes other q, k and v."""
+_Change = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Iterable[torch.Tensor | None]]
+"""Makes other q, k and v, or all three in one tensor."""
 
 
 def cumulative(lengths: Sequence[int]) -> torch.Tensor:
@@ -89,6 +89,20 @@ def _separate(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[tor
     return q, k, v
 
 
+def _one_hot(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One 1 in a row of v: where a token sees itself alone, the gradients of q and k are 0 exactly,
+    in whatever order a kernel sums."""
+    return q, k, torch.nn.functional.one_hot(v.argmax(-1), v.shape[-1]).to(v.dtype)
+
+
+def _packed_one_hot(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> Iterable[torch.Tensor | None]:
+    return torch.stack(_one_hot(q, k, v), 1), None, None
+
+
 def _heads_first(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Iterable[torch.Tensor]:
     return (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v))
 
@@ -112,9 +126,9 @@ SHAPES = (
 
 LENGTHS = (
     _sample("one_sequence", [33], 2, 32),
-    _sample("of_one_token", [1], 2, 8),
+    _sample("of_one_token", [1], 2, 8, change=_packed_one_hot),
     _sample(
-        "of_one_token_each", [1, 1, 1], 2, 8, change=_separate, tags=("odd", "zero:q", "zero:k")
+        "of_one_token_each", [1, 1, 1], 2, 8, change=_one_hot, tags=("odd", "zero:q", "zero:k")
     ),
     _sample("of_two_tokens", [2, 2, 2], 3, 16),
     _sample("zero_one_two", [0, 1, 2, 0, 5, 0], 2, 8, tags=(*SMALL, "check")),
