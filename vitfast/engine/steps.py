@@ -87,10 +87,15 @@ class PreparedBlock:
         return x.to(self.operand)
 
     def finish(self, x: torch.Tensor, attended: torch.Tensor, out: torch.Tensor) -> None:
-        """Everything after the attention, as far as it goes, into `out` [rows, C]."""
+        """Everything after the attention, as far as it goes, into `out` [rows, C], which may be x.
+
+        Args:
+            attended: [rows, A], in rows of any stride.
+        """
         norm = self.plan.attn.norm
         finish = self._norm_last if self.plan.norms_last else self._norm_first
         for before, part, after in by_rows.in_chunks(x, attended, out):
+            part = part.contiguous()
             if norm is not None:
                 by_rows.normalise(part, norm, part)
             finish(before, part, after)

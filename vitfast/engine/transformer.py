@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.engine import checks, memo
+from vitfast.engine import checks, donation, memo
 from vitfast.engine import rows as by_rows
+from vitfast.engine.replay import is_recording
 from vitfast.engine.steps import PreparedBlock, prepare_block
 from vitfast.engine.windows import run_windowed
 from vitfast.ops.attention import native as attention_op
@@ -86,13 +87,7 @@ def packed_block(
     options = prologue(attn, rope)
     options.pop("rope_prefix", None)
     attended = varlen_op.forward_direct(
-        q,
-        k,
-        v,
-        sequences.offsets,
-        scale=q.shape[-1] ** -0.5,
-        out=torch.empty(q.shape, dtype=q.dtype, device=q.device),
-        **options,
+        q, k, v, sequences.offsets, scale=q.shape[-1] ** -0.5, out=_room(q), **options
     )
     del qkv, q, k, v  # as large as three maps
     out = native.empty(rows.shape, steps.stream)
@@ -120,9 +115,12 @@ def _whole(
     qkv = [t.unflatten(0, (batch, tokens)) for t in steps.project(rows)]
     attended = _attend(split_heads(qkv, plan.attn), plan, mask, bias, rope, is_causal)
     del qkv  # as large as three maps
-    out = native.empty(rows.shape, steps.stream)
-    steps.finish(rows, attended.view(len(rows), -1), out)
-    return out.view(batch, tokens, channels)
+    if steps.half:  # who computes the other may read x again
+        out = native.empty(x.shape, steps.stream)
+    else:
+        out = donation.result(x, x.shape, steps.stream)
+    steps.finish(rows, attended.flatten(2).flatten(0, 1), out.view(rows.shape))
+    return out
 
 
 def _attend(
@@ -142,9 +140,22 @@ def _attend(
         mask=mask,
         bias=bias,
         is_causal=is_causal,
-        out=torch.empty(q.shape, dtype=q.dtype, device=q.device),
+        out=_room(q),
         **prologue(plan.attn, rope),
     )
+
+
+def _room(q: torch.Tensor) -> torch.Tensor:
+    """Where attention writes its result: in place of a large q, each element of which is read for
+    one block of queries of one head, before that block is written; else new memory.
+
+    Returns:
+        q's shape [..., H, D], whose last two dimensions can be flattened without a copy.
+    """
+    in_rows = q.stride()[-2:] == (q.shape[-1], 1)
+    if in_rows and q.nbytes >= native.LARGE and not is_recording():
+        return q
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
 def _mlp_half(steps: PreparedBlock, x: torch.Tensor) -> torch.Tensor:

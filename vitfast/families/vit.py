@@ -11,6 +11,7 @@ FAMILY = Family(
     models=("vision_transformer", "deit"),
     sample="vit_base_patch16_224",
     layers=(
+        layers.Sequential,
         layers.Block,
         layers.Attention,
         layers.AttentionRope,

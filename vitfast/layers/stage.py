@@ -62,24 +62,3 @@ class ConvNeXtStage(Layer, convnext.ConvNeXtStage):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = run_stage(self, x)
         return self._as_timm(x) if out is None else out
-
-
-_STAGES = (SwinTransformerStage, SwinTransformerV2Stage, ConvNeXtStage)
-_KINDS = {*_STAGES, *(kind.timm_class for kind in _STAGES)}
-
-
-def is_stage(module: object) -> bool:
-    """Whether a module is one of these stages, swapped or not."""
-    return type(module) in _KINDS
-
-
-def run_stages(stages: Any, x: torch.Tensor) -> torch.Tensor | None:
-    """Stages one after the other; None where timm's forward has to run.
-
-    The result's memory is no larger than itself: a stage may have written it into that of a map
-    which was four times as large.
-    """
-    if not is_worthwhile(x) or stages._plan_call(x) is None:
-        return None
-    out = in_turn(stages, x, TIMM_CLASSES)
-    return out.clone() if out.untyped_storage().nbytes() > out.nbytes else out
