@@ -17,7 +17,7 @@ from torch import nn
 from tests.layers.conftest import lively
 from tests.layers.test_naflex import GRIDS, batch_of
 from vitfast import layers, restore, swap
-from vitfast.engine import donation, transformer
+from vitfast.engine import donation, memo, transformer
 from vitfast.runtime import native
 from vitfast.settings import settings
 
@@ -108,10 +108,19 @@ def test_the_bits_in_chunks(name, monkeypatch):
 @pytest.mark.parametrize("name", ["vit", "eva"])
 def test_the_bits_of_calls_that_are_replayed(name, monkeypatch):
     monkeypatch.setattr(settings, "memory", "speed")
-    model, x = made(name), image()
+    model, x, replays, record = made(name), image(), [], memo.record
+
+    def watched(*args: object) -> object:
+        found = record(*args)
+        replays.append(found[1])
+        return found
+
+    monkeypatch.setattr(memo, "record", watched)
     expected = in_new_memory(model, x)
     for _ in range(5):
         assert torch.equal(model(x), expected)
+    assert replays.count(None) <= 1  # the patch embedding's may be oneDNN's
+    assert len(replays) >= 3
 
 
 @pytest.mark.parametrize("token_mask", [False, True])
@@ -126,6 +135,20 @@ def test_masks_and_causal_blocks(token_mask):
         patch.setattr(transformer, "_room", torch.empty_like)
         assert torch.equal(block(x, **options), out)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_writes_over_q(name, monkeypatch):
+    rooms, room = [], transformer._room
+
+    def watched(q: torch.Tensor) -> torch.Tensor:
+        found = room(q)
+        rooms.append(found is q)
+        return found
+
+    monkeypatch.setattr(transformer, "_room", watched)
+    made(name)(image())
+    assert rooms == [True] * 3
 
 
 @pytest.mark.timm("1.0.29")

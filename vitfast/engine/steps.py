@@ -95,7 +95,6 @@ class PreparedBlock:
         norm = self.plan.attn.norm
         finish = self._norm_last if self.plan.norms_last else self._norm_first
         for before, part, after in by_rows.in_chunks(x, attended, out):
-            part = part.contiguous()
             if norm is not None:
                 by_rows.normalise(part, norm, part)
             finish(before, part, after)
