@@ -83,7 +83,8 @@ def test_the_demo_and_the_benchmark_fit_a_terminal(width, vitfast, monkeypatch, 
     """Their real tables and notes, in which a model's name and its numbers stay whole."""
     monkeypatch.setattr(showcase, "SECONDS_A_MODEL", 0.01)
     models = ("--models", "test_vit@64,test_vit2@96x64")
-    status, text, err = vitfast("demo", *models, "--output", tmp_path / "r.html")
+    speed = ("--sections", "speed", "--output", tmp_path / "r.html")  # others: tests/demo
+    status, text, err = vitfast("demo", *models, *speed)
     assert (status, err) == (0, "")
     for part in ("test_vit2 @ 96x64", "float32", "vitfast", "budget", "float64", "5 of 5"):
         assert part in text

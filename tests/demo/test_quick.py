@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import re
 
 import pytest
 from PIL import Image
 
+from vitfast.cli import table
 from vitfast.cli.main import main
 from vitfast.demo import showcase
 
 
 @pytest.fixture(scope="module")
-def report(tmp_path_factory) -> str:
+def run(tmp_path_factory) -> tuple[str, str]:
+    """The page, and what a terminal of 80 columns showed."""
     path = tmp_path_factory.mktemp("demo") / "r.html"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as text:
         patch.setattr(showcase, "SECONDS_A_MODEL", 0.01)
+        patch.setattr(table, "_on_terminal", lambda: True)
+        patch.setenv("COLUMNS", "80")
+        patch.setenv("NO_COLOR", "1")
         words = ("--quick", "--models", "test_vit@64", "--device", "cpu", "--output", str(path))
         assert main(["demo", *words]) == 0
-    return path.read_text(encoding="utf-8")
+    return path.read_text(encoding="utf-8"), text.getvalue()
+
+
+@pytest.fixture
+def report(run) -> str:
+    return run[0]
+
+
+def test_it_fits_a_terminal(run):
+    lines = [line for line in run[1].splitlines() if "report: " not in line]
+    assert len(lines) > 10
+    assert max(map(len, lines)) <= 80
 
 
 def test_every_section_is_there(report):

@@ -7,10 +7,8 @@ nor is what training mode does without gradients, by tests of training with and 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import itertools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,15 +17,11 @@ from timm.models import eva
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from tests.layers.sweep_cases import CASES, C
+from tests.layers.test_sweep import HOOKS, built, difference, outcome
 from vitfast.engine import memo
 from vitfast.engine.products import weights as weights_cache
 from vitfast.swap import swap
-
-_SPEC = importlib.util.spec_from_file_location("sweep", Path(__file__).with_name("test_sweep.py"))
-sweep = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(sweep)
-C, CASES, HOOKS = sweep.C, sweep.CASES, sweep.HOOKS
-built, difference, outcome = sweep.built, sweep.difference, sweep.outcome
 
 Change = Callable[[nn.Module], object]
 
