@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 GLOBALS = """
@@ -114,10 +116,7 @@ IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", IMPORTS)
-def test_settings_reach_the_one_object_whatever_was_imported_first(python, name):
-    code = f"""
-{IMPORTS[name]}
+SETTINGS = """
 vitfast.settings.backend = "reference"
 import vitfast.settings
 from vitfast import settings as public
@@ -130,9 +129,32 @@ one.disable = True
 print(public.disable, vitfast.settings.disable, vitfast.settings.source["disable"])
 print(callable(vitfast.swap), callable(vitfast.restore), vitfast.ops.__name__)
 """
-    assert python("-c", code).stdout.splitlines() == [
-        "reference reference reference True",
-        "cpu cpu python",
-        "True True python",
-        "True True vitfast.ops",
-    ]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="imports torch once, and forks")
+def test_settings_reach_the_one_object_whatever_was_imported_first(python):
+    code = f"""
+import os, sys
+import timm, torch  # what takes seconds
+assert "vitfast" not in sys.modules
+for name, imports in {IMPORTS!r}.items():
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        print(name)
+        exec(imports + {SETTINGS!r})
+        sys.stdout.flush()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, name
+"""
+    lines = python("-c", code).stdout.splitlines()
+    found = {lines[i]: lines[i + 1 : i + 5] for i in range(0, len(lines), 5)}
+    assert found == {
+        name: [
+            "reference reference reference True",
+            "cpu cpu python",
+            "True True python",
+            "True True vitfast.ops",
+        ]
+        for name in IMPORTS
+    }
