@@ -124,3 +124,9 @@ def fake(monkeypatch):
     )
     monkeypatch.setattr(device, "on", lambda where: contextlib.nullcontext())
     return recorder
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield

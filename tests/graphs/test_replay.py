@@ -2,56 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import timm
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import vitfast
-from vitfast.graphs import beneath, explain, store
+from tests.graphs.models import capture, images, plain, same, vit
+from vitfast.graphs import explain, store
 from vitfast.settings import settings
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")
-
-
-def images(batch: int = 2, seed: int = 0, size: int = 32, **options) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, 3, size, size, generator=generator).to(**options)
-
-
-def vit(**options) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=32, num_heads=2, num_classes=10,
-        **options,
-    ).eval()  # fmt: skip
-
-
-def plain(model: nn.Module, *args, method: str = "forward", **kwargs):
-    """What the model's own method gives."""
-    return getattr(beneath(type(model)), method)(model, *args, **kwargs)
-
-
-def same(got: object, want: object) -> bool:
-    torch.testing.assert_close(got, want, rtol=0, atol=0)
-    return True
-
-
-def capture(model: nn.Module, *args, **kwargs) -> None:
-    """The calls after which there is a graph."""
-    model(*args, **kwargs)
-    model(*args, **kwargs)
-
-
-@pytest.fixture
-def no_grad():
-    with torch.no_grad():
-        yield
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -224,208 +187,6 @@ def test_what_is_known_of_kinds_is_bounded(fake, monkeypatch):
     for factor in range(20):
         model(torch.ones(2), factor)
     assert len(model.__dict__["_vitfast_graphs"]._kinds) <= 6
-
-
-class _Watching(TorchDispatchMode):
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return func(*args, **(kwargs or {}))
-
-
-class _Subclass(torch.Tensor):
-    pass
-
-
-def _recorded(model, x):
-    with torch.enable_grad():
-        out = model(x)
-    assert out.requires_grad
-
-
-def _input_with_gradient(model, x):
-    for p in model.parameters():
-        p.requires_grad_(False)
-    with torch.enable_grad():
-        assert model(x.clone().requires_grad_()).requires_grad
-
-
-def _watched(model, x):
-    with _Watching():
-        model(x)
-
-
-def _with_global_hook(model, x):
-    seen = []
-    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(1))
-    try:
-        model(x)
-    finally:
-        handle.remove()
-    assert len(seen) > 10
-
-
-def _training(model, x):
-    model.train()
-    model(x)
-    model.eval()
-
-
-def _compiled(model, x):
-    assert same(torch.compile(model, backend="eager", fullgraph=True)(x), plain(model, x))
-
-
-def _traced(model, x):
-    traced = torch.jit.trace(model, x, check_trace=False)
-    assert same(traced(x), plain(model, x))
-
-
-def _exported(model, x):
-    assert same(torch.export.export(model, (x,)).module()(x), plain(model, x))
-
-
-PLAIN_CALLS = {
-    "recorded by autograd": _recorded,
-    "input with gradient": _input_with_gradient,
-    "watched": _watched,
-    "global hook": _with_global_hook,
-    "training": _training,
-    "compiled": _compiled,
-    "traced": _traced,
-    "exported": _exported,
-    "vmap": lambda model, x: torch.vmap(model)(x[None]),
-    "subclass": lambda model, x: model(x.as_subclass(_Subclass)),
-    "elsewhere": lambda model, x: copy.deepcopy(model).to("meta")(x.to("meta")),
-}
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("how", PLAIN_CALLS)
-def test_what_a_graph_cannot_do_is_called_as_ever(fake, how):
-    model = vitfast.graphed(vit())
-    capture(model, images())
-    log = list(fake.log)
-    for _ in range(3):
-        PLAIN_CALLS[how](model, images())
-    assert fake.log == log
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_another_capture_is_left_alone(fake):
-    model = vitfast.graphed(vit())
-    capture(model, images())
-    log = list(fake.log)
-    fake.capturing = True
-    model(images())
-    fake.capturing = False
-    with store._CAPTURING:  # of another model's
-        for _ in range(3):
-            model(images(5))
-    assert fake.log == log
-    model(images(5))
-    assert fake.count("capture") == 2
-
-
-def test_without_gradients_to_record_grad_mode_may_be_on(fake):
-    model = vitfast.graphed(vit().requires_grad_(False))
-    capture(model, images())
-    assert fake.count("replay") == 1
-    model.head.weight.requires_grad_()
-    assert model(images()).requires_grad and fake.count("replay") == 1
-    model.head.weight.requires_grad_(False)
-    model(images())
-    assert fake.count("replay") == 2
-
-
-class Deciding(nn.Module):
-    def forward(self, x):
-        return x + 1 if x.sum() > 0 else x - 1
-
-
-class Writing(nn.Module):
-    def forward(self, x):
-        return x.add_(1) * 2
-
-
-class Counting(nn.Module):
-    calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return x + self.calls
-
-
-class Opaque(nn.Module):
-    def forward(self, x):
-        return iter([x + 1])
-
-
-CANNOT = {
-    "decides by values": (Deciding(), "not permitted when stream is capturing"),
-    "writes to its input": (Writing(), "writes to its inputs"),
-    "changes itself": (Counting(), "its forward changes the model"),
-    "gives something else": (Opaque(), "its result holds a builtins.list_iterator"),
-}
-
-
-@pytest.mark.usefixtures("no_grad")
-@pytest.mark.parametrize("what", CANNOT)
-def test_what_cannot_be_captured_warns_once_and_is_called_as_ever(fake, what):
-    module, why = CANNOT[what]
-    model = vitfast.graphed(module.eval())
-    model(torch.ones(3))
-    with pytest.warns(RuntimeWarning, match=why) as told:
-        model(torch.ones(3))
-    assert len(told) == 1
-    captures = fake.count("capture")
-    for _ in range(600):
-        model(torch.ones(3))
-    assert fake.count("capture") == captures and fake.count("replay") == 0
-    assert why in explain(model)
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_decisions_by_values_stay_right(fake):
-    model = vitfast.graphed(Deciding().eval())
-    model(torch.ones(3))
-    with pytest.warns(RuntimeWarning):
-        model(torch.ones(3))
-    assert same(model(-torch.ones(3)), -2 * torch.ones(3))
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_a_capture_that_fails(fake):
-    model = vitfast.graphed(vit())
-    model(images())
-    fake.fail_capture = RuntimeError("CUDA error: operation failed\nmore")
-    with pytest.warns(RuntimeWarning, match="CUDA error: operation failed$"):
-        assert same(model(images()), plain(model, images()))
-    fake.fail_capture = None
-    for _ in range(3):
-        model(images())
-    assert fake.count("capture") == 1
-    capture(model, images(3))
-    assert fake.count("replay") == 1
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_no_memory_for_a_graph_gives_up_the_others(fake):
-    model = vitfast.graphed(vit())
-    capture(model, images())
-    model(images(3))
-    fake.fail_capture = torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.warns(RuntimeWarning, match="out of memory"):
-        model(images(3))
-    assert len(fake.graphs) == 0
-
-
-@pytest.mark.usefixtures("no_grad")
-def test_a_replay_that_fails(fake):
-    model = vitfast.graphed(vit())
-    capture(model, images())
-    fake.fail_replay = True
-    with pytest.warns(RuntimeWarning, match="its replay failed: RuntimeError: CUDA error"):
-        assert same(model(images(seed=1)), plain(model, images(seed=1)))
-    fake.fail_replay = False
-    assert len(fake.graphs) == 0 and same(model(images(seed=2)), plain(model, images(seed=2)))
 
 
 @pytest.mark.usefixtures("no_grad")

@@ -14,7 +14,6 @@ import torch
 
 from vitfast.errors import BackendUnavailableError
 from vitfast.ops import attention, spec_of
-from vitfast.ops.attention import vendor
 from vitfast.ops.attention.native import forward_direct
 from vitfast.runtime import native
 from vitfast.settings import ISA_LEVELS, settings
@@ -429,34 +428,3 @@ def test_gradients_inside_autocast_keep_float32_products():
         grads.append(leaf.grad)
     assert grads[0].dtype == torch.float32
     assert torch.equal(*grads)
-
-
-# ---- kernels of a vendor -------------------------------------------------------------------------
-
-
-def enabled():
-    """SDPA's kernels that torch may pick now."""
-    now = {
-        "cudnn": torch.backends.cuda.cudnn_sdp_enabled(),
-        "flash": torch.backends.cuda.flash_sdp_enabled(),
-        "efficient": torch.backends.cuda.mem_efficient_sdp_enabled(),
-        "math": torch.backends.cuda.math_sdp_enabled(),
-    }
-    return {name for name, on in now.items() if on}
-
-
-@pytest.mark.parametrize("name", vendor.KERNELS)
-def test_a_kernel_from_a_table_may_be_replaced_one_that_is_forced_not(name):
-    before = enabled()
-    with vendor._choosing(name):
-        assert enabled() == {name, "flash", "efficient", "math"}
-    with vendor.forcing(name), vendor._choosing(name):
-        assert enabled() == {name}
-    assert enabled() == before
-
-
-def test_masked_calls_never_reach_cudnn():
-    with vendor._choosing("masked"):
-        assert "cudnn" not in enabled() and {"efficient", "math"} <= enabled()
-    with vendor.forcing("cudnn"), vendor._choosing("masked"):
-        assert "cudnn" not in enabled()

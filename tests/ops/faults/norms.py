@@ -1,4 +1,4 @@
-"""Faults of norms: over rows, with residuals, over positions and over groups, after patch merging."""
+"""Faults of norms: over rows, with residuals, after merging, over positions, over groups."""
 
 from __future__ import annotations
 
