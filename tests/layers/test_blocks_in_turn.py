@@ -243,3 +243,35 @@ def test_what_a_derived_block_keeps_stays_what_it_was(place):
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     assert len(found) == 2
     assert all(torch.equal(t, then) for t, then in found)
+
+
+HOOK_RESULTS = {
+    "tuple": lambda y: (y,),
+    "dict": lambda y: {"tokens": y},
+    "sparse": lambda y: y.to_sparse(),
+    "view": lambda y: y[:, 1:],
+    "None": lambda y: None,
+}
+
+
+@pytest.mark.parametrize("what", HOOK_RESULTS)
+def test_what_a_hook_makes_of_the_last_result_is_returned_as_it_is(what):
+    """Its very object, whatever it is: who called the blocks may know what to do with it."""
+    model, made_by_hook = made("vit"), []
+
+    def hook(module: nn.Module, inputs: object, output: torch.Tensor) -> object:
+        made_by_hook.append(HOOK_RESULTS[what](output))
+        return made_by_hook[-1]
+
+    model.blocks[-1].register_forward_hook(hook)
+    out = model.blocks(torch.randn(1, 9, 48))
+    assert out is made_by_hook[0] or what == "None"
+
+
+@pytest.mark.parametrize("memory", ["low", "speed"])
+def test_a_sparse_input_that_a_hook_makes_dense(memory, monkeypatch):
+    monkeypatch.setattr(settings, "memory", memory)
+    model, x = made("vit"), torch.randn(1, 9, 48)
+    expected = model.blocks(x)
+    model.blocks[0].register_forward_pre_hook(lambda _, args: (args[0].to_dense(),))
+    assert torch.equal(model.blocks(x.to_sparse()), expected)

@@ -22,7 +22,7 @@ def is_worthwhile(x: object) -> bool:
     if torch.compiler.is_compiling() or type(x) not in PLAIN or torch.is_grad_enabled():
         return False
     assert isinstance(x, torch.Tensor)
-    return x.is_cpu and (settings.memory == "low" or x.nbytes >= native.LARGE)
+    return x.is_cpu and (settings.memory == "low" or x.numel() * x.itemsize >= native.LARGE)
 
 
 def is_seen(module: nn.Module) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 from vitfast import plans
 from vitfast.blocks.in_turn import in_turn, is_worthwhile
 from vitfast.blocks.patches import run_patches
+from vitfast.engine import donation
 from vitfast.layers.base import Layer
 from vitfast.layers.block import Block
 from vitfast.layers.reading.children import TIMM_CLASSES
@@ -24,20 +25,21 @@ _LINK_CLASSES = {*_LINKS, *(kind.timm_class for kind in _LINKS)}
 
 def is_chain(module: nn.Module) -> bool:
     """Whether a module holds nothing but stages or ViT blocks, swapped or not."""
-    children = module._modules
-    return bool(children) and all(type(child) in _LINK_CLASSES for child in children.values())
+    children = module._modules.values()
+    return len(children) > 0 and all(type(child) in _LINK_CLASSES for child in children)
 
 
 def run_chain(chain: Any, x: torch.Tensor) -> torch.Tensor | None:
     """Stages or blocks one after the other; None where timm's forward has to run.
 
     The result's memory is no larger than itself: a stage may have written it into that of a map
-    which was four times as large.
+    which was four times as large. What a hook or module of others made is returned as it is.
     """
     if not is_worthwhile(x) or chain._plan_call(x) is None:
         return None
     out = in_turn(chain, x, TIMM_CLASSES)
-    return out.clone() if out.untyped_storage().nbytes() > out.nbytes else out
+    is_part = donation.is_made(out) and out.untyped_storage().nbytes() > out.nbytes
+    return out.clone() if is_part else out
 
 
 def plan_sequential(module: nn.Module) -> plans.Patches | tuple[()]:
