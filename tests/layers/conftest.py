@@ -77,6 +77,16 @@ def refusal(message: str) -> Callable[..., None]:
     return types.FunctionType(refuse.__code__, {"__name__": "timm", "MESSAGE": message})
 
 
+def recorder(found: list[tuple[torch.Tensor, torch.Tensor]]):
+    """A forward hook that keeps what goes in and comes out, each beside a copy of it then."""
+
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        for t in (*inputs, output):
+            found.append((t, t.clone()))
+
+    return hook
+
+
 @contextlib.contextmanager
 def timm_forbidden(monkeypatch: pytest.MonkeyPatch, *classes: type) -> Iterator[None]:
     """timm's forward of these classes (all that have a drop-in, by default) raises."""

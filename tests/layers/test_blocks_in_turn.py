@@ -14,7 +14,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from tests.layers.conftest import lively
+from tests.layers.conftest import lively, recorder
 from tests.layers.test_naflex import GRIDS, batch_of
 from vitfast import layers, restore, swap
 from vitfast.engine import donation, memo, transformer
@@ -172,19 +172,9 @@ def test_one_stream_is_allocated_beside_the_first(name, monkeypatch):
         fresh.append(out.data_ptr() != x.data_ptr())
         return out
 
-    monkeypatch.setattr(transformer.donation, "result", watched)
+    monkeypatch.setattr(donation, "result", watched)
     model(image())
     assert fresh == [True, False, False]
-
-
-def recorder(found: list[tuple[torch.Tensor, torch.Tensor]]):
-    """A forward hook that keeps what goes in and comes out, each beside a copy of it then."""
-
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        for t in (*inputs, output):
-            found.append((t, t.clone()))
-
-    return hook
 
 
 PLACES = {

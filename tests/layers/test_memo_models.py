@@ -1,4 +1,4 @@
-"""As test_memo: of particular layers and of whole models."""
+"""What particular layers and whole models remember between calls; of any block: test_memo."""
 
 from __future__ import annotations
 

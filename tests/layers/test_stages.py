@@ -14,10 +14,10 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import nn
 
-from tests.layers.conftest import lively
+from tests.layers.conftest import lively, recorder
 from vitfast import layers, restore, swap
 from vitfast.engine import convnext as engine_convnext
-from vitfast.engine import donation, patches, windows
+from vitfast.engine import donation
 from vitfast.engine.products.weights import clear_weight_cache
 from vitfast.settings import settings
 
@@ -136,8 +136,7 @@ def test_one_map_is_allocated_beside_the_first(name, monkeypatch):
         fresh.append(out.data_ptr() != x.data_ptr())
         return out
 
-    for user in (windows, engine_convnext, patches):
-        monkeypatch.setattr(user.donation, "result", watched)
+    monkeypatch.setattr(donation, "result", watched)
     model.forward_features(x)
     blocks = sum(len(stage.blocks) for stage in stages_of(model))
     assert len(fresh) > blocks  # and downsamplings of more than a chunk
@@ -175,16 +174,6 @@ def test_results_hold_no_more_memory_than_they_need_and_last(name):
     before = features.clone()
     model.forward_features(image())
     assert torch.equal(features, before)
-
-
-def recorder(found: list[tuple[torch.Tensor, torch.Tensor]]):
-    """A forward hook that keeps what goes in and comes out, each beside a copy of it then."""
-
-    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        for t in (*inputs, output):
-            found.append((t, t.clone()))
-
-    return hook
 
 
 PLACES = {

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vitfast.engine import checks
+from vitfast.engine import checks, donation
 from vitfast.engine import rows as by_rows
 from vitfast.engine.products.linear import prepare_linear, prepare_mlp
 from vitfast.engine.products.weights import CACHE
@@ -67,6 +67,12 @@ class PreparedBlock:
             self._mlp = prepare_mlp(plan.mlp, rows, operand)
         if windows is not None:
             self.terms = _terms(attn, windows)
+
+    def room(self, x: torch.Tensor) -> torch.Tensor:
+        """Where the result for x goes: a tensor of its shape, in its memory if that was given."""
+        if self.half:  # who computes the other may read x again
+            return native.empty(x.shape, self.stream)
+        return donation.result(x, x.shape, self.stream)
 
     def project(self, x: torch.Tensor) -> list[torch.Tensor]:
         """norm1 and the projection(s) to q, k and v: [rows, 3 A], or three of [rows, A]."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.engine import checks, donation, memo
+from vitfast.engine import checks, memo
 from vitfast.engine import rows as by_rows
 from vitfast.engine.replay import is_recording
 from vitfast.engine.steps import PreparedBlock, prepare_block
@@ -115,10 +115,7 @@ def _whole(
     qkv = [t.unflatten(0, (batch, tokens)) for t in steps.project(rows)]
     attended = _attend(split_heads(qkv, plan.attn), plan, mask, bias, rope, is_causal)
     del qkv  # as large as three maps
-    if steps.half:  # who computes the other may read x again
-        out = native.empty(x.shape, steps.stream)
-    else:
-        out = donation.result(x, x.shape, steps.stream)
+    out = steps.room(x)
     steps.finish(rows, attended.flatten(2).flatten(0, 1), out.view(rows.shape))
     return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from vitfast.engine import donation
 from vitfast.engine import rows as by_rows
 from vitfast.engine.steps import PreparedBlock
 from vitfast.ops.window_attention import native as window_op
@@ -39,10 +38,7 @@ def run_windowed(steps: PreparedBlock, x: torch.Tensor) -> torch.Tensor:
         attended = attended.view(-1, width)
         steps.finish(rows.view(-1, channels), attended, out.view(-1, channels))
 
-    if steps.half:  # who computes the other may read x again
-        out = native.empty(x.shape, steps.stream)
-    else:
-        out = donation.result(x, x.shape, steps.stream)
+    out = steps.room(x)
     if tokens <= by_rows.WHOLE_ROWS:
         images = max(1, by_rows.WHOLE_ROWS // tokens)
         for rows, result in zip(x.contiguous().split(images), out.split(images), strict=True):
