@@ -13,18 +13,21 @@ namespace vitfast {
 namespace VITFAST_ISA {
 namespace {
 
-constexpr int64_t kTilesPerSuper = 8;  // key tiles of kBlock whose panels and gradients stay in L2
+constexpr int64_t kTilesPerSuper = 512 / kBlock;  // key tiles for which queries are packed once
 
 template <class M>
 struct Workspace : Operands<M> {
-  float *p, *ds;                   // [key][query] tiles
-  float *dk, *dv;                  // [tile][d][key]
-  float *row, *x;                  // [D]
-  float *shift, *inverse, *delta;  // [kBlock], of each query
-  typename M::Row* rows;           // [kBlock][width]
+  float *p, *ds;           // [key][query] tiles
+  float *dk, *dv;          // [tile][d][key]
+  float *row, *x;          // [D]
+  float *shift, *inverse;  // [kBlock], of each query of a block
+  float* delta;            // [queries]: the sum of dout * out
+  typename M::Row* rows;   // [kBlock][width]
 
-  static int64_t bytes(int64_t D) { return Workspace().carve(nullptr, D); }
-  int64_t carve(char* base, int64_t D) {
+  static int64_t bytes(int64_t D, int64_t queries) {
+    return Workspace().carve(nullptr, D, queries);
+  }
+  int64_t carve(char* base, int64_t D, int64_t queries) {
     int64_t used = Operands<M>::carve(base, kTilesPerSuper, D);
     used = take(base, used, p, kBlock * kBlock);
     used = take(base, used, ds, kBlock * kBlock);
@@ -34,7 +37,7 @@ struct Workspace : Operands<M> {
     used = take(base, used, x, D);
     used = take(base, used, shift, static_cast<int64_t>(kBlock));
     used = take(base, used, inverse, static_cast<int64_t>(kBlock));
-    used = take(base, used, delta, static_cast<int64_t>(kBlock));
+    used = take(base, used, delta, queries);
     return take(base, used, rows, kBlock * ceil_div(D, M::kPair) * M::kPair);
   }
 };
@@ -122,6 +125,7 @@ struct Backward {
   void run(int64_t b, int64_t h, int64_t s0, int64_t s1, float* dq, const Workspace<M>& w,
            const RowGradient& key_gradient) const {
     const Source k = key(b, h), v = source(a, a.v, b, h);
+    sum_output(b, h, w);
     std::memset(dq, 0, static_cast<size_t>(query_blocks * D * kBlock) * 4);
     for (int64_t s = s0; s < s1; ++s) {
       const int64_t k0 = s * kTilesPerSuper * kBlock, k1 = min(a.Nk, k0 + kTilesPerSuper * kBlock);
@@ -159,8 +163,21 @@ struct Backward {
     }
   }
 
+  void sum_output(int64_t b, int64_t h, const Workspace<M>& w) const {
+    const Source dout = source(a, g.dout, b, h), out = source(a, a.out, b, h);
+    for (int64_t n = 0; n < query_blocks * kBlock; ++n) {
+      double sum = 0;
+      if (n < a.Nq) {
+        read_row(dout, n, w.row);
+        read_row(out, n, w.x);
+        for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(w.row[d]) * w.x[d];
+      }
+      w.delta[n] = static_cast<float>(sum);
+    }
+  }
+
   void load_queries(int64_t b, int64_t h, int64_t q0, int64_t count, const Workspace<M>& w) const {
-    const Source q = query(b, h), dout = source(a, g.dout, b, h), out = source(a, a.out, b, h);
+    const Source q = query(b, h), dout = source(a, g.dout, b, h);
     int64_t ld;
     const Row* rows = fetch_rows<Row>(q, q0, count, width, w.rows, w.row, &ld);
     pack_lanes<M>(rows, ld, count, units, w.q_lanes);
@@ -171,15 +188,9 @@ struct Backward {
     const float* shift = a.stats + (b * a.H + h) * a.Nq + q0;
     const float* sum_of = shift + a.B * a.H * a.Nq;
     for (int64_t m = 0; m < kBlock; ++m) {
-      w.delta[m] = 0.f;
       w.shift[m] = 0.f;
       w.inverse[m] = 0.f;  // no query, or one whose keys are all masked: P = 0
       if (m >= count) continue;
-      read_row(dout, q0 + m, w.row);
-      read_row(out, q0 + m, w.x);
-      double sum = 0;
-      for (int64_t d = 0; d < D; ++d) sum += static_cast<double>(w.row[d]) * w.x[d];
-      w.delta[m] = static_cast<float>(sum);
       w.shift[m] = shift[m];
       if (sum_of[m] != 0.f) w.inverse[m] = 1.f / sum_of[m];
     }
@@ -212,7 +223,7 @@ struct Backward {
         const vf value =
             probability(M{}, load(p) * splat(c) - load(w.shift + m)) * load(w.inverse + m);
         store(p, value);
-        store(ds, value * (load(ds) - load(w.delta + m)));
+        store(ds, value * (load(ds) - load(w.delta + q0 + m)));
       }
     if (g.dbias)
       for (int64_t m = 0; m < queries; ++m) {
@@ -232,7 +243,8 @@ void backward(const AttnArgs& a, const AttnGrads& g) {
   // Enough tasks for many threads at batch 1; a function of the shape only.
   const int64_t parts = min(max(op.supers, 1), ceil_div(32, heads));
   const int64_t dq_size = op.query_blocks * D * kBlock;
-  const int64_t bytes = align64(Workspace<M>::bytes(D));
+  const int64_t queries = op.query_blocks * kBlock;
+  const int64_t bytes = align64(Workspace<M>::bytes(D, queries));
   // dQ partials live per task where they must outlive it, else per thread.
   const int64_t dq_buffers = parts > 1 ? heads * parts : threads;
   Scratch scratch(threads * bytes), partials(dq_buffers * dq_size * 4);
@@ -256,7 +268,7 @@ void backward(const AttnArgs& a, const AttnGrads& g) {
   };
   auto run = [&](int64_t b, int64_t h, int64_t part, int thread) {
     Workspace<M> w;
-    w.carve(scratch.as<char>(thread * bytes), D);
+    w.carve(scratch.as<char>(thread * bytes), D, queries);
     const int64_t head = b * a.H + h;
     float* dq = partials.as<float>() + (parts > 1 ? head * parts + part : thread) * dq_size;
     const Source k = op.key(b, h);
@@ -284,7 +296,7 @@ void backward(const AttnArgs& a, const AttnGrads& g) {
   if (parts > 1)
     parallel_for(heads, threads, [&](int64_t begin, int64_t end, int thread) {
       Workspace<M> w;
-      w.carve(scratch.as<char>(thread * bytes), D);
+      w.carve(scratch.as<char>(thread * bytes), D, queries);
       for (int64_t head = begin; head < end; ++head)
         finish_dq(head / a.H, head % a.H, partials.as<float>() + head * parts * dq_size, parts, w);
     });

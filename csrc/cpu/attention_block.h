@@ -191,6 +191,7 @@ inline void flip_signs(uint32_t* p, int64_t n) {
 // - last_key(q1): past the keys they see;
 // - hidden(first, count, k0): no query of a block sees a key from k0 on;
 // - queries, keys, values (begin, count, width, w, &ld): rows of M::Row;
+// - prefetch(begin, end): keys and values of these rows come next;
 // - add_scores(w, lanes, units, factor, first, count, k0, keys, top): w.s = scores * factor with
 //   what is added to them, in powers of two, and their maximum with `top`;
 // - write(first, count, o, sum, shift): takes O, its sums, and what was taken off the scores.
@@ -228,6 +229,9 @@ inline void attend(const P& p, int64_t q0, int64_t q1, const Workspace<M>& w) {
     const int64_t key_units = ceil_div(keys, M::kPair);
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t first = q0 + i * kBlock, count = min(kBlock, q1 - first);
+      const int64_t next = k0 + kTileKeys;  // a share of the next tile, which the blocks divide
+      p.prefetch(min(last_key, next + kTileKeys * i / blocks),
+                 min(last_key, next + kTileKeys * (i + 1) / blocks));
       if (p.hidden(first, count, k0)) continue;
       const int vecs = static_cast<int>(ceil_div(count, kLanes));
       alignas(64) float top[kBlock], alpha[kBlock], sum[kBlock];

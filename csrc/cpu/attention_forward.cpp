@@ -50,6 +50,12 @@ struct Dense {
                     int64_t* ld) const {
     return fetch_rows<Row>(value, begin, count, width, w.rows, w.row, ld);
   }
+  VITFAST_INLINE void prefetch(int64_t begin, int64_t end) const {
+    for (int64_t n = begin; n < end; ++n) {
+      prefetch_row(key, n);
+      prefetch_row(value, n);
+    }
+  }
   void add_scores(const Workspace<M>& w, const typename M::Elem* lanes, int64_t units, float factor,
                   int64_t first, int64_t count, int64_t k0, int64_t keys, float* top) const {
     const int vecs = static_cast<int>(ceil_div(count, kLanes));
@@ -86,11 +92,13 @@ struct Dense {
 // How many superblocks to cut the queries of a (batch, head) into: whole waves of tasks for the
 // threads, against packing K and V once more for each.
 inline int64_t superblocks(int64_t heads, int64_t blocks, int64_t D, int threads) {
-  const int64_t most = D <= 64 ? 8 : D <= 128 ? 4 : 2;  // Q and O of a superblock stay in L2
+  // Blocks: Q and O of a superblock are read once a tile of keys, in a stream that caches keep up
+  // with; to fetch and pack K and V once more costs as much as several blocks.
+  const int64_t most = (D <= 64 ? 2048 : D <= 128 ? 1024 : 512) / kBlock;
   int64_t best = 0;
   double best_cost = 0;
   for (int64_t n = ceil_div(blocks, most); n <= blocks; ++n) {
-    const double packing = 0.5;  // of one block's products, measured at D = 64
+    const double packing = 32.0 / kBlock;  // of one block's products, measured at D = 64
     const double cost = static_cast<double>(ceil_div(heads * n, threads)) *
                         (static_cast<double>(ceil_div(blocks, n)) + packing);
     if (best == 0 || cost < best_cost) {

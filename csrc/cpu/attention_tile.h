@@ -94,6 +94,15 @@ inline void read_row(const Source& s, int64_t n, float* out) {
   }
 }
 
+// Asks the caches for row n, if its elements lie side by side. Inlined, since GCC 12 drops calls of
+// functions that do nothing but prefetch.
+inline VITFAST_INLINE void prefetch_row(const Source& s, int64_t n) {
+  if (s.sd != 1) return;
+  const int64_t size = size_of(s.dtype);
+  const char* row = static_cast<const char*>(s.ptr) + n * s.sn * size;
+  for (int64_t byte = 0; byte < s.D * size; byte += 64) __builtin_prefetch(row + byte, 0, 2);
+}
+
 struct Moments {
   float mean, rstd;
 };

@@ -256,17 +256,17 @@ inline vf unfused(vf x) {
 
 // 2^x for x <= 0, flushed to zero from -126 down; relative error below 3e-7 (the degree-6
 // polynomial that Cephes uses on [-1/2, 1/2]). NaN stays NaN, -inf gives 0.
-inline vf exp2_nonpositive(vf x) {
+inline VITFAST_INLINE vf exp2_nonpositive(vf x) {
+  const vf v = vmax(splat(-127.f), x);
 #if defined(__AVX512F__)
-  const __m512 v = reinterpret_cast<__m512>(vmax(splat(-127.f), x));
-  const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const vf f = reinterpret_cast<vf>(_mm512_sub_ps(v, n));
+  const __m512 n = _mm512_roundscale_ps(reinterpret_cast<__m512>(v),
+                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const vf f = v - reinterpret_cast<vf>(n);
 #else
-  const vf lowest = splat(-127.f);
-  const vf v = select(x < lowest, lowest, x);
-  const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf n = (v + magic) - magic;
-  const vf f = v - n;
+  // 1.5 * 2^23 + 127: a sum with it is rounded to an integer n, and has n + 127 in its last bits.
+  const vf magic = splat(12583039.f);
+  const vf sum = v + magic;
+  const vf f = v - (sum - magic);
 #endif
   vf p = splat(1.535336188e-4f);
   p = fma(p, f, splat(1.339887440e-3f));
@@ -278,9 +278,8 @@ inline vf exp2_nonpositive(vf x) {
 #if defined(__AVX512F__)
   return scaled_above(x, p, n);
 #else
-  const vi exponent = __builtin_convertvector(n, vi) << 23;
-  const vf scaled = reinterpret_cast<vf>(reinterpret_cast<vi>(p) + exponent);
-  return select(x != x, x, select(v <= -126.f, zero(), scaled));
+  const vf power = reinterpret_cast<vf>(reinterpret_cast<vu>(sum) << 23);  // 2^n; 0 for n = -127
+  return select(v <= -126.f, zero(), p * power);
 #endif
 }
 

@@ -43,6 +43,7 @@ struct Window {
                     int64_t* ld) const {
     return rows(2, begin, count, width, w, ld);
   }
+  void prefetch(int64_t, int64_t) const {}  // most windows are one tile of keys
   // What makes scores of the products of queries from `first` on and keys from k on.
   Terms added(float factor, int64_t first, int64_t k) const {
     return {factor, bias ? bias + k * ld_bias + first : nullptr, ld_bias,
