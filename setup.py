@@ -129,6 +129,11 @@ class BuildPy(build_py):
         if not self.editable_mode:  # files deleted since the last build must not reach the wheel
             shutil.rmtree(Path(self.build_lib, "vitfast"), ignore_errors=True)
         super().run()
+        if not self.editable_mode:  # compiled where the GPU is, see vitfast/runtime/cuda.py
+            folder = Path(self.build_lib, "vitfast", "_cuda")
+            folder.mkdir(parents=True, exist_ok=True)
+            for source in sorted((ROOT / "csrc" / "cuda").iterdir()):
+                shutil.copyfile(source, folder / source.name)
 
 
 class BuildExt(build_ext):

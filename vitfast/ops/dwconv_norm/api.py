@@ -11,7 +11,7 @@ from vitfast.errors import InputTypeError, InputValueError
 from vitfast.ops.add_norm.reference import normalise
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common.autodiff import gradients
-from vitfast.ops.dwconv_norm import native, reference
+from vitfast.ops.dwconv_norm import cuda, native, reference
 from vitfast.ops.dwconv_norm.reference import INPUTS, BackwardCall, Call
 from vitfast.ops.layer_norm.api import autocast_out_dtype
 from vitfast.runtime import checks
@@ -167,6 +167,7 @@ DISPATCHER = Dispatcher(
     [
         native.BACKEND,
         lazy("vitfast.ops.dwconv_norm.triton", _triton_reasons),
+        cuda.BACKEND,
         Backend("reference", _reference_forward, lambda call: [], _reference_backward),
     ],
 )
