@@ -37,7 +37,6 @@ py::dict build_info() {
 #else
   info["openmp"] = py::none();
 #endif
-  info["cuda"] = false;
   return info;
 }
 

@@ -65,6 +65,7 @@ def in_process(library: Path):
     call.restype = ctypes.c_char_p
 
     def run(launch: cuda.Launch) -> None:
+        assert launch.shared <= cuda.MOST_SHARED
         given = launch.arguments()
         error = call(
             launch.kernel.encode(), ctypes.c_int64(launch.blocks), launch.threads,

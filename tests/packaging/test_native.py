@@ -165,4 +165,3 @@ def test_build_info():
     info = native.native().build_info()
     assert info["compiler"]
     assert info["isas"][0] == "baseline" and set(info["isas"]) <= set(ISA_LEVELS)
-    assert info["cuda"] is False

@@ -47,6 +47,7 @@ def collect() -> dict[str, Any]:
         "machine": {"python": sys.executable, **device.machine()},
         "location": vitfast.__path__[0],
         "native": native_facts(),
+        "cuda": cuda_reasons(),
         "trust": trust_facts(),
         "settings": {
             name: {
@@ -58,6 +59,13 @@ def collect() -> dict[str, Any]:
         },
         "ops": ops,
     }
+
+
+def cuda_reasons() -> list[str]:
+    """Why the kernels of csrc/cuda could never run here; empty when they can."""
+    from vitfast.runtime import cuda
+
+    return cuda.available()
 
 
 def native_facts() -> dict[str, Any]:
@@ -120,10 +128,11 @@ def show(facts: dict[str, Any]) -> None:
             ("instruction set", f"{native['isa']} (best here: {native['best_isa']})"),
             ("built for", ", ".join(native["isas"])),
             ("OpenMP", "yes" if native["openmp"] else "none: kernels run on one thread"),
-            ("CUDA kernels", "yes" if native["cuda"] else "none in this build"),
         ]
     rows.append(("compiler", native["compiler"] or "unknown"))
     print_table("Native extension", ("", ""), rows)
+    why = "; ".join(facts["cuda"]) or "compiled at their first use"
+    print_table("CUDA kernels", ("", ""), [("state", why), ("picked", "by backend='cuda' alone")])
     print_table(
         "Settings", ("setting", "value", "from", "variable"),
         [(n, s["value"], s["source"], s["variable"]) for n, s in facts["settings"].items()],

@@ -31,6 +31,8 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 """What kernels are called by."""
 _IN_C = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "half"}
+MOST_SHARED = 48 << 10
+"""Bytes of shared memory that a block has on every GPU without asking for more."""
 OLDEST = 75
 """Compute capability, major and minor, from which on there is a kernel."""
 
@@ -43,7 +45,7 @@ class Launch(NamedTuple):
         kernel: name of a kernel in it.
         defines: macros that leave the kernels of one dtype and size to be compiled.
         blocks, threads: of the grid, and of a block.
-        shared: bytes of dynamic shared memory a block.
+        shared: bytes of dynamic shared memory a block, at most `MOST_SHARED`.
         layout: the kernel's structure as `struct` has it, "P" for pointers.
         values: its fields; a tensor or None for a pointer.
     """
@@ -129,7 +131,7 @@ def launch(given: Launch, device: torch.device) -> None:
     structure = ctypes.create_string_buffer(packed, len(packed))
     pointers = (ctypes.c_void_p * 1)(ctypes.addressof(structure))
     with torch.cuda.device(index):
-        function = _function(given.source, given.kernel, given.defines, given.shared, index)
+        function = _function(given.source, given.kernel, given.defines, index)
         stream = torch.cuda.current_stream(index).cuda_stream
         grid = (given.blocks, 1, 1, given.threads, 1, 1)
         _check(
@@ -231,14 +233,11 @@ def _module(source: str, defines: tuple[str, ...], device: int) -> Any:
 
 
 @functools.cache
-def _function(source: str, kernel: str, defines: tuple[str, ...], shared: int, device: int) -> Any:
-    """A kernel that may take so much dynamic shared memory."""
+def _function(source: str, kernel: str, defines: tuple[str, ...], device: int) -> Any:
     from cuda.bindings import driver
 
-    found = _check(driver.cuModuleGetFunction(_module(source, defines, device), kernel.encode()))
-    most = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    _check(driver.cuFuncSetAttribute(found, most, shared))
-    return found
+    module = _module(source, defines, device)
+    return _check(driver.cuModuleGetFunction(module, kernel.encode()))
 
 
 def _check(answer: tuple[Any, ...]) -> Any:

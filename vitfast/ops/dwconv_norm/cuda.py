@@ -9,13 +9,13 @@ round), and that of the taps, of which each block has sums of its own, added up 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
 from vitfast.ops.common import norm as norm_op
+from vitfast.ops.dwconv_norm.gpu import bias_of, of_wanted, taps_of
 from vitfast.ops.dwconv_norm.reference import BackwardCall, Call
 from vitfast.runtime import cuda
 from vitfast.runtime.dispatch import Backend
@@ -26,8 +26,6 @@ SIZES = (3, 5, 7, 9, 11)
 _NARROW = 640
 """Most threads of a block of the kernels with narrow strips: their launch bound."""
 _GRADIENT_THREADS = 256
-_GRADIENT_BYTES = 48 << 10
-"""Of shared memory a block, which every GPU has."""
 _PARTS = 512
 """Most blocks that sum the gradient of the taps, of each group of channels: several waves."""
 _ROWS = 14
@@ -123,15 +121,6 @@ def _convolve(
     )  # fmt: skip
 
 
-def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[C, 1, k, k] to [k k, C], rounded to the operands' dtype."""
-    return weight.to(dtype).flatten(1).t().contiguous()
-
-
-def _rounded(call: Call | BackwardCall) -> torch.Tensor | None:
-    return None if call.bias is None else norm_op.vector(call.bias.to(call.dtype))
-
-
 def _affine(call: Call | BackwardCall) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The norm's weight and bias, contiguous and of one dtype."""
     weight, bias = norm_op.vector(call.norm_weight), norm_op.vector(call.norm_bias)
@@ -161,7 +150,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     stats = norm_op.fake_stats(x, call.save_stats)
     if x.numel() == 0:
         return y, stats
-    size, taps, bias = call.weight.shape[2], _taps(call.weight, dtype), _rounded(call)
+    size, taps, bias = call.weight.shape[2], taps_of(call.weight, dtype), bias_of(call)
     kind = norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm]
     if kind == norm_op.NONE or is_fused(size, x.shape[3]):
         _convolve(
@@ -183,12 +172,12 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     """Gradients of `INPUTS`, empty where not wanted; the convolution is computed again."""
     grad, x, weight, dtype = call.grad, call.x, call.weight, call.dtype
     if x.numel() == 0:
-        return _of_wanted(call, [None if t is None else t.new_zeros(t.shape) for t in call.inputs])
-    size, taps = weight.shape[2], _taps(weight, dtype)
+        return of_wanted(call, [None if t is None else t.new_zeros(t.shape) for t in call.inputs])
+    size, taps = weight.shape[2], taps_of(weight, dtype)
     dx = dweight = dbias = dnorm_weight = dnorm_bias = None
     if call.norm is not None:
         rows = x.new_empty(x.shape, dtype=torch.float32)
-        _convolve(x, taps, size, rows, bias=_rounded(call), operand=dtype)
+        _convolve(x, taps, size, rows, bias=bias_of(call), operand=dtype)
         norm_weight, norm_bias = _affine(call)
         grad, _, _, dnorm_weight, dnorm_bias = _norms(x).backward(
             norm_op.KINDS[call.norm], grad, rows, call.stats, weight=norm_weight, bias=norm_bias,
@@ -202,18 +191,7 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
         sums = _gradients_of_taps(grad, x, size, dtype)
         dweight = sums[:-1].t().reshape(weight.shape).to(weight.dtype)
         dbias = None if call.bias is None else sums[-1].to(call.bias.dtype)
-    return _of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
-
-
-def _of_wanted(
-    call: BackwardCall, found: Sequence[torch.Tensor | None]
-) -> tuple[torch.Tensor, ...]:
-    """The gradients in their inputs' dtypes, with an empty tensor for those that are not wanted."""
-    empty = call.grad.new_empty(0)
-    return tuple(
-        t.to(of.dtype) if w and t is not None and of is not None else empty
-        for t, of, w in zip(found, call.inputs, call.wanted, strict=True)
-    )
+    return of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
 
 
 def _gradients_of_taps(
@@ -223,7 +201,7 @@ def _gradients_of_taps(
     grad, x = norm_op.dense_map(grad), norm_op.dense_map(x)
     b, h, w, c = x.shape
     sums = size * size + 1
-    most = min(_GRADIENT_THREADS, _GRADIENT_BYTES // (4 * sums) // 32 * 32)
+    most = min(_GRADIENT_THREADS, cuda.MOST_SHARED // (4 * sums) // 32 * 32)
     across = strip(size)
     segments, rows, slots, chunks, groups = _geometry(x, across, most, together=False)
     threads = 32 * slots * chunks

@@ -9,7 +9,6 @@ fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import triton.language as tl
 from vitfast.ops.common import norm as norm_op
 from vitfast.ops.common import norm_triton
 from vitfast.ops.dwconv_norm import triton_kernels as kernels
+from vitfast.ops.dwconv_norm.gpu import bias_of, of_wanted, taps_of
 from vitfast.ops.dwconv_norm.reference import BackwardCall, Call
 from vitfast.runtime import kernel_calls
 from vitfast.runtime.kernel_calls import cdiv, next_power_of_2
@@ -108,11 +108,6 @@ def _convolve(
     return out
 
 
-def _taps(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[C, 1, k, k'] to [k k', C], rounded to the operands' dtype."""
-    return weight.to(dtype).flatten(1).t().contiguous()
-
-
 def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """The result [B, H, W, C] and the rows' statistics [B * H * W, 2], or nothing."""
     x, dtype = call.x, call.dtype
@@ -121,7 +116,7 @@ def forward(call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     if x.numel() == 0:
         return y, stats
     kind = norm_op.NONE if call.norm is None else norm_op.KINDS[call.norm]
-    kernel, taps, bias = call.weight.shape[2:], _taps(call.weight, dtype), _rounded(call)
+    kernel, taps, bias = call.weight.shape[2:], taps_of(call.weight, dtype), bias_of(call)
     affine = (norm_op.vector(call.norm_weight), norm_op.vector(call.norm_bias))
     with guard(x):
         if kind == norm_op.NONE or x.shape[3] <= _WIDEST:
@@ -144,13 +139,13 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
     """Gradients of `INPUTS`, empty where not wanted; the convolution is computed again."""
     grad, x, weight, dtype = call.grad, call.x, call.weight, call.dtype
     if x.numel() == 0:
-        return _of_wanted(call, [None if t is None else t.new_zeros(t.shape) for t in call.inputs])
-    kernel, taps = weight.shape[2:], _taps(weight, dtype)
+        return of_wanted(call, [None if t is None else t.new_zeros(t.shape) for t in call.inputs])
+    kernel, taps = weight.shape[2:], taps_of(weight, dtype)
     dx = dweight = dbias = dnorm_weight = dnorm_bias = None
     with guard(x):
         if call.norm is not None:
             rows = x.new_empty(x.shape, dtype=_wide(x.dtype))
-            _convolve(x, taps, kernel, rows, bias=_rounded(call), operand=dtype)
+            _convolve(x, taps, kernel, rows, bias=bias_of(call), operand=dtype)
             grad, _, _, dnorm_weight, dnorm_bias = norm_triton.backward(
                 norm_op.KINDS[call.norm], grad, rows, call.stats, weight=call.norm_weight,
                 bias=call.norm_bias, eps=call.eps,
@@ -163,22 +158,7 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
             dweight, dbias = _gradients_of_taps(grad, x, kernel, dtype)
             dweight = dweight.t().reshape(weight.shape).to(weight.dtype)
             dbias = None if call.bias is None else dbias.to(call.bias.dtype)
-    return _of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
-
-
-def _rounded(call: Call | BackwardCall) -> torch.Tensor | None:
-    """The convolution's bias, rounded to the operands' dtype and contiguous."""
-    return None if call.bias is None else norm_op.vector(call.bias.to(call.dtype))
-
-
-def _of_wanted(
-    call: BackwardCall, found: Sequence[torch.Tensor | None]
-) -> tuple[torch.Tensor, ...]:
-    """The gradients, with an empty tensor for those that are not wanted."""
-    empty = call.grad.new_empty(0)
-    return tuple(
-        t if w and t is not None else empty for t, w in zip(found, call.wanted, strict=True)
-    )
+    return of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
 
 
 def _gradients_of_taps(
