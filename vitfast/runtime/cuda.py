@@ -66,7 +66,7 @@ class Launch(NamedTuple):
 
 
 class Runner(Protocol):
-    """What runs kernels in place of a GPU: tests/cuda/host.py has one."""
+    """What runs kernels in place of a GPU: tests/cuda/running.py has two."""
 
     def __call__(self, launch: Launch) -> None: ...
 

@@ -2,7 +2,7 @@
 // file describes, for sanitizers, which have to be there from a process's start:
 //   host CASE RESULT
 // CASE: name, numbers of the launch, the arguments, which of their bytes are addresses of buffers,
-// and the buffers; RESULT: the buffers afterwards. tests/cuda/host.py writes and reads them.
+// and the buffers; RESULT: the buffers afterwards. tests/cuda/running.py writes and reads them.
 #include "../../../csrc/cuda/intrinsics.h"
 
 #include <cstdio>
