@@ -63,8 +63,7 @@ VITFAST_DEVICE u16 float_to_half(float x) {
 
 namespace vitfast {
 
-// ---- elements in memory
-// --------------------------------------------------------------------------
+// ---- elements in memory ----
 
 struct half {
   u16 bits;
@@ -104,7 +103,8 @@ VITFAST_DEVICE void store(void* p, int type, i64 index, float x) {
   else
     static_cast<u16*>(p)[index] = type == kHalf ? float_to_half(x) : float_to_bfloat16(x);
 }
-// Elements index and index + 1 in one access; index is even, and p a multiple of both.
+// Elements index and index + 1 in one access, which their address has to be a multiple of: index is
+// even, and p begins at a multiple of two elements.
 VITFAST_DEVICE void store_two(void* p, int type, i64 index, float x, float y) {
   if (type == kFloat) {
     struct alignas(8) Two {

@@ -189,8 +189,7 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
         _convolve(grad, taps, size, dx, flipped=True, operand=grad.dtype)
     if wants_weight or wants_bias:
         sums = _gradients_of_taps(grad, x, size, dtype)
-        dweight = sums[:-1].t().reshape(weight.shape).to(weight.dtype)
-        dbias = None if call.bias is None else sums[-1].to(call.bias.dtype)
+        dweight, dbias = sums[:-1].t().reshape(weight.shape), sums[-1]
     return of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
 
 

@@ -156,8 +156,7 @@ def backward(call: BackwardCall) -> tuple[torch.Tensor, ...]:
             _convolve(grad, taps, kernel, dx, flipped=True, operand=grad.dtype)
         if wants_weight or wants_bias:
             dweight, dbias = _gradients_of_taps(grad, x, kernel, dtype)
-            dweight = dweight.t().reshape(weight.shape).to(weight.dtype)
-            dbias = None if call.bias is None else dbias.to(call.bias.dtype)
+            dweight = dweight.t().reshape(weight.shape)
     return of_wanted(call, (dx, dweight, dbias, dnorm_weight, dnorm_bias))
 
 
